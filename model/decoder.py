@@ -1,0 +1,68 @@
+"""Linear expansion and Transformer decoder: from a picture and its surroundings to the expression of the panel's genes.
+
+Letters: B batch, G genes, D width of the picture's vectors, N context spots, T tokens of the tile, W decoder width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.layers import CrossBlock
+
+
+class LinearExpansion(nn.Sequential):
+    """The picture's vector to a start value for each gene, 512 -> 1024 -> 1500 -> G as published: (B, D) -> (B, G)."""
+
+    def __init__(self, width: int, n_genes: int, hidden: tuple[int, int] = (1024, 1500)):
+        first, second = hidden
+        super().__init__(
+            *(nn.Linear(width, first), nn.BatchNorm1d(first), nn.LeakyReLU()),
+            *(nn.Linear(first, second), nn.BatchNorm1d(second), nn.LeakyReLU()),
+            nn.Linear(second, n_genes),
+        )
+
+
+class GeneDecoder(nn.Module):
+    """Genes are the queries, the picture is the memory.
+
+    A query is the gene's learned embedding plus its start value along a learned direction. The memory holds the
+    vector of the spot, the tokens of its tile, and the vectors of the spots around it with their offsets. The
+    prediction is the start value plus what the decoder reads out, so that it begins as the expansion alone.
+    """
+
+    def __init__(self, width: int, n_genes: int, layers: int = 6, decoder_width: int = 64, dropout: float = 0.1):
+        super().__init__()
+        self.expand = LinearExpansion(width, n_genes)
+        self.gene = nn.Parameter(torch.randn(n_genes, decoder_width))
+        self.start_direction = nn.Parameter(torch.randn(decoder_width))
+        self.to_memory = nn.Linear(width, decoder_width)
+        self.kind = nn.Parameter(torch.randn(3, decoder_width))  # spot's vector, tile's tokens, context
+        self.to_offset = nn.Sequential(nn.Linear(2, decoder_width), nn.GELU(), nn.Linear(decoder_width, decoder_width))
+        self.norm_memory = nn.LayerNorm(decoder_width)
+        self.blocks = nn.ModuleList(CrossBlock(decoder_width, 4, 4 * decoder_width, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(decoder_width)
+        self.read_out = nn.Linear(decoder_width, 1)
+        nn.init.zeros_(self.read_out.weight)
+        nn.init.zeros_(self.read_out.bias)
+
+    def memory(self, vector: Tensor, tokens: Tensor, context: Tensor, offsets: Tensor) -> Tensor:
+        """(B, D), (B, T, D), (B, N, D), (B, N, 2) -> (B, 1 + T + N, W)."""
+        parts = [
+            self.to_memory(vector)[:, None] + self.kind[0],
+            self.to_memory(tokens) + self.kind[1],
+            self.to_memory(context) + self.kind[2] + self.to_offset(offsets),
+        ]
+        return self.norm_memory(torch.cat(parts, dim=1))
+
+    def forward(self, vector: Tensor, tokens: Tensor, context: Tensor, offsets: Tensor, present: Tensor) -> Tensor:
+        """Standardised features (B, D), (B, T, D), (B, N, D), offsets (B, N, 2) in pitches, present (B, N) bool ->
+        expression (B, G) in the units of the target the weights were trained on."""
+        start = self.expand(vector)
+        own = present.new_ones(len(present), 1 + tokens.shape[1])
+        seen = torch.cat([own, present], dim=1)
+        memory = self.memory(vector, tokens, context, offsets)
+        queries = self.gene + start.unsqueeze(-1) * self.start_direction
+        for block in self.blocks:
+            queries = block(queries, memory, seen)
+        return start + self.read_out(self.norm(queries)).squeeze(-1)

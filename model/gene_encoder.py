@@ -1,0 +1,152 @@
+"""G(.): scBERT's Performer over a panel of named genes, gathered into a few tokens and one vector.
+
+Yang et al. 2022 (scBERT), doi 10.1038/s42256-022-00534-z. Letters: B batch, G genes, W width of the Performer,
+K gene tokens, D shared width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.layers import Attention
+from model.performer import PerformerBlock
+
+N_BINS = 7  # floor(log2(1 + counts per 10,000)) cut at 5, and scBERT's mask
+
+
+class GatherTokens(nn.Module):
+    """K + 1 learned queries attend to all genes: (B, G, W) -> tokens (B, K, D) and the vector (B, D)."""
+
+    def __init__(self, gene_width: int, width: int, n_tokens: int, heads: int = 8):
+        super().__init__()
+        self.to_width = nn.Linear(gene_width, width)
+        self.norm_memory = nn.LayerNorm(width)
+        self.queries = nn.Parameter(torch.randn(n_tokens + 1, width))
+        self.attend = Attention(width, heads)
+        self.norm = nn.LayerNorm(width)
+        self.to_vector = nn.Linear(width, width)
+
+    def forward(self, genes: Tensor) -> tuple[Tensor, Tensor]:
+        memory = self.norm_memory(self.to_width(genes))
+        gathered = self.norm(self.attend(self.queries.expand(len(genes), -1, -1), memory))
+        return gathered[:, 1:], self.to_vector(gathered[:, 0])
+
+
+class GeneEncoder(nn.Module):
+    """Bins of expression (B, G) in 0..6 -> vector (B, D) before normalisation, gene tokens (B, K, D).
+
+    `frozen_part` runs the layers that do not train, once for student and twin; `forward` goes on from there.
+    """
+
+    def __init__(
+        self, n_genes: int, depth: int = 6, gene_width: int = 200, heads: int = 10, n_tokens: int = 64, width: int = 512
+    ):
+        super().__init__()
+        self.token_embedding = nn.Embedding(N_BINS, gene_width)
+        self.gene_embedding = nn.Embedding(n_genes, gene_width)
+        self.blocks = nn.ModuleList(PerformerBlock(gene_width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(gene_width)
+        self.gather = GatherTokens(gene_width, width, n_tokens)
+
+    def n_frozen(self) -> int:
+        """How many blocks from the first on are frozen, the embeddings with them; 0 where an embedding trains."""
+        if any(p.requires_grad for e in (self.token_embedding, self.gene_embedding) for p in e.parameters()):
+            return 0
+        trains = [any(p.requires_grad for p in block.parameters()) for block in self.blocks]
+        return trains.index(True) if True in trains else len(trains)
+
+    def embed(self, bins: Tensor) -> Tensor:
+        return self.token_embedding(bins.long()) + self.gene_embedding.weight
+
+    @torch.no_grad()
+    def frozen_part(self, bins: Tensor) -> Tensor:
+        """Bins (B, G) -> the input of the first layer that trains: hidden (B, G, W), or the bins themselves."""
+        n = self.n_frozen()
+        if n == 0:
+            return bins
+        hidden = self.embed(bins)
+        for block in self.blocks[:n]:
+            hidden = block(hidden)
+        return hidden
+
+    def forward(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """`start` as `frozen_part` gives it -> vector (B, D), tokens (B, K, D)."""
+        hidden, n = (self.embed(start), 0) if start.ndim == 2 else (start, self.n_frozen())
+        for block in self.blocks[n:]:
+            hidden = block(hidden)
+        tokens, vector = self.gather(self.norm(hidden))
+        return vector, tokens
+
+    def encode(self, bins: Tensor) -> tuple[Tensor, Tensor]:
+        """Bins (B, G) -> vector (B, D), tokens (B, K, D): the whole way."""
+        return self(self.frozen_part(bins))
+
+    def freeze_trunk(self, tuned_block: int) -> None:
+        """Freeze all but block `tuned_block` (counted from 0), the final norm and the gathering head."""
+        if not 0 <= tuned_block < len(self.blocks):
+            raise ValueError(f"--tune_block {tuned_block}: expected 0..{len(self.blocks) - 1} (--gene_depth less one)")
+        for part in (self.token_embedding, self.gene_embedding, *self.blocks):
+            part.requires_grad_(False)
+        self.blocks[tuned_block].requires_grad_(True)
+
+
+def set_gene_positions(encoder: GeneEncoder, table: Tensor, vocabulary: dict[str, int], genes: list[str]) -> int:
+    """Give each panel gene its gene2vec row, looked up by name: table (V, W) -> number of genes found.
+
+    A gene outside the vocabulary keeps its random start. Raises ValueError where none is found or widths differ.
+    """
+    width = encoder.gene_embedding.weight.shape[1]
+    if table.ndim != 2 or table.shape[1] != width:
+        raise ValueError(f"gene2vec: expected rows of {width} numbers (--gene_width), found shape {tuple(table.shape)}")
+    if len(vocabulary) > len(table):
+        raise ValueError(
+            f"gene2vec has {len(table)} rows, --gene_vocab has {len(vocabulary)} genes: not of one vocabulary"
+        )
+    found = [(row, vocabulary[gene]) for row, gene in enumerate(genes) if gene in vocabulary]
+    if not found:
+        example = next(iter(vocabulary), "-")
+        raise ValueError(f"--gene_vocab ({example}, ...) holds none of the {len(genes)} panel genes ({genes[0]}, ...)")
+    rows, sources = map(list, zip(*found, strict=True))
+    with torch.no_grad():
+        encoder.gene_embedding.weight[rows] = table[sources].float()
+    return len(found)
+
+
+def _scbert_names(depth: int) -> dict[str, str]:
+    """Our parameter names to scBERT's."""
+    names = {"token_embedding.weight": "token_emb.weight", "norm.weight": "norm.weight", "norm.bias": "norm.bias"}
+    for i in range(depth):
+        attention, mlp = f"performer.net.layers.{i}.0.", f"performer.net.layers.{i}.1."
+        theirs = {f"to_{p}.weight": f"{attention}fn.to_{p}.weight" for p in ("q", "k", "v", "out")}
+        theirs["to_out.bias"] = f"{attention}fn.to_out.bias"
+        theirs["projection"] = f"{attention}fn.fast_attention.projection_matrix"
+        for kind in ("weight", "bias"):
+            theirs[f"norm_attention.{kind}"] = f"{attention}norm.{kind}"
+            theirs[f"norm_mlp.{kind}"] = f"{mlp}norm.{kind}"
+            theirs[f"w1.{kind}"], theirs[f"w2.{kind}"] = f"{mlp}fn.fn.w1.{kind}", f"{mlp}fn.fn.w2.{kind}"
+        names |= {f"blocks.{i}.{ours}": name for ours, name in theirs.items()}
+    return names
+
+
+def load_scbert(encoder: GeneEncoder, tensors: dict[str, Tensor]) -> list[str]:
+    """Copy the trunk of a released scBERT checkpoint (the dict under "model_state_dict") into the encoder.
+
+    Returns the names in the file that have no place here. Gene positions are not touched: `set_gene_positions` takes
+    them, by name, from "pos_emb.emb.weight". Raises ValueError where a tensor is missing or its shape differs.
+    """
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    names = _scbert_names(len(encoder.blocks))
+    missing = [theirs for theirs in names.values() if theirs not in tensors]
+    if missing:
+        raise ValueError(
+            f"--gene_weights: {len(names) - len(missing)} of scBERT's {len(names)} tensors found, missing {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    own = encoder.state_dict()
+    for ours, theirs in names.items():
+        expected, found = tuple(own[ours].shape), tuple(tensors[theirs].shape)
+        if expected != found:
+            raise ValueError(f"--gene_weights: {theirs} has shape {found}, expected {expected}")
+        own[ours].copy_(tensors[theirs])
+    return sorted(set(tensors) - set(names.values()))

@@ -1,0 +1,62 @@
+"""Attention, MLP and the block that the fusion module and the decoder share.
+
+Letters: B batch, N query tokens, M memory tokens, D width, H heads. Pre-norm residual blocks as in timm's ViT;
+Vaswani et al. 2017, arXiv 1706.03762.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over a memory (self-attention when the memory is x).
+
+    Shapes: x (B, N, width), memory (B, M, memory_width) -> (B, N, width).
+    """
+
+    def __init__(self, width: int, heads: int, memory_width: int | None = None, dropout: float = 0.0):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"attention: width {width} is not a multiple of its {heads} heads")
+        self.heads, self.dropout = heads, dropout
+        self.to_q = nn.Linear(width, width)
+        self.to_kv = nn.Linear(memory_width or width, 2 * width)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, memory: Tensor, present: Tensor | None = None) -> Tensor:
+        """present (B, M) is False where a memory token is to be ignored; at least one per row must be True."""
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
+        k, v = self.to_kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, M, D/H) each
+        mask = None if present is None else present[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Sequential):
+    """Two linear layers with GELU between: (..., width) -> (..., width)."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0):
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width))
+
+
+class CrossBlock(nn.Module):
+    """Self-attention over x, attention of x to a memory, feed-forward; each behind a norm, each added to x.
+
+    Shapes: x (B, N, width), memory (B, M, width), present (B, M) bool or None -> (B, N, width).
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm_self, self.norm_cross, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
+        self.attend_self = Attention(width, heads, dropout=dropout)
+        self.attend_memory = Attention(width, heads, dropout=dropout)
+        self.mlp = MLP(width, hidden, dropout)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, memory: Tensor, present: Tensor | None = None) -> Tensor:
+        normed = self.norm_self(x)
+        x = x + self.drop(self.attend_self(normed, normed))
+        x = x + self.drop(self.attend_memory(self.norm_cross(x), memory, present))
+        return x + self.drop(self.mlp(self.norm_mlp(x)))

@@ -1,0 +1,147 @@
+"""Stage one as a whole: two encoders, their slow twins, the contrast, and the fusion module that judges pairs.
+
+Letters: B batch, G input genes, D shared width, Z tile side in pixels, T target genes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import losses
+from model.contrastive import ContrastiveHead, Pair
+from model.fusion import Fusion, hard_negatives
+from model.gene_encoder import GeneEncoder
+from model.image_encoder import ImageEncoder, Weights
+from model.momentum import FeatureQueue, make_twin, update_twin
+
+TWIN_MOMENTUM = 0.995
+
+
+@dataclass(frozen=True)
+class StageOneSizes:
+    """What must be known to build the model before its weights are loaded; kept in the checkpoint."""
+
+    n_genes: int
+    image_encoder: str = "deit_base_patch16_224.fb_in1k"
+    image_size: int = 224
+    image_pretrained: bool = False
+    gene_depth: int = 6
+    gene_width: int = 200
+    gene_heads: int = 10
+    gene_tokens: int = 64
+    fusion_blocks: int = 3
+    image_tokens: int = 50
+    width: int = 512
+    queue_size: int = 4096
+    n_expression_genes: int = 0
+
+
+class StepOutput(NamedTuple):
+    """Losses of one batch, and the twin's features that enter the queue after the step."""
+
+    loss: Tensor
+    contrast: Tensor
+    matching: Tensor
+    expression: Tensor
+    matching_accuracy: Tensor
+    twin: Pair
+
+
+class StageOne(nn.Module):
+    """PairedEncoders with momentum distillation and matching.
+
+    `forward` gives the losses of a batch; after the optimiser's step `after_step` moves the twins and fills the queue.
+    """
+
+    def __init__(self, sizes: StageOneSizes, image_weights: Weights = None):
+        super().__init__()
+        s = self.sizes = sizes
+        self.image_encoder = ImageEncoder(
+            s.image_encoder, s.image_size, s.width, image_weights, pretrained=s.image_pretrained
+        )
+        self.gene_encoder = GeneEncoder(s.n_genes, s.gene_depth, s.gene_width, s.gene_heads, s.gene_tokens, s.width)
+        self.contrast = ContrastiveHead()
+        self.fusion = Fusion(s.width, s.fusion_blocks)
+        self.to_expression = nn.Linear(s.width, s.n_expression_genes) if s.n_expression_genes else None
+        self.queue = FeatureQueue(s.queue_size, s.width)
+        self.image_twin: nn.Module
+        self.gene_twin: nn.Module
+        self.make_twins()
+
+    def make_twins(self) -> None:
+        """Copy the encoders as they stand; called again when weights were loaded or layers frozen."""
+        self.image_twin, self.gene_twin = make_twin(self.image_encoder), make_twin(self.gene_encoder)
+
+    def train(self, mode: bool = True) -> StageOne:
+        super().train(mode)
+        self.image_twin.eval()
+        self.gene_twin.eval()
+        return self
+
+    def encode_images(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Tiles (B, 3, Z, Z) in 0..1 -> unit vectors (B, D), tokens for the fusion (B, <= image_tokens, D)."""
+        vector, raw = self.image_encoder(tiles)
+        return F.normalize(vector.float(), dim=1), self.image_encoder.project_tokens(raw, self.sizes.image_tokens)
+
+    def encode_genes(self, bins: Tensor) -> tuple[Tensor, Tensor]:
+        """Bins (B, G) -> unit vectors (B, D), gene tokens (B, K, D)."""
+        vector, tokens = self.gene_encoder.encode(bins)
+        return F.normalize(vector.float(), dim=1), tokens
+
+    @torch.no_grad()
+    def encode_with_twins(self, tiles: Tensor, start: Tensor, spots: Tensor) -> Pair:
+        image, gene = self.image_twin(tiles)[0], self.gene_twin(start)[0]
+        return Pair(F.normalize(image.float(), dim=1), F.normalize(gene.float(), dim=1), spots)
+
+    def match(
+        self, gene_tokens: Tensor, image_tokens: Tensor, student: Pair, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy (in its mean over pairs and non-pairs) of true pairs against hard ones from the batch."""
+        similarity = self.contrast.similarity(student.image.detach(), student.gene.detach())
+        wrong_gene = hard_negatives(similarity, student.spot, generator)
+        wrong_image = hard_negatives(similarity.T, student.spot, generator)
+        genes = torch.cat([gene_tokens, gene_tokens[wrong_gene], gene_tokens])
+        images = torch.cat([image_tokens, image_tokens, image_tokens[wrong_image]])
+        logits = self.fusion(genes, images)
+        is_pair = torch.arange(len(logits), device=logits.device) < len(gene_tokens)
+        right = ((logits > 0) == is_pair).float()
+        accuracy = (right[is_pair].mean() + right[~is_pair].mean()) / 2
+        return losses.matching_loss(logits, is_pair), accuracy
+
+    def forward(
+        self,
+        tiles: Tensor,
+        bins: Tensor,
+        spots: Tensor,
+        alpha: float,
+        generator: torch.Generator,
+        expression: Tensor | None = None,
+        expression_weight: float = 0.0,
+    ) -> StepOutput:
+        """Tiles (B, 3, Z, Z) in 0..1, bins (B, G), spot ids (B,), targets (B, T) or None -> losses."""
+        vector, raw_tokens = self.image_encoder(tiles)
+        start = self.gene_encoder.frozen_part(bins)
+        gene_vector, gene_tokens = self.gene_encoder(start)
+        student = Pair(F.normalize(vector.float(), dim=1), F.normalize(gene_vector.float(), dim=1), spots)
+        twin = self.encode_with_twins(tiles, start, spots)
+        contrast = self.contrast(student, twin, self.queue.filled(), alpha)
+        image_tokens = self.image_encoder.project_tokens(raw_tokens, self.sizes.image_tokens)
+        matching, accuracy = self.match(gene_tokens, image_tokens, student, generator)
+        regression = vector.new_zeros(())
+        if self.to_expression is not None and expression is not None:
+            regression = losses.expression_loss(self.to_expression(vector), expression)
+        loss = contrast + matching + expression_weight * regression
+        return StepOutput(loss, contrast, matching, regression, accuracy, twin)
+
+    @torch.no_grad()
+    def after_step(self, twin: Pair) -> None:
+        """Temperature kept in bounds, twins moved, the batch put into the queue."""
+        self.contrast.clamp()
+        update_twin(self.image_twin, self.image_encoder, TWIN_MOMENTUM)
+        update_twin(self.gene_twin, self.gene_encoder, TWIN_MOMENTUM)
+        self.queue.push(twin.image, twin.gene, twin.spot)

@@ -1,0 +1,70 @@
+"""Stage two as a whole: the frozen image encoder, and the decoder on its features.
+
+Letters: B batch, S spots, D shared width, T tokens of a tile, N context spots, G target genes, Z tile side in pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.decoder import GeneDecoder
+from model.image_encoder import ImageEncoder
+
+GRID_SIDE = 4  # tokens of a tile are pooled to 4 x 4
+
+
+@dataclass(frozen=True)
+class StageTwoSizes:
+    """What must be known to build the model before its weights are loaded; kept in the checkpoint."""
+
+    n_genes: int
+    image_encoder: str
+    image_size: int
+    width: int = 512
+    decoder_layers: int = 6
+    decoder_width: int = 64
+    context: int = 18
+    dropout: float = 0.1
+
+
+class StageTwo(nn.Module):
+    """Image encoder (frozen) and gene decoder. `encode` is run once per tile; `decoder` is what trains."""
+
+    def __init__(self, sizes: StageTwoSizes):
+        super().__init__()
+        s = self.sizes = sizes
+        self.image_encoder = ImageEncoder(s.image_encoder, s.image_size, s.width, pretrained=True).requires_grad_(False)
+        self.decoder = GeneDecoder(s.width, s.n_genes, s.decoder_layers, s.decoder_width, s.dropout)
+
+    def train(self, mode: bool = True) -> StageTwo:
+        super().train(mode)
+        self.image_encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def encode(self, tiles: Tensor) -> Tensor:
+        """Tiles (B, 3, Z, Z) in 0..1 -> features (B, 1 + T, D): the vector, then the pooled tokens."""
+        vector, raw = self.image_encoder(tiles)
+        return torch.cat([vector[:, None], self.image_encoder.grid_tokens(raw, GRID_SIDE)], dim=1)
+
+
+@torch.no_grad()
+def fit_domain(vectors: Tensor, shrinkage: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of the train features (S, D), before standardisation; the covariance is shrunk
+    towards its mean variance, so that it can be inverted with fewer spots than dimensions."""
+    mean = vectors.double().mean(0)
+    centred = vectors.double() - mean
+    covariance = centred.T @ centred / max(len(vectors) - 1, 1)
+    round_part = torch.eye(len(mean), dtype=torch.double) * covariance.diagonal().mean().clamp(min=1e-12)
+    return mean.float(), ((1 - shrinkage) * covariance + shrinkage * round_part).float()
+
+
+@torch.no_grad()
+def domain_score(vectors: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    """Out-of-domain score: Mahalanobis distance to the train features over sqrt(D), about 1 within: (S, D) -> (S,)."""
+    factor = torch.linalg.cholesky(covariance.double())
+    white = torch.linalg.solve_triangular(factor, (vectors.double() - mean.double()).T, upper=False)
+    return (white.square().mean(0).sqrt()).float()

@@ -38,7 +38,7 @@ def build_trunk(name: str, image_size: int, weights: Weights) -> Any:
         heads = {"head", "head_dist", "classifier", "fc"}
         overlay["state_dict"] = {k: v for k, v in blank.items() if k.split(".")[0] in heads} | weights
     try:  # with the classifier in place timm loads strictly; without it, it would skip what does not fit
-        trunk = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **size)
+        trunk: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **size)
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"--image_weights do not fit {name}: {' '.join(str(error).split())[:300]}") from error
     trunk.reset_classifier(0)

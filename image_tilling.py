@@ -1,0 +1,167 @@
+"""Cut one tile per spot from the H&E picture of each slice.
+
+    python image_tilling.py --data data/Breast_cancer --tiles data/Breast_cancer_image_process
+    python image_tilling.py --source hires --crop_size 40        # the published tiles
+
+Reads slice folders (`spatial/`, the picture, barcodes of the counts where there are any); writes per slice
+`<barcode>.jpeg`, `tiles.json` and the packed copy `tiles.h5`. A second run does only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from utils.slices import reader, table, tiles
+from utils.training import arguments
+
+CHUNK = 32  # spots handed to a process at a time
+_picture: Image.Image | None = None  # set before the processes fork, which then share its pixels
+
+
+def parse_args(argv=None):
+    parser = arguments.shared(__doc__, part="all")
+    group = parser.add_argument_group("tiles")
+    group.add_argument("--source", choices=["auto", "fullres", "hires"], default="auto", help="auto: fullres if there")
+    group.add_argument(
+        "--tile_um", type=arguments.positive, default=112.0, help="side of the tissue square, micrometres"
+    )
+    group.add_argument("--tile_px", type=arguments.count, default=224, help="side of the tile, pixels")
+    group.add_argument("--crop_size", type=arguments.count, help="instead: a square of so many source pixels, unscaled")
+    group.add_argument("--spot_pitch_um", type=arguments.positive, help="centre to centre, where it is not known")
+    return parser.parse_args(argv)
+
+
+def find_picture(row, args, root: Path) -> tuple[str, Path]:
+    """Which picture to cut from: ("fullres" | "hires", file)."""
+    fullres = None if args.source == "hires" else table.image_file(args.data, row)
+    if fullres is not None:
+        return "fullres", fullres
+    hires = root / "spatial" / "tissue_hires_image.png"
+    if args.source == "fullres" or not hires.exists():
+        wanted = "a full-resolution picture" + (" or spatial/tissue_hires_image.png" if args.source == "auto" else "")
+        raise ValueError(f"{root}: expected {wanted}, found none; put the picture into the folder")
+    return "hires", hires
+
+
+def plan_cut(row, args, root: Path, source: str, picture_file: Path, scale: float) -> tiles.Cut:
+    """`scale`: pixels of the source picture per full-resolution pixel."""
+    positions = reader.read_positions(root)
+    try:
+        pitch_um = reader.spot_pitch_um(root, positions, args.spot_pitch_um or row.spot_pitch_um)
+        um_per_source_px = pitch_um / (reader.pitch_fullres_px(positions) * scale)
+    except ValueError:
+        if args.crop_size is None:
+            raise
+        um_per_source_px = None
+    if args.crop_size is not None:
+        return tiles.Cut(source, picture_file.name, um_per_source_px, float(args.crop_size), args.crop_size, False)
+    if source == "hires":
+        print(
+            f"{row.slice}: warning: no full-resolution picture; tiles of {args.tile_um:g} um come from the hires image at "
+            f"{um_per_source_px:.2f} um per px, where single cells can hardly be seen"
+        )
+    return tiles.Cut(
+        source, picture_file.name, args.tile_um / args.tile_px, args.tile_um / um_per_source_px, args.tile_px, True
+    )
+
+
+def cut_chunk(jobs: list, cut: tiles.Cut) -> list[np.ndarray]:
+    return [tiles.ensure_tile(_picture, centre, cut, path) for centre, path in jobs]
+
+
+def cut_all(picture: Image.Image, jobs: list, cut: tiles.Cut, workers: int, name: str):
+    """Tiles of all jobs (centre, file) in order, from `workers` processes."""
+    global _picture
+    _picture = picture
+    chunks = [jobs[i : i + CHUNK] for i in range(0, len(jobs), CHUNK)]
+    with (
+        ProcessPoolExecutor(max(workers, 1), mp_context=multiprocessing.get_context("fork")) as pool,
+        tqdm(total=len(jobs), desc=f"{name}: tiles", unit="spot", disable=None) as bar,
+    ):
+        for chunk in pool.map(partial(cut_chunk, cut=cut), chunks):
+            bar.update(len(chunk))
+            yield from chunk
+
+
+def spots_on_picture(spots, picture: Image.Image, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Spot centres (S, 2) in source pixels, and which of them lie on the picture."""
+    centres = spots[["x_fullres_px", "y_fullres_px"]].to_numpy() * scale
+    return centres, ((centres >= 0) & (centres < picture.size)).all(1)
+
+
+def is_done(folder: Path, cut: tiles.Cut, barcodes: np.ndarray, record: dict | None) -> bool:
+    if record is None or not tiles.same_cut(record, cut) or not (folder / tiles.PACK).exists():
+        return False
+    packed = tiles.TilePack(folder).barcodes
+    return np.array_equal(packed, barcodes) and all(tiles.tile_file(folder, b).exists() for b in barcodes)
+
+
+def begin(folder: Path, cut: tiles.Cut, record: dict | None) -> None:
+    """Make the folder ready: tiles of another cut are removed, those of this one kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    started = folder / (tiles.RECORD + ".part")  # left by a run that was stopped half way
+    if record is None and started.exists():
+        record = json.loads(started.read_text())
+    if record is not None and not tiles.same_cut(record, cut):
+        changed = [f"{k} {record.get(k)} -> {v}" for k, v in asdict(cut).items() if record.get(k) != v]
+        print(f"{folder.name}: settings changed ({', '.join(changed)}): its tiles are cut anew")
+        for old in [folder / tiles.RECORD, folder / tiles.PACK, *folder.glob("*.jpeg")]:
+            old.unlink(missing_ok=True)
+    started.write_text(json.dumps(asdict(cut)))
+
+
+def tile_slice(row, args) -> int:
+    """All that is missing of one slice's tiles; returns how many spots have one."""
+    root = reader.find_root(table.slice_folder(args.data, row))
+    spots, unmatched = reader.tissue_spots(root)
+    source, picture_file = find_picture(row, args, root)
+    scale_factors = reader.read_scalefactors(root)
+    scale = scale_factors["tissue_hires_scalef"] if source == "hires" else 1.0
+    cut = plan_cut(row, args, root, source, picture_file, scale)
+    folder = args.tiles / row.slice
+    picture = tiles.open_picture(picture_file)
+    if source == "fullres":
+        tiles.check_scale(picture, picture_file, root, scale_factors["tissue_hires_scalef"])
+    centres, inside = spots_on_picture(spots, picture, scale)
+    if not inside.any():
+        raise ValueError(
+            f"{picture_file}: {picture.width} x {picture.height} px, but no spot lies on it; swapped axes?"
+        )
+    barcodes, outside = spots.index.to_numpy(str)[inside], spots.index.to_numpy(str)[~inside]
+    record = tiles.read_record(folder)
+    note = "".join(f", {n} {what}" for what, n in unmatched.items() if n)
+    note += f", {len(outside)} outside the picture" if len(outside) else ""
+    if is_done(folder, cut, barcodes, record):
+        print(f"{row.slice}: {len(barcodes)} tiles are there{note}")
+        return len(barcodes)
+    begin(folder, cut, record)
+    jobs = [(c, tiles.tile_file(folder, b)) for c, b in zip(centres[inside], barcodes, strict=True)]
+    pixels = cut_all(picture, jobs, cut, args.workers, row.slice)
+    tiles.write_pack(folder, barcodes, spots[["x_fullres_px", "y_fullres_px"]].to_numpy()[inside], pixels, cut.size)
+    software = {"software": f"magic image_tilling, Pillow {Image.__version__}"}
+    tiles.write_record(
+        folder / tiles.RECORD, asdict(cut) | {"number": len(barcodes), "outside": outside.tolist()} | software
+    )
+    print(f"{row.slice}: {len(barcodes)} tiles of {cut.size} px from {picture_file.name}{note}")
+    return len(barcodes)
+
+
+def main(args):
+    rows, warnings = table.read_table(args.data, args.slices, split=args.part != "all")
+    arguments.say(warnings)
+    rows = arguments.chosen(rows, args.part)
+    number = sum(tile_slice(row, args) for row in rows)
+    print(f"{number} tiles of {len(rows)} slices in {args.tiles}")
+
+
+if __name__ == "__main__":
+    arguments.run(main, parse_args())

@@ -1,0 +1,91 @@
+"""plotting.py: what is drawn, in which range, and that pyplot is left alone."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.collections import EllipseCollection
+from PIL import Image
+
+from utils.evaluation import plotting
+
+
+def lines(axes):
+    return {line.get_label(): line for line in axes.lines}
+
+
+def spots(axes):
+    return next(c for c in axes.collections if isinstance(c, EllipseCollection))
+
+
+def test_loss_curves_show_every_loss_and_its_chance_dashed():
+    rows = [{"epoch": i, "loss": 5.0 - i, "contrast_loss": 3.0 - i / 2, "lr": 1e-4} for i in range(4)]
+    rows[1]["val_loss"], rows[3]["val_loss"], rows[2]["val_loss"] = 4.0, 3.0, None
+    axes = plotting.loss_curves(rows, chance={"contrast_loss": np.log(32)}).axes[0]
+    drawn = lines(axes)
+    assert set(drawn) == {"loss", "contrast loss", "val loss", "guess: 3.47"}
+    assert drawn["val loss"].get_xdata().tolist() == [1, 3]
+    guess = drawn["guess: 3.47"]
+    assert guess.get_linestyle() == "--" and guess.get_color() == drawn["contrast loss"].get_color()
+    assert axes.get_xlabel() == "Epoch" and "nats" in axes.get_ylabel()
+
+
+def test_loss_curves_of_no_epoch_at_all(tmp_path):
+    plotting.save(plotting.loss_curves([]), tmp_path / "loss.png")
+
+
+def test_histogram_counts_all_defined_genes_of_every_row():
+    pcc = {"model": np.array([-0.2, 0.1, 0.1, 0.65, np.nan]), "knn": np.array([0.0, 0.3]), "mean": np.full(3, np.nan)}
+    figure = plotting.pcc_histogram(pcc)
+    counted = [sum(patch.get_height() for patch in axes.patches) for axes in figure.axes]
+    assert counted == [4, 2, 0]
+    assert len({axes.get_xlim() for axes in figure.axes}) == len({axes.get_ylim() for axes in figure.axes}) == 1
+    assert "mean 0.163" in [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_measured_and_predicted_share_one_range_and_true_sizes(tmp_path):
+    xy, rng = np.array([[10.0, 20], [30, 20], [50, 60]]), np.random.default_rng(0)
+    image = rng.integers(0, 255, size=(80, 70, 3), dtype=np.uint8)
+    figure = plotting.gene_maps(image, xy, 4.0, np.array([0.0, 5, np.nan]), np.array([1.0, 2, 3]), "GENE", um_per_px=5)
+    histology, measured, predicted = figure.axes[:3]
+    assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == ["H&E", "measured", "predicted"]
+    assert spots(measured).get_clim() == spots(predicted).get_clim()
+    assert len(spots(measured).get_offsets()) == 2, "what was not measured is not drawn"
+    assert spots(predicted).get_widths().tolist() == [8, 8, 8]
+    assert not histology.collections
+    top, bottom = sorted(histology.get_ylim(), reverse=True)
+    assert histology.yaxis_inverted() and top > 60 > 20 > bottom
+    plotting.save(figure, tmp_path / "map.png")
+
+
+@pytest.mark.parametrize("value", [2.0, np.nan])
+def test_maps_without_picture_of_a_flat_or_missing_gene(tmp_path, value):
+    xy = np.array([[0.0, 0], [10, 0]])
+    figure = plotting.gene_maps(None, xy, 3.0, np.full(2, value), np.full(2, value))
+    assert figure.axes[0].get_xlabel() == "x (image px)"
+    plotting.save(figure, tmp_path / "map.png")
+
+
+def test_retrieval_curve_draws_both_directions_and_chance():
+    k = np.array([1, 5, 10])
+    axes = plotting.retrieval_curve(k, {"image_to_gene": k / 12, "gene_to_image": k / 15}, k / 100).axes[0]
+    assert set(lines(axes)) == {"image to gene", "gene to image", "guess"}
+    assert axes.get_xscale() == "log"
+
+
+def test_save_writes_whole_files_of_the_kind_their_name_says(tmp_path):
+    path = tmp_path / "new" / "curve.png"
+    figure = plotting.retrieval_curve(np.array([1, 2]), {}, np.array([0.1, 0.2]))
+    assert plotting.save(figure, path) == path
+    assert Image.open(path).format == "PNG"
+    plotting.save(figure, tmp_path / "new" / "curve.svg")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["curve.png", "curve.svg"]
+
+
+def test_pyplot_is_never_imported():
+    code = (
+        "import sys; from utils.evaluation import plotting; assert 'matplotlib' not in sys.modules;"
+        "plotting.loss_curves([{'epoch': 0, 'loss': 1.0}]); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,238 @@
+"""Stage two: decode the frozen image encoder's features into the expression of the target genes.
+
+    python train_decoder.py --encoder encoder_model/best_epoch_weights.pth
+    python train_decoder.py --target residuals --resume
+
+Reads tiles and target genes of the train and validation slices; the features are computed once and kept in
+<out>/features/. Writes decoder_model/{best,last}_epoch_weights.pth, slices.csv beside them, and logs/stage_two/<time>/.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.slices import table
+from utils.training import arguments, checkpoint, datasets
+
+FEATURE_ROWS = 17  # the vector and 4 x 4 tokens
+
+
+def parse_args(argv=None):
+    parser = arguments.shared(__doc__)
+    arguments.add_training(parser, out="decoder_model")
+    group = parser.add_argument_group("method")
+    group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
+    group.add_argument("--target", choices=["lognorm", "residuals", "counts"], default="lognorm", help="what is learnt")
+    group.add_argument("--context", type=arguments.count_or_zero, default=18, help="nearest spots the decoder sees")
+    group.add_argument("--decoder_layers", type=arguments.count_or_zero, default=6)
+    group.add_argument("--decoder_width", type=arguments.count, default=64)
+    return parser.parse_args(argv)
+
+
+def load_data(args, encoder: dict):
+    """Slices of the train and validation part, and the rows of the table."""
+    rows, warnings = datasets.read_split(args)
+    arguments.say(warnings)
+    print(table.format_table(rows))
+    slices = datasets.load_training(rows, args, ("target",))
+    if list(datasets.tile_scale(slices[0])) != encoder["tile_scale"]:
+        raise ValueError(
+            f"{slices[0].pack.folder}: tiles of {datasets.tile_scale(slices[0])} (px, um per px), but {args.encoder} was "
+            f"trained on {tuple(encoder['tile_scale'])}; cut tiles of that scale with image_tilling.py"
+        )
+    datasets.check_unseen(rows, encoder, "--encoder", args.allow_leak)
+    return slices, rows
+
+
+def targets_of(slices, args) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Per slice (S, G) in the scale of --target, NaN where a gene was not measured; train mean and deviation (G,)."""
+    from utils.evaluation import metrics
+
+    targets = []
+    for one in slices:
+        panel = one.panels["target"]
+        scaled = metrics.to_scale(args.target, panel.counts, one.total_counts)
+        targets.append(np.where(panel.measured, scaled, np.nan).astype(np.float32))
+    train = np.concatenate([t[one.rows_of("train")] for t, one in zip(targets, slices, strict=True)])
+    return targets, np.nanmean(train, axis=0), np.maximum(np.nanstd(train, axis=0), 1e-6)
+
+
+def build_model(args, encoder: dict, n_genes: int):
+    """Stage two around the image encoder of a stage-one checkpoint."""
+    from model.stage_two import StageTwo, StageTwoSizes
+
+    sizes = StageTwoSizes(
+        n_genes=n_genes,
+        image_encoder=encoder["sizes"]["image_encoder"],
+        image_size=encoder["sizes"]["image_size"],
+        width=encoder["sizes"]["width"],
+        decoder_layers=args.decoder_layers,
+        decoder_width=args.decoder_width,
+        context=args.context,
+    )
+    model = StageTwo(sizes)
+    prefix = "image_encoder."
+    own = {name.removeprefix(prefix): t for name, t in encoder["model"].items() if name.startswith(prefix)}
+    model.image_encoder.load_state_dict(own)
+    return model
+
+
+def all_features(model, slices, accelerator, args) -> list[np.ndarray]:
+    """Features (S, 17, D) of every slice, from --out/features where they are there already."""
+    from utils.training import features
+
+    size = sum(len(one.barcodes) for one in slices) * FEATURE_ROWS * model.sizes.width * 2
+    folder = args.out / "features"
+    print(f"features of {sum(len(one.barcodes) for one in slices)} tiles in {folder}: {size / 2**20:.0f} MiB")
+    key = checkpoint.file_hash(args.encoder)
+
+    def encode(tiles):
+        with accelerator.autocast():
+            return model.encode(tiles)
+
+    return [
+        features.kept_features(
+            folder,
+            f"{key} {checkpoint.file_hash(one.pack.folder / 'tiles.json')}",
+            one,
+            lambda one=one: features.encode_slice(
+                encode, one, model.sizes.image_size, accelerator.device, args.batch_size, args.workers
+            ),
+        )
+        for one in slices
+    ]
+
+
+def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, epoch: int, args) -> float:
+    """Mean loss over the epoch's steps: squared error of standardised genes; 1 is the mean profile's."""
+    import torch
+
+    from model import losses
+    from utils.training import loop
+
+    model.train()
+    loop.seed_everything(args.seed, epoch)
+    order.epoch = epoch
+    total = 0.0
+    for step, numbers in enumerate(tqdm(order, desc=f"epoch {epoch}", unit="step", disable=None)):
+        chosen = torch.as_tensor(numbers, device=spots.device)
+        with accelerator.autocast():
+            predicted = model.decoder(**bank.batch(spots[chosen]))
+        loss = losses.expression_loss(predicted, target[spots[chosen]])
+        loop.stop_if_not_finite(float(loss), epoch, step)
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(loss)
+        optimizer.step()
+        schedule.step()
+        total += float(loss)
+    return total / len(order)
+
+
+def validate(model, bank, slices, accelerator, batch_size: int) -> np.ndarray:
+    """PCC per gene against residuals on validation spots, mean over slices: (G,); an undefined one counts as 0."""
+    from utils.evaluation import metrics
+    from utils.training.features import predict
+
+    model.eval()
+    found = []
+    for i, one in enumerate(slices):
+        rows = one.rows_of("val")
+        if len(rows):
+            panel = one.panels["target"]
+            truth = metrics.pearson_residuals(panel.counts, one.total_counts)[rows]
+            predicted = predict(model, bank, bank.first[i] + rows, accelerator, batch_size)
+            found.append(metrics.scored_pearson_per_gene(predicted, truth) * np.where(panel.measured, 1, np.nan))
+    known = np.isfinite(found)
+    return np.nansum(found, axis=0) / np.maximum(known.sum(0), 1)
+
+
+def describe_domain(slices, kept) -> dict:
+    """Mean and covariance of the train features, and validation quantiles of the out-of-domain score."""
+    import torch
+
+    from model.stage_two import domain_score, fit_domain
+    from utils.training.features import domain_vectors
+
+    mean, covariance = fit_domain(domain_vectors(slices, kept, "train"))
+    score = domain_score(domain_vectors(slices, kept, "val"), mean, covariance)
+    levels = torch.tensor([0.5, 0.9, 0.95, 0.99])
+    return {"mean": mean, "covariance": covariance, "levels": levels, "quantiles": torch.quantile(score, levels)}
+
+
+def describe(args, model, encoder: dict, slices, rows, kept, moments) -> dict:
+    """All that the model needs to be used elsewhere, beside its weights."""
+    import torch
+
+    return {
+        "sizes": asdict(model.sizes),
+        "genes": slices[0].panels["target"].genes,
+        "target": args.target,
+        "tile_scale": list(datasets.tile_scale(slices[0])),
+        "table": [asdict(row) for row in rows],
+        "counts_hashes": encoder["counts_hashes"] | datasets.counts_hashes(slices),
+        "settings": checkpoint.plain(vars(args)),
+        "encoder_settings": encoder["settings"],
+        "feature_moments": {"mean": torch.from_numpy(moments.mean), "sd": torch.from_numpy(moments.sd)},
+        "domain": describe_domain(slices, kept),
+    }
+
+
+def main(args):
+    arguments.check_training(args)
+    arguments.require_file(args.encoder, "--encoder", "run train_mymodel.py first")
+    encoder = checkpoint.load(args.encoder, "stage_one", "--encoder")
+    slices, rows = load_data(args, encoder)
+    import torch
+
+    from utils.evaluation import plotting
+    from utils.training import distributed, features, loop
+
+    accelerator = distributed.start(args.device, args.precision)
+    loop.seed_everything(args.seed)
+    targets, mean, sd = targets_of(slices, args)
+    model = build_model(args, encoder, len(mean)).to(accelerator.device)
+    model.set_target_scale(torch.from_numpy(mean), torch.from_numpy(sd))
+    kept = all_features(model, slices, accelerator, args)
+    moments = features.moments([f[one.rows_of("train")] for f, one in zip(kept, slices, strict=True)])
+    bank = features.FeatureBank(slices, kept, moments, args.context, accelerator.device)
+    chosen = datasets.spots_of(slices, "train")
+    spots = torch.from_numpy(bank.first[chosen[:, 0]] + chosen[:, 1]).to(accelerator.device)
+    target = torch.from_numpy((np.concatenate(targets) - mean) / sd).float().to(accelerator.device)
+    order = datasets.EpochOrder(len(spots), args.batch_size, args.seed)
+    optimizer = loop.make_optimizer(model.decoder.parameters(), args)
+    schedule = loop.schedule(optimizer, len(order) * (args.Epoch - args.Init_Epoch), args)
+    about = describe(args, model, encoder, slices, rows, kept, moments)
+    first, best = args.Init_Epoch, -1.0
+    if args.resume:
+        first, best = checkpoint.resume(args.out / checkpoint.LAST, "stage_two", model, optimizer, schedule, about)
+    optimizer = accelerator.prepare(optimizer)
+    log = loop.RunLog(args.logs, "stage_two", vars(args) | {"n_train_spots": len(spots)})
+    table.write_table(rows, args.out / "slices.csv")
+    for epoch in range(first, args.Epoch):
+        start = time.monotonic()
+        loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, epoch, args)
+        val_pcc = validate(model, bank, slices, accelerator, args.batch_size)
+        row = {"epoch": epoch, "loss": loss, "val_pcc_residuals": float(val_pcc.mean())}
+        row |= {"lr": schedule.get_last_lr()[0], "seconds": time.monotonic() - start}
+        log.add(row)
+        print(
+            f"epoch {epoch}: loss {loss:.4f} (mean profile 1), validation PCC per gene against residuals "
+            f"{val_pcc.mean():.4f} (chance 0), {row['seconds']:.1f} s",
+            flush=True,
+        )
+        state = {"model": model.state_dict(), "row": row, "val_pcc": torch.from_numpy(val_pcc), **about}
+        best = checkpoint.save_epoch(
+            args.out, "stage_two", epoch, row["val_pcc_residuals"], best, optimizer, schedule, state
+        )
+    plotting.save(plotting.loss_curves(log.rows, {"loss": 1.0}, "Stage two"), log.folder / "epoch_loss.png")
+    log.close()
+    print(f"{args.out / checkpoint.BEST}: validation PCC per gene {best:.4f}; log in {log.folder}")
+
+
+if __name__ == "__main__":
+    arguments.run(main, parse_args())

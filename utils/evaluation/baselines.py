@@ -1,0 +1,280 @@
+"""The cheap predictors that stand beside every model: mean profile, depth, ridge, ridge with neighbours, kNN.
+
+Shapes: S spots of one slice, N train spots, P features, G genes, R rank of the train features.
+A linear probe on a strong encoder ties the best trained heads (HEST-bench), so no result stands without it. All take
+features that were standardised per slice (stain differs between slices): `standardise`, or the caller's own numbers
+where a slice is too small for that. Penalties and the number of neighbours are chosen on validation slices.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+
+from utils.evaluation import metrics
+
+PENALTIES = tuple(np.logspace(0, 7, 15))  # absolute: a standardised feature has a squared norm of N
+RINGS = ((0.0, 1.2), (1.2, 2.3))  # in pitches: on a Visium array the 6 nearest spots and the 12 behind them
+_DISTANCES_AT_ONCE = 2**24  # of float64: 128 MB
+
+Slices = Sequence[np.ndarray]
+
+
+class Pictures(TypedDict):
+    """What is seen of one slice."""
+
+    features: np.ndarray  # (S, P) standardised
+    xy: np.ndarray  # (S, 2) spot centres, in the unit of `pitch`
+    pitch: float
+
+
+class Slice(Pictures):
+    """And what was measured on it, to learn from."""
+
+    target: np.ndarray  # (S, G) in the scale to predict, NaN where the slice lacks a gene
+    log_depth: np.ndarray  # (S,) log total counts
+
+
+def standardise(features: np.ndarray, min_sd: float = 1e-3) -> np.ndarray:
+    """Features of ONE slice with mean 0 and deviation 1 over its spots: (S, P) -> (S, P), half precision to single.
+
+    A feature that hardly varies is divided by `min_sd` instead, or its noise would be blown up to a signal.
+    """
+    features = np.asarray(features)
+    centred = features - features.mean(axis=0, dtype=np.float64)
+    return (centred / np.maximum(centred.std(axis=0), min_sd)).astype(np.result_type(features, np.float32))
+
+
+def ring_features(features: np.ndarray, xy: np.ndarray, pitch: float) -> np.ndarray:
+    """A spot's own features beside the means over its two rings of neighbours.
+
+    Parameters
+    ----------
+    features : (S, P)
+        Standardised, so that the zeros of an empty ring say "average".
+    xy : (S, 2)
+        Spot centres, in the unit of `pitch`.
+    pitch : float
+        Distance of neighbouring spots.
+
+    Returns
+    -------
+    (S, 3 P): own, within 1.2 pitches, within 1.2 to 2.3 pitches.
+    """
+    from scipy.sparse import csr_array
+    from scipy.spatial import KDTree
+
+    n_spots = len(features)
+    pairs = KDTree(xy).query_pairs(RINGS[-1][1] * pitch, output_type="ndarray")
+    distance = np.linalg.norm(np.asarray(xy)[pairs[:, 0]] - np.asarray(xy)[pairs[:, 1]], axis=1) / pitch
+    parts = [features]
+    for inner, outer in RINGS:
+        left, right = pairs[((distance > inner) | (inner == 0)) & (distance <= outer)].T
+        ends = np.concatenate([left, right]), np.concatenate([right, left])
+        near = csr_array((np.ones(len(ends[0]), dtype=features.dtype), ends), shape=(n_spots, n_spots))
+        number = np.bincount(ends[0], minlength=n_spots).astype(features.dtype)
+        parts.append((near @ features) / np.maximum(number, 1)[:, None])
+    return np.concatenate(parts, axis=1)
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A fitted linear map. val_pcc is the score on which `penalty` was chosen."""
+
+    x_mean: np.ndarray  # (P,)
+    y_mean: np.ndarray  # (G,)
+    weights: np.ndarray  # (P, G)
+    penalty: float
+    val_pcc: float
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """(S, P) -> (S, G)"""
+        return (x - self.x_mean) @ self.weights + self.y_mean
+
+
+def fit_ridge(
+    x_train: Slices, y_train: Slices, x_val: Slices, y_val: Slices, penalties: Sequence[float] = PENALTIES
+) -> Ridge:
+    """Least squares with a penalty on the squared weights, both sides centred, for all penalties at once.
+
+    One eigendecomposition serves every penalty: with A = V diag(e) V', (A + c I)^-1 = V diag(1 / (e + c)) V'.
+
+    Parameters
+    ----------
+    x_train, x_val : per slice (S, P)
+    y_train, y_val : per slice (S, G)
+        A validation gene that is flat or NaN in a slice is left out there; train holds no NaN.
+    penalties : of which the one with the highest PCC per gene, mean over genes and validation slices, is taken.
+    """
+    _check(x_train, y_train, x_val, y_val)
+    x_mean, y_mean = _mean_over_spots(x_train), _mean_over_spots(y_train)
+    eigenvalues, basis, target = _decompose(x_train, y_train, x_mean, y_mean)
+    projected = [(x - x_mean) @ basis for x in x_val]
+
+    def score(penalty: float) -> float:
+        predicted = [(x / (eigenvalues + penalty)) @ target for x in projected]
+        return validation_pcc(predicted, y_val)
+
+    penalties = sorted(penalties, reverse=True)  # of equally good ones the strongest
+    scores = [score(penalty) for penalty in penalties]
+    best = int(np.argmax(scores))
+    weights = (basis / (eigenvalues + penalties[best])) @ target
+    return Ridge(x_mean, y_mean, weights, float(penalties[best]), scores[best])
+
+
+def _decompose(
+    x: Slices, y: Slices, x_mean: np.ndarray, y_mean: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Eigenvalues (R,), basis (P, R) and target (R, G) with weights = basis / (eigenvalues + penalty) @ target."""
+    n_train, width = sum(map(len, x)), x[0].shape[1]
+    if n_train < width:  # the dual: an N x N problem
+        centred = np.concatenate(x) - x_mean
+        values, vectors = np.linalg.eigh(centred @ centred.T)
+        return values.clip(0), centred.T @ vectors, vectors.T @ (np.concatenate(y) - y_mean)
+    gram, cross = np.zeros((width, width)), np.zeros((width, y[0].shape[1]))
+    for x_slice, y_slice in zip(x, y, strict=True):  # slice by slice: all spots in double precision need not fit
+        centred = x_slice - x_mean
+        gram += centred.T @ centred
+        cross += centred.T @ (y_slice - y_mean)
+    values, vectors = np.linalg.eigh(gram)
+    return values.clip(0), vectors, vectors.T @ cross
+
+
+@dataclass(frozen=True)
+class Knn:
+    """Mean target of the `k` train spots with the most similar features. val_pcc is the score `k` was chosen on."""
+
+    x_train: np.ndarray  # (N, P), of unit length where cosine
+    y_train: np.ndarray  # (N, G)
+    k: int
+    cosine: bool
+    val_pcc: float
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """(S, P) -> (S, G)"""
+        return self.predict_each(x, [self.k])[0]
+
+    def predict_each(self, x: np.ndarray, ks: Sequence[int]) -> list[np.ndarray]:
+        """Predictions for several numbers of neighbours, with one search: (S, P) -> (S, G) for each of `ks`."""
+        near = nearest(_unit_length(x) if self.cosine else x, self.x_train, max(ks))
+        total, means = np.zeros((len(x), self.y_train.shape[1])), {}
+        for k in range(1, max(ks) + 1):  # one neighbour at a time: (S, k, G) would not fit
+            total += self.y_train[near[:, k - 1]]
+            if k in ks:
+                means[k] = total / k
+        return [means[k] for k in ks]
+
+
+def fit_knn(
+    x_train: Slices,
+    y_train: Slices,
+    x_val: Slices,
+    y_val: Slices,
+    ks: Sequence[int] = (10, 25, 50),
+    cosine: bool = True,
+) -> Knn:
+    """Nearest neighbours over all train spots; `ks`, capped by their number, are tried on validation.
+
+    Parameters
+    ----------
+    x_train, x_val : per slice (S, P)
+    y_train, y_val : per slice (S, G)
+    cosine : similarity by angle; otherwise by Euclidean distance.
+    """
+    _check(x_train, y_train, x_val, y_val)
+    x, y = np.concatenate(x_train), np.concatenate(y_train)
+    ks = sorted({min(k, len(x)) for k in ks}, reverse=True)  # of equally good ones the smoothest
+    knn = Knn(_unit_length(x) if cosine else x, y, ks[0], cosine, np.nan)
+    tried = [knn.predict_each(part, ks) for part in x_val]  # per slice, per k
+    scores = [validation_pcc([one[i] for one in tried], y_val) for i in range(len(ks))]
+    best = int(np.argmax(scores))
+    return Knn(knn.x_train, y, ks[best], cosine, scores[best])
+
+
+def nearest(x: np.ndarray, reference: np.ndarray, k: int) -> np.ndarray:
+    """The `k` rows of `reference` nearest to each row of `x`, nearest first: (S, P), (N, P) -> (S, k)."""
+    half_squares = (reference**2).sum(axis=1) / 2
+    chunk, found = max(1, _DISTANCES_AT_ONCE // len(reference)), []
+    for start in range(0, len(x), chunk):
+        distance = half_squares - x[start : start + chunk] @ reference.T  # half the square, but for |x|^2 of the row
+        near = np.argpartition(distance, k - 1, axis=1)[:, :k]
+        order = np.argsort(np.take_along_axis(distance, near, axis=1), axis=1, kind="stable")
+        found.append(np.take_along_axis(near, order, axis=1))
+    return np.concatenate(found)
+
+
+def fit_depth(x_train: Slices, log_depth_train: Slices, x_val: Slices, log_depth_val: Slices) -> Ridge:
+    """Ridge from features, per slice (S, P), to log total counts, per slice (S,); it predicts (S, 1).
+
+    Each slice's depths are taken relative to their mean: how deep a slice was sequenced cannot be seen in the picture.
+    """
+    train, val = ([(d - np.mean(d))[:, None] for d in depths] for depths in (log_depth_train, log_depth_val))
+    return fit_ridge(x_train, train, x_val, val)
+
+
+def mean_profile(targets: Slices) -> np.ndarray:
+    """Mean of each gene over all train spots: per slice (S, G) -> (G,)."""
+    return _mean_over_spots(targets)
+
+
+def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Callable[[Pictures], np.ndarray]]:
+    """All cheap rows, fitted on the same slices as the model.
+
+    Returns
+    -------
+    {"mean", "depth", "ridge", "ridge_neighbours", "knn"}: each a function of a slice (features, xy, pitch) that
+    predicts (S, G) in the scale of `target`, "depth" in log total counts, the same column for every gene.
+    """
+    x_train, x_val = [s["features"] for s in train], [s["features"] for s in val]
+    y_train, y_val = _filled([s["target"] for s in train]), [s["target"] for s in val]
+    rings_train, rings_val = [_rings(s) for s in train], [_rings(s) for s in val]
+    profile = mean_profile(y_train)
+    depth = fit_depth(rings_train, [s["log_depth"] for s in train], rings_val, [s["log_depth"] for s in val])
+    ridge = fit_ridge(x_train, y_train, x_val, y_val)
+    ridge_neighbours = fit_ridge(rings_train, y_train, rings_val, y_val)
+    knn = fit_knn(x_train, y_train, x_val, y_val)
+    return {
+        "mean": lambda s: np.tile(profile, (len(s["features"]), 1)),
+        "depth": lambda s: np.repeat(depth.predict(_rings(s)), len(profile), axis=1),
+        "ridge": lambda s: ridge.predict(s["features"]),
+        "ridge_neighbours": lambda s: ridge_neighbours.predict(_rings(s)),
+        "knn": lambda s: knn.predict(s["features"]),
+    }
+
+
+def validation_pcc(predicted: Slices, measured: Slices) -> float:
+    """PCC per gene, mean over genes of a slice, then over slices: per slice (S, G) each. Undefined is worst: -inf."""
+    found = [metrics.scored_pearson_per_gene(p, m) for p, m in zip(predicted, measured, strict=True)]
+    means = [r[~np.isnan(r)].mean() for r in found if not np.isnan(r).all()]
+    return float(np.mean(means)) if means else -np.inf
+
+
+def _filled(targets: Slices) -> Slices:
+    """Targets with the train mean of a gene wherever a slice lacks it: there it pulls no prediction anywhere."""
+    known = np.sum([np.isfinite(t).sum(axis=0) for t in targets], axis=0)
+    mean = np.sum([np.nansum(t, axis=0, dtype=np.float64) for t in targets], axis=0) / np.maximum(known, 1)
+    return [np.where(np.isfinite(t), t, mean) for t in targets]
+
+
+def _rings(one: Pictures) -> np.ndarray:
+    return ring_features(one["features"], one["xy"], one["pitch"])
+
+
+def _mean_over_spots(parts: Slices) -> np.ndarray:
+    return np.sum([np.sum(part, axis=0, dtype=np.float64) for part in parts], axis=0) / sum(map(len, parts))
+
+
+def _unit_length(x: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(length > 0, length, 1)
+
+
+def _check(x_train: Slices, y_train: Slices, x_val: Slices, y_val: Slices) -> None:
+    if not x_train or not x_val:
+        raise ValueError(f"expected train and validation slices, found {len(x_train)} and {len(x_val)}")
+    for x, y in zip([*x_train, *x_val], [*y_train, *y_val], strict=True):
+        if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+            raise ValueError(f"expected tables with a row per spot, found features {x.shape} and targets {y.shape}")
+    if not all(np.isfinite(part).all() for part in [*x_train, *y_train, *x_val]):
+        raise ValueError("expected finite features and train targets, found NaN or infinity")

@@ -1,0 +1,182 @@
+"""Does a picture find its own expression profile among others?
+
+Shapes: S spots, K candidates per spot, D embedding width. Scores are "higher is better". Whatever leaves the answer
+open counts against us: ties and NaN are misses, and tied candidates rank above the true one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.evaluation.bootstrap import block_bootstrap_interval
+
+CUTOFFS = (1, 5, 10)
+_TIE = 1e-12  # of the largest possible product: equal vectors may differ by rounding in a matrix product
+
+
+class Gallery(NamedTuple):
+    """Candidates of each spot of one slice, in shuffled order.
+
+    candidates : (S, K) spot numbers, -1 where the slice has too few spots.
+    truth : (S,) the column that holds the spot itself.
+    """
+
+    candidates: np.ndarray
+    truth: np.ndarray
+
+
+def neighbour_candidates(xy: np.ndarray, k: int = 8, seed: int = 0) -> Gallery:
+    """Each spot and its `k` nearest neighbours in the slice: (S, 2), in any unit of length -> K = k + 1."""
+    from scipy.spatial import KDTree
+
+    n_spots = len(xy)
+    n_near = min(k + 1, n_spots)
+    near = KDTree(xy).query(xy, k=n_near)[1].reshape(n_spots, n_near)
+    # Spots may coincide, so the spot itself need not come first, nor at all: move it last and cut the last one off.
+    itself = near == np.arange(n_spots)[:, None]
+    others = np.take_along_axis(near, np.argsort(itself, axis=1, kind="stable"), axis=1)[:, : n_near - 1]
+    return _shuffled(others, k, seed)
+
+
+def random_candidates(n_spots: int, n: int = 9, seed: int = 0) -> Gallery:
+    """Each spot and `n` others of its slice, drawn without replacement; the same for the same seed: K = n + 1."""
+    rng = np.random.default_rng(seed)
+    n_drawn = min(n, n_spots - 1)
+    drawn = np.array([rng.choice(n_spots - 1, n_drawn, replace=False) for _ in range(n_spots)], dtype=np.int64)
+    others = drawn.reshape(n_spots, n_drawn)
+    return _shuffled(others + (others >= np.arange(n_spots)[:, None]), n, seed + 1)  # step over the spot itself
+
+
+def _shuffled(others: np.ndarray, n: int, seed: int) -> Gallery:
+    """Spot and others, padded to `n` others, each row in an order of its own: the place must not give the spot away."""
+    n_spots = len(others)
+    padding = np.full((n_spots, n - others.shape[1]), -1)
+    rows = np.concatenate([np.arange(n_spots)[:, None], others, padding], axis=1)
+    candidates = np.random.default_rng(seed).permuted(rows, axis=1)
+    return Gallery(candidates, np.argmax(candidates == np.arange(n_spots)[:, None], axis=1))
+
+
+def chance(candidates: np.ndarray) -> float:
+    """Accuracy of a guess: mean over spots of 1 / number of candidates. (S, K), padding -1 -> number."""
+    return float(np.mean(1 / (np.asarray(candidates) >= 0).sum(axis=1)))
+
+
+def hits(scores: np.ndarray, truth: np.ndarray, candidates: np.ndarray | None = None) -> np.ndarray:
+    """Which spots score their true candidate strictly above every other.
+
+    Parameters
+    ----------
+    scores : (S, K)
+        NaN, on either side of the comparison, is a miss.
+    truth : (S,)
+        Column of the true candidate.
+    candidates : (S, K) or None
+        Columns that are -1 here are padding and are ignored, whatever their score.
+
+    Returns
+    -------
+    (S,) bool
+    """
+    scores, column = np.asarray(scores, dtype=np.float64), np.asarray(truth)[:, None]
+    true = np.take_along_axis(scores, column, axis=1)
+    beaten = scores < true  # False wherever NaN is involved
+    if candidates is not None:
+        beaten |= np.asarray(candidates) < 0
+    np.put_along_axis(beaten, column, ~np.isnan(true), axis=1)
+    return np.asarray(beaten.all(axis=1))
+
+
+def depth_scores(predicted_log_depth: np.ndarray, candidate_log_depth: np.ndarray) -> np.ndarray:
+    """The cheap row: nearness of a candidate's log total counts to those read off the picture: (S,), (S, K) -> (S, K).
+
+    Slices are sequenced to different depths: give both relative to their slice's mean (see `baselines.fit_depth`).
+    """
+    return -np.abs(np.asarray(predicted_log_depth)[:, None] - np.asarray(candidate_log_depth))
+
+
+def slice_ranks(similarity: np.ndarray) -> np.ndarray:
+    """Rank of the true candidate among all spots of the slice, 1 is best: (S, S), truth on the diagonal -> (S,)."""
+    return _ranks(np.asarray(similarity, dtype=np.float64), first=0, tie=0.0)
+
+
+def ranks_from_embeddings(a: np.ndarray, b: np.ndarray, block: int = 1024) -> np.ndarray:
+    """Rank of row i of `b` among all rows of `b` by scalar product with row i of `a`, `block` rows at a time.
+
+    Parameters
+    ----------
+    a, b : (S, D)
+        Embeddings of the same spots, normalised by the caller if cosines are wanted.
+
+    Returns
+    -------
+    (S,) ranks, 1 is best, ties counted against us, S where the similarity is NaN.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"expected two embeddings of each spot, found shapes {a.shape} and {b.shape}")
+    largest = np.nan_to_num(np.linalg.norm(a, axis=1)).max() * np.nan_to_num(np.linalg.norm(b, axis=1)).max()
+    starts = range(0, len(a), block)
+    return np.concatenate([_ranks(a[i : i + block] @ b.T, first=i, tie=_TIE * largest) for i in starts])
+
+
+def _ranks(similarity: np.ndarray, first: int, tie: float) -> np.ndarray:
+    """Ranks of the spots first, first + 1, ...: (rows, S) -> (rows,). The true one counts itself, being not below."""
+    true = similarity[np.arange(len(similarity)), first + np.arange(len(similarity))]
+    below = similarity < (true - tie)[:, None]  # False wherever NaN is involved: such a candidate ranks above
+    return (~below).sum(axis=1)
+
+
+def recall_at(ranks: np.ndarray, k: int) -> float:
+    """Share of spots whose true candidate is among the first `k`: (S,) -> 0..1."""
+    return float(np.mean(np.asarray(ranks) <= k))
+
+
+def slice_figures(ranks_i2g: np.ndarray, ranks_g2i: np.ndarray) -> dict[str, dict[str, float]]:
+    """Recall and median rank of one slice, both directions, beside chance: (S,), (S,) -> the figures."""
+    n_spots = len(ranks_i2g)
+    guess = {f"R@{k}": min(1.0, k / n_spots) for k in CUTOFFS} | {"median_rank": (n_spots + 1) / 2}
+    return {"image_to_gene": _direction(ranks_i2g), "gene_to_image": _direction(ranks_g2i), "chance": guess}
+
+
+def mean_slice_figures(per_slice: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Means over slices of each figure of `slice_figures`: every slice counts alike, whatever its size."""
+    first = per_slice[0]
+    return {way: {key: float(np.mean([s[way][key] for s in per_slice])) for key in first[way]} for way in first}
+
+
+def _direction(ranks: np.ndarray) -> dict[str, float]:
+    return {f"R@{k}": recall_at(ranks, k) for k in CUTOFFS} | {"median_rank": float(np.median(ranks))}
+
+
+def evaluate_gallery(
+    scores: Mapping[str, Sequence[np.ndarray]],
+    galleries: Sequence[Gallery],
+    block_ids: Sequence[np.ndarray],
+    n_draws: int = 2000,
+    seed: int = 0,
+) -> dict:
+    """Accuracy of each row of scores, mean over slices, beside chance, with 95 % intervals.
+
+    Parameters
+    ----------
+    scores : row -> per slice (S, K)
+    galleries : per slice
+    block_ids : per slice (S,)
+        From `bootstrap.blocks`: the units that are resampled, within their slice.
+
+    Returns
+    -------
+    {"chance": 0..1, row: 0..1, ..., "interval": {row: [low, high]}}
+    """
+    figures: dict = {"chance": float(np.mean([chance(g.candidates) for g in galleries]))}
+    intervals: dict[str, list[float]] = {}
+    strata = np.repeat(np.arange(len(galleries)), [len(g.truth) for g in galleries])
+    for row, row_scores in scores.items():
+        found = [hits(s, g.truth, g.candidates) for s, g in zip(row_scores, galleries, strict=True)]
+        figures[row] = float(np.mean([h.mean() for h in found]))
+        interval = block_bootstrap_interval(
+            np.concatenate(found), np.concatenate(block_ids), n_draws=n_draws, seed=seed, strata=strata
+        )
+        intervals[row] = list(interval)
+    return figures | {"interval": intervals}

@@ -1,0 +1,300 @@
+"""slices.csv: which slice is whose, its part, its spot pitch and its image; the split and the leak guard.
+
+The table has a header `slice,patient,part,spot_pitch_um,image`, of which only `slice` is needed. Spots of one patient
+never sit in test and elsewhere. Whatever is wrong is a ValueError of one line; what is only odd is a warning, returned.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from utils.slices.reader import find_root, is_slice
+
+PARTS = ("train", "val", "test")
+IMAGE_SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png", ".svs", ".ndpi")
+
+
+@dataclass(frozen=True)
+class SliceRow:
+    """A line of slices.csv.
+
+    Attributes
+    ----------
+    slice : str, the slice's folder below the data folder; also the name of the slice
+    patient : str
+    part : str, train, val, test or "" (left out)
+    spot_pitch_um : float or None, centre-to-centre distance between neighbouring spots
+    image : str or None, the full-resolution image within the slice folder
+    """
+
+    slice: str
+    patient: str
+    part: str
+    spot_pitch_um: float | None
+    image: str | None
+
+
+COLUMNS = tuple(field.name for field in fields(SliceRow))
+
+
+def _inside(name: str, where: str) -> str:
+    """A relative path that stays inside its folder, written one way; refused otherwise."""
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"{where}: expected a path inside the folder, found {name}; write it without '..' or a root")
+    return path.as_posix()
+
+
+def _own_patient(slice_name: str) -> str:
+    """A slice is its own patient; the bin sizes of one Visium HD run are one tissue, hence one patient."""
+    parts = list(PurePath(slice_name).parts)
+    for folder in ("binned_outputs", "outs"):
+        parts = parts[: parts.index(folder)] if folder in parts[1:] else parts
+    return "/".join(parts)
+
+
+def _pitch_um(text: str, where: str) -> float | None:
+    if not text:
+        return None
+    try:
+        pitch_um = float(text)
+    except ValueError:
+        pitch_um = math.nan
+    if not 0 < pitch_um < math.inf:
+        raise ValueError(f"{where}: expected a positive number of um as spot_pitch_um, found {text}; mend the number")
+    return pitch_um
+
+
+def _row(data: Path, cells: dict[str, str], where: str) -> SliceRow:
+    if not cells.get("slice"):
+        raise ValueError(f"{where}: expected the name of a slice folder, found none; fill in or remove the line")
+    name, part = _inside(cells["slice"], where), cells.get("part", "")
+    if not is_slice(data / name):
+        found = "a folder without spatial/" if (data / name).is_dir() else "no such folder"
+        raise ValueError(f"{where}: expected the slice folder {data / name}, found {found}; mend the slice column")
+    if part not in ("", *PARTS):
+        raise ValueError(f"{where}: expected train, val, test or nothing as part, found {part}; mend the part column")
+    image = _inside(cells["image"], where) if cells.get("image") else None
+    patient = cells.get("patient") or _own_patient(name)
+    return SliceRow(name, patient, part, _pitch_um(cells.get("spot_pitch_um", ""), where), image)
+
+
+def _lines(table: Path) -> list[tuple[int, list[str]]]:
+    """The lines of a csv file that are not blank, with their numbers, cells stripped."""
+    if not table.is_file():
+        raise ValueError(f"{table}: expected a table of slices, found no such file; give it with --slices")
+    try:
+        reader = csv.reader(io.StringIO(table.read_bytes().decode("utf-8-sig"), newline=""))
+        lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{table}: expected comma-separated text in UTF-8, found: {error}; save it as such") from error
+    return [(number, cells) for number, cells in lines if any(cells)]
+
+
+def _listed(data: Path, table: Path) -> tuple[list[SliceRow], list[str]]:
+    """The rows of a table of slices, and a warning for columns that nothing reads."""
+    lines = _lines(table)
+    header = lines[0][1] if lines else []
+    if "slice" not in header or any(header.count(name) > 1 for name in COLUMNS):
+        found = ",".join(header) or "an empty file"
+        raise ValueError(f"{table}: expected the header {','.join(COLUMNS)} (slice is needed), found {found}; mend it")
+    rows: dict[str, SliceRow] = {}
+    for number, cells in lines[1:]:
+        where = f"{table}, line {number}"
+        if len(cells) > len(header):
+            raise ValueError(f"{where}: expected {len(header)} cells, found {len(cells)}; quote cells that hold commas")
+        row = _row(data, dict(zip(header, cells, strict=False)), where)
+        if row.slice in rows:
+            raise ValueError(f"{where}: expected each slice once, found {row.slice} again; remove one of the lines")
+        rows[row.slice] = row
+    if not rows:
+        raise ValueError(f"{table}: expected a line per slice, found only the header; add the slices")
+    unread = [name for name in header if name and name not in COLUMNS]
+    return list(rows.values()), [f"{table}: columns not used: {', '.join(unread)}"] if unread else []
+
+
+def _found(data: Path) -> tuple[list[SliceRow], list[str]]:
+    """Every slice folder below data, by name, each its own patient, and a warning for the other folders."""
+    names = sorted(path.name for path in data.iterdir() if path.is_dir() and not path.name.startswith("."))
+    rows = [SliceRow(name, name, "", None, None) for name in names if is_slice(data / name)]
+    if not rows:
+        hint = "give the folder above it" if is_slice(data) else "give the folder that holds them with --data"
+        raise ValueError(
+            f"{data}: expected slice folders (each with spatial/), found {len(names)} other folders; {hint}"
+        )
+    others = [name for name in names if not is_slice(data / name)]
+    return rows, [f"{data}: folders without spatial/, not used: {', '.join(others)}"] if others else []
+
+
+def read_table(
+    data: str | Path,
+    table: str | Path | None = None,
+    *,
+    split: bool = True,
+    val_strip: bool = False,
+    allow_leak: bool = False,
+) -> tuple[list[SliceRow], list[str]]:
+    """Find the slices to use, in the order of the table, or by name where there is none.
+
+    Parameters
+    ----------
+    data : folder of slice folders
+    table : csv file; default data/slices.csv where it exists, else every slice folder is used
+    split : give every slice a part (default_split where the table has none), leave out slices without, and check that
+        no patient is in test and elsewhere; without it the parts stay as they are, for preprocessing
+    val_strip : validation is a strip of each train slice, so that no slice is held out for it
+    allow_leak : warn where a patient is in test and elsewhere, instead of stopping
+
+    Returns
+    -------
+    rows, and warnings to print
+    """
+    data = Path(data)
+    if not data.is_dir():
+        found = "a file" if data.exists() else "nothing"
+        raise ValueError(f"{data}: expected a folder of slices, found {found}; give it with --data")
+    if table is None and (data / "slices.csv").exists():
+        table = data / "slices.csv"
+    rows, warnings = _found(data) if table is None else _listed(data, Path(table))
+    if not split:
+        return rows, warnings
+    rows = default_split(rows, val_strip)
+    left_out = [row.slice for row in rows if not row.part]
+    if left_out:
+        warnings.append(f"left out, without a part: {', '.join(left_out)}")
+    rows = of_part(rows, *PARTS)
+    return rows, warnings + check_patients(rows, allow_leak)
+
+
+def default_split(rows: Sequence[SliceRow], val_strip: bool = False) -> list[SliceRow]:
+    """Hold out the last patients by name where no row has a part; other tables stay as they are.
+
+    A fifth of the patients, at least one, is test, and before them a tenth, at least one, validation. With val_strip no
+    patient is held out for validation, and a single patient is train alone.
+    """
+    patients = sorted({row.patient for row in rows})
+    if any(row.part for row in rows):
+        return list(rows)
+    if len(patients) < 3 and not val_strip:
+        found = f"{len(patients)} ({', '.join(patients)})"
+        raise ValueError(
+            f"expected three patients or more to split, found {found}; give parts in slices.csv or --val_strip"
+        )
+    n_test = max(1, len(patients) // 5) if len(patients) > 1 else 0
+    n_val = 0 if val_strip else max(1, len(patients) // 10)
+    n_train = len(patients) - n_test - n_val
+    part = dict(zip(patients, ["train"] * n_train + ["val"] * n_val + ["test"] * n_test, strict=True))
+    return [replace(row, part=part[row.patient]) for row in rows]
+
+
+def _leak(message: str, allow_leak: bool) -> str:
+    if not allow_leak:
+        raise ValueError(f"{message}; mend the parts in slices.csv, or use --allow_leak and say so with the results")
+    return message
+
+
+def check_patients(rows: Iterable[SliceRow], allow_leak: bool = False) -> list[str]:
+    """Stop, or warn, where a patient is in test and in another part; warn where one is in train and val."""
+    parts: dict[str, set[str]] = {}
+    for row in of_part(rows, *PARTS):
+        parts.setdefault(row.patient, set()).add(row.part)
+    tested = [f"{patient} ({', '.join(sorted(of))})" for patient, of in parts.items() if "test" in of and len(of) > 1]
+    shared = [patient for patient, of in parts.items() if {"train", "val"} <= of]
+    warnings = [_leak(f"patients in test and in another part: {', '.join(tested)}", allow_leak)] if tested else []
+    return warnings + ([f"patients in train and in val: {', '.join(shared)}"] if shared else [])
+
+
+def check_identical(rows: Iterable[SliceRow], hashes: dict[str, str], allow_leak: bool = False) -> list[str]:
+    """Stop, or warn, where slices of two parts have the same counts.
+
+    Parameters
+    ----------
+    rows : slices; those without a part or a hash are not compared
+    hashes : reader.counts_hash by slice
+    allow_leak : warn instead of stopping
+    """
+    groups: dict[str, list[SliceRow]] = {}
+    for row in (row for row in of_part(rows, *PARTS) if row.slice in hashes):
+        groups.setdefault(hashes[row.slice], []).append(row)
+    same = [group for group in groups.values() if len({row.part for row in group}) > 1]
+    names = "; ".join(", ".join(f"{row.slice} ({row.part})" for row in group) for group in same)
+    return [_leak(f"slices with identical counts in two parts: {names}", allow_leak)] if same else []
+
+
+def of_part(rows: Iterable[SliceRow], *parts: str) -> list[SliceRow]:
+    """The rows of the given parts, in order."""
+    return [row for row in rows if row.part in parts]
+
+
+def slice_folder(data: str | Path, row: SliceRow) -> Path:
+    """The folder of a slice."""
+    return Path(data) / row.slice
+
+
+def image_file(data: str | Path, row: SliceRow) -> Path | None:
+    """Find the full-resolution image of a slice: the one named, else the only one in its folder or root, else None."""
+    folder = slice_folder(data, row)
+    places = list(dict.fromkeys([folder, find_root(folder)]))
+    if row.image is not None:
+        name = _inside(row.image, f"{folder}, image")
+        named = [place / name for place in places if (place / name).is_file()]
+        if not named:
+            raise ValueError(f"{folder}: expected the image {name}, found no such file; mend the image column")
+        return named[0]
+    images = [path for place in places for path in sorted(place.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = [path for path in images if path.is_file() and not path.name.startswith(".")]
+    if len(images) > 1:
+        found = ", ".join(path.relative_to(folder).as_posix() for path in images)
+        raise ValueError(f"{folder}: expected one full-resolution image, found {found}; name it in the image column")
+    return images[0] if images else None
+
+
+def _cells(row: SliceRow) -> list[str]:
+    return ["" if cell is None else f"{cell:.12g}" if isinstance(cell, float) else str(cell) for cell in astuple(row)]
+
+
+def format_table(rows: Iterable[SliceRow]) -> str:
+    """The table as text, columns aligned, `-` where there is nothing."""
+    lines = [list(COLUMNS), *([cell or "-" for cell in _cells(row)] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def write_table(rows: Iterable[SliceRow], path: str | Path) -> None:
+    """Write slices.csv; an interrupted write leaves the old file whole."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *map(_cells, rows)])
+    part.replace(path)
+
+
+def strip_parts(xy_px: np.ndarray, pitch_px: float) -> np.ndarray:
+    """Cut a slice into train, a contiguous quarter of its spots as validation, and a gap between the two.
+
+    Parameters
+    ----------
+    xy_px : ndarray (S, 2), centres of the spots, in any scale
+    pitch_px : distance between neighbouring spots, in the same scale
+
+    Returns
+    -------
+    ndarray (S,) of "train", "val" (the far end of the longer axis), "gap" (nearer than two pitches to a val spot)
+    """
+    from scipy.spatial import KDTree
+
+    xy_px = np.asarray(xy_px, dtype=float)
+    axis = int(np.ptp(xy_px[:, 1]) > np.ptp(xy_px[:, 0]))
+    order = np.lexsort((xy_px[:, 1 - axis], xy_px[:, axis]))  # a column that the cut divides is divided in order
+    n_val = max(1, len(xy_px) // 4)
+    parts = np.full(len(xy_px), "train", dtype="<U5")
+    parts[order[-n_val:]] = "val"
+    rest = order[:-n_val]
+    distance_px, _ = KDTree(xy_px[order[-n_val:]]).query(xy_px[rest]) if len(rest) else (np.zeros(0), None)
+    parts[rest[distance_px < 2 * pitch_px]] = "gap"
+    return parts

@@ -1,0 +1,204 @@
+"""Tiles: cut from the picture around each spot, kept as one JPEG per spot and packed into one HDF5 file per slice.
+
+Letters: S spots, Z tile side in pixels. Two rules of cutting: a physical square of `tile_um`, resampled to `tile_px`
+(micrometres per pixel from the spot pitch), or the published crop of whole pixels of the hires image.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+Image.MAX_IMAGE_PIXELS = None  # full-resolution scans exceed Pillow's guard against decompression bombs by design
+
+WHITE = (255, 255, 255)  # glass: what lies beyond the picture's edge
+PACK, RECORD = "tiles.h5", "tiles.json"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the tiles of one slice are cut. `crop` is in pixels of the source picture, `um_per_px` that of the tile."""
+
+    source: str
+    image: str
+    um_per_px: float | None
+    crop: float
+    size: int
+    resampled: bool
+
+    @property
+    def quality(self) -> int:
+        """JPEG quality: Pillow's default, as published, for whole-pixel crops; near lossless for resampled tiles."""
+        return 95 if self.resampled else 75
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture as 8-bit RGB; transparent parts become white. Raises ValueError where it cannot be read."""
+    try:
+        if path.suffix.lower() in (".svs", ".ndpi"):
+            return _open_slide(path)
+        with Image.open(path) as picture:
+            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+                raise ValueError(f"{path}: expected 8 bits per channel, found mode {picture.mode}; convert it to RGB")
+            if "A" in picture.getbands():
+                backed = Image.new("RGBA", picture.size, (*WHITE, 255))
+                return Image.alpha_composite(backed, picture.convert("RGBA")).convert("RGB")
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path}: expected a picture, found one that cannot be read ({error}); copy it anew"
+        ) from error
+
+
+def _open_slide(path: Path) -> Image.Image:
+    try:
+        import openslide
+    except ImportError as error:
+        raise ValueError(f"{path}: whole-slide files need `pip install openslide-python openslide-bin`") from error
+    with openslide.OpenSlide(path) as slide:
+        return slide.read_region((0, 0), 0, slide.dimensions).convert("RGB")
+
+
+def check_scale(fullres: Image.Image, path: Path, root: Path, hires_scale: float) -> None:
+    """The full-resolution picture must be the one that the positions are in: hires size = its size x scale factor."""
+    hires = root / "spatial" / "tissue_hires_image.png"
+    if not hires.exists():
+        return
+    with Image.open(hires) as small:
+        expected = [side / hires_scale for side in small.size]
+    if any(abs(found - side) > 0.02 * side + 2 for found, side in zip(fullres.size, expected, strict=True)):
+        raise ValueError(
+            f"{path}: expected about {expected[0]:.0f} x {expected[1]:.0f} px (hires image / tissue_hires_scalef), "
+            f"found {fullres.width} x {fullres.height}; name the picture that the positions refer to in slices.csv"
+        )
+
+
+def cut_tile(picture: Image.Image, centre_px: np.ndarray, cut: Cut) -> Image.Image:
+    """One tile around `centre_px` (x, y of the source picture); beyond the picture's edge it is white."""
+    x, y = float(centre_px[0]), float(centre_px[1])
+    half = cut.crop / 2
+    if not cut.resampled:
+        return _crop(picture, tuple(round(edge) for edge in (x - half, y - half, x + half, y + half)))
+    margin = 3 * max(cut.crop / cut.size, 1)  # reach of the bicubic filter, so that the edge pixels are right too
+    left, top = math.floor(x - half - margin), math.floor(y - half - margin)
+    right, bottom = math.ceil(x + half + margin), math.ceil(y + half + margin)
+    box = (x - half - left, y - half - top, x + half - left, y + half - top)
+    region = _crop(picture, (left, top, right, bottom))
+    return region.resize((cut.size, cut.size), Image.Resampling.BICUBIC, box=box)
+
+
+def _crop(picture: Image.Image, box: tuple[int, ...]) -> Image.Image:
+    left, top, right, bottom = box
+    if left >= 0 and top >= 0 and right <= picture.width and bottom <= picture.height:
+        return picture.crop((left, top, right, bottom))
+    canvas = Image.new("RGB", (right - left, bottom - top), WHITE)
+    inside = picture.crop((max(left, 0), max(top, 0), min(right, picture.width), min(bottom, picture.height)))
+    canvas.paste(inside, (max(-left, 0), max(-top, 0)))
+    return canvas
+
+
+def tile_file(folder: Path, barcode: str) -> Path:
+    """Where a spot's tile lies. Raises ValueError where the barcode cannot be a file name."""
+    if not barcode or barcode.startswith(".") or any(c in barcode for c in "/\\\0"):
+        raise ValueError(f"{folder}: barcode {barcode!r} cannot be a file name; rename it in counts and positions")
+    return folder / f"{barcode}.jpeg"
+
+
+def ensure_tile(picture: Image.Image, centre_px: np.ndarray, cut: Cut, path: Path) -> np.ndarray:
+    """Pixels (Z, Z, 3) uint8 of the JPEG at `path`, which is written first where it is missing."""
+    if path.exists():
+        data = path.read_bytes()
+    else:
+        buffer = io.BytesIO()
+        cut_tile(picture, centre_px, cut).save(buffer, "JPEG", quality=cut.quality)
+        data = buffer.getvalue()
+        write_whole(path, data)
+    with Image.open(io.BytesIO(data)) as tile:
+        return np.asarray(tile.convert("RGB"))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write to `<name>.part` and rename: a file that exists is whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What `tiles.json` says, None where there is none. Raises ValueError where it is not JSON."""
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, found {error}; delete it and run image_tilling.py again") from error
+
+
+def same_cut(record: dict[str, Any], cut: Cut) -> bool:
+    return all(record.get(key) == value for key, value in asdict(cut).items())
+
+
+class TilePack:
+    """The packed tiles of one slice: uint8 (S, Z, Z, 3) read by row. Opened anew in each process that reads it."""
+
+    def __init__(self, folder: Path):
+        import h5py
+
+        self.folder, self.path = folder, folder / PACK
+        self.record = read_record(folder)
+        if self.record is None or not self.path.exists():
+            raise ValueError(f"{folder}: expected {RECORD} and {PACK}, found none; run image_tilling.py first")
+        try:
+            with h5py.File(self.path) as file:
+                self.barcodes = file["barcode"].asstr()[:]
+                self.size = int(file["img"].shape[1])
+        except (OSError, KeyError) as error:
+            raise ValueError(
+                f"{self.path}: expected packed tiles, found {error}; run image_tilling.py again"
+            ) from error
+        self._file: Any = None
+        self._pid = 0
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (n,) in any order, repeated or not -> uint8 (n, Z, Z, 3)."""
+        import h5py
+
+        if self._file is None or self._pid != os.getpid():  # HDF5 handles must not cross a fork
+            self._file, self._pid = h5py.File(self.path), os.getpid()
+        unique, inverse = np.unique(rows, return_inverse=True)
+        return self._file["img"][unique][inverse]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}
+
+
+def write_pack(folder: Path, barcodes: np.ndarray, xy_px: np.ndarray, tiles: Any, size: int) -> None:
+    """Write `tiles`, (Z, Z, 3) uint8 each in the order of `barcodes`, as img, coords, barcode (HEST's names)."""
+    import h5py
+
+    part = folder / (PACK + ".part")
+    with h5py.File(part, "w") as file:
+        img = file.create_dataset("img", (len(barcodes), size, size, 3), "uint8", chunks=(1, size, size, 3))
+        for row, tile in enumerate(tiles):
+            if tile.shape != (size, size, 3):
+                raise ValueError(
+                    f"{tile_file(folder, barcodes[row])}: expected {size} x {size} px, found "
+                    f"{tile.shape[1]} x {tile.shape[0]}; delete it and run image_tilling.py again"
+                )
+            img[row] = tile
+        file["coords"] = xy_px
+        file.create_dataset("barcode", data=barcodes.astype(object), dtype=h5py.string_dtype())
+    part.replace(folder / PACK)

@@ -1,0 +1,1 @@
+"""What training needs around a model: flags, data in batches, augmentation, the loop's parts, checkpoints."""

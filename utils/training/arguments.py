@@ -1,0 +1,137 @@
+"""The flags that scripts share, their checks, and the one way in which a script ends with an error."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+PARTS = ("train", "val", "test")
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong flag gives one line, not the usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _number(text: str, kind: type, low: float, high: float, open_low: bool, what: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not (low < value if open_low else low <= value) or not value <= high:
+        raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
+    return value
+
+
+def count(text: str) -> int:
+    return _number(text, int, 1, math.inf, False, "a whole number of at least 1")
+
+
+def count_or_zero(text: str) -> int:
+    return _number(text, int, 0, math.inf, False, "a whole number of at least 0")
+
+
+def positive(text: str) -> float:
+    return _number(text, float, 0, sys.float_info.max, True, "a number above 0")
+
+
+def fraction(text: str) -> float:
+    return _number(text, float, 0, 1, False, "a number from 0 to 1")
+
+
+def not_negative(text: str) -> float:
+    return _number(text, float, 0, sys.float_info.max, False, "a number of at least 0")
+
+
+def shared(description: str | None, part: str | None = None) -> Parser:
+    """A parser with the flags of every script; `part` is the default of --part, None where the script has none."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", type=Path, default=Path("data/Breast_cancer"), help="folder of slices")
+    group.add_argument(
+        "--tiles", type=Path, default=Path("data/Breast_cancer_image_process"), help="tiles, a folder per slice"
+    )
+    group.add_argument("--panels", type=Path, help="gene files, a folder per slice (default: inside --data)")
+    group.add_argument("--slices", type=Path, help="table of slices (default: slices.csv in --data, if there)")
+    if part is not None:
+        group.add_argument("--part", choices=[*PARTS, "all"], default=part, help=f"slices to use (default: {part})")
+    group.add_argument("--val_strip", action="store_true", help="a quarter of each train slice is the validation")
+    group.add_argument("--allow_leak", action="store_true", help="go on where a patient is in test and elsewhere too")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    group.add_argument("--seed", type=count_or_zero, default=0)
+    group.add_argument("--workers", type=count_or_zero, default=min(4, os.cpu_count() or 1), help="reading processes")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_training(parser: Parser, out: str) -> None:
+    """The published hyperparameters of both training scripts, names and defaults kept."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--out", type=Path, default=Path(out), help="checkpoints go here")
+    group.add_argument("--logs", type=Path, default=Path("logs"), help="log.jsonl, loss picture, TensorBoard events")
+    group.add_argument("--batch_size", type=count, default=32, help="whole batch over all processes")
+    group.add_argument("--Init_Epoch", type=count_or_zero, default=0, help="number of the first epoch")
+    group.add_argument("--Epoch", type=count, default=100, help="number of the epoch to stop before")
+    group.add_argument("--Init_lr", type=positive, default=1e-4, help="highest learning rate, not rescaled")
+    group.add_argument("--Min_lr", type=not_negative, help="last learning rate (default: Init_lr * 0.01)")
+    group.add_argument("--momentum", type=fraction, default=0.9, help="first beta of AdamW")
+    group.add_argument("--weight_decay", type=not_negative, default=1e-2)
+    group.add_argument("--lr_decay_type", choices=["cos", "step"], default="cos")
+    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    group.add_argument("--resume", action="store_true", help="go on from last_epoch_weights.pth in --out")
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Checks between flags, before anything heavy is imported."""
+    if args.Min_lr is None:
+        args.Min_lr = args.Init_lr * 0.01
+    if args.Min_lr > args.Init_lr:
+        raise ValueError(f"--Min_lr {args.Min_lr:g} is above --Init_lr {args.Init_lr:g}")
+    if args.Init_Epoch >= args.Epoch:
+        raise ValueError(f"--Init_Epoch {args.Init_Epoch} leaves nothing to do before --Epoch {args.Epoch}")
+    if args.batch_size < 2:
+        raise ValueError(f"--batch_size {args.batch_size}: expected at least 2, a contrast needs another spot")
+    if args.resume:
+        require_file(args.out / "last_epoch_weights.pth", "--resume", "run without --resume first")
+
+
+def require_file(path: Path, flag: str, remedy: str) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{flag}: expected the file {path}, found none; {remedy}")
+    return path
+
+
+def chosen(rows: list, part: str) -> list:
+    """Rows of table.read_table that belong to --part."""
+    matching = [row for row in rows if part == "all" or row.part == part]
+    if not matching:
+        raise ValueError(f"no slice has part {part}: expected one at least in slices.csv; see --part")
+    return matching
+
+
+def say(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}")
+
+
+def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> NoReturn:
+    """Call main(args); what is wrong with files or flags ends in one line on stderr and exit code 2."""
+    try:
+        main(args)
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    raise SystemExit(0)

@@ -1,0 +1,241 @@
+"""Slices as training sees them: tiles, gene bins and target counts of the same spots, joined by barcode.
+
+Letters: S spots of a slice, G input genes, T target genes, B batch, Z tile side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.slices import genes, table
+from utils.slices.tiles import TilePack
+
+
+@dataclass
+class SliceData:
+    """One slice: all spots that have a tile, in the order of the panel files.
+
+    `part` says what each spot is used for: train, val, test, or gap (between a validation strip and its train spots).
+    """
+
+    name: str
+    patient: str
+    barcodes: np.ndarray  # (S,)
+    xy_fullres_px: np.ndarray  # (S, 2)
+    pitch_fullres_px: float
+    part: np.ndarray  # (S,) str
+    total_counts: np.ndarray  # (S,)
+    pack: TilePack
+    tile_rows: np.ndarray  # (S,) rows of `pack`
+    panels: dict[str, genes.Panel]  # "input", "target": counts in the order of `barcodes`
+
+    def bins(self) -> np.ndarray:
+        """Input tokens of stage one: (S, G) uint8."""
+        return genes.bin_tokens(self.panels["input"].counts, self.total_counts)
+
+    def rows_of(self, part: str) -> np.ndarray:
+        return np.flatnonzero(self.part == part)
+
+
+def _keep(panel: genes.Panel, rows: np.ndarray) -> genes.Panel:
+    return genes.Panel(
+        **panel.__dict__
+        | {key: getattr(panel, key)[rows] for key in ("counts", "barcodes", "total_counts", "xy_fullres_px")}
+    )
+
+
+def load_slice(row: table.SliceRow, args: Any, roles: tuple[str, ...], val_strip: bool) -> SliceData:
+    """One slice's tiles and panels. Raises ValueError where files are missing or spots have no tile."""
+    panels = {role: genes.read_panel(genes.panel_path(args.data, args.panels, row.slice, role)) for role in roles}
+    first = panels[roles[0]]
+    for panel in panels.values():
+        if not np.array_equal(panel.barcodes, first.barcodes):
+            raise ValueError(f"{panel.path}: expected the spots of {first.path}; run make_decoder_data.py again")
+    pack = TilePack(args.tiles / row.slice)
+    place = {barcode: i for i, barcode in enumerate(pack.barcodes)}
+    tile_rows = np.array([place.get(barcode, -1) for barcode in first.barcodes])
+    outside = set(pack.record["outside"]) if pack.record else set()
+    lacking = [b for b, tile in zip(first.barcodes, tile_rows, strict=True) if tile < 0 and b not in outside]
+    if lacking:
+        raise ValueError(
+            f"{pack.folder}: expected a tile for each of {len(tile_rows)} spots, {len(lacking)} have none "
+            f"(first: {lacking[0]}); run image_tilling.py again"
+        )
+    kept = np.flatnonzero(tile_rows >= 0)
+    if len(kept) < len(tile_rows):
+        print(f"{row.slice}: {len(tile_rows) - len(kept)} spots outside the picture are left out")
+    xy = first.xy_fullres_px[kept]
+    strip = val_strip and row.part == "train"
+    return SliceData(
+        name=row.slice,
+        patient=row.patient,
+        barcodes=first.barcodes[kept],
+        xy_fullres_px=xy,
+        pitch_fullres_px=first.pitch_fullres_px,
+        part=table.strip_parts(xy, first.pitch_fullres_px) if strip else np.full(len(kept), row.part),
+        total_counts=first.total_counts[kept],
+        pack=pack,
+        tile_rows=tile_rows[kept],
+        panels={role: _keep(panel, kept) for role, panel in panels.items()},
+    )
+
+
+def load_slices(rows: list[table.SliceRow], args: Any, roles: tuple[str, ...], val_strip: bool) -> list[SliceData]:
+    """Slices of one panel and one tile size. Raises ValueError where they differ."""
+    slices = [load_slice(row, args, roles, val_strip) for row in rows]
+    first = slices[0]
+    for one in slices[1:]:
+        for role in roles:
+            if one.panels[role].genes != first.panels[role].genes:
+                raise ValueError(
+                    f"{one.panels[role].path}: its {role} genes differ from those of {first.name}; "
+                    "run make_decoder_data.py again on all slices"
+                )
+        if tile_scale(one) != tile_scale(first):
+            raise ValueError(
+                f"{one.pack.folder}: tiles of {tile_scale(one)} (px, um per px), those of {first.name} are of "
+                f"{tile_scale(first)}; run image_tilling.py again on all slices"
+            )
+    return slices
+
+
+def tile_scale(one: SliceData) -> tuple[int, float | None]:
+    """Tile side in pixels, and micrometres per pixel (two digits) where the tiles are of a stated size."""
+    record = one.pack.record or {}
+    um_per_px = record.get("um_per_px") if record.get("resampled") else None
+    return one.pack.size, None if um_per_px is None else round(um_per_px, 3)
+
+
+def load_training(rows: list[table.SliceRow], args: Any, roles: tuple[str, ...]) -> list[SliceData]:
+    """Slices of the train and validation part. Raises ValueError where a part is empty, the panels were chosen on other
+    slices, two parts hold the same counts, or the batch is larger than the train set."""
+    used = table.of_part(rows, "train", "val")
+    for part in ("train", "val"):
+        if not table.of_part(used, part) and not (part == "val" and args.val_strip):
+            raise ValueError(
+                f"no slice has part {part}: expected one at least in slices.csv"
+                + (", or use --val_strip" if part == "val" else "")
+            )
+    slices = load_slices(used, args, roles, args.val_strip)
+    check_panel_origin(slices, [row.slice for row in used if row.part == "train"])
+    for warning in table.check_identical(used, counts_hashes(slices), args.allow_leak):
+        print(f"warning: {warning}")
+    n_train = len(spots_of(slices, "train"))
+    if args.batch_size > n_train:
+        raise ValueError(f"--batch_size {args.batch_size} is larger than the train set of {n_train} spots; lower it")
+    return slices
+
+
+def check_panel_origin(slices: list[SliceData], train: list[str]) -> None:
+    """A panel chosen on a slice outside the train part has seen what it will be tested on."""
+    for one in slices:
+        for panel in one.panels.values():
+            foreign = sorted(set(panel.train_slices) - set(train))
+            if foreign:
+                raise ValueError(
+                    f"{panel.path}: its genes were chosen on {', '.join(foreign)}, outside the train part "
+                    f"({', '.join(train)}); run make_decoder_data.py with this split"
+                )
+
+
+def check_unseen(rows: list[table.SliceRow], state: dict[str, Any], flag: str, allow_leak: bool) -> None:
+    """What is held out now must not have taught the checkpoint: test patients in no way, validation slices not as train.
+
+    `state` is the checkpoint, with the table of slices that it was trained by.
+    """
+    taught = {row["patient"] for row in state["table"] if row["part"] in ("train", "val")}
+    trained = {row["slice"] for row in state["table"] if row["part"] == "train"}
+    seen = [row.slice for row in rows if row.part == "test" and row.patient in taught]
+    seen += [row.slice for row in rows if row.part == "val" and row.slice in trained]
+    if seen and not (allow_leak or state["settings"]["allow_leak"]):
+        raise ValueError(
+            f"{flag}: {', '.join(seen)} held out here, but seen in its training; use its split (slices.csv)"
+        )
+    if seen:
+        print(f"warning: {flag}: {', '.join(seen)} held out here, but seen in its training")
+
+
+def spots_of(slices: list[SliceData], part: str) -> np.ndarray:
+    """(n, 2) whole numbers: place of the slice in the list, row in the slice, of all spots of a part."""
+    return np.concatenate(
+        [np.column_stack([np.full(len(rows := one.rows_of(part)), i), rows]) for i, one in enumerate(slices)]
+    ).astype(np.int64)
+
+
+class TileBatches:
+    """Batches of tiles and whatever else is kept per spot, read as uint8 by whole batch.
+
+    A map-style data set for torch's DataLoader, whose `__getitems__` gives one dict per batch: tiles (B, Z, Z, 3)
+    uint8, spot (B,) the number in this set, and a row per spot of each array in `extra`.
+    """
+
+    def __init__(self, slices: list[SliceData], spots: np.ndarray, extra: dict[str, np.ndarray] | None = None):
+        self.slices, self.spots, self.extra = slices, spots, extra or {}
+
+    def __len__(self) -> int:
+        return len(self.spots)
+
+    def __getitems__(self, numbers: list[int]) -> dict[str, np.ndarray]:
+        chosen = np.asarray(numbers)
+        places = self.spots[chosen]
+        size = self.slices[0].pack.size
+        tiles = np.empty((len(chosen), size, size, 3), np.uint8)
+        for i in np.unique(places[:, 0]):
+            here = places[:, 0] == i
+            tiles[here] = self.slices[i].pack.read(self.slices[i].tile_rows[places[here, 1]])
+        return {"tiles": tiles, "spot": chosen, **{name: rows[chosen] for name, rows in self.extra.items()}}
+
+
+class EpochOrder:
+    """Whole batches in an order drawn from (seed, epoch); an incomplete last batch is dropped."""
+
+    def __init__(self, n_spots: int, batch_size: int, seed: int):
+        self.n_spots, self.batch_size, self.seed, self.epoch = n_spots, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return self.n_spots // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_spots)
+        for i in range(len(self)):
+            yield order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
+
+
+def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(rows) for name, rows in batch.items()}
+
+
+def loader(batches: TileBatches, order: Any, workers: int) -> Any:
+    """A DataLoader over `order` (an iterable of lists of spot numbers) with `workers` reading processes."""
+    from torch.utils.data import DataLoader
+
+    data: Any = batches
+    collate: Any = to_tensors  # `__getitems__` gives a whole batch, so there is nothing to put together
+    return DataLoader(
+        data, batch_sampler=order, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
+    )
+
+
+def in_turn(n_spots: int, batch_size: int) -> list[list[int]]:
+    """All spots in order, the last batch as it comes."""
+    return [list(range(i, min(i + batch_size, n_spots))) for i in range(0, n_spots, batch_size)]
+
+
+def all_spots(one: SliceData) -> np.ndarray:
+    return np.column_stack([np.zeros(len(one.barcodes), np.int64), np.arange(len(one.barcodes))])
+
+
+def counts_hashes(slices: list[SliceData]) -> dict[str, str]:
+    return {one.name: next(iter(one.panels.values())).counts_hash for one in slices}
+
+
+def read_split(args: Any) -> tuple[list[table.SliceRow], list[str]]:
+    """The table of --data and --slices with the split, as every script after preprocessing uses it."""
+    return table.read_table(Path(args.data), args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)

@@ -1,0 +1,44 @@
+"""Device, precision and processes, through accelerate. One process for now; what gathers comes here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Does the hardware multiply in bf16? On a CPU that is avx512_bf16 or AMX."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def pick_device(name: str) -> torch.device:
+    """--device auto|cpu|cuda. Raises ValueError where CUDA is asked for and absent."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: expected a CUDA device, torch finds none; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def start(device: str, precision: str) -> Accelerator:
+    """The accelerator of a run. `precision` auto is bf16 where the hardware multiplies in it, else fp32."""
+    from accelerate import Accelerator
+
+    target = pick_device(device)
+    if precision == "auto":
+        precision = "bf16" if bf16_is_fast(target) else "fp32"
+    if precision == "fp16" and target.type == "cpu":
+        raise ValueError("--precision fp16 needs a CUDA device; use bf16 or fp32")
+    accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="no" if precision == "fp32" else precision)
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"expected one process, found {accelerator.num_processes}; start the script without a launcher"
+        )
+    return accelerator

@@ -1,0 +1,102 @@
+"""Parts of a training loop: seeds, learning rate, the log of a run, the stop on a loss that is not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.training.checkpoint import plain
+
+if TYPE_CHECKING:
+    import torch
+
+
+def seed_everything(*seed: int) -> None:
+    """Seed Python, NumPy and torch from whole numbers; a resumed epoch, seeded by its number, repeats an unbroken."""
+    import random
+
+    import numpy as np
+    import torch
+
+    word = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    random.seed(word)
+    np.random.seed(word)  # noqa: NPY002 (libraries still draw from it)
+    torch.manual_seed(word)
+
+
+def rate_at(step: int, n_steps: int, kind: str, lowest: float) -> float:
+    """Learning rate at a step as a share of the highest: 3 % linear warm-up, then cosine or ten stairs to `lowest`."""
+    warm_up = max(round(0.03 * n_steps), 1)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    done = min((step - warm_up) / max(n_steps - warm_up, 1), 1.0)
+    if kind == "step":
+        return float(max(lowest, 1e-12) ** (min(int(done * 10), 9) / 9))
+    return lowest + (1 - lowest) * (1 + math.cos(math.pi * done)) / 2
+
+
+def schedule(optimizer: torch.optim.Optimizer, n_steps: int, args: Any) -> torch.optim.lr_scheduler.LambdaLR:
+    from torch.optim.lr_scheduler import LambdaLR
+
+    lowest = args.Min_lr / args.Init_lr
+    return LambdaLR(optimizer, lambda step: rate_at(step, n_steps, args.lr_decay_type, lowest))
+
+
+def make_optimizer(parameters: Any, args: Any) -> torch.optim.AdamW:
+    """AdamW; norms, biases, temperatures and other vectors are not decayed."""
+    import torch
+
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.Init_lr, betas=(args.momentum, 0.999))
+
+
+def stop_if_not_finite(loss: float, epoch: int, step: int) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss is {loss} at epoch {epoch}, step {step}: stopped, the last epoch's weights are kept; "
+            "try a lower --Init_lr or --precision fp32"
+        )
+
+
+class RunLog:
+    """logs/<stage>/<time>/: settings.json, log.jsonl, and TensorBoard events where tensorboard is installed."""
+
+    def __init__(self, folder: Path, stage: str, settings: dict[str, Any]):
+        self.folder = folder / stage / time.strftime("%Y-%m-%d_%H-%M-%S")
+        n = 1
+        while self.folder.exists():
+            n += 1
+            self.folder = self.folder.with_name(f"{self.folder.name.split('.')[0]}.{n}")
+        self.folder.mkdir(parents=True)
+        (self.folder / "settings.json").write_text(json.dumps(plain(settings), indent=1) + "\n")
+        self.rows: list[dict[str, Any]] = []
+        self.events = self._tensorboard()
+
+    def _tensorboard(self) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        return SummaryWriter(str(self.folder))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One epoch: a line of JSON, and scalars by name."""
+        self.rows.append(row)
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.events is not None:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "epoch":
+                    self.events.add_scalar(name, value, row["epoch"])
+            self.events.flush()
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()

@@ -2,19 +2,21 @@
 
 Choromanski et al. 2021, arXiv 2009.14794: exp(q . k) is the mean over random w of exp(w.q - |q|^2/2) times
 exp(w.k - |k|^2/2), so attention over N tokens costs N x M instead of N x N. Block layout and constants as in scBERT
-(Yang et al. 2022).
-Letters: B batch, H heads, N tokens, E width of a head, M random features, D width of the block.
+(Yang et al. 2022). Letters: B batch, H heads, R = B x H rows, N tokens, E width of a head, M random features, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 N_FEATURES = 266  # of scBERT's projections: int(64 ln 64) for heads of 64
 HEAD_WIDTH = 64
 EPSILON = 1e-4  # keeps a kernel value from being zero; scBERT's constant
+BYTES_AT_ONCE = {"cpu": 2**22, "cuda": 2**29}  # of features: what a core's cache holds; what keeps a GPU busy
 
 
 def orthogonal_projection(n_features: int, width: int, generator: torch.Generator | None = None) -> Tensor:
@@ -26,29 +28,90 @@ def orthogonal_projection(n_features: int, width: int, generator: torch.Generato
     return directions * norms
 
 
-def softmax_kernel(x: Tensor, projection: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Positive features whose dot products estimate exp(q . k / sqrt(E)): (B, H, N, E), (M, E) -> (B, H, N, M).
+def softmax_features(x: Tensor, projection: Tensor, over: tuple[int, ...], out: Tensor | None = None) -> Tensor:
+    """Positive features, dot products of which estimate exp(q . k) up to a factor: x (R, N, E) scaled by E^-1/4,
+    projection (M, E) -> (R, N, M), without the factor M^-1/2, which cancels in attention.
 
-    `over` names the dimensions whose maximum is taken out of the exponent: the features of each query, and the
-    tokens and features of each head's keys. Either cancels in the quotient of attention. It is taken per sample
-    (scBERT: over the whole batch), so that a spot's result does not depend on its batch mates.
+    `over` names the dimensions whose maximum is taken out of the exponent: the features of each query, or the tokens
+    and features of each head's keys. Either cancels too. It is taken per sample (scBERT: over the whole batch), so that
+    a spot's result does not depend on its batch mates. `out` is a buffer to write into.
     """
-    x = x * x.shape[-1] ** -0.25
-    exponent = x @ projection.T
-    half_norm = x.square().sum(-1, keepdim=True) / 2
-    stabiliser = exponent.amax(over, keepdim=True).detach()
-    return ((exponent - half_norm - stabiliser).exp() + EPSILON) * projection.shape[0] ** -0.5
+    exponent = torch.matmul(x, projection.T, out=out)
+    shift = exponent.amax(over, keepdim=True) + x.square().sum(-1, keepdim=True) / 2
+    return exponent.sub_(shift).exp_().add_(EPSILON)
+
+
+class FavorAttention(torch.autograd.Function):
+    """Linear attention with softmax kernels, in fp32, a few rows at a time; the backward pass computes the features anew.
+
+    The features are M / E = 4 times the size of q and k: kept for all rows they would be most of the memory of a step,
+    and writing them most of its time. q, k, v (R, N, E), projection (M, E) -> (R, N, E). A column of ones beside v gives
+    numerator and denominator of attention in one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
+        out = torch.empty(v.shape, dtype=torch.float32, device=v.device)
+        denominator = out.new_empty(*v.shape[:2], 1)
+        with torch.autocast(q.device.type, enabled=False):  # the exponent of a bf16 product would be off by percents
+            for rows, buffer in _row_chunks(q, projection):
+                queries, keys, values = _prepared(q[rows], k[rows], v[rows])
+                context = softmax_features(keys, projection, (-1, -2), buffer).transpose(1, 2) @ values
+                product = softmax_features(queries, projection, (-1,), buffer) @ context  # (r, N, E + 1)
+                denominator[rows] = product[..., -1:]
+                torch.div(product[..., :-1], product[..., -1:], out=out[rows])
+        ctx.save_for_backward(q, k, v, projection, out, denominator)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, projection, out, denominator = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        with torch.autocast(q.device.type, enabled=False):
+            for rows, buffer in _row_chunks(q, projection):
+                queries, keys, values = _prepared(q[rows], k[rows], v[rows])
+                d_numerator = gradients[0][rows].float() / denominator[rows]
+                d_denominator = -(d_numerator * out[rows]).sum(-1, keepdim=True)
+                d_product = torch.cat([d_numerator, d_denominator], dim=-1)
+                features = softmax_features(keys, projection, (-1, -2), buffer)
+                context = features.transpose(1, 2) @ values
+                features = softmax_features(queries, projection, (-1,), buffer)
+                d_context = features.transpose(1, 2) @ d_product
+                dq[rows] = _through_features(d_product @ context.transpose(1, 2), features, queries, projection)
+                features = softmax_features(keys, projection, (-1, -2), buffer)
+                dv[rows] = (features @ d_context)[..., :-1].to(dv.dtype)
+                dk[rows] = _through_features(values @ d_context.transpose(1, 2), features, keys, projection)
+        return dq, dk, dv, None
+
+
+def _row_chunks(q: Tensor, projection: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows whose features fit BYTES_AT_ONCE, each with a buffer (r, N, M) that all of them share."""
+    n_rows, n_tokens, n_features = len(q), q.shape[1], len(projection)
+    budget = BYTES_AT_ONCE.get(q.device.type, 2**26)
+    step = max(1, min(n_rows, budget // (4 * n_tokens * n_features)))
+    buffer = torch.empty(step, n_tokens, n_features, device=q.device)
+    for start in range(0, n_rows, step):
+        rows = slice(start, min(start + step, n_rows))
+        yield rows, buffer[: rows.stop - rows.start]
+
+
+def _prepared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled queries and keys, values with a column of ones, in fp32."""
+    scale = q.shape[-1] ** -0.25
+    ones = torch.ones(*v.shape[:2], 1, device=v.device)
+    return q.float() * scale, k.float() * scale, torch.cat([v.float(), ones], dim=-1)
+
+
+def _through_features(d_features: Tensor, features: Tensor, x: Tensor, projection: Tensor) -> Tensor:
+    """Gradient of softmax_features with respect to the unscaled x; the features' buffer is used up."""
+    d_exponent = d_features.mul_(features.sub_(EPSILON))
+    return (d_exponent @ projection - d_exponent.sum(-1, keepdim=True) * x) * x.shape[-1] ** -0.25
 
 
 def favor_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
-    """Linear attention with softmax kernels: q, k, v (B, H, N, E), projection (M, E) -> (B, H, N, E), in fp32."""
-    with torch.autocast(q.device.type, enabled=False):  # exp of a bf16 exponent would be off by percents
-        q, k, v = q.float(), k.float(), v.float()
-        q = softmax_kernel(q, projection, over=(-1,))
-        k = softmax_kernel(k, projection, over=(-1, -2))
-        weighted_values = k.transpose(-1, -2) @ v  # (B, H, M, E)
-        normaliser = q @ k.sum(-2).unsqueeze(-1)  # (B, H, N, 1)
-        return (q @ weighted_values) / normaliser
+    """q, k, v (B, H, N, E), projection (M, E) -> (B, H, N, E), fp32."""
+    rows = (x.flatten(0, 1) for x in (q, k, v))
+    return FavorAttention.apply(*rows, projection).unflatten(0, q.shape[:2])
 
 
 class PerformerBlock(nn.Module):
@@ -68,10 +131,7 @@ class PerformerBlock(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
-        if torch.is_grad_enabled():  # the kernels are 266 / 64 the size of q and k: recomputing beats keeping them
-            out = checkpoint(favor_attention, q, k, v, self.projection, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = favor_attention(q, k, v, self.projection)
+        out = favor_attention(q, k, v, self.projection)
         return self.to_out(out.transpose(1, 2).flatten(2).to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:

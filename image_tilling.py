@@ -66,8 +66,8 @@ def plan_cut(row, args, root: Path, source: str, picture_file: Path, scale: floa
         return tiles.Cut(source, picture_file.name, um_per_source_px, float(args.crop_size), args.crop_size, False)
     if source == "hires":
         print(
-            f"{row.slice}: warning: no full-resolution picture; tiles of {args.tile_um:g} um come from the hires image at "
-            f"{um_per_source_px:.2f} um per px, where single cells can hardly be seen"
+            f"{row.slice}: warning: tiles of {args.tile_um:g} um come from the hires image at "
+            f"{um_per_source_px:.2f} um per px, where single cells can hardly be seen; add the full-resolution picture"
         )
     return tiles.Cut(
         source, picture_file.name, args.tile_um / args.tile_px, args.tile_um / um_per_source_px, args.tile_px, True
@@ -92,10 +92,10 @@ def cut_all(picture: Image.Image, jobs: list, cut: tiles.Cut, workers: int, name
             yield from chunk
 
 
-def spots_on_picture(spots, picture: Image.Image, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def spots_on_picture(spots, size: tuple[int, int], scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Spot centres (S, 2) in source pixels, and which of them lie on the picture."""
     centres = spots[["x_fullres_px", "y_fullres_px"]].to_numpy() * scale
-    return centres, ((centres >= 0) & (centres < picture.size)).all(1)
+    return centres, ((centres >= 0) & (centres < size)).all(1)
 
 
 def is_done(folder: Path, cut: tiles.Cut, barcodes: np.ndarray, record: dict | None) -> bool:
@@ -108,7 +108,7 @@ def is_done(folder: Path, cut: tiles.Cut, barcodes: np.ndarray, record: dict | N
 def begin(folder: Path, cut: tiles.Cut, record: dict | None) -> None:
     """Make the folder ready: tiles of another cut are removed, those of this one kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    started = folder / (tiles.RECORD + ".part")  # left by a run that was stopped half way
+    started = folder / tiles.STARTED  # left by a run that was stopped half way
     if record is None and started.exists():
         record = json.loads(started.read_text())
     if record is not None and not tiles.same_cut(record, cut):
@@ -124,35 +124,39 @@ def tile_slice(row, args) -> int:
     root = reader.find_root(table.slice_folder(args.data, row))
     spots, unmatched = reader.tissue_spots(root)
     source, picture_file = find_picture(row, args, root)
-    scale_factors = reader.read_scalefactors(root)
-    scale = scale_factors["tissue_hires_scalef"] if source == "hires" else 1.0
+    hires_scale = reader.read_scalefactors(root)["tissue_hires_scalef"]
+    scale = hires_scale if source == "hires" else 1.0
     cut = plan_cut(row, args, root, source, picture_file, scale)
-    folder = args.tiles / row.slice
-    picture = tiles.open_picture(picture_file)
+    size = tiles.picture_size(picture_file)
     if source == "fullres":
-        tiles.check_scale(picture, picture_file, root, scale_factors["tissue_hires_scalef"])
-    centres, inside = spots_on_picture(spots, picture, scale)
+        tiles.check_scale(size, picture_file, root, hires_scale)
+    centres, inside = spots_on_picture(spots, size, scale)
     if not inside.any():
-        raise ValueError(
-            f"{picture_file}: {picture.width} x {picture.height} px, but no spot lies on it; swapped axes?"
-        )
-    barcodes, outside = spots.index.to_numpy(str)[inside], spots.index.to_numpy(str)[~inside]
-    record = tiles.read_record(folder)
-    note = "".join(f", {n} {what}" for what, n in unmatched.items() if n)
-    note += f", {len(outside)} outside the picture" if len(outside) else ""
-    if is_done(folder, cut, barcodes, record):
-        print(f"{row.slice}: {len(barcodes)} tiles are there{note}")
-        return len(barcodes)
-    begin(folder, cut, record)
-    jobs = [(c, tiles.tile_file(folder, b)) for c, b in zip(centres[inside], barcodes, strict=True)]
-    pixels = cut_all(picture, jobs, cut, args.workers, row.slice)
-    tiles.write_pack(folder, barcodes, spots[["x_fullres_px", "y_fullres_px"]].to_numpy()[inside], pixels, cut.size)
-    software = {"software": f"magic image_tilling, Pillow {Image.__version__}"}
-    tiles.write_record(
-        folder / tiles.RECORD, asdict(cut) | {"number": len(barcodes), "outside": outside.tolist()} | software
-    )
-    print(f"{row.slice}: {len(barcodes)} tiles of {cut.size} px from {picture_file.name}{note}")
-    return len(barcodes)
+        raise ValueError(f"{picture_file}: {size[0]} x {size[1]} px, but no spot lies on it; are the axes swapped?")
+    spots, outside = spots[inside], spots.index[~inside].tolist()
+    folder, record = args.tiles / row.slice, tiles.read_record(args.tiles / row.slice)
+    done = is_done(folder, cut, spots.index.to_numpy(str), record)
+    if not done:
+        begin(folder, cut, record)
+        cut_slice(folder, picture_file, cut, spots, centres[inside], outside, args.workers)
+    notes = [f"{n} {what}" for what, n in unmatched.items() if n]
+    notes += [f"{len(outside)} outside the picture"] if outside else []
+    what = "are there" if done else f"of {cut.size} px from {picture_file.name}"
+    print(f"{row.slice}: {len(spots)} tiles {what}" + "".join(f", {note}" for note in notes))
+    return len(spots)
+
+
+def cut_slice(
+    folder: Path, picture_file: Path, cut: tiles.Cut, spots, centres, outside: list[str], workers: int
+) -> None:
+    """Cut what is missing, pack all, and write the record last: a folder with a record is whole."""
+    barcodes = spots.index.to_numpy(str)
+    jobs = [(centre, tiles.tile_file(folder, b)) for centre, b in zip(centres, barcodes, strict=True)]
+    pixels = cut_all(tiles.open_picture(picture_file), jobs, cut, workers, folder.name)
+    tiles.write_pack(folder, barcodes, spots[["x_fullres_px", "y_fullres_px"]].to_numpy(), pixels, cut.size)
+    made = {"number": len(barcodes), "outside": outside, "software": f"magic image_tilling, Pillow {Image.__version__}"}
+    tiles.write_record(folder / tiles.RECORD, asdict(cut) | made)
+    (folder / tiles.STARTED).unlink()
 
 
 def main(args):

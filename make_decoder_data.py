@@ -16,7 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 from tqdm import tqdm
 
-from utils.slices import genes, reader, table
+from utils.slices import export, genes, reader, table
 from utils.training import arguments
 
 
@@ -92,7 +92,7 @@ def choose(role: str, train: list[Loaded], args) -> tuple[list[str], str]:
         unknown = [gene for gene in panel if gene not in present]
         if unknown:
             raise ValueError(
-                f"{given}: {len(unknown)} of {len(panel)} genes are in no train slice (first: {unknown[0]}); remove them"
+                f"{given}: {len(unknown)} of {len(panel)} genes are in no train slice ({unknown[0]}, ...); remove them"
             )
         return panel, f"the list {given.name}"
     wanted = args.n_top_genes if role == "target" else args.n_input_genes
@@ -148,7 +148,7 @@ def main(args):
             missing = int((~adata.var["measured"]).sum())
             if missing:
                 print(f"{one.row.slice}: {missing} of {len(panel)} {role} genes are not in this slice")
-            genes.write_panel(genes.panel_path(args.data, args.panels, one.row.slice, role), adata)
+            export.write_anndata(genes.panel_path(args.data, args.panels, one.row.slice, role), adata)
     for role, (panel, how) in panels.items():
         print(f"{role} panel: {how} of {len(train)} slices: {', '.join(panel[:5])}, ...")
 

@@ -42,8 +42,8 @@ def load_data(args, encoder: dict):
     slices = datasets.load_training(rows, args, ("target",))
     if list(datasets.tile_scale(slices[0])) != encoder["tile_scale"]:
         raise ValueError(
-            f"{slices[0].pack.folder}: tiles of {datasets.tile_scale(slices[0])} (px, um per px), but {args.encoder} was "
-            f"trained on {tuple(encoder['tile_scale'])}; cut tiles of that scale with image_tilling.py"
+            f"{slices[0].pack.folder}: tiles of {datasets.tile_scale(slices[0])} (px, um per px), but {args.encoder} "
+            f"was trained on {tuple(encoder['tile_scale'])}; cut tiles of that scale with image_tilling.py"
         )
     datasets.check_unseen(rows, encoder, "--encoder", args.allow_leak)
     return slices, rows
@@ -124,12 +124,12 @@ def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator
         with accelerator.autocast():
             predicted = model.decoder(**bank.batch(spots[chosen]))
         loss = losses.expression_loss(predicted, target[spots[chosen]])
-        loop.stop_if_not_finite(float(loss), epoch, step)
+        loop.stop_if_not_finite(loss.item(), epoch, step)
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
         optimizer.step()
         schedule.step()
-        total += float(loss)
+        total += loss.item()
     return total / len(order)
 
 

@@ -154,20 +154,20 @@ def train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch: int,
             out = model(
                 tiles, batch["bins"], batch["spot"], alpha, draws, batch.get("expression"), args.expression_weight
             )
-            loop.stop_if_not_finite(float(out.loss), epoch, step)
+            loop.stop_if_not_finite(out.loss.item(), epoch, step)
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(out.loss)
             optimizer.step()
             schedule.step()
             model.after_step(out.twin)
             row = {
-                "loss": float(out.loss),
-                "contrast_loss": float(out.contrast),
+                "loss": out.loss.item(),
+                "contrast_loss": out.contrast.item(),
                 "contrast_chance": math.log(candidates),
-                "matching_loss": float(out.matching),
+                "matching_loss": out.matching.item(),
                 "matching_chance": MATCHING_CHANCE,
-                "matching_accuracy": float(out.matching_accuracy),
-                "expression_loss": float(out.expression),
+                "matching_accuracy": out.matching_accuracy.item(),
+                "expression_loss": out.expression.item(),
             }
             sums = {name: sums.get(name, 0.0) + value for name, value in row.items()}
             bar.set_postfix_str(

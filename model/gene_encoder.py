@@ -48,13 +48,7 @@ class GeneEncoder(nn.Module):
         self.blocks = nn.ModuleList(PerformerBlock(gene_width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(gene_width)
         self.gather = GatherTokens(gene_width, width, n_tokens)
-
-    def n_frozen(self) -> int:
-        """How many blocks from the first on are frozen, the embeddings with them; 0 where an embedding trains."""
-        if any(p.requires_grad for e in (self.token_embedding, self.gene_embedding) for p in e.parameters()):
-            return 0
-        trains = [any(p.requires_grad for p in block.parameters()) for block in self.blocks]
-        return trains.index(True) if True in trains else len(trains)
+        self.n_frozen = 0  # blocks from the first on that `freeze_trunk` froze, the embeddings with them
 
     def embed(self, bins: Tensor) -> Tensor:
         return self.token_embedding(bins.long()) + self.gene_embedding.weight
@@ -62,17 +56,16 @@ class GeneEncoder(nn.Module):
     @torch.no_grad()
     def frozen_part(self, bins: Tensor) -> Tensor:
         """Bins (B, G) -> the input of the first layer that trains: hidden (B, G, W), or the bins themselves."""
-        n = self.n_frozen()
-        if n == 0:
+        if self.n_frozen == 0:
             return bins
         hidden = self.embed(bins)
-        for block in self.blocks[:n]:
+        for block in self.blocks[: self.n_frozen]:
             hidden = block(hidden)
         return hidden
 
     def forward(self, start: Tensor) -> tuple[Tensor, Tensor]:
         """`start` as `frozen_part` gives it -> vector (B, D), tokens (B, K, D)."""
-        hidden, n = (self.embed(start), 0) if start.ndim == 2 else (start, self.n_frozen())
+        hidden, n = (self.embed(start), 0) if start.ndim == 2 else (start, self.n_frozen)
         for block in self.blocks[n:]:
             hidden = block(hidden)
         tokens, vector = self.gather(self.norm(hidden))
@@ -89,6 +82,7 @@ class GeneEncoder(nn.Module):
         for part in (self.token_embedding, self.gene_embedding, *self.blocks):
             part.requires_grad_(False)
         self.blocks[tuned_block].requires_grad_(True)
+        self.n_frozen = tuned_block  # kept by the twin, in which nothing has a gradient
 
 
 def set_gene_positions(encoder: GeneEncoder, table: Tensor, vocabulary: dict[str, int], genes: list[str]) -> int:

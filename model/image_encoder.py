@@ -19,7 +19,7 @@ Weights = dict[str, Tensor] | str | None  # a state dict, "timm" for the hub's, 
 def build_trunk(name: str, image_size: int, weights: Weights) -> Any:
     """The timm model without its classifier, its weights loaded strictly.
 
-    Raises ValueError where timm knows no such model, or the state dict is another model's.
+    Raises ValueError where timm knows no such model, the hub cannot be reached, or the state dict is another model's.
     """
     import timm
 
@@ -41,6 +41,11 @@ def build_trunk(name: str, image_size: int, weights: Weights) -> Any:
         trunk: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **size)
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"--image_weights do not fit {name}: {' '.join(str(error).split())[:300]}") from error
+    except OSError as error:  # what the hub's client raises without a network is one
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"--image_weights timm: {name} cannot be downloaded ({reason}); give a .pth or .safetensors file, or none"
+        ) from error
     trunk.reset_classifier(0)
     return trunk
 

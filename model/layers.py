@@ -13,16 +13,16 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head attention of x over a memory (self-attention when the memory is x).
 
-    Shapes: x (B, N, width), memory (B, M, memory_width) -> (B, N, width).
+    Shapes: x (B, N, width), memory (B, M, width) -> (B, N, width).
     """
 
-    def __init__(self, width: int, heads: int, memory_width: int | None = None, dropout: float = 0.0):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         if width % heads:
             raise ValueError(f"attention: width {width} is not a multiple of its {heads} heads")
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.to_q = nn.Linear(width, width)
-        self.to_kv = nn.Linear(memory_width or width, 2 * width)
+        self.to_kv = nn.Linear(width, 2 * width)
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, memory: Tensor, present: Tensor | None = None) -> Tensor:
@@ -30,19 +30,20 @@ class Attention(nn.Module):
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
         k, v = self.to_kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, M, D/H) each
         mask = None if present is None else present[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Sequential):
     """Two linear layers with GELU between: (..., width) -> (..., width)."""
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0):
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width))
+    def __init__(self, width: int, hidden: int):
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 class CrossBlock(nn.Module):
-    """Self-attention over x, attention of x to a memory, feed-forward; each behind a norm, each added to x.
+    """Self-attention over x, attention of x to a memory, feed-forward; each behind a norm, each added to x behind a
+    dropout (none on attention weights: it would cost more than the attention, and rule out its fused form).
 
     Shapes: x (B, N, width), memory (B, M, width), present (B, M) bool or None -> (B, N, width).
     """
@@ -50,9 +51,9 @@ class CrossBlock(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.0):
         super().__init__()
         self.norm_self, self.norm_cross, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
-        self.attend_self = Attention(width, heads, dropout=dropout)
-        self.attend_memory = Attention(width, heads, dropout=dropout)
-        self.mlp = MLP(width, hidden, dropout)
+        self.attend_self = Attention(width, heads)
+        self.attend_memory = Attention(width, heads)
+        self.mlp = MLP(width, hidden)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Tensor, present: Tensor | None = None) -> Tensor:

@@ -28,44 +28,58 @@ def orthogonal_projection(n_features: int, width: int, generator: torch.Generato
     return directions * norms
 
 
-def softmax_features(x: Tensor, projection: Tensor, over: tuple[int, ...], out: Tensor | None = None) -> Tensor:
+def softmax_features(x: Tensor, projection: Tensor, largest: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Positive features, dot products of which estimate exp(q . k) up to a factor: x (R, N, E) scaled by E^-1/4,
     projection (M, E) -> (R, N, M), without the factor M^-1/2, which cancels in attention.
 
-    `over` names the dimensions whose maximum is taken out of the exponent: the features of each query, or the tokens
-    and features of each head's keys. Either cancels too. It is taken per sample (scBERT: over the whole batch), so that
-    a spot's result does not depend on its batch mates. `out` is a buffer to write into.
+    `largest` (R, 1, 1) is taken out of the exponent; without it, the maximum of each token's own features is, as is
+    right for queries. Either would cancel too, but for EPSILON. `out` is a buffer to write into.
     """
     exponent = torch.matmul(x, projection.T, out=out)
-    shift = exponent.amax(over, keepdim=True) + x.square().sum(-1, keepdim=True) / 2
-    return exponent.sub_(shift).exp_().add_(EPSILON)
+    largest = exponent.amax(-1, keepdim=True) if largest is None else largest
+    return exponent.sub_(largest + x.square().sum(-1, keepdim=True) / 2).exp_().add_(EPSILON)
+
+
+def _largest_key_exponent(k: Tensor, projection: Tensor, heads: int) -> Tensor:
+    """Maximum of w . k over heads, tokens and features of each sample: (R, N, E) -> (R, 1, 1).
+
+    Beside EPSILON it decides how far a head's attention is flattened, so it is not taken per head. scBERT takes it over
+    the whole batch; per sample, a spot's result does not depend on its batch mates.
+    """
+    largest = torch.empty(len(k), 1, 1, device=k.device)
+    for rows, buffer in _row_chunks(k, projection):
+        scaled = k[rows].float() * k.shape[-1] ** -0.25
+        largest[rows] = torch.matmul(scaled, projection.T, out=buffer).amax((1, 2), keepdim=True)
+    by_sample = largest.unflatten(0, (-1, heads))
+    return by_sample.amax(1, keepdim=True).expand_as(by_sample).flatten(0, 1)
 
 
 class FavorAttention(torch.autograd.Function):
-    """Linear attention with softmax kernels, in fp32, a few rows at a time; the backward pass computes the features anew.
+    """Linear attention with softmax kernels, in fp32, a few rows at a time; backward computes the features anew.
 
     The features are M / E = 4 times the size of q and k: kept for all rows they would be most of the memory of a step,
-    and writing them most of its time. q, k, v (R, N, E), projection (M, E) -> (R, N, E). A column of ones beside v gives
-    numerator and denominator of attention in one product.
+    and writing them most of its time. q, k, v (R, N, E), projection (M, E) -> (R, N, E). A column of ones beside v
+    gives numerator and denominator of attention in one product.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, projection: Tensor, heads: int) -> Tensor:
         out = torch.empty(v.shape, dtype=torch.float32, device=v.device)
         denominator = out.new_empty(*v.shape[:2], 1)
         with torch.autocast(q.device.type, enabled=False):  # the exponent of a bf16 product would be off by percents
+            largest = _largest_key_exponent(k, projection, heads)
             for rows, buffer in _row_chunks(q, projection):
                 queries, keys, values = _prepared(q[rows], k[rows], v[rows])
-                context = softmax_features(keys, projection, (-1, -2), buffer).transpose(1, 2) @ values
-                product = softmax_features(queries, projection, (-1,), buffer) @ context  # (r, N, E + 1)
+                context = softmax_features(keys, projection, largest[rows], buffer).transpose(1, 2) @ values
+                product = softmax_features(queries, projection, out=buffer) @ context  # (r, N, E + 1)
                 denominator[rows] = product[..., -1:]
                 torch.div(product[..., :-1], product[..., -1:], out=out[rows])
-        ctx.save_for_backward(q, k, v, projection, out, denominator)
+        ctx.save_for_backward(q, k, v, projection, largest, out, denominator)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, projection, out, denominator = ctx.saved_tensors
+        q, k, v, projection, largest, out, denominator = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         with torch.autocast(q.device.type, enabled=False):
             for rows, buffer in _row_chunks(q, projection):
@@ -73,15 +87,15 @@ class FavorAttention(torch.autograd.Function):
                 d_numerator = gradients[0][rows].float() / denominator[rows]
                 d_denominator = -(d_numerator * out[rows]).sum(-1, keepdim=True)
                 d_product = torch.cat([d_numerator, d_denominator], dim=-1)
-                features = softmax_features(keys, projection, (-1, -2), buffer)
+                features = softmax_features(keys, projection, largest[rows], buffer)
                 context = features.transpose(1, 2) @ values
-                features = softmax_features(queries, projection, (-1,), buffer)
+                features = softmax_features(queries, projection, out=buffer)
                 d_context = features.transpose(1, 2) @ d_product
                 dq[rows] = _through_features(d_product @ context.transpose(1, 2), features, queries, projection)
-                features = softmax_features(keys, projection, (-1, -2), buffer)
+                features = softmax_features(keys, projection, largest[rows], buffer)
                 dv[rows] = (features @ d_context)[..., :-1].to(dv.dtype)
                 dk[rows] = _through_features(values @ d_context.transpose(1, 2), features, keys, projection)
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
 def _row_chunks(q: Tensor, projection: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -111,7 +125,7 @@ def _through_features(d_features: Tensor, features: Tensor, x: Tensor, projectio
 def favor_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
     """q, k, v (B, H, N, E), projection (M, E) -> (B, H, N, E), fp32."""
     rows = (x.flatten(0, 1) for x in (q, k, v))
-    return FavorAttention.apply(*rows, projection).unflatten(0, q.shape[:2])
+    return FavorAttention.apply(*rows, projection, q.shape[1]).unflatten(0, q.shape[:2])
 
 
 class PerformerBlock(nn.Module):

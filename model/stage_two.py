@@ -49,7 +49,7 @@ class StageTwo(nn.Module):
         return self
 
     def set_target_scale(self, mean: Tensor, sd: Tensor) -> None:
-        """Train mean and deviation of each gene (G,): the decoder learns standardised genes, so that all weigh alike."""
+        """Train mean and deviation of each gene (G,): the decoder learns standardised genes, which weigh alike."""
         self.target_mean.copy_(mean)
         self.target_sd.copy_(sd)
 

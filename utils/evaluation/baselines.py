@@ -228,7 +228,7 @@ def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Cal
     """
     x_train, x_val = [s["features"] for s in train], [s["features"] for s in val]
     y_train, y_val = _filled([s["target"] for s in train]), [s["target"] for s in val]
-    rings_train, rings_val = [_rings(s) for s in train], [_rings(s) for s in val]
+    rings_train, rings_val = [rings(s) for s in train], [rings(s) for s in val]
     profile = mean_profile(y_train)
     depth = fit_depth(rings_train, [s["log_depth"] for s in train], rings_val, [s["log_depth"] for s in val])
     ridge = fit_ridge(x_train, y_train, x_val, y_val)
@@ -236,9 +236,9 @@ def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Cal
     knn = fit_knn(x_train, y_train, x_val, y_val)
     return {
         "mean": lambda s: np.tile(profile, (len(s["features"]), 1)),
-        "depth": lambda s: np.repeat(depth.predict(_rings(s)), len(profile), axis=1),
+        "depth": lambda s: np.repeat(depth.predict(rings(s)), len(profile), axis=1),
         "ridge": lambda s: ridge.predict(s["features"]),
-        "ridge_neighbours": lambda s: ridge_neighbours.predict(_rings(s)),
+        "ridge_neighbours": lambda s: ridge_neighbours.predict(rings(s)),
         "knn": lambda s: knn.predict(s["features"]),
     }
 
@@ -257,7 +257,7 @@ def _filled(targets: Slices) -> Slices:
     return [np.where(np.isfinite(t), t, mean) for t in targets]
 
 
-def _rings(one: Pictures) -> np.ndarray:
+def rings(one: Pictures) -> np.ndarray:
     return ring_features(one["features"], one["xy"], one["pitch"])
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -145,14 +144,6 @@ class Panel:
 def panel_path(data: Path, panels: Path | None, slice_name: str, role: str) -> Path:
     """Where the panel file of a slice lies: in the slice's folder, or below --panels."""
     return (data if panels is None else panels) / slice_name / FILES[role]
-
-
-def write_panel(path: Path, adata: Any) -> None:
-    """Write an AnnData to `<name>.part` and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.stem + ".part.h5ad")
-    adata.write_h5ad(part)
-    part.replace(path)
 
 
 def read_panel(path: Path) -> Panel:

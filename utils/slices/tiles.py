@@ -10,6 +10,8 @@ import io
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from PIL import Image
 Image.MAX_IMAGE_PIXELS = None  # full-resolution scans exceed Pillow's guard against decompression bombs by design
 
 WHITE = (255, 255, 255)  # glass: what lies beyond the picture's edge
-PACK, RECORD = "tiles.h5", "tiles.json"
+PACK, RECORD, STARTED = "tiles.h5", "tiles.json", "started.json"
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,43 @@ class Cut:
         return 95 if self.resampled else 75
 
 
+SLIDES = (".svs", ".ndpi")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(
+            f"{path}: expected a picture, found one that cannot be read ({error}); copy it anew"
+        ) from error
+
+
+def _openslide(path: Path) -> Any:
+    try:
+        import openslide
+    except ImportError as error:
+        raise ValueError(f"{path}: whole-slide files need `pip install openslide-python openslide-bin`") from error
+    return openslide.OpenSlide(path)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, from the head of the file."""
+    with _readable(path):
+        if path.suffix.lower() in SLIDES:
+            with _openslide(path) as slide:
+                return slide.dimensions
+        with Image.open(path) as picture:
+            return picture.size
+
+
 def open_picture(path: Path) -> Image.Image:
     """The picture as 8-bit RGB; transparent parts become white. Raises ValueError where it cannot be read."""
-    try:
-        if path.suffix.lower() in (".svs", ".ndpi"):
-            return _open_slide(path)
+    with _readable(path):
+        if path.suffix.lower() in SLIDES:
+            with _openslide(path) as slide:
+                return slide.read_region((0, 0), 0, slide.dimensions).convert("RGB")
         with Image.open(path) as picture:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
                 raise ValueError(f"{path}: expected 8 bits per channel, found mode {picture.mode}; convert it to RGB")
@@ -52,32 +86,18 @@ def open_picture(path: Path) -> Image.Image:
                 backed = Image.new("RGBA", picture.size, (*WHITE, 255))
                 return Image.alpha_composite(backed, picture.convert("RGBA")).convert("RGB")
             return picture.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path}: expected a picture, found one that cannot be read ({error}); copy it anew"
-        ) from error
 
 
-def _open_slide(path: Path) -> Image.Image:
-    try:
-        import openslide
-    except ImportError as error:
-        raise ValueError(f"{path}: whole-slide files need `pip install openslide-python openslide-bin`") from error
-    with openslide.OpenSlide(path) as slide:
-        return slide.read_region((0, 0), 0, slide.dimensions).convert("RGB")
-
-
-def check_scale(fullres: Image.Image, path: Path, root: Path, hires_scale: float) -> None:
+def check_scale(size: tuple[int, int], path: Path, root: Path, hires_scale: float) -> None:
     """The full-resolution picture must be the one that the positions are in: hires size = its size x scale factor."""
     hires = root / "spatial" / "tissue_hires_image.png"
     if not hires.exists():
         return
-    with Image.open(hires) as small:
-        expected = [side / hires_scale for side in small.size]
-    if any(abs(found - side) > 0.02 * side + 2 for found, side in zip(fullres.size, expected, strict=True)):
+    expected = [side / hires_scale for side in picture_size(hires)]
+    if any(abs(found - side) > 0.02 * side + 2 for found, side in zip(size, expected, strict=True)):
         raise ValueError(
             f"{path}: expected about {expected[0]:.0f} x {expected[1]:.0f} px (hires image / tissue_hires_scalef), "
-            f"found {fullres.width} x {fullres.height}; name the picture that the positions refer to in slices.csv"
+            f"found {size[0]} x {size[1]}; name the picture that the positions refer to in slices.csv"
         )
 
 

@@ -19,14 +19,13 @@ JITTER = 0.15  # of a stain's strength (factor 1 +- JITTER) and, a third of it, 
 
 def uniforms(seed: int, epoch: int, spots: np.ndarray, n: int) -> np.ndarray:
     """(B, n) numbers in [0, 1), alike for a (seed, epoch, spot) in whatever batch: splitmix64 of a counter."""
-    with np.errstate(over="ignore"):
-        key = np.uint64(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
-        z = key + (spots.astype(np.uint64)[:, None] * np.uint64(n) + np.arange(1, n + 1, dtype=np.uint64)) * np.uint64(
-            0x9E3779B97F4A7C15
-        )
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    golden, first, second = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+    key = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    counter = spots.astype(np.uint64)[:, None] * np.uint64(n) + np.arange(1, n + 1, dtype=np.uint64)
+    z: np.ndarray = key + counter * golden  # wraps around, as it should
+    z = (z ^ (z >> np.uint64(30))) * first
+    z = (z ^ (z >> np.uint64(27))) * second
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 def to_float(tiles: Tensor, size: int) -> Tensor:

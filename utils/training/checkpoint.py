@@ -71,6 +71,15 @@ def save_epoch(
     return best
 
 
+def fit(model: Any, tensors: dict[str, Any], path: Path, flag: str) -> None:
+    """Load weights strictly. Raises ValueError, in one line, where they are not this model's."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{flag}: the weights in {path} do not fit this version ({reason}); train it again") from error
+
+
 def resume(
     path: Path, kind: str, model: Any, optimizer: Any, schedule: Any, about: dict[str, Any]
 ) -> tuple[int, float]:
@@ -84,7 +93,7 @@ def resume(
             raise ValueError(
                 f"--resume: {path} was trained with other {key}; use the same data and flags, or another --out"
             )
-    model.load_state_dict(state["model"])
+    fit(model, state["model"], path, "--resume")
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     return state["next_epoch"], state["best"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.slices import genes, table
+from utils.slices import genes, reader, table
 from utils.slices.tiles import TilePack
 
 
@@ -33,13 +33,15 @@ class SliceData:
     pack: TilePack
     tile_rows: np.ndarray  # (S,) rows of `pack`
     panels: dict[str, genes.Panel]  # "input", "target": counts in the order of `barcodes`
+    root: Path  # the folder that holds spatial/
 
     def bins(self) -> np.ndarray:
         """Input tokens of stage one: (S, G) uint8."""
         return genes.bin_tokens(self.panels["input"].counts, self.total_counts)
 
     def rows_of(self, part: str) -> np.ndarray:
-        return np.flatnonzero(self.part == part)
+        """Spots of a part, of all parts for "all": (n,) rows."""
+        return np.flatnonzero((self.part == part) | (part == "all"))
 
 
 def _keep(panel: genes.Panel, rows: np.ndarray) -> genes.Panel:
@@ -82,6 +84,7 @@ def load_slice(row: table.SliceRow, args: Any, roles: tuple[str, ...], val_strip
         pack=pack,
         tile_rows=tile_rows[kept],
         panels={role: _keep(panel, kept) for role, panel in panels.items()},
+        root=reader.find_root(table.slice_folder(args.data, row)),
     )
 
 
@@ -102,6 +105,15 @@ def load_slices(rows: list[table.SliceRow], args: Any, roles: tuple[str, ...], v
                 f"{tile_scale(first)}; run image_tilling.py again on all slices"
             )
     return slices
+
+
+def um_per_fullres_px(one: SliceData, hires_scale: float) -> float | None:
+    """Micrometres per full-resolution pixel, as the tiles' record tells; None where the spot pitch is not known."""
+    record = one.pack.record or {}
+    if record.get("um_per_px") is None:
+        return None
+    per_source_px = record["um_per_px"] * record["size"] / record["crop"]
+    return per_source_px * (hires_scale if record["source"] == "hires" else 1.0)
 
 
 def tile_scale(one: SliceData) -> tuple[int, float | None]:
@@ -144,7 +156,7 @@ def check_panel_origin(slices: list[SliceData], train: list[str]) -> None:
 
 
 def check_unseen(rows: list[table.SliceRow], state: dict[str, Any], flag: str, allow_leak: bool) -> None:
-    """What is held out now must not have taught the checkpoint: test patients in no way, validation slices not as train.
+    """What is held out now must not have taught the checkpoint: test patients not at all, val slices not as train.
 
     `state` is the checkpoint, with the table of slices that it was trained by.
     """
@@ -158,6 +170,42 @@ def check_unseen(rows: list[table.SliceRow], state: dict[str, Any], flag: str, a
         )
     if seen:
         print(f"warning: {flag}: {', '.join(seen)} held out here, but seen in its training")
+
+
+def load_evaluation(
+    args: Any, state: dict[str, Any], flag: str, roles: tuple[str, ...]
+) -> tuple[list[SliceData], list[SliceData]]:
+    """Slices of --part, and the train and validation slices that the checkpoint (and so the cheap rows) learnt from.
+
+    Raises ValueError where they were seen in training, or genes or tiles are not those of the checkpoint.
+    """
+    rows, warnings = read_split(args)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    check_unseen(rows, state, flag, args.allow_leak)
+    chosen = [row for row in rows if args.part in ("all", row.part)]
+    if args.part == "val" and state["settings"]["val_strip"]:
+        chosen = table.of_part(rows, "train")
+    if not chosen:
+        raise ValueError(f"no slice has part {args.part}: expected one at least in slices.csv; see --part")
+    taught = [table.SliceRow(**row) for row in state["table"] if row["part"] in ("train", "val")]
+    strip = state["settings"]["val_strip"]
+    slices = load_slices(chosen, args, roles, strip), load_slices(taught, args, roles, strip)
+    role = roles[0]
+    for one in (*slices[0], *slices[1]):
+        panel = one.panels[role]
+        if panel.genes != state["genes"]:
+            shared = len(set(panel.genes) & set(state["genes"]))
+            raise ValueError(
+                f"{flag}: trained on {len(state['genes'])} {role} genes, of which {panel.path} has {shared} among its "
+                f"{len(panel.genes)}; make its panel with --{role}_genes, or use the panels it was trained on"
+            )
+        if list(tile_scale(one)) != list(state["tile_scale"]):
+            raise ValueError(
+                f"{flag}: trained on tiles of {tuple(state['tile_scale'])} (px, um per px), those of "
+                f"{one.pack.folder} are of {tile_scale(one)}; cut tiles of that scale with image_tilling.py"
+            )
+    return slices
 
 
 def spots_of(slices: list[SliceData], part: str) -> np.ndarray:

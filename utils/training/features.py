@@ -19,6 +19,7 @@ from tqdm import tqdm
 from utils.slices.tiles import write_record
 from utils.training import checkpoint, datasets
 from utils.training.augment import to_float
+from utils.training.loop import seed_everything
 
 MIN_SPOTS = 64  # under so many tiles a slice's own statistics are too rough
 MIN_SD = 1e-3
@@ -207,3 +208,44 @@ def predict(model: Any, bank: FeatureBank, spots: np.ndarray, accelerator: Any, 
         with accelerator.autocast():
             done.append(model.predict(bank.batch(chosen)).cpu().numpy())
     return np.concatenate(done)
+
+
+def untouched_features(
+    encoder_class: Any,
+    state: dict[str, Any],
+    settings: dict[str, Any],
+    slices: list[datasets.SliceData],
+    accelerator: Any,
+    args: Any,
+) -> list[np.ndarray]:
+    """Pooled features (S, C) float32 per slice of the encoder as stage one found it.
+
+    Parameters
+    ----------
+    encoder_class : model.image_encoder.ImageEncoder (this package does not import the models)
+    state : checkpoint of either stage
+    settings : flags that stage one was run with
+    """
+    sizes = state["sizes"]
+    seed_everything(settings["seed"])  # without pretrained weights: the random ones that stage one began with
+    weights = read_image_weights(args.image_weights or settings["image_weights"], "--image_weights")
+    encoder = encoder_class(sizes["image_encoder"], sizes["image_size"], sizes["width"], weights)
+    encoder = encoder.to(accelerator.device).eval()
+
+    def encode(tiles: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return encoder.features(tiles)[0]
+
+    size = sizes["image_size"]
+    return [encode_slice(encode, one, size, accelerator.device, args.batch_size, args.workers) for one in slices]
+
+
+def as_pictures(one: datasets.SliceData, features: np.ndarray, part: str) -> dict[str, Any]:
+    """What the cheap rows read of the spots of a part: features, places, pitch, log depth."""
+    rows = one.rows_of(part)
+    return {
+        "features": features[rows],
+        "xy": one.xy_fullres_px[rows],
+        "pitch": one.pitch_fullres_px,
+        "log_depth": np.log(one.total_counts[rows]),
+    }

@@ -1,0 +1,51 @@
+# Everything from a bare Python >= 3.11 with venv: `make demo`, `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+SHARED := --data demo/data --tiles demo/tiles --panels demo/panels
+DEMO_ONE := --image_encoder test_vit --image_size 64 --image_weights none --gene_depth 1 --gene_width 64 --gene_heads 1 \
+	--gene_tokens 16 --fusion_blocks 1 --width 128 --queue_size 512 --expression_weight 1 --Init_lr 1e-3 --Epoch 20
+DEMO_TWO := --decoder_layers 2 --decoder_width 32 --target residuals --Init_lr 1e-3 --Epoch 20 --precision fp32
+
+.PHONY: demo test test-slow lint types format clean
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Magic needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[test,weights]'
+	touch $@
+
+# Simulated slices, all six scripts with a small ViT, and the table of both evaluations: everything under demo/.
+demo: .venv/installed
+	rm -rf demo
+	$(BIN)/python -m utils.slices.simulate --out demo/data --patients 6 --spots 300 --genes 600 --seed 0
+	$(BIN)/python image_tilling.py $(SHARED) --tile_px 64
+	$(BIN)/python make_decoder_data.py $(SHARED) --n_input_genes 600
+	$(BIN)/python train_mymodel.py $(SHARED) $(DEMO_ONE) --out demo/encoder_model --logs demo/logs
+	$(BIN)/python train_decoder.py $(SHARED) $(DEMO_TWO) --encoder demo/encoder_model/best_epoch_weights.pth \
+		--out demo/decoder_model --logs demo/logs
+	$(BIN)/python get_accuracy_image.py $(SHARED) --encoder demo/encoder_model/best_epoch_weights.pth \
+		--out demo/results/retrieval
+	$(BIN)/python decoder_similarity.py $(SHARED) --decoder demo/decoder_model/best_epoch_weights.pth \
+		--out demo/results/similarity
+	$(BIN)/python -m utils.evaluation.report demo/results --truth demo/data
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,191 @@
+"""Evaluate stage two: how well is the expression of the target genes predicted from the picture alone?
+
+    python decoder_similarity.py --decoder decoder_model/best_epoch_weights.pth --part test
+
+Reads the checkpoint, tiles and target genes of the part's slices, and of the train and validation slices for the cheap
+rows on the untouched encoder. Writes results/similarity/: metrics.json, genes.csv, predictions.h5ad, figures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from utils.slices import export, reader
+from utils.slices.tiles import write_record
+from utils.training import arguments, checkpoint, datasets
+
+SHOWN = (
+    "pcc_gene_mean",
+    "pcc_gene_top50",
+    "pcc_gene_given_depth",
+    "pcc_spot_mean",
+    "mse",
+    "sd_ratio",
+    "undefined_genes",
+)
+UNITS = {"lognorm": "log1p counts per 10,000", "residuals": "Pearson residual", "counts": "counts per 10,000"}
+
+
+def parse_args(argv=None):
+    parser = arguments.shared(__doc__, part="test")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--decoder", type=Path, default=Path("decoder_model/best_epoch_weights.pth"), help="stage two")
+    group.add_argument("--image_weights", help="of the untouched encoder (default: those stage one started from)")
+    group.add_argument("--batch_size", type=arguments.count, default=32)
+    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
+    group.add_argument("--out", type=Path, default=Path("results/similarity"))
+    return parser.parse_args(argv)
+
+
+def load_model(args, state: dict, device):
+    from model.stage_two import StageTwo, StageTwoSizes
+
+    model = StageTwo(StageTwoSizes(**state["sizes"]))
+    checkpoint.fit(model, state["model"], args.decoder, "--decoder")
+    return model.to(device).eval()
+
+
+def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndarray]:
+    """The model's prediction of every spot of the part: (S, G) per slice, in the units of its target."""
+    from utils.training import features
+
+    def encode(tiles):
+        with accelerator.autocast():
+            return model.encode(tiles)
+
+    size = model.sizes.image_size
+    kept = [
+        features.encode_slice(encode, one, size, accelerator.device, args.batch_size, args.workers) for one in slices
+    ]
+    moments = features.Moments(*(state["feature_moments"][key].numpy() for key in ("mean", "sd")))
+    bank = features.FeatureBank(slices, kept, moments, model.sizes.context, accelerator.device)
+    return [
+        features.predict(model, bank, bank.first[i] + one.rows_of(args.part), accelerator, args.batch_size)
+        for i, one in enumerate(slices)
+    ]
+
+
+def predict_cheap(args, state: dict, slices, taught, accelerator) -> dict[str, list[np.ndarray]]:
+    """Rows on the untouched encoder's features, fitted on the same slices and target: (S, G) per slice."""
+    from model.image_encoder import ImageEncoder
+    from utils.evaluation import baselines, metrics
+    from utils.training import features
+
+    several = [*taught, *slices]
+    found = features.untouched_features(ImageEncoder, state, state["encoder_settings"], several, accelerator, args)
+    found = [baselines.standardise(f) for f in found]
+    seen: dict[str, list] = {"train": [], "val": []}
+    for one, own in zip(taught, found, strict=False):
+        panel = one.panels["target"]
+        scaled = metrics.to_scale(state["target"], panel.counts, one.total_counts)
+        target = np.where(panel.measured, scaled, np.nan)
+        for part, pictures in seen.items():
+            if len(one.rows_of(part)):
+                pictures.append(features.as_pictures(one, own, part) | {"target": target[one.rows_of(part)]})
+    cheap = baselines.fit_baselines(seen["train"], seen["val"])
+    pictures = [features.as_pictures(one, f, args.part) for one, f in zip(slices, found[len(taught) :], strict=True)]
+    return {row: [predict(p) for p in pictures] for row, predict in cheap.items()}
+
+
+def draw(out: Path, slices, rows: dict, measured: list[dict], genes: list[str], target: str, table) -> None:
+    """Histogram of the correlations per gene, and maps of each slice's best and median gene."""
+    from utils.evaluation import metrics, plotting
+
+    scale = "residuals"
+    by_row = {row: table[f"pcc_{scale}_{row}"].to_numpy() for row in rows if f"pcc_{scale}_{row}" in table}
+    plotting.save(plotting.pcc_histogram(by_row, "Correlation per gene, Pearson residuals"), out / "pcc_histogram.png")
+    for i, (one, what) in enumerate(zip(slices, measured, strict=True)):
+        truth = metrics.to_scale(target, what["counts"], what["total_counts"])
+        pcc = np.where(what["measured"], metrics.scored_pearson_per_gene(rows["model"][i], truth), np.nan)
+        known = np.flatnonzero(np.isfinite(pcc))
+        if not len(known):
+            continue
+        order = known[np.argsort(pcc[known])]
+        picture = export.small_picture(one.root)
+        image, scale_px = picture if picture else (None, 1.0)
+        um = datasets.um_per_fullres_px(one, reader.read_scalefactors(one.root)["tissue_hires_scalef"])
+        for kind, gene in (("best", order[-1]), ("median", order[len(order) // 2])):
+            figure = plotting.gene_maps(
+                image,
+                what["xy"] * scale_px,
+                one.pitch_fullres_px * scale_px * 0.4,
+                truth[:, gene],
+                rows["model"][i][:, gene],
+                title=f"{one.name}: {genes[gene]}, {kind} gene, PCC {pcc[gene]:.2f}",
+                unit=UNITS[target],
+                um_per_px=None if um is None else um / scale_px,
+            )
+            plotting.save(figure, out / f"map_{one.name.replace('/', '_')}_{kind}.png")
+
+
+def write_results(out: Path, state: dict, slices, rows: dict, measured: list[dict], metrics: dict, args) -> None:
+    import pandas as pd
+
+    from utils.evaluation import expression
+
+    out.mkdir(parents=True, exist_ok=True)
+    genes = state["genes"]
+    table = expression.per_gene_table(rows, measured, genes)
+    table.insert(1, "val_pcc", state["val_pcc"].numpy())
+    table.to_csv(out / "genes.csv.part", index=False)
+    (out / "genes.csv.part").replace(out / "genes.csv")
+    parts = [
+        (one.name, one.root, one.barcodes[one.rows_of(args.part)], what["xy"])
+        for one, what in zip(slices, measured, strict=True)
+    ]
+    var = pd.DataFrame({"val_pcc": state["val_pcc"].numpy()}, index=genes)
+    obs = {"total_counts": np.concatenate([what["total_counts"] for what in measured])}
+    adata = export.spots_anndata(parts, np.concatenate(rows["model"]), var, obs)
+    adata.layers["counts"] = np.concatenate([what["counts"] for what in measured]).astype(np.float32)
+    adata.uns["magic"] = {
+        "X": f"predicted, {UNITS[state['target']]}",
+        "counts": "measured, raw",
+        "target": state["target"],
+    }
+    export.write_anndata(out / "predictions.h5ad", adata)
+    draw(out, slices, rows, measured, genes, state["target"], table)
+    write_record(out / "metrics.json", metrics)
+
+
+def summary(metrics: dict) -> str:
+    lines = [f"{metrics['n_spots']} spots, {metrics['n_genes']} genes; means over slices"]
+    for scale in UNITS:
+        lines.append(f"{scale:<18}" + "".join(f"{figure.removeprefix('pcc_'):>17}" for figure in SHOWN))
+        for row, found in metrics[scale].items():
+            cells = ["-" if found[f] is None else f"{found[f]:.3f}" if f != SHOWN[-1] else f"{found[f]}" for f in SHOWN]
+            lines.append(f"  {row:<16}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(args):
+    arguments.require_file(args.decoder, "--decoder", "run train_decoder.py first")
+    state = checkpoint.load(args.decoder, "stage_two", "--decoder")
+    slices, taught = datasets.load_evaluation(args, state, "--decoder", ("target",))
+    from utils.evaluation import expression
+    from utils.training import distributed
+
+    accelerator = distributed.start(args.device, args.precision)
+    model = load_model(args, state, accelerator.device)
+    rows = {"model": predict_model(model, state, slices, accelerator, args)}
+    rows |= predict_cheap(args, state, slices, taught, accelerator)
+    measured = [
+        {
+            "name": one.name,
+            "counts": one.panels["target"].counts[chosen],
+            "total_counts": one.total_counts[chosen],
+            "measured": one.panels["target"].measured,
+            "xy": one.xy_fullres_px[chosen],
+        }
+        for one in slices
+        for chosen in [one.rows_of(args.part)]
+    ]
+    metrics = expression.evaluate(rows, measured, state["target"])
+    write_results(args.out, state, slices, rows, measured, metrics, args)
+    print(summary(metrics))
+    print(f"results in {args.out}")
+
+
+if __name__ == "__main__":
+    arguments.run(main, parse_args())

@@ -1,0 +1,214 @@
+"""Evaluate stage one: does a picture find its own expression profile among others?
+
+    python get_accuracy_image.py --encoder encoder_model/best_epoch_weights.pth --part test
+
+Reads the checkpoint, tiles and input genes of the part's slices, and of the train and validation slices for the cheap
+row `depth`. Writes results/retrieval/: metrics.json, spots.csv, predictions.h5ad, retrieval_curve.png.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from utils.slices import export
+from utils.slices.tiles import write_record
+from utils.training import arguments, checkpoint, datasets
+
+ROWS = ("depth", "contrastive", "matching", "reranked")
+PAIRS_AT_ONCE = 256
+
+
+def parse_args(argv=None):
+    parser = arguments.shared(__doc__, part="test")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
+    group.add_argument("--neighbours", type=arguments.count, default=8, help="nearest spots that stand as candidates")
+    group.add_argument("--image_weights", help="of the untouched encoder (default: those stage one started from)")
+    group.add_argument("--batch_size", type=arguments.count, default=32)
+    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
+    group.add_argument("--out", type=Path, default=Path("results/retrieval"))
+    return parser.parse_args(argv)
+
+
+def load_model(args, state: dict, device):
+    from model.stage_one import StageOne, StageOneSizes
+
+    model = StageOne(StageOneSizes(**state["sizes"]))
+    checkpoint.fit(model, state["model"], args.encoder, "--encoder")
+    return model.to(device).eval()
+
+
+def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndarray:
+    """Fusion logit of each spot's picture with each candidate's profile: (S, K); padding gives what it may."""
+    import torch
+
+    image_tokens, gene_tokens = torch.cat(encoded.image_tokens), torch.cat(encoded.gene_tokens)
+    spots, columns = np.indices(candidates.shape).reshape(2, -1)
+    genes = np.maximum(candidates[spots, columns], 0)
+    logits = []
+    with torch.no_grad(), accelerator.autocast():
+        for start in range(0, len(spots), PAIRS_AT_ONCE):
+            chosen = slice(start, start + PAIRS_AT_ONCE)
+            logits.append(model.fusion(gene_tokens[genes[chosen]], image_tokens[spots[chosen]]).float().cpu().numpy())
+    return np.concatenate(logits).reshape(candidates.shape)
+
+
+def gallery_scores(model, encoded, predicted_depth, log_depth, candidates, accelerator) -> dict[str, np.ndarray]:
+    """Scores (S, K) of all rows. `reranked` adds the log odds of matching to the log share of the contrast."""
+    from utils.evaluation import retrieval
+
+    image, gene = encoded.vectors()
+    temperature = float(np.exp(model.contrast.logit_scale.detach().cpu()))
+    similarity = np.einsum("sd,skd->sk", image, gene[candidates]) * temperature
+    matching = match_scores(model, encoded, candidates, accelerator)
+    shown = np.where(candidates >= 0, similarity, -np.inf)
+    top = shown.max(1, keepdims=True)
+    log_share = similarity - top - np.log(np.exp(shown - top).sum(1, keepdims=True))
+    return {
+        "depth": retrieval.depth_scores(predicted_depth, log_depth[candidates]),
+        "contrastive": similarity,
+        "matching": matching,
+        "reranked": matching + log_share,
+    }
+
+
+def predicted_depths(args, state: dict, slices, taught, accelerator) -> list[np.ndarray]:
+    """Log total counts, relative to the slice's mean, that ridge reads off the untouched encoder's features."""
+    from model.image_encoder import ImageEncoder
+    from utils.evaluation import baselines
+    from utils.training import features
+
+    several = [*taught, *slices]
+    found = features.untouched_features(ImageEncoder, state, state["settings"], several, accelerator, args)
+    found = [baselines.standardise(f) for f in found]
+
+    def pictures(part, some, some_features):
+        seen = [features.as_pictures(one, f, part) for one, f in zip(some, some_features, strict=True)]
+        return [p for p in seen if len(p["log_depth"])]
+
+    train, val = (pictures(part, taught, found[: len(taught)]) for part in ("train", "val"))
+    x_train, x_val = ([baselines.rings(p) for p in part] for part in (train, val))
+    ridge = baselines.fit_depth(x_train, [p["log_depth"] for p in train], x_val, [p["log_depth"] for p in val])
+    return [ridge.predict(baselines.rings(p))[:, 0] for p in pictures(args.part, slices, found[len(taught) :])]
+
+
+def score_slice(model, one, predicted_depth, accelerator, args) -> dict:
+    """Everything measured on one slice: galleries, scores, blocks, ranks, vectors."""
+    from utils.evaluation import bootstrap, retrieval
+    from utils.training import features
+
+    rows = one.rows_of(args.part)
+    encoded = features.encode_pairs(model, one, one.bins(), rows, accelerator, args)
+    image, gene = encoded.vectors()
+    log_depth = np.log(one.total_counts[rows])
+    galleries = {
+        "neighbours": retrieval.neighbour_candidates(one.xy_fullres_px[rows], args.neighbours, args.seed),
+        "random10": retrieval.random_candidates(len(rows), 9, args.seed),
+    }
+    return {
+        "rows": rows,
+        "galleries": galleries,
+        "scores": {
+            name: gallery_scores(
+                model, encoded, predicted_depth, log_depth - log_depth.mean(), gallery.candidates, accelerator
+            )
+            for name, gallery in galleries.items()
+        },
+        "blocks": bootstrap.blocks(one.xy_fullres_px[rows], one.pitch_fullres_px),
+        "ranks": (retrieval.ranks_from_embeddings(image, gene), retrieval.ranks_from_embeddings(gene, image)),
+        "vectors": (image, gene),
+    }
+
+
+def figures_of(scored: list[dict], seed: int) -> dict:
+    """The body of metrics.json for one or several slices."""
+    from utils.evaluation import retrieval
+
+    result: dict = {"n_spots": sum(len(one["rows"]) for one in scored)}
+    for name in ("neighbours", "random10"):
+        scores = {row: [one["scores"][name][row] for one in scored] for row in ROWS}
+        galleries = [one["galleries"][name] for one in scored]
+        result[name] = retrieval.evaluate_gallery(scores, galleries, [one["blocks"] for one in scored], seed=seed)
+    result["slice"] = retrieval.mean_slice_figures([retrieval.slice_figures(*one["ranks"]) for one in scored])
+    return result
+
+
+def write_results(out: Path, metrics: dict, slices, scored: list[dict], genes: list[str]) -> None:
+    import pandas as pd
+
+    from utils.evaluation import expression, plotting, retrieval
+
+    out.mkdir(parents=True, exist_ok=True)
+    obs = {
+        f"{name}_{row}": np.concatenate(
+            [
+                retrieval.hits(s["scores"][name][row], s["galleries"][name].truth, s["galleries"][name].candidates)
+                for s in scored
+            ]
+        )
+        for name in ("neighbours", "random10")
+        for row in ROWS
+    }
+    obs["rank_image_to_gene"], obs["rank_gene_to_image"] = (
+        np.concatenate([s["ranks"][i] for s in scored]) for i in (0, 1)
+    )
+    parts = [
+        (one.name, one.root, one.barcodes[s["rows"]], one.xy_fullres_px[s["rows"]])
+        for one, s in zip(slices, scored, strict=True)
+    ]
+    x = np.concatenate([one.bins()[s["rows"]] for one, s in zip(slices, scored, strict=True)])
+    adata = export.spots_anndata(parts, x, pd.DataFrame(index=genes), obs)
+    for i, kind in enumerate(("image", "gene")):
+        adata.obsm[f"X_{kind}"] = np.concatenate([s["vectors"][i] for s in scored])
+    adata.uns["magic"] = {"X": "bins of log2(1 + counts per 10,000), as the gene encoder reads them"}
+    export.write_anndata(out / "predictions.h5ad", adata)
+    adata.obs.to_csv(out / "spots.csv.part", index_label="spot")
+    (out / "spots.csv.part").replace(out / "spots.csv")
+    k = np.unique(np.geomspace(1, max(len(s["rows"]) for s in scored), 30).astype(int))
+    recall = {
+        way: np.mean([[retrieval.recall_at(s["ranks"][i], n) for n in k] for s in scored], axis=0)
+        for i, way in enumerate(("image to gene", "gene to image"))
+    }
+    chance = np.mean([np.minimum(k / len(s["rows"]), 1) for s in scored], axis=0)
+    plotting.save(plotting.retrieval_curve(k, recall, chance), out / "retrieval_curve.png")
+    write_record(out / "metrics.json", expression.plain(metrics))
+
+
+def summary(metrics: dict) -> str:
+    lines = [f"{metrics['n_spots']} spots            " + "".join(f"{row:>24}" for row in ("chance", *ROWS))]
+    for name in ("neighbours", "random10"):
+        cells = [f"{metrics[name]['chance']:.3f}"]
+        cells += [
+            f"{metrics[name][r]:.3f} [{low:.3f}, {high:.3f}]"
+            for r in ROWS
+            for low, high in [metrics[name]["interval"][r]]
+        ]
+        lines.append(f"{name:<20}" + "".join(f"{cell:>24}" for cell in cells))
+    for way in ("chance", "image_to_gene", "gene_to_image"):
+        lines.append(
+            f"slice, {way:<14} " + ", ".join(f"{key} {value:.3g}" for key, value in metrics["slice"][way].items())
+        )
+    return "\n".join(lines)
+
+
+def main(args):
+    arguments.require_file(args.encoder, "--encoder", "run train_mymodel.py first")
+    state = checkpoint.load(args.encoder, "stage_one", "--encoder")
+    slices, taught = datasets.load_evaluation(args, state, "--encoder", ("input",))
+    from utils.training import distributed
+
+    accelerator = distributed.start(args.device, args.precision)
+    model = load_model(args, state, accelerator.device)
+    depths = predicted_depths(args, state, slices, taught, accelerator)
+    scored = [score_slice(model, one, depth, accelerator, args) for one, depth in zip(slices, depths, strict=True)]
+    metrics = figures_of(scored, args.seed)
+    metrics["per_slice"] = {one.name: figures_of([s], args.seed) for one, s in zip(slices, scored, strict=True)}
+    write_results(args.out, metrics, slices, scored, state["genes"])
+    print(summary(metrics))
+    print(f"results in {args.out}")
+
+
+if __name__ == "__main__":
+    arguments.run(main, parse_args())

@@ -1,0 +1,31 @@
+"""Fixtures that several test files share: tiny simulated slices, and the real sections where they are at hand."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder that MAGIC_REAL_DATA names; tests of real data are skipped without it."""
+    folder = os.environ.get("MAGIC_REAL_DATA")
+    if not folder:
+        pytest.skip("MAGIC_REAL_DATA is not set: no real sections at hand")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory) -> Path:
+    """Three simulated patients of 70 spots and 60 genes: train, val, test. Read-only: copy before changing."""
+    from utils.slices.simulate import write_slices
+
+    out = tmp_path_factory.mktemp("simulated") / "data"
+    write_slices(out, n_patients=3, n_spots=70, n_genes=60, seed=1)
+    return out

@@ -1,0 +1,136 @@
+"""decoder.py: what the prediction starts from, what it looks at, and what a missing neighbour must not do."""
+
+import pytest
+import torch
+from torch import nn
+
+from model.decoder import GeneDecoder, LinearExpansion
+from model.layers import Attention
+
+WIDTH, GENES, TOKENS, CONTEXT = 12, 9, 4, 5
+
+
+def decoder(trained=True):
+    """In evaluation mode; `trained`: the read-out has left its zero start."""
+    torch.manual_seed(0)
+    model = GeneDecoder(WIDTH, GENES, layers=2, decoder_width=16).eval()
+    if trained:
+        nn.init.normal_(model.read_out.weight)
+    return model
+
+
+def batch(n=3, context=CONTEXT):
+    torch.manual_seed(1)
+    return {
+        "vector": torch.randn(n, WIDTH),
+        "tokens": torch.randn(n, TOKENS, WIDTH),
+        "context": torch.randn(n, context, WIDTH),
+        "offsets": torch.randn(n, context, 2),
+        "present": torch.ones(n, context, dtype=torch.bool),
+    }
+
+
+def smallest_change(model, before, **changed):
+    """Least absolute change of any gene of any spot."""
+    with torch.no_grad():
+        return (model(**before | changed) - model(**before)).abs().min()
+
+
+@torch.no_grad()
+def test_prediction_starts_as_the_expansion():
+    model, given = decoder(trained=False), batch()
+    torch.testing.assert_close(model(**given), model.expand(given["vector"]))
+    assert not torch.allclose(decoder()(**given), model.expand(given["vector"]), atol=0.1)
+
+
+def test_every_gene_changes_with_each_part_of_the_picture():
+    model, given = decoder(), batch()
+    assert smallest_change(model, given, vector=torch.randn(3, WIDTH)) > 1e-4
+    for name in ("tokens", "context"):
+        for i in range(given[name].shape[1]):
+            other = given[name].clone()
+            other[:, i] = 3 * torch.randn(3, WIDTH)
+            assert smallest_change(model, given, **{name: other}) > 1e-6, (name, i)
+
+
+def test_offsets_matter():
+    model, given = decoder(), batch()
+    assert smallest_change(model, given, offsets=given["offsets"].flip(1)) > 1e-6
+
+
+@torch.no_grad()
+def test_order_of_the_context_is_irrelevant_with_its_offsets():
+    model, given = decoder(), batch()
+    given["present"][:, 1] = False
+    order = torch.randperm(CONTEXT)
+    turned = {name: given[name][:, order] for name in ("context", "offsets", "present")}
+    torch.testing.assert_close(model(**given | turned), model(**given))
+
+
+@torch.no_grad()
+def test_missing_neighbours_do_not_matter():
+    model, given = decoder(), batch()
+    given["present"][:, 2:] = False
+    context, offsets = given["context"].clone(), given["offsets"].clone()
+    context[:, 2:], offsets[:, 2:] = 1e4, -1e4
+    expected = model(**given)
+    torch.testing.assert_close(model(**given | {"context": context, "offsets": offsets}), expected)
+    short = {name: given[name][:, :2] for name in ("context", "offsets", "present")}
+    torch.testing.assert_close(model(**given | short), expected)
+    assert smallest_change(model, given, present=torch.ones(3, CONTEXT, dtype=torch.bool)) > 1e-6
+
+
+@torch.no_grad()
+def test_a_spot_alone_is_predicted_from_its_own_tile():
+    model, given = decoder(), batch()
+    found = model(**given | {"present": torch.zeros(3, CONTEXT, dtype=torch.bool)})
+    assert torch.isfinite(found).all()
+    without = {name: given[name][:, :0] for name in ("context", "offsets", "present")}
+    torch.testing.assert_close(model(**given | without), found)
+
+
+@torch.no_grad()
+def test_spots_of_a_batch_do_not_touch_each_other_in_evaluation():
+    model, given = decoder(), batch()
+    torch.testing.assert_close(model(**{k: v[1:2] for k, v in given.items()}), model(**given)[1:2])
+
+
+@torch.no_grad()
+def test_vector_tokens_and_context_are_told_apart():
+    model, given = decoder(), batch()
+    swapped = given["context"].clone(), given["tokens"].clone()
+    swapped[0][:, 0], swapped[1][:, 0] = given["tokens"][:, 0], given["context"][:, 0]
+    still = given | {"offsets": torch.zeros(3, CONTEXT, 2)}
+    assert smallest_change(model, still, context=swapped[0], tokens=swapped[1]) > 1e-6
+
+
+def test_every_parameter_learns_and_no_attention_is_dead():
+    model, given = decoder().train(), batch(n=8)
+    model(**given).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+    attentions = [m for m in model.modules() if isinstance(m, Attention)]
+    assert len(attentions) == 4
+    for attention in attentions:
+        assert attention.to_q.weight.grad.abs().max() > 1e-6
+        assert attention.to_kv.weight.grad[:16].abs().max() > 1e-6
+
+
+def test_genes_have_queries_of_their_own():
+    model, given = decoder(), batch()
+    with torch.no_grad():
+        for p in model.expand[-1].parameters():
+            p.zero_()  # every gene starts from 0
+    found = model(**given)
+    assert (found[:, :, None] - found[:, None, :]).abs()[:, ~torch.eye(GENES, dtype=torch.bool)].min() > 1e-6
+
+
+def test_expansion_has_the_published_widths():
+    linear = [m for m in LinearExpansion(512, 300) if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(512, 1024), (1024, 1500), (1500, 300)]
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_depth_is_free(layers):
+    model = GeneDecoder(WIDTH, GENES, layers=layers, decoder_width=16)
+    assert model(**batch()).shape == (3, GENES)

@@ -60,8 +60,8 @@ def gallery_scores(model, encoded, predicted_depth, log_depth, candidates, accel
     from utils.evaluation import retrieval
 
     image, gene = encoded.vectors()
-    temperature = float(np.exp(model.contrast.logit_scale.detach().cpu()))
-    similarity = np.einsum("sd,skd->sk", image, gene[candidates]) * temperature
+    scale = model.contrast.logit_scale.exp().item()
+    similarity = np.einsum("sd,skd->sk", image, gene[candidates]) * scale
     matching = match_scores(model, encoded, candidates, accelerator)
     shown = np.where(candidates >= 0, similarity, -np.inf)
     top = shown.max(1, keepdims=True)

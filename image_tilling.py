@@ -116,7 +116,7 @@ def begin(folder: Path, cut: tiles.Cut, record: dict | None) -> None:
         print(f"{folder.name}: settings changed ({', '.join(changed)}): its tiles are cut anew")
         for old in [folder / tiles.RECORD, folder / tiles.PACK, *folder.glob("*.jpeg")]:
             old.unlink(missing_ok=True)
-    started.write_text(json.dumps(asdict(cut)))
+    tiles.write_record(started, asdict(cut))
 
 
 def tile_slice(row, args) -> int:
@@ -137,8 +137,10 @@ def tile_slice(row, args) -> int:
     folder, record = args.tiles / row.slice, tiles.read_record(args.tiles / row.slice)
     done = is_done(folder, cut, spots.index.to_numpy(str), record)
     if not done:
+        jobs = [(centre, tiles.tile_file(folder, b)) for centre, b in zip(centres[inside], spots.index, strict=True)]
+        picture = tiles.open_picture(picture_file)  # all that can be refused is, before a tile is removed or written
         begin(folder, cut, record)
-        cut_slice(folder, picture_file, cut, spots, centres[inside], outside, args.workers)
+        cut_slice(folder, picture, cut, spots, jobs, outside, args.workers)
     notes = [f"{n} {what}" for what, n in unmatched.items() if n]
     notes += [f"{len(outside)} outside the picture"] if outside else []
     what = "are there" if done else f"of {cut.size} px from {picture_file.name}"
@@ -147,12 +149,11 @@ def tile_slice(row, args) -> int:
 
 
 def cut_slice(
-    folder: Path, picture_file: Path, cut: tiles.Cut, spots, centres, outside: list[str], workers: int
+    folder: Path, picture: Image.Image, cut: tiles.Cut, spots, jobs: list, outside: list[str], workers: int
 ) -> None:
     """Cut what is missing, pack all, and write the record last: a folder with a record is whole."""
     barcodes = spots.index.to_numpy(str)
-    jobs = [(centre, tiles.tile_file(folder, b)) for centre, b in zip(centres, barcodes, strict=True)]
-    pixels = cut_all(tiles.open_picture(picture_file), jobs, cut, workers, folder.name)
+    pixels = cut_all(picture, jobs, cut, workers, folder.name)
     tiles.write_pack(folder, barcodes, spots[["x_fullres_px", "y_fullres_px"]].to_numpy(), pixels, cut.size)
     made = {"number": len(barcodes), "outside": outside, "software": f"magic image_tilling, Pillow {Image.__version__}"}
     tiles.write_record(folder / tiles.RECORD, asdict(cut) | made)

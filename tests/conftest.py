@@ -29,3 +29,26 @@ def simulated(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("simulated") / "data"
     write_slices(out, n_patients=3, n_spots=70, n_genes=60, seed=1)
     return out
+
+
+@pytest.fixture(scope="session")
+def prepared(simulated, tmp_path_factory):
+    """Tiles of 32 px and panels (50 input, 20 target genes) of the simulated slices. Read-only: copy before changing."""
+    from tiny_runs import Work
+
+    out = tmp_path_factory.mktemp("prepared")
+    work = Work(simulated, out / "tiles", out / "panels", out)
+    work.run("image_tilling")
+    work.run("make_decoder_data")
+    return work
+
+
+@pytest.fixture(scope="session")
+def trained(prepared, tmp_path_factory):
+    """Both stages trained for an epoch on the prepared slices, with the smallest models. Read-only."""
+    from tiny_runs import Work
+
+    work = Work(prepared.data, prepared.tiles, prepared.panels, tmp_path_factory.mktemp("trained"))
+    work.run("train_mymodel", "--Epoch", 1, "--Init_lr", 1e-3)
+    work.run("train_decoder", "--Epoch", 1, "--Init_lr", 1e-3)
+    return work

@@ -163,7 +163,9 @@ def test_every_trunk_tensor_is_overwritten():
 def test_a_missing_tensor_is_named(depth):
     tensors = released_tensors()
     del tensors["performer.net.layers.1.0.fn.to_k.weight"]
-    with pytest.raises(ValueError, match=rf"{depth * 14 + 2} of .* {depth * 14 + 3} .* missing .*1\.0\.fn\.to_k\.weight$"):
+    with pytest.raises(
+        ValueError, match=rf"{depth * 14 + 2} of .* {depth * 14 + 3} .* missing .*1\.0\.fn\.to_k\.weight$"
+    ):
         load_scbert(gene_encoder(depth=depth), tensors)
 
 
@@ -175,7 +177,9 @@ def test_nothing_of_scbert_in_the_file_is_refused():
 def test_a_tensor_of_another_shape_is_named():
     tensors = released_tensors()
     tensors["performer.net.layers.3.1.fn.fn.w1.weight"] = torch.zeros(400, WIDTH)
-    with pytest.raises(ValueError, match=r"layers\.3\.1\.fn\.fn\.w1\.weight has shape \(400, 200\), expected \(800, 200\)"):
+    with pytest.raises(
+        ValueError, match=r"layers\.3\.1\.fn\.fn\.w1\.weight has shape \(400, 200\), expected \(800, 200\)"
+    ):
         load_scbert(gene_encoder(), tensors)
 
 

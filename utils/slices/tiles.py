@@ -141,7 +141,7 @@ def ensure_tile(picture: Image.Image, centre_px: np.ndarray, cut: Cut, path: Pat
         cut_tile(picture, centre_px, cut).save(buffer, "JPEG", quality=cut.quality)
         data = buffer.getvalue()
         write_whole(path, data)
-    with Image.open(io.BytesIO(data)) as tile:
+    with _readable(path), Image.open(io.BytesIO(data)) as tile:
         return np.asarray(tile.convert("RGB"))
 
 
@@ -210,15 +210,18 @@ def write_pack(folder: Path, barcodes: np.ndarray, xy_px: np.ndarray, tiles: Any
     import h5py
 
     part = folder / (PACK + ".part")
-    with h5py.File(part, "w") as file:
-        img = file.create_dataset("img", (len(barcodes), size, size, 3), "uint8", chunks=(1, size, size, 3))
-        for row, tile in enumerate(tiles):
-            if tile.shape != (size, size, 3):
-                raise ValueError(
-                    f"{tile_file(folder, barcodes[row])}: expected {size} x {size} px, found "
-                    f"{tile.shape[1]} x {tile.shape[0]}; delete it and run image_tilling.py again"
-                )
-            img[row] = tile
-        file["coords"] = xy_px
-        file.create_dataset("barcode", data=barcodes.astype(object), dtype=h5py.string_dtype())
-    part.replace(folder / PACK)
+    try:
+        with h5py.File(part, "w") as file:
+            img = file.create_dataset("img", (len(barcodes), size, size, 3), "uint8", chunks=(1, size, size, 3))
+            for row, tile in enumerate(tiles):
+                if tile.shape != (size, size, 3):
+                    raise ValueError(
+                        f"{tile_file(folder, barcodes[row])}: expected {size} x {size} px, found "
+                        f"{tile.shape[1]} x {tile.shape[0]}; delete it and run image_tilling.py again"
+                    )
+                img[row] = tile
+            file["coords"] = xy_px
+            file.create_dataset("barcode", data=barcodes.astype(object), dtype=h5py.string_dtype())
+        part.replace(folder / PACK)
+    finally:
+        part.unlink(missing_ok=True)  # half a pack

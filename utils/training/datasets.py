@@ -155,15 +155,24 @@ def check_panel_origin(slices: list[SliceData], train: list[str]) -> None:
                 )
 
 
-def check_unseen(rows: list[table.SliceRow], state: dict[str, Any], flag: str, allow_leak: bool) -> None:
+def check_unseen(
+    rows: list[table.SliceRow], state: dict[str, Any], flag: str, allow_leak: bool, hashes: dict[str, str] | None = None
+) -> None:
     """What is held out now must not have taught the checkpoint: test patients not at all, val slices not as train.
 
-    `state` is the checkpoint, with the table of slices that it was trained by.
+    `state` is the checkpoint, with the tables of slices that it and its encoder were trained by; `hashes` are those of
+    the counts by slice, where they are known: a slice under another name is found by them.
     """
-    taught = {row["patient"] for row in state["table"] if row["part"] in ("train", "val")}
-    trained = {row["slice"] for row in state["table"] if row["part"] == "train"}
-    seen = [row.slice for row in rows if row.part == "test" and row.patient in taught]
-    seen += [row.slice for row in rows if row.part == "val" and row.slice in trained]
+    tables = [*state["table"], *state.get("encoder_table", [])]
+    taught = [row for row in tables if row["part"] in ("train", "val")]
+    patients, trained = {row["patient"] for row in taught}, {row["slice"] for row in taught if row["part"] == "train"}
+    contents = {state["counts_hashes"].get(row["slice"]) for row in taught}
+    seen = [
+        row.slice
+        for row in rows
+        if (row.part == "test" and (row.patient in patients or (hashes or {}).get(row.slice) in contents))
+        or (row.part == "val" and row.slice in trained)
+    ]
     if seen and not (allow_leak or state["settings"]["allow_leak"]):
         raise ValueError(
             f"{flag}: {', '.join(seen)} held out here, but seen in its training; use its split (slices.csv)"
@@ -182,7 +191,6 @@ def load_evaluation(
     rows, warnings = read_split(args)
     for warning in warnings:
         print(f"warning: {warning}")
-    check_unseen(rows, state, flag, args.allow_leak)
     chosen = [row for row in rows if args.part in ("all", row.part)]
     if args.part == "val" and state["settings"]["val_strip"]:
         chosen = table.of_part(rows, "train")
@@ -191,6 +199,7 @@ def load_evaluation(
     taught = [table.SliceRow(**row) for row in state["table"] if row["part"] in ("train", "val")]
     strip = state["settings"]["val_strip"]
     slices = load_slices(chosen, args, roles, strip), load_slices(taught, args, roles, strip)
+    check_unseen(chosen, state, flag, args.allow_leak, counts_hashes(slices[0]))
     role = roles[0]
     for one in (*slices[0], *slices[1]):
         panel = one.panels[role]

@@ -1,0 +1,329 @@
+"""stage_one.py: losses, gradients and twins of whole steps, on a tiny model; one step at the published size is slow."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.contrastive import Pair
+from model.stage_one import TWIN_MOMENTUM, StageOne, StageOneSizes
+
+SIDE, GENES, TARGETS, BATCH = 32, 20, 5, 6
+SMALL = {
+    "n_genes": GENES,
+    "image_encoder": "test_vit",
+    "image_size": SIDE,
+    "gene_depth": 3,
+    "gene_width": 24,
+    "gene_heads": 2,
+    "gene_tokens": 4,
+    "fusion_blocks": 1,
+    "image_tokens": 5,
+    "width": 32,
+    "queue_size": 10,
+    "n_expression_genes": TARGETS,
+}
+
+
+def stage_one(**sizes):
+    torch.manual_seed(0)
+    return StageOne(StageOneSizes(**SMALL | sizes)).train()
+
+
+def batch_of(n=BATCH, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "tiles": torch.rand(n, 3, SIDE, SIDE, generator=generator),
+        "bins": torch.randint(0, 6, (n, GENES), generator=generator, dtype=torch.uint8),
+        "spots": torch.arange(n) + 100 * seed,
+        "expression": torch.randn(n, TARGETS, generator=generator),
+    }
+
+
+def step_of(model, batch, alpha=0.4, seed=0, **more):
+    return model(**batch, alpha=alpha, generator=torch.Generator().manual_seed(seed), **more)
+
+
+def twins_of(model):
+    return [(model.image_twin, model.image_encoder), (model.gene_twin, model.gene_encoder)]
+
+
+def test_losses_are_finite_scalars_that_add_up():
+    found = step_of(stage_one(), batch_of(), expression_weight=0.5)
+    for part in (found.loss, found.contrast, found.matching, found.expression, found.matching_accuracy):
+        assert part.shape == () and torch.isfinite(part)
+    torch.testing.assert_close(found.loss, found.contrast + found.matching + 0.5 * found.expression)
+    assert found.expression > 0.1
+    assert 0 <= found.matching_accuracy <= 1
+    torch.testing.assert_close(step_of(stage_one(), batch_of()).loss, found.contrast + found.matching)
+
+
+def test_expression_is_left_out_without_targets():
+    model, batch = stage_one(n_expression_genes=0), batch_of()
+    assert model.to_expression is None
+    assert step_of(model, batch, expression_weight=1.0).expression == 0
+    assert step_of(stage_one(), batch | {"expression": None}, expression_weight=1.0).expression == 0
+
+
+def test_expression_loss_leaves_out_what_was_not_measured():
+    model, batch = stage_one(), batch_of()
+    batch["expression"][:, 2] = torch.nan
+    found = step_of(model, batch, expression_weight=1.0)
+    known = [0, 1, 3, 4]
+    with torch.no_grad():
+        predicted = model.to_expression(model.image_encoder(batch["tiles"])[0])
+    torch.testing.assert_close(found.expression, F.mse_loss(predicted[:, known], batch["expression"][:, known]))
+
+
+@pytest.mark.parametrize("tuned_block", [None, 1])
+def test_every_trained_parameter_learns_and_no_twin_does(tuned_block):
+    model = stage_one()
+    if tuned_block is not None:
+        model.gene_encoder.freeze_trunk(tuned_block)
+        model.make_twins()
+    step_of(model, batch_of(), expression_weight=1.0).loss.backward()
+    frozen = {id(p) for p in model.gene_encoder.parameters() if not p.requires_grad}
+    assert bool(frozen) == (tuned_block is not None)
+    twins = {id(p) for twin, _ in twins_of(model) for p in twin.parameters()}
+    for name, p in model.named_parameters():
+        if id(p) in twins or id(p) in frozen:
+            assert p.grad is None and not p.requires_grad, name
+        else:
+            assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().max() > 0, name
+
+
+def test_the_head_that_projects_tokens_has_a_twin_too_and_buffers_follow():
+    model = stage_one(image_encoder="resnet18")
+    step_of(model, batch_of())
+    before = dict(model.image_twin.named_buffers())
+    moved = [name for name, b in model.image_encoder.named_buffers() if not torch.equal(b, before[name])]
+    assert any("running_mean" in name for name in moved)
+    model.after_step(step_of(model, batch_of()).twin)
+    assert all(torch.equal(b, before[name]) for name, b in model.image_encoder.named_buffers())
+
+
+def test_after_a_step_the_twins_have_moved_by_their_momentum():
+    model = stage_one()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    start = [p.detach().clone() for _, module in twins_of(model) for p in module.parameters()]
+    for twin, module in twins_of(model):
+        assert all(torch.equal(t, p) for t, p in zip(twin.parameters(), module.parameters(), strict=True))
+    found = step_of(model, batch_of(), expression_weight=1.0)
+    found.loss.backward()
+    optimizer.step()
+    model.after_step(found.twin)
+    pairs = [pair for twin, m in twins_of(model) for pair in zip(twin.parameters(), m.parameters(), strict=True)]
+    for (slow, fast), old in zip(pairs, start, strict=True):
+        torch.testing.assert_close(slow, TWIN_MOMENTUM * old + (1 - TWIN_MOMENTUM) * fast)
+        assert not torch.equal(slow, fast)
+    assert TWIN_MOMENTUM == 0.995
+
+
+def test_the_twins_features_enter_the_queue_after_the_step():
+    model, batch = stage_one(), batch_of()
+    found = step_of(model, batch)
+    assert len(model.queue.filled()[2]) == 0
+    with torch.no_grad():
+        image = F.normalize(model.image_twin(batch["tiles"])[0], dim=1)
+        gene = F.normalize(model.gene_twin(batch["bins"])[0], dim=1)
+    model.after_step(found.twin)
+    for kept, expected in zip(model.queue.filled(), (image, gene, batch["spots"]), strict=True):
+        torch.testing.assert_close(kept, expected)
+    model.after_step(step_of(model, batch_of(seed=1)).twin)
+    assert sorted(model.queue.filled()[2].tolist()) == [2, 3, 4, 5, *range(100, 106)]
+
+
+def test_queue_rows_are_negatives_of_the_next_batch():
+    model = stage_one()
+    alone = step_of(model, batch_of(), alpha=0.0).contrast
+    model.after_step(step_of(model, batch_of(seed=1)).twin)
+    twin = model.contrast(*two_pairs(model, batch_of()), model.queue.filled(), 0.0)
+    found = step_of(model, batch_of(), alpha=0.0).contrast
+    torch.testing.assert_close(found, twin)
+    assert found > alone + 0.1
+
+
+@torch.no_grad()
+def two_pairs(model, batch):
+    """Student and twin as the contrast takes them, through the encoders alone."""
+    image, gene = model.encode_images(batch["tiles"])[0], model.encode_genes(batch["bins"])[0]
+    return Pair(image, gene, batch["spots"]), model.encode_with_twins(batch["tiles"], batch["bins"], batch["spots"])
+
+
+def test_the_temperature_is_kept_in_bounds_after_the_step():
+    model = stage_one()
+    with torch.no_grad():
+        model.contrast.logit_scale.fill_(7.0)
+    model.after_step(step_of(model, batch_of()).twin)
+    assert model.contrast.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_training_mode_leaves_the_twins_in_evaluation():
+    model = stage_one(image_encoder="resnet18")
+    for mode in (True, False):
+        model.train(mode)
+        assert model.image_encoder.training == model.fusion.training == mode
+        assert not any(m.training for twin, _ in twins_of(model) for m in twin.modules())
+
+
+@torch.no_grad()
+def test_features_have_unit_length_and_tokens_the_promised_number():
+    model, batch = stage_one().eval(), batch_of()
+    image, image_tokens = model.encode_images(batch["tiles"])
+    gene, gene_tokens = model.encode_genes(batch["bins"])
+    for vector in (image, gene):
+        torch.testing.assert_close(vector.norm(dim=1), torch.ones(BATCH))
+    assert image_tokens.shape == (BATCH, 1 + 4, 32)
+    assert gene_tokens.shape == (BATCH, 4, 32)
+
+
+class Recorder(torch.nn.Module):
+    """In place of the fusion: keeps what it is given, says `answer` to each (gene, image) of token values."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.given = answer, None
+
+    def forward(self, genes, images):
+        self.given = genes[:, 0, 0].long(), images[:, 0, 0].long()
+        return self.answer(*self.given).float()
+
+
+def matched(answer, spots):
+    """Loss, accuracy and what the fusion saw, for tokens that carry the number of their spot."""
+    model = stage_one()
+    model.fusion = Recorder(answer)
+    tokens = spots.float()[:, None, None].expand(-1, 2, 32)
+    student = Pair(
+        F.normalize(torch.randn(len(spots), 32), dim=1), F.normalize(torch.randn(len(spots), 32), dim=1), spots
+    )
+    return *model.match(tokens, tokens, student, torch.Generator().manual_seed(0)), *model.fusion.given
+
+
+def test_matching_sees_each_pair_with_a_wrong_profile_and_a_wrong_picture():
+    spots = torch.tensor([3, 5, 5, 8])
+    _, _, genes, images = matched(lambda g, i: torch.zeros(len(g)), spots)
+    n = len(spots)
+    assert genes[:n].tolist() == images[:n].tolist() == spots.tolist()
+    assert images[n : 2 * n].tolist() == spots.tolist()
+    assert genes[2 * n :].tolist() == spots.tolist()
+    assert (genes[n:] != images[n:]).all()
+
+
+@pytest.mark.parametrize(
+    ("answer", "accuracy", "loss"),
+    [
+        (lambda g, i: 8.0 * (g == i) - 4.0, 1.0, math.log1p(math.exp(-4))),
+        (lambda g, i: 4.0 - 8.0 * (g == i), 0.0, math.log1p(math.exp(4))),
+        (lambda g, i: torch.full((len(g),), 4.0), 0.5, (math.log1p(math.exp(-4)) + 2 * math.log1p(math.exp(4))) / 3),
+        (lambda g, i: torch.full((len(g),), -4.0), 0.5, (math.log1p(math.exp(4)) + 2 * math.log1p(math.exp(-4))) / 3),
+    ],
+    ids=["knows", "errs", "always yes", "always no"],
+)
+def test_matching_accuracy_weighs_pairs_and_non_pairs_alike(answer, accuracy, loss):
+    found, share, *_ = matched(answer, torch.tensor([3, 5, 6, 8]))
+    assert share.item() == pytest.approx(accuracy)
+    assert found.item() == pytest.approx(loss, rel=1e-4)
+
+
+def test_hard_negatives_of_a_step_follow_its_generator():
+    model, batch = stage_one(), batch_of()
+    first, again, other = (step_of(model, batch, seed=s).matching for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_losses_fall_on_one_batch():
+    model, batch, seen = stage_one(queue_size=0), batch_of(), []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(80):
+        found = step_of(model, batch, alpha=0.0, seed=step, expression_weight=1.0)
+        optimizer.zero_grad()
+        found.loss.backward()
+        optimizer.step()
+        model.after_step(found.twin)
+        seen.append([found.contrast.item(), found.matching.item(), found.expression.item()])
+    first, last = torch.tensor(seen[0]), torch.tensor(seen[-10:]).mean(0)
+    assert first[0] > 1.5  # chance is ln 6 = 1.79
+    assert (last < torch.tensor([0.05, 0.5, 0.1]) * first).all()
+
+
+def test_the_frozen_trunk_is_shared_and_run_once():
+    model, calls = stage_one(), {}
+    model.gene_encoder.freeze_trunk(1)
+    model.make_twins()
+    for side, encoder in (("student", model.gene_encoder), ("twin", model.gene_twin)):
+        for i, block in enumerate(encoder.blocks):
+            block.register_forward_hook(lambda *_, key=(side, i): calls.__setitem__(key, calls.get(key, 0) + 1))
+    step_of(model, batch_of())
+    once = {("student", 0): 1, ("student", 1): 1, ("student", 2): 1, ("twin", 1): 1, ("twin", 2): 1}
+    assert calls == once
+    shared = [t is p for t, p in zip(model.gene_twin.parameters(), model.gene_encoder.parameters(), strict=True)]
+    assert shared == [not p.requires_grad for p in model.gene_encoder.parameters()]
+
+
+def test_a_fresh_twin_over_a_frozen_trunk_gives_the_students_features():
+    model, batch = stage_one(), batch_of()
+    model.gene_encoder.freeze_trunk(1)
+    model.make_twins()
+    student, twin = two_pairs(model, batch)
+    torch.testing.assert_close(step_of(model, batch).twin.gene, student.gene)
+    torch.testing.assert_close(twin, student)
+
+
+def test_a_frozen_trunk_does_not_move():
+    model = stage_one()
+    model.gene_encoder.freeze_trunk(1)
+    model.make_twins()
+    before = {name: p.detach().clone() for name, p in model.gene_encoder.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    found = step_of(model, batch_of())
+    found.loss.backward()
+    optimizer.step()
+    model.after_step(found.twin)
+    for name, p in model.gene_encoder.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad, name
+
+
+def test_state_goes_on_in_another_model_of_the_same_sizes():
+    model, batch = stage_one(), batch_of()
+    model.after_step(step_of(model, batch_of(seed=1)).twin)
+    torch.manual_seed(5)
+    other = StageOne(model.sizes).train()
+    assert not torch.equal(step_of(other, batch).loss, step_of(model, batch).loss)
+    other.load_state_dict(model.state_dict())
+    for a, b in zip(
+        step_of(other, batch, expression_weight=1.0), step_of(model, batch, expression_weight=1.0), strict=True
+    ):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else all(map(torch.equal, a, b))
+
+
+def test_a_step_under_bf16_autocast_is_near_the_full_one():
+    model, batch = stage_one(), batch_of()
+    expected = step_of(model, batch, expression_weight=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = step_of(model, batch, expression_weight=1.0)
+    found.loss.backward()
+    assert found.loss.dtype == found.contrast.dtype == found.twin.image.dtype == torch.float32
+    assert found.contrast.item() == pytest.approx(expected.contrast.item(), rel=0.05)
+    assert found.expression.item() == pytest.approx(expected.expression.item(), rel=0.05)
+
+
+@pytest.mark.slow
+def test_one_step_at_the_published_size():
+    torch.manual_seed(0)
+    model = StageOne(StageOneSizes(n_genes=2000)).train()
+    sizes = model.sizes
+    assert (sizes.image_encoder, sizes.image_size) == ("deit_base_patch16_224.fb_in1k", 224)
+    assert (sizes.gene_depth, sizes.gene_width, sizes.gene_heads, sizes.gene_tokens) == (6, 200, 10, 64)
+    assert (sizes.fusion_blocks, sizes.width, sizes.queue_size) == (3, 512, 4096)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    bins = torch.randint(0, 6, (4, 2000), dtype=torch.uint8)
+    found = step_of(model, {"tiles": torch.rand(4, 3, 224, 224), "bins": bins, "spots": torch.arange(4)})
+    found.loss.backward()
+    optimizer.step()
+    model.after_step(found.twin)
+    assert torch.isfinite(found.loss)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert len(model.queue.filled()[2]) == 4

@@ -1,0 +1,428 @@
+"""Tiles: the published crop, the physical square, what is cut anew and what is kept, pictures that cannot be used."""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+from types import SimpleNamespace
+
+import image_tilling
+import numpy as np
+import pytest
+from PIL import Image
+from spaceranger_folders import refused, write_spatial
+from tiny_runs import write_matrix
+
+from utils.slices import tiles
+
+PITCH_PX = 50.0  # 100 um: 2 um per full-resolution pixel
+HIRES = 0.5
+SIZE = (400, 300)
+SCALES = {"tissue_hires_scalef": HIRES, "tissue_lowres_scalef": 0.1, "spot_diameter_fullres": 32.0}
+
+
+def ramps(width, height):
+    """Asymmetric: red grows by 0.5 per pixel to the right, green by 0.5 downwards, blue is 100."""
+    y, x = np.indices((height, width))
+    return Image.fromarray(np.stack([x / 2, y / 2, np.full_like(x, 100)], -1).astype(np.uint8))
+
+
+def grid_lines(places, in_tissue=1):
+    """Positions of (array_row, array_col) on a staggered array, array (0, 0) at x 60, y 60."""
+    lines = []
+    for row, col in places:
+        y, x = 60 + row * PITCH_PX * np.sqrt(3) / 2, 60 + col * PITCH_PX / 2
+        lines.append(f"S{row}x{col}-1,{in_tissue},{row},{col},{y},{x}")
+    return lines
+
+
+INSIDE = [(0, 0), (0, 2), (1, 1), (1, 3), (2, 4), (3, 5)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """One slice of six spots and one position without tissue, with its full-resolution and hires pictures."""
+    root = tmp_path / "data" / "slice"
+    spatial = write_spatial(root, [*grid_lines(INSIDE), *grid_lines([(2, 0)], in_tissue=0)], scales=SCALES)
+    ramps(*SIZE).save(root / "he.png")
+    ramps(*SIZE).resize((200, 150)).save(spatial / "tissue_hires_image.png")
+    return tmp_path / "data"
+
+
+def cut(data, *flags):
+    argv = ["--data", data, "--tiles", data.parent / "tiles", "--tile_px", 28, "--workers", 1, *flags]
+    image_tilling.main(image_tilling.parse_args([str(flag) for flag in argv]))
+    return data.parent / "tiles" / "slice"
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(float)
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def record(folder):
+    return json.loads((folder / "tiles.json").read_text())
+
+
+# ---- the published crop
+
+
+def test_crop_of_whole_pixels_is_the_published_rule(data):
+    """Edges rounded as PIL rounds them (halves to even), Pillow's default JPEG."""
+    lines = [f"S{i}-1,1,{i},{i},{200 + i * 0.4},{220 + i * 0.6}" for i in range(11)]  # hires centres 0.2, 0.3 px apart
+    write_spatial(data / "slice", lines, scales=SCALES)
+    noise = np.random.default_rng(0).integers(0, 255, (150, 200, 3), dtype=np.uint8)
+    hires = Image.fromarray(noise)
+    hires.save(data / "slice" / "spatial" / "tissue_hires_image.png")
+    folder = cut(data, "--source", "hires", "--crop_size", 40)
+    for i in range(11):
+        c, r = (220 + i * 0.6) * HIRES, (200 + i * 0.4) * HIRES
+        expected = io.BytesIO()
+        hires.crop((c - 20, r - 20, c + 20, r + 20)).save(expected, "JPEG")
+        assert (folder / f"S{i}-1.jpeg").read_bytes() == expected.getvalue()
+    assert record(folder)["crop"] == record(folder)["size"] == 40
+
+
+@pytest.mark.realdata
+def test_golden_tiles_of_a_real_section(real_data, tmp_path):
+    golden = real_data / "visium_1142243F"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "slice").symlink_to(golden)
+    folder = cut(tmp_path / "data", "--source", "hires", "--crop_size", 40)
+    expected = sorted((golden / "tiles").iterdir())
+    assert len(expected) == 300 and len(list(folder.glob("*.jpeg"))) == 4784  # every in-tissue position: no counts
+    different = [path.name for path in expected if (pixels(path) != pixels(folder / path.name)).any()]
+    assert different == []
+
+
+# ---- the physical square
+
+
+@pytest.mark.parametrize("source", ["fullres", "hires"])
+def test_tile_is_the_stated_square_of_tissue_the_right_way_up(data, source):
+    folder = cut(data, "--source", source, "--tile_um", 112)
+    crop_px, um_per_px = 56.0, 4.0  # of the full-resolution picture; 112 um over 28 px
+    assert record(folder)["um_per_px"] == pytest.approx(um_per_px)
+    assert record(folder)["crop"] == pytest.approx(crop_px * (HIRES if source == "hires" else 1))
+    for row, col in INSIDE:
+        tile = pixels(folder / f"S{row}x{col}-1.jpeg")
+        x, y = 60 + col * PITCH_PX / 2, 60 + row * PITCH_PX * np.sqrt(3) / 2
+        for profile, centre_px in ((tile[..., 0].mean(0), x), (tile[..., 1].mean(1), y)):
+            slope, level = np.polyfit(np.arange(28) - 13.5, profile, 1)
+            assert slope == pytest.approx(0.5 * crop_px / 28, rel=0.03)
+            assert level == pytest.approx(0.5 * centre_px - 0.25, abs=0.6), "within about one pixel"
+
+
+def test_tile_equals_a_resampled_crop_of_the_whole_picture(data, rng):
+    """The region is cut out with a margin: the edge pixels are those of the whole picture resampled."""
+    picture = Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8))
+    how = tiles.Cut("fullres", "he.png", 4.0, 57.3, 28, True)
+    found = tiles.cut_tile(picture, np.array([150.4, 120.7]), how)
+    box = (150.4 - 57.3 / 2, 120.7 - 57.3 / 2, 150.4 + 57.3 / 2, 120.7 + 57.3 / 2)
+    expected = picture.resize((28, 28), Image.Resampling.BICUBIC, box=box)
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_a_tile_of_its_own_scale_is_stored_nearly_without_loss(data, rng):
+    Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(data / "slice" / "he.png")
+    folder = cut(data)
+    table = Image.open(folder / "S0x0-1.jpeg").quantization
+    buffer = io.BytesIO()
+    Image.new("RGB", (28, 28)).save(buffer, "JPEG", quality=95)
+    assert table == Image.open(buffer).quantization
+
+
+def test_beyond_the_edge_the_tile_is_white(data):
+    write_spatial(data / "slice", [*grid_lines(INSIDE), "EDGE-1,1,6,20,290,395"], scales=SCALES)
+    tile = pixels(cut(data) / "EDGE-1.jpeg")  # 5 px from the right edge, 10 px from the lower one; 2 px per tile pixel
+    assert (tile[:, 18:] > 230).all() and (tile[21:] > 230).all()
+    assert (tile[:17, :14, 2] < 110).all()
+
+
+def test_spots_outside_the_picture_are_counted_and_have_no_tile(data, capsys):
+    write_spatial(data / "slice", [*grid_lines(INSIDE), "OUT-1,1,6,20,290,405", "UP-1,1,0,20,-1,100"], scales=SCALES)
+    folder = cut(data)
+    assert "6 tiles of 28 px from he.png, 2 outside the picture" in capsys.readouterr().out
+    assert record(folder)["outside"] == ["OUT-1", "UP-1"] and record(folder)["number"] == 6
+    assert len(list(folder.glob("*.jpeg"))) == len(tiles.TilePack(folder).barcodes) == 6
+
+
+def test_positions_that_all_miss_the_picture_are_refused(data):
+    lines = [line.replace("S", "T") for line in grid_lines([(20, 20), (21, 21), (22, 20)])]
+    write_spatial(data / "slice", lines, scales=SCALES)
+    refused("he.png: 400 x 300 px, but no spot lies on it", cut, data)
+    assert not (data.parent / "tiles").exists()
+
+
+def test_hires_alone_is_used_with_a_warning_that_states_its_scale(data, capsys):
+    assert record(cut(data))["source"] == "fullres" and "warning" not in capsys.readouterr().out
+    (data / "slice" / "he.png").unlink()
+    assert record(cut(data))["source"] == "hires"
+    assert "slice: warning: tiles of 112 um come from the hires image at 4.00 um per px" in capsys.readouterr().out
+    refused("expected a full-resolution picture, found none", cut, data, "--source", "fullres")
+
+
+def test_a_square_array_needs_its_pitch_unless_pixels_are_given(data):
+    lines = [f"S{i}-1,1,{i // 3},{i % 3},{60 + 50 * (i // 3)},{60 + 50 * (i % 3)}" for i in range(9)]
+    write_spatial(data / "slice", lines, scales=SCALES)
+    refused("--spot_pitch_um", cut, data)
+    assert record(cut(data, "--crop_size", 20))["um_per_px"] is None
+    assert record(cut(data, "--spot_pitch_um", 200, "--tile_um", 112))["crop"] == pytest.approx(28)
+
+
+# ---- which spots
+
+
+def test_counts_say_which_spots_and_in_which_order(data, capsys):
+    kept = ["S1x1-1", "S0x0-1", "ELSE-1"]
+    write_matrix(data / "slice" / "filtered_feature_bc_matrix.h5", np.eye(3, dtype=int), kept, list("abc"))
+    folder = cut(data)
+    assert tiles.TilePack(folder).barcodes.tolist() == kept[:2]
+    line = "2 tiles of 28 px from he.png, 1 counts without position, 4 tissue positions without counts"
+    assert line in capsys.readouterr().out
+
+
+def test_without_counts_every_position_in_tissue_has_a_tile(data):
+    assert tiles.TilePack(cut(data)).barcodes.tolist() == [f"S{r}x{c}-1" for r, c in INSIDE]
+
+
+@pytest.mark.parametrize("barcode", ["a/b-1", "../up", ".hidden", "a\\b"])
+def test_barcodes_that_are_no_file_names_are_refused(data, barcode):
+    write_spatial(data / "slice", [*grid_lines(INSIDE[:3]), f"{barcode},1,3,5,200,200"], scales=SCALES)
+    refused("cannot be a file name", cut, data)
+    assert not (data.parent / "tiles").exists(), "nothing half written"
+
+
+# ---- a second run
+
+
+def test_a_second_run_does_nothing(data, capsys):
+    before = times(cut(data))
+    assert times(cut(data)) == before
+    assert "slice: 6 tiles are there" in capsys.readouterr().out
+
+
+def test_only_what_is_missing_is_cut(data):
+    folder = cut(data)
+    before, packed = times(folder), tiles.TilePack(folder).read(np.arange(6))
+    (folder / "S1x3-1.jpeg").unlink()
+    after = times(cut(data))
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"S1x3-1.jpeg", "tiles.h5", "tiles.json"}
+    np.testing.assert_array_equal(tiles.TilePack(folder).read(np.arange(6)), packed)
+
+
+def test_a_lost_pack_is_packed_again_from_the_tiles(data):
+    folder = cut(data)
+    before, packed = times(folder), tiles.TilePack(folder).read(np.arange(6))
+    (folder / "tiles.h5").unlink()
+    after = times(cut(data))
+    assert all(after[name] == before[name] for name in after if name.endswith(".jpeg"))
+    np.testing.assert_array_equal(tiles.TilePack(folder).read(np.arange(6)), packed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tile_px", 14], "um_per_px 4.0 -> 8.0, size 28 -> 14"),
+        (["--tile_um", 56], "um_per_px 4.0 -> 2.0, crop 56"),
+        (["--source", "hires"], "source fullres -> hires, image he.png -> tissue_hires_image.png"),
+        (["--crop_size", 28], "resampled True -> False"),
+    ],
+)
+def test_changed_settings_are_said_and_all_is_cut_anew(data, capsys, flags, words):
+    before = times(cut(data))
+    folder = cut(data, *flags)
+    said = capsys.readouterr().out
+    assert "slice: settings changed (" in said and words in said
+    after = times(folder)
+    assert set(after) == set(before) and not [name for name in after if after[name] == before[name]]
+    size = record(folder)["size"]
+    assert tiles.TilePack(folder).size == size and pixels(folder / "S1x1-1.jpeg").shape == (size, size, 3)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(data, monkeypatch):
+    folder = data.parent / "tiles" / "slice"
+
+    def stop_half_way(folder, barcodes, xy, pixels, size):
+        for _ in zip(range(3), pixels, strict=False):
+            pass
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "write_pack", stop_half_way)
+        with pytest.raises(KeyboardInterrupt):
+            cut(data)
+    assert (folder / "started.json").exists() and not (folder / "tiles.json").exists()
+    refused("run image_tilling.py first", tiles.TilePack, folder)
+    (folder / "S3x5-1.jpeg").unlink(missing_ok=True)
+    before = times(folder)
+    after = times(cut(data))
+    assert set(after) == {f"S{r}x{c}-1.jpeg" for r, c in INSIDE} | {"tiles.h5", "tiles.json"}
+    assert all(after[name] == before[name] for name in before if name.endswith(".jpeg"))
+
+
+def test_an_interrupted_run_of_other_settings_is_not_mixed_in(data, capsys):
+    folder = data.parent / "tiles" / "slice"
+    folder.mkdir(parents=True)
+    old = tiles.Cut("fullres", "he.png", 8.0, 56.0, 14, True)
+    tiles.write_record(folder / "started.json", old.__dict__)
+    Image.new("RGB", (14, 14)).save(folder / "S0x0-1.jpeg")
+    cut(data)
+    assert "settings changed" in capsys.readouterr().out
+    assert tiles.TilePack(folder).size == 28
+
+
+def test_several_processes_cut_the_same_tiles(data, monkeypatch):
+    monkeypatch.setattr(image_tilling, "CHUNK", 2)
+    one = tiles.TilePack(cut(data)).read(np.arange(6))
+    cut(data, "--workers", 3, "--tiles", data.parent / "other")
+    np.testing.assert_array_equal(tiles.TilePack(data.parent / "other" / "slice").read(np.arange(6)), one)
+
+
+# ---- pictures
+
+
+def replaced(data, mode, name="he.png"):
+    (data / "slice" / "he.png").unlink()
+    ramps(*SIZE).convert(mode).save(data / "slice" / name)
+    return pixels(cut(data) / "S1x1-1.jpeg")
+
+
+def test_grey_and_palette_pictures_become_rgb(data):
+    grey = replaced(data, "L")
+    assert grey.shape == (28, 28, 3) and np.ptp(grey, axis=2).max() <= 2
+
+
+@pytest.mark.parametrize("name", ["he.tif", "he.jpg", "he.TIFF"])
+def test_kinds_of_files(data, name):
+    assert np.abs(replaced(data, "RGB", name) - pixels(cut(data) / "S1x1-1.jpeg")).max() < 8
+
+
+def test_transparent_parts_are_glass(data):
+    picture = ramps(*SIZE).convert("RGBA")
+    picture.paste((0, 0, 0, 0), (0, 0, 85, 300))
+    picture.save(data / "slice" / "he.png")
+    tile = pixels(cut(data) / "S1x1-1.jpeg")  # its centre is at x 85
+    assert (tile[:, :12] > 240).all() and (tile[:, 16:, 2] < 115).all()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_8_bits_are_refused(data, mode):
+    grey = np.asarray(ramps(*SIZE).convert("L"))
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    (data / "slice" / "he.png").unlink()
+    Image.fromarray(grey.astype(dtype)).save(data / "slice" / "he.tif")
+    refused(f"he.tif: expected 8 bits per channel, found mode {mode}", cut, data)
+
+
+@pytest.mark.parametrize("name", ["he.png", "he.jpg", "he.tif"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9])
+def test_torn_pictures_are_refused_and_nothing_is_touched(data, rng, name, share):
+    """Existing tiles of other settings stay: they are not removed for a picture that cannot be read."""
+    folder = cut(data)
+    before = times(folder)
+    (data / "slice" / "he.png").unlink()
+    path = data / "slice" / name
+    Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    refused(f"{name}: expected a picture, found one that cannot be read", cut, data, "--tile_px", 14)
+    assert times(folder) == before
+
+
+def test_a_file_that_is_no_picture_is_refused(data):
+    (data / "slice" / "he.png").write_text("hello " * 100)
+    refused("he.png: expected a picture", cut, data)
+    assert not (data.parent / "tiles").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"), [((400, 300), True), ((404, 303), True), ((300, 400), False), ((800, 600), False)]
+)
+def test_a_picture_of_another_size_than_the_positions_is_refused(data, size, fits):
+    ramps(*size).save(data / "slice" / "he.png")
+    if fits:
+        cut(data)
+    else:
+        refused(f"he.png: expected about 400 x 300 px .* found {size[0]} x {size[1]}", cut, data)
+        assert not (data.parent / "tiles").exists()
+
+
+def test_a_torn_tile_is_named(data):
+    folder = cut(data)
+    (folder / "S1x1-1.jpeg").write_bytes(b"\xff\xd8")
+    (folder / "tiles.h5").unlink()
+    refused("S1x1-1.jpeg: expected a picture", cut, data)
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_tile_of_another_size_is_named(data):
+    folder = cut(data)
+    Image.new("RGB", (9, 10)).save(folder / "S1x1-1.jpeg")
+    (folder / "tiles.h5").unlink()
+    refused("S1x1-1.jpeg: expected 28 x 28 px, found 9 x 10; delete it", cut, data)
+    assert not (folder / "tiles.h5").exists()
+
+
+# ---- the pack
+
+
+@pytest.fixture
+def pack(tmp_path, rng):
+    """Twelve packed tiles of 4 px, and their pixels."""
+    pixels = rng.integers(0, 255, (12, 4, 4, 3), dtype=np.uint8)
+    tiles.write_pack(tmp_path, np.array([f"b{i}" for i in range(12)]), rng.random((12, 2)), list(pixels), 4)
+    tiles.write_record(tmp_path / "tiles.json", {"outside": []})
+    return SimpleNamespace(tiles=tiles.TilePack(tmp_path), pixels=pixels, folder=tmp_path)
+
+
+def test_rows_are_read_in_any_order_and_repeated(pack):
+    for rows in ([3], [5, 2, 9], [7, 7, 0, 7, 11, 0], list(range(11, -1, -1))):
+        np.testing.assert_array_equal(pack.tiles.read(np.array(rows)), pack.pixels[rows])
+
+
+def test_a_pack_is_read_on_both_sides_of_a_fork(pack):
+    pack.tiles.read(np.array([0]))  # opened before the fork
+    own_file = pack.tiles._file
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.map(pack.tiles.read, [np.array([i, 0]) for i in range(12)])
+        assert all((rows == pack.pixels[[i, 0]]).all() for i, rows in enumerate(found))
+    np.testing.assert_array_equal(pack.tiles.read(np.array([4])), pack.pixels[[4]])
+    assert pack.tiles._file is own_file
+    pack.tiles._pid = os.getpid() + 1  # as a fork finds it
+    np.testing.assert_array_equal(pack.tiles.read(np.array([4])), pack.pixels[[4]])
+    assert pack.tiles._file is not own_file
+
+
+def test_a_pack_is_pickled_without_its_handle(pack):
+    pack.tiles.read(np.array([0]))
+    again = pickle.loads(pickle.dumps(pack.tiles))
+    assert again._file is None
+    np.testing.assert_array_equal(again.read(np.array([8, 1])), pack.pixels[[8, 1]])
+
+
+def test_a_torn_pack_is_refused(pack):
+    path = pack.folder / "tiles.h5"
+    path.write_bytes(path.read_bytes()[:100])
+    refused("tiles.h5: expected packed tiles", tiles.TilePack, pack.folder)
+
+
+def test_a_torn_record_is_refused(pack):
+    (pack.folder / "tiles.json").write_text('{"source": "fu')
+    refused("tiles.json: expected JSON", tiles.TilePack, pack.folder)
+
+
+def test_an_interrupted_pack_leaves_the_old_one(pack):
+    before = (pack.folder / "tiles.h5").read_bytes()
+
+    def torn():
+        yield pack.pixels[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiles.write_pack(pack.folder, np.array(["a", "b"]), np.zeros((2, 2)), torn(), 4)
+    assert (pack.folder / "tiles.h5").read_bytes() == before and not list(pack.folder.glob("*.part"))

@@ -1,0 +1,105 @@
+"""The six scripts on tiny slices: where a run reads and writes, its flags, and how a refusal looks."""
+
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from utils.training import arguments
+
+CPU = ("--device", "cpu", "--precision", "fp32")
+ENCODER = "--image_encoder test_vit --image_size 32 --image_weights none --gene_depth 1 --gene_width 16 --gene_heads 1"
+STAGE_ONE = (*CPU, *ENCODER.split(), *"--gene_tokens 4 --width 32 --fusion_blocks 1 --batch_size 16".split())
+STAGE_TWO = (*CPU, *"--decoder_layers 1 --decoder_width 16 --batch_size 16".split())
+BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Folders of one run. What a script writes goes below `out`, apart from tiles and panels."""
+
+    data: Path
+    tiles: Path
+    panels: Path
+    out: Path
+
+    @property
+    def encoder(self) -> Path:
+        return self.out / "encoder_model" / BEST
+
+    @property
+    def decoder(self) -> Path:
+        return self.out / "decoder_model" / BEST
+
+    def argv(self, script: str, *flags) -> list[str]:
+        """The flags of a script on these folders; `flags` come last, so that they win."""
+        own = {
+            "image_tilling": ["--tile_px", 32],
+            "make_decoder_data": ["--n_input_genes", 50, "--n_top_genes", 20],
+            "train_mymodel": [*STAGE_ONE, "--out", self.encoder.parent, "--logs", self.out / "logs"],
+            "train_decoder": [*STAGE_TWO, "--encoder", self.encoder]
+            + ["--out", self.decoder.parent, "--logs", self.out / "logs"],
+            "get_accuracy_image": ["--device", "cpu", "--encoder", self.encoder]
+            + ["--out", self.out / "results" / "retrieval"],
+            "decoder_similarity": ["--device", "cpu", "--decoder", self.decoder]
+            + ["--out", self.out / "results" / "similarity"],
+        }[script]
+        shared = ["--data", self.data, "--tiles", self.tiles, "--panels", self.panels, "--workers", 0]
+        return [str(flag) for flag in (*shared, *own, *flags)]
+
+    def run(self, script: str, *flags) -> None:
+        module = importlib.import_module(script)
+        module.main(module.parse_args(self.argv(script, *flags)))
+
+    def exit_code(self, script: str, *flags) -> int:
+        """As the command line runs it: files and flags checked, errors turned into one line."""
+        module = importlib.import_module(script)
+        with pytest.raises(SystemExit) as stop:
+            arguments.run(module.main, module.parse_args(self.argv(script, *flags)))
+        return stop.value.code
+
+
+def stderr_line(capsys, *expected: str) -> str:
+    """What stands on stderr: one line, no traceback, that holds every regular expression."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith("\n"), error
+    assert "Traceback" not in error
+    for pattern in expected:
+        assert re.search(pattern, error), f"{pattern!r} not in {error!r}"
+    return error
+
+
+def snapshot(*folders: Path) -> dict[Path, bytes | None]:
+    """Every file and folder below, with what it holds."""
+    found = [path for folder in folders for path in sorted(folder.rglob("*"))]
+    return {path: path.read_bytes() if path.is_file() else None for path in found}
+
+
+def rewrite_matrix(folder: Path, edit) -> None:
+    """Change a slice's counts: `edit` takes and gives counts (S, G) as a dense array, barcodes, gene names."""
+    from utils.slices import reader
+
+    path = folder / "filtered_feature_bc_matrix.h5"
+    matrix = reader.read_matrix(path)
+    counts, barcodes, names = edit(matrix.counts.toarray(), matrix.barcodes, matrix.genes)
+    path.unlink()
+    write_matrix(path, counts, barcodes, names)
+
+
+def write_matrix(path: Path, counts: np.ndarray, barcodes, names, ids=None) -> None:
+    """Counts (S, G) of any number type in the 10x v3 schema."""
+    from scipy.sparse import csc_matrix
+
+    columns = csc_matrix(np.asarray(counts).T)
+    with h5py.File(path, "w") as file:
+        group = file.create_group("matrix")
+        group["data"], group["indices"], group["indptr"] = columns.data, columns.indices, columns.indptr
+        group["shape"], group["barcodes"] = columns.shape, np.array(barcodes, "S")
+        ids = [f"ID{i}" for i in range(len(names))] if ids is None else ids
+        features = {"name": names, "id": ids, "feature_type": ["Gene Expression"] * len(names)}
+        for key, values in features.items():
+            group[f"features/{key}"] = np.array(values, "S")

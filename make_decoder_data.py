@@ -136,6 +136,8 @@ def main(args):
     arguments.say(warnings)
     rows = [row for row in rows if row.part]
     print(table.format_table(rows))
+    for part in ("train", args.part):
+        arguments.chosen(rows, part)
     loaded = load_all(rows, args)
     arguments.say(table.check_identical(rows, {one.row.slice: one.counts_hash for one in loaded}, args.allow_leak))
     train = [one for one in loaded if one.row.part == "train"]

@@ -33,7 +33,7 @@ def simulated(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(simulated, tmp_path_factory):
-    """Tiles of 32 px and panels (50 input, 20 target genes) of the simulated slices. Read-only: copy before changing."""
+    """Tiles of 32 px and panels (50 input, 20 target genes) of the simulated slices. Read-only, too."""
     from tiny_runs import Work
 
     out = tmp_path_factory.mktemp("prepared")
@@ -52,3 +52,15 @@ def trained(prepared, tmp_path_factory):
     work.run("train_mymodel", "--Epoch", 1, "--Init_lr", 1e-3)
     work.run("train_decoder", "--Epoch", 1, "--Init_lr", 1e-3)
     return work
+
+
+@pytest.fixture
+def work(prepared, tmp_path):
+    """The prepared slices with tiles and panels of their own, which a test may change."""
+    import shutil
+
+    from tiny_runs import Work
+
+    for folder in ("tiles", "panels"):
+        shutil.copytree(getattr(prepared, folder), tmp_path / folder)
+    return Work(prepared.data, tmp_path / "tiles", tmp_path / "panels", tmp_path)

@@ -4,17 +4,25 @@ import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+from scipy.sparse import csc_matrix
 
+from utils.slices import reader, table
 from utils.training import arguments
 
-CPU = ("--device", "cpu", "--precision", "fp32")
-ENCODER = "--image_encoder test_vit --image_size 32 --image_weights none --gene_depth 1 --gene_width 16 --gene_heads 1"
-STAGE_ONE = (*CPU, *ENCODER.split(), *"--gene_tokens 4 --width 32 --fusion_blocks 1 --batch_size 16".split())
-STAGE_TWO = (*CPU, *"--decoder_layers 1 --decoder_width 16 --batch_size 16".split())
+FLAGS = {
+    "image_tilling": "--tile_px 32",
+    "make_decoder_data": "--n_input_genes 50 --n_top_genes 20",
+    "train_mymodel": "--device cpu --precision fp32 --batch_size 16 --image_encoder test_vit --image_size 32 "
+    "--image_weights none --gene_depth 1 --gene_width 16 --gene_heads 1 --gene_tokens 4 --width 32 --fusion_blocks 1",
+    "train_decoder": "--device cpu --precision fp32 --batch_size 16 --decoder_layers 1 --decoder_width 16",
+    "get_accuracy_image": "--device cpu",
+    "decoder_similarity": "--device cpu",
+}
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
 
 
@@ -37,19 +45,14 @@ class Work:
 
     def argv(self, script: str, *flags) -> list[str]:
         """The flags of a script on these folders; `flags` come last, so that they win."""
-        own = {
-            "image_tilling": ["--tile_px", 32],
-            "make_decoder_data": ["--n_input_genes", 50, "--n_top_genes", 20],
-            "train_mymodel": [*STAGE_ONE, "--out", self.encoder.parent, "--logs", self.out / "logs"],
-            "train_decoder": [*STAGE_TWO, "--encoder", self.encoder]
-            + ["--out", self.decoder.parent, "--logs", self.out / "logs"],
-            "get_accuracy_image": ["--device", "cpu", "--encoder", self.encoder]
-            + ["--out", self.out / "results" / "retrieval"],
-            "decoder_similarity": ["--device", "cpu", "--decoder", self.decoder]
-            + ["--out", self.out / "results" / "similarity"],
-        }[script]
+        files = {
+            "train_mymodel": ["--out", self.encoder.parent, "--logs", self.out / "logs"],
+            "train_decoder": ["--encoder", self.encoder, "--out", self.decoder.parent, "--logs", self.out / "logs"],
+            "get_accuracy_image": ["--encoder", self.encoder, "--out", self.out / "results" / "retrieval"],
+            "decoder_similarity": ["--decoder", self.decoder, "--out", self.out / "results" / "similarity"],
+        }.get(script, [])
         shared = ["--data", self.data, "--tiles", self.tiles, "--panels", self.panels, "--workers", 0]
-        return [str(flag) for flag in (*shared, *own, *flags)]
+        return [str(flag) for flag in (*shared, *FLAGS[script].split(), *files, *flags)]
 
     def run(self, script: str, *flags) -> None:
         module = importlib.import_module(script)
@@ -61,6 +64,19 @@ class Work:
         with pytest.raises(SystemExit) as stop:
             arguments.run(module.main, module.parse_args(self.argv(script, *flags)))
         return stop.value.code
+
+
+def data_flags(work: Work, **changed) -> SimpleNamespace:
+    """The flags that reading slices looks at."""
+    same = {"data": work.data, "tiles": work.tiles, "panels": work.panels, "slices": None}
+    return SimpleNamespace(
+        **same | {"val_strip": False, "allow_leak": False, "batch_size": 16, "part": "test"} | changed
+    )
+
+
+def row(name: str, part: str = "train", patient: str | None = None) -> table.SliceRow:
+    """A line of slices.csv: the patient is the first three letters of the slice."""
+    return table.SliceRow(name, patient or name[:3], part, 100.0, None)
 
 
 def stderr_line(capsys, *expected: str) -> str:
@@ -81,8 +97,6 @@ def snapshot(*folders: Path) -> dict[Path, bytes | None]:
 
 def rewrite_matrix(folder: Path, edit) -> None:
     """Change a slice's counts: `edit` takes and gives counts (S, G) as a dense array, barcodes, gene names."""
-    from utils.slices import reader
-
     path = folder / "filtered_feature_bc_matrix.h5"
     matrix = reader.read_matrix(path)
     counts, barcodes, names = edit(matrix.counts.toarray(), matrix.barcodes, matrix.genes)
@@ -92,8 +106,6 @@ def rewrite_matrix(folder: Path, edit) -> None:
 
 def write_matrix(path: Path, counts: np.ndarray, barcodes, names, ids=None) -> None:
     """Counts (S, G) of any number type in the 10x v3 schema."""
-    from scipy.sparse import csc_matrix
-
     columns = csc_matrix(np.asarray(counts).T)
     with h5py.File(path, "w") as file:
         group = file.create_group("matrix")

@@ -2,58 +2,83 @@
 
 python -m utils.evaluation.report results
 python -m utils.evaluation.report demo/results --truth demo/data     # simulated slices: beside the known ceiling
+python -m utils.evaluation.report results/real/seed_*/results        # several runs: mean and deviation over them
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 RETRIEVAL_ROWS = ("depth", "contrastive", "matching", "reranked")
+GALLERIES = {"neighbours": "among its neighbours", "random10": "among ten of the slice"}
+Metrics = dict[str, Any]
 
 
-def read_metrics(results: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """metrics.json of retrieval and of similarity. Raises ValueError where one is missing."""
-    found = []
-    for name, script in (("retrieval", "get_accuracy_image.py"), ("similarity", "decoder_similarity.py")):
-        path = results / name / "metrics.json"
-        if not path.exists():
-            raise ValueError(f"{path}: expected results, found none; run {script} with --out {path.parent}")
-        found.append(json.loads(path.read_text()))
-    return found[0], found[1]
+def read_metrics(results: Path, name: str) -> Metrics:
+    """metrics.json of "retrieval" or "similarity". Raises ValueError where it is missing."""
+    path = results / name / "metrics.json"
+    if not path.exists():
+        script = "get_accuracy_image.py" if name == "retrieval" else "decoder_similarity.py"
+        raise ValueError(f"{path}: expected results, found none; run {script} with --out {path.parent}")
+    return json.loads(path.read_text())
 
 
-def retrieval_lines(metrics: dict[str, Any]) -> list[str]:
+def over_runs(values: Sequence[float | None], interval: Sequence[float] | None = None) -> str:
+    """One run: the figure, with its interval where there is one; several: mean and deviation over runs."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    if len(known) > 1:
+        return f"{np.mean(known):.3f} ± {np.std(known, ddof=1):.3f}"
+    return f"{known[0]:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"{cells[0]:<32}" + "".join(f"{cell:>22}" for cell in cells[1:])
+
+
+def retrieval_lines(runs: list[Metrics]) -> list[str]:
     """Accuracies with their 95 % intervals, beside chance."""
-    head = ("which profile is the picture's?", "chance", *RETRIEVAL_ROWS)
-    lines = ["".join(f"{cell:<32}" if i == 0 else f"{cell:>22}" for i, cell in enumerate(head))]
-    for gallery, words in (("neighbours", "among its neighbours"), ("random10", "among ten of the slice")):
-        found = metrics[gallery]
-        cells = [f"{found['chance']:.3f}"]
-        for row in RETRIEVAL_ROWS:
-            low, high = found["interval"][row]
-            cells.append(f"{found[row]:.3f} [{low:.3f}, {high:.3f}]")
-        lines.append(f"{words:<32}" + "".join(f"{cell:>22}" for cell in cells))
+    lines = [line(["which profile is the picture's?", "chance", *RETRIEVAL_ROWS])]
+    for gallery, words in GALLERIES.items():
+        found = [run[gallery] for run in runs]
+        cells = [over_runs([one[row] for one in found], found[0]["interval"][row]) for row in RETRIEVAL_ROWS]
+        lines.append(line([words, f"{found[0]['chance']:.3f}", *cells]))
+    lines.append(line(["in the whole slice", *(f"R@{k}" for k in (1, 5, 10))]))
+    for way in ("chance", "image_to_gene", "gene_to_image"):
+        cells = [over_runs([run["slice"][way][f"R@{k}"] for run in runs]) for k in (1, 5, 10)]
+        lines.append(line([f"  {way.replace('_', ' ')}", *cells]))
     return lines
 
 
-def expression_lines(metrics: dict[str, Any]) -> list[str]:
+def fitted_scale(metrics: Metrics) -> str:
+    """The scale that the rows were fitted in: the one that has errors."""
+    return next(scale for scale in ("lognorm", "residuals", "counts") if metrics[scale]["model"]["mse"] is not None)
+
+
+def expression_lines(runs: list[Metrics]) -> list[str]:
     """Correlation per gene and error of each row, means over slices."""
-    scale = next(s for s in ("lognorm", "residuals", "counts") if metrics[s]["model"]["mse"] is not None)
-    head = ("expression of each gene", "PCC, residuals", "PCC, lognorm", "PCC given depth", f"MSE, {scale}")
-    lines = ["".join(f"{cell:<32}" if i == 0 else f"{cell:>22}" for i, cell in enumerate(head))]
-    for row in metrics["residuals"]:
-        values = [metrics["residuals"][row]["pcc_gene_mean"], metrics["lognorm"][row]["pcc_gene_mean"]]
-        values += [metrics["residuals"][row]["pcc_gene_given_depth"], metrics[scale][row]["mse"]]
-        lines.append(f"{row:<32}" + "".join("-".rjust(22) if v is None else f"{v:>22.3f}" for v in values))
+    scale = fitted_scale(runs[0])
+    columns = {
+        "PCC, residuals": ("residuals", "pcc_gene_mean"),
+        "best 50": ("residuals", "pcc_gene_top50"),
+        "PCC, lognorm": ("lognorm", "pcc_gene_mean"),
+        "given depth": ("lognorm", "pcc_gene_given_depth"),
+        f"MSE, {scale}": (scale, "mse"),
+    }
+    lines = [line(["expression of each gene", *columns])]
+    for row in runs[0]["residuals"]:
+        lines.append(line([row, *(over_runs([run[s][row][f] for run in runs]) for s, f in columns.values())]))
     return lines
 
 
-def ceiling_line(results: Path, truth: Path, metrics: dict[str, Any]) -> str:
+def ceiling_line(results: Path, truth: Path, metrics: Metrics) -> str:
     """Mean over the evaluated slices of the simulation's ceiling on the panel's genes, and the model's share of it."""
     import anndata
     import pandas as pd
@@ -72,14 +97,15 @@ def ceiling_line(results: Path, truth: Path, metrics: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="folder with retrieval/ and similarity/")
+    parser.add_argument("results", type=Path, nargs="+", help="folder with retrieval/ and similarity/")
     parser.add_argument("--truth", type=Path, help="folder of simulated slices")
     args = parser.parse_args(argv)
     try:
-        retrieval, similarity = read_metrics(args.results)
-        lines = [*retrieval_lines(retrieval), "", *expression_lines(similarity)]
+        similarity = [read_metrics(results, "similarity") for results in args.results]
+        lines = retrieval_lines([read_metrics(results, "retrieval") for results in args.results])
+        lines += ["", *expression_lines(similarity)]
         if args.truth:
-            lines += ["", ceiling_line(args.results, args.truth, similarity)]
+            lines += ["", *(ceiling_line(r, args.truth, one) for r, one in zip(args.results, similarity, strict=True))]
     except ValueError as error:
         parser.exit(2, f"report: {error}\n")
     print("\n".join(lines))

@@ -49,7 +49,7 @@ SLIDES = (".svs", ".ndpi")
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SyntaxError, EOFError) as error:
+    except (OSError, SyntaxError, EOFError, OverflowError) as error:
         raise ValueError(
             f"{path}: expected a picture, found one that cannot be read ({error}); copy it anew"
         ) from error

@@ -1,0 +1,199 @@
+"""Slices as training sees them: joined by barcode, divided into parts, given out in batches."""
+
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from spaceranger_folders import refused
+from tiny_runs import Work, data_flags, row
+
+from utils.slices import genes, table, tiles
+from utils.training import datasets
+
+ROLES = ("input", "target")
+
+
+def load(work, name="P01_1", part="train", roles=ROLES, val_strip=False):
+    return datasets.load_slice(row(name, part), data_flags(work), roles, val_strip)
+
+
+def repack(folder, rows, record=None):
+    """Packed tiles and their record, changed: the given rows are kept, in the given order."""
+    with h5py.File(folder / "tiles.h5") as file:
+        barcodes, xy, img = file["barcode"].asstr()[:], file["coords"][:], file["img"][:]
+    tiles.write_pack(folder, barcodes[rows], xy[rows], img[rows], img.shape[1])
+    tiles.write_record(folder / "tiles.json", tiles.read_record(folder) | (record or {}))
+    return barcodes
+
+
+def jpeg(work, name, barcode):
+    return np.asarray(Image.open(work.tiles / name / f"{barcode}.jpeg"))
+
+
+# ---- joined by barcode
+
+
+def test_every_spot_has_its_own_tile_whatever_the_order_of_the_pack(work):
+    repack(work.tiles / "P01_1", np.random.default_rng(3).permutation(70))
+    one = load(work)
+    assert len(one.barcodes) == 70 and one.panels["target"].counts.shape == (70, 20)
+    found = one.pack.read(one.tile_rows)
+    for i, barcode in enumerate(one.barcodes):
+        np.testing.assert_array_equal(found[i], jpeg(work, "P01_1", barcode))
+
+
+def test_a_slice_holds_what_its_panels_hold(work):
+    one = load(work)
+    for role in ROLES:
+        panel = genes.read_panel(genes.panel_path(work.data, work.panels, "P01_1", role))
+        np.testing.assert_array_equal(one.panels[role].counts, panel.counts)
+        np.testing.assert_array_equal(one.total_counts, panel.total_counts)
+        np.testing.assert_array_equal(one.xy_fullres_px, panel.xy_fullres_px)
+    expected = genes.bin_tokens(one.panels["input"].counts, one.total_counts)
+    np.testing.assert_array_equal(one.bins(), expected)
+    assert expected.max() == 5 and (one.name, one.patient) == ("P01_1", "P01")
+    assert one.root == work.data / "P01_1"
+
+
+def test_spots_without_a_tile_are_refused(work):
+    barcodes = repack(work.tiles / "P01_1", np.r_[0:4, 5:9, 10:70])
+    assert barcodes[4] in refused("expected a tile for each of 70 spots, 2 have none", load, work)
+
+
+def test_spots_outside_the_picture_are_left_out_and_said(work, capsys):
+    barcodes = repack(work.tiles / "P01_1", np.r_[0:4, 6:70])
+    tiles.write_record(
+        work.tiles / "P01_1" / "tiles.json",
+        tiles.read_record(work.tiles / "P01_1") | {"outside": barcodes[4:6].tolist()},
+    )
+    one = load(work)
+    assert "P01_1: 2 spots outside the picture are left out" in capsys.readouterr().out
+    assert len(one.barcodes) == len(one.total_counts) == len(one.part) == len(one.bins()) == 68
+    assert set(one.barcodes).isdisjoint(barcodes[4:6])
+    np.testing.assert_array_equal(one.pack.read(one.tile_rows[[40]])[0], jpeg(work, "P01_1", one.barcodes[40]))
+
+
+def test_panels_of_other_spots_are_refused(work):
+    path = genes.panel_path(work.data, work.panels, "P01_1", "target")
+    shutil.copy(genes.panel_path(work.data, work.panels, "P02_1", "target"), path)
+    refused("filtered_feature_bc_matrix_decoder.h5ad: expected the spots of", load, work)
+
+
+def test_slices_of_another_panel_or_another_tile_scale_are_refused(work):
+    rows = [row("P01_1"), row("P02_1", "val")]
+    assert len(datasets.load_slices(rows, data_flags(work), ROLES, False)) == 2
+    tiles.write_record(
+        work.tiles / "P02_1" / "tiles.json", tiles.read_record(work.tiles / "P02_1") | {"um_per_px": 5.0}
+    )
+    refused(r"P02_1: tiles of \(32, 5.0\)", datasets.load_slices, rows, data_flags(work), ROLES, False)
+    other = Work(work.data, work.tiles, work.out / "other", work.out)
+    other.run("make_decoder_data", "--n_top_genes", 19)
+    for role in genes.FILES:
+        shutil.copy(
+            genes.panel_path(other.data, other.panels, "P02_1", role),
+            genes.panel_path(work.data, work.panels, "P02_1", role),
+        )
+    refused("its target genes differ from those of P01_1", datasets.load_slices, rows, data_flags(work), ROLES, False)
+    refused("tiles of", datasets.load_slices, rows, data_flags(work), ("input",), False)
+
+
+def test_the_scale_of_tiles(work):
+    one = load(work)
+    assert datasets.tile_scale(one) == (32, 3.5), "112 um over 32 px"
+    assert datasets.um_per_fullres_px(one, hires_scale=0.3) == pytest.approx(1.0, rel=0.01), "as simulated"
+    of_hires = one.pack.record | {"source": "hires", "crop": one.pack.record["crop"] * 0.3}
+    one.pack.record = of_hires
+    assert datasets.um_per_fullres_px(one, hires_scale=0.3) == pytest.approx(1.0, rel=0.01)
+    one.pack.record = of_hires | {"resampled": False}
+    assert datasets.tile_scale(one) == (32, None), "a published crop states no scale"
+    one.pack.record = of_hires | {"um_per_px": None}
+    assert datasets.um_per_fullres_px(one, hires_scale=0.3) is None
+
+
+# ---- parts
+
+
+def test_parts_of_a_slice(work):
+    one = load(work, part="val")
+    assert one.rows_of("val").tolist() == one.rows_of("all").tolist() == list(range(70))
+    assert not len(one.rows_of("train"))
+
+
+def test_the_strip_of_a_train_slice_and_of_no_other(work):
+    one = load(work, val_strip=True)
+    np.testing.assert_array_equal(one.part, table.strip_parts(one.xy_fullres_px, one.pitch_fullres_px))
+    assert [len(one.rows_of(part)) for part in ("val", "all")] == [17, 70]
+    assert 0 < len(one.rows_of("train")) < 53 and "gap" in one.part
+    assert set(load(work, part="test", val_strip=True).part) == {"test"}
+
+
+def test_spots_of_several_slices(work):
+    slices = [load(work), load(work, "P02_1", "val"), load(work, "P03_1", "train")]
+    found = datasets.spots_of(slices, "train")
+    assert found.tolist() == [[0, i] for i in range(70)] + [[2, i] for i in range(70)]
+    assert datasets.all_spots(slices[0]).tolist() == [[0, i] for i in range(70)]
+
+
+# ---- batches
+
+
+def test_an_epoch_gives_every_spot_at_most_once_and_drops_the_rest():
+    order = datasets.EpochOrder(70, 16, seed=0)
+    batches = list(order)
+    assert len(order) == len(batches) == 4 and all(len(batch) == 16 for batch in batches)
+    spots = [spot for batch in batches for spot in batch]
+    assert len(set(spots)) == 64 and set(spots) <= set(range(70)) and spots != sorted(spots)
+    assert all(isinstance(spot, int) for spot in spots)
+
+
+def test_the_order_is_that_of_seed_and_epoch():
+    def drawn(seed, epoch, n=70):
+        order = datasets.EpochOrder(n, 16, seed)
+        order.epoch = epoch
+        return list(order)
+
+    assert drawn(0, 3) == drawn(0, 3)
+    assert drawn(0, 3) != drawn(0, 4) != drawn(1, 3)
+    missing = {tuple(set(range(70)) - {spot for batch in drawn(0, e) for spot in batch}) for e in range(5)}
+    assert len(missing) > 1, "not always the same spots are dropped"
+
+
+def test_spots_in_turn():
+    assert datasets.in_turn(5, 2) == [[0, 1], [2, 3], [4]]
+
+
+@pytest.fixture
+def batches(work):
+    slices = [load(work), load(work, "P02_1", "train")]
+    spots = datasets.spots_of(slices, "train")
+    bins = [one.bins() for one in slices]
+    extra = {"bins": np.stack([bins[i][r] for i, r in spots])}
+    return datasets.TileBatches(slices, spots, extra), slices
+
+
+def test_a_batch_over_two_slices_keeps_its_order(batches, work):
+    data, slices = batches
+    numbers = [100, 3, 69, 70, 3]
+    found = data.__getitems__(numbers)
+    assert len(data) == 140 and found["spot"].tolist() == numbers and found["tiles"].dtype == np.uint8
+    for i, number in enumerate(numbers):
+        one, at = slices[number // 70], number % 70
+        np.testing.assert_array_equal(found["tiles"][i], jpeg(work, one.name, one.barcodes[at]))
+        np.testing.assert_array_equal(found["bins"][i], one.bins()[at])
+
+
+def test_reading_processes_give_the_same_batches(batches):
+    data, _ = batches
+    order = datasets.EpochOrder(len(data), 16, seed=4)
+    alone, two = datasets.loader(data, order, 0), datasets.loader(data, order, 2)
+    for epoch in range(2):
+        order.epoch = epoch
+        expected, found = list(alone), list(two)
+        assert len(expected) == len(found) == 8
+        for one, other in zip(expected, found, strict=True):
+            assert set(one) == set(other) == {"tiles", "spot", "bins"}
+            assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [batch["spot"].tolist() for batch in expected] == list(order)

@@ -1,0 +1,155 @@
+"""What training and the evaluations refuse: spots seen before, other panels, other tiles, a part without slices."""
+
+import dataclasses
+import shutil
+
+import pytest
+from spaceranger_folders import refused
+from tiny_runs import Work, data_flags, row
+
+from utils.slices import genes
+from utils.training import checkpoint, datasets
+
+ROLES = ("input", "target")
+
+
+# ---- what training refuses
+
+
+def training(work, rows, **changed):
+    return datasets.load_training(rows, data_flags(work, **changed), ROLES)
+
+
+def test_training_needs_a_train_and_a_validation_part(work):
+    rows = [row("P01_1"), row("P02_1", "val"), row("P03_1", "test")]
+    assert [one.name for one in training(work, rows)] == ["P01_1", "P02_1"], "test slices are not even read"
+    refused("no slice has part val: .*or use --val_strip", training, work, [rows[0], rows[2]])
+    refused("no slice has part train: expected one at least in slices.csv$", training, work, rows[1:])
+    assert len(training(work, rows[:1], val_strip=True)) == 1
+    refused("no slice has part train", training, work, rows[1:], val_strip=True)
+
+
+def test_a_panel_chosen_on_a_slice_outside_the_train_part_is_refused(work):
+    refused(
+        r"its genes were chosen on P01_1, outside the train part \(P03_1\); run make_decoder_data.py",
+        training,
+        work,
+        [row("P03_1"), row("P02_1", "val")],
+    )
+    assert training(work, [row("P01_1"), row("P03_1"), row("P02_1", "val")]), "a part of the train slices may choose"
+
+
+def test_a_batch_larger_than_the_train_set_is_refused(work):
+    rows = [row("P01_1"), row("P02_1", "val")]
+    refused("--batch_size 71 is larger than the train set of 70 spots", training, work, rows, batch_size=71)
+    assert training(work, rows, batch_size=70)
+    n = len(training(work, rows, val_strip=True)[0].rows_of("train"))
+    refused(f"the train set of {n} spots", training, work, rows, batch_size=70, val_strip=True)
+
+
+def test_the_same_counts_in_two_parts_are_refused(work, capsys):
+    for role in genes.FILES:
+        shutil.copy(
+            genes.panel_path(work.data, work.panels, "P01_1", role),
+            genes.panel_path(work.data, work.panels, "P02_1", role),
+        )
+    shutil.rmtree(work.tiles / "P02_1")
+    shutil.copytree(work.tiles / "P01_1", work.tiles / "P02_1")
+    rows = [row("P01_1"), row("P02_1", "val")]
+    refused(r"identical counts in two parts: P01_1 \(train\), P02_1 \(val\)", training, work, rows)
+    assert training(work, rows, allow_leak=True)
+    assert "warning: slices with identical counts" in capsys.readouterr().out
+
+
+# ---- what an evaluation refuses
+
+
+def state_of(rows, **more):
+    kept = {"table": [dataclasses.asdict(r) for r in rows], "counts_hashes": {r.slice: f"h{r.slice}" for r in rows}}
+    return kept | {"settings": {"allow_leak": False, "val_strip": False}} | more
+
+
+TAUGHT = [row("P01_1"), row("P02_1", "val"), row("P03_1", "test")]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "seen"),
+    [
+        (row("P03_1", "test"), False),
+        (row("P09_1", "test"), False),
+        (row("P01_2", "test"), True),  # another slice of a train patient
+        (row("P02_2", "test"), True),  # another slice of a validation patient
+        (row("P01_1", "val"), True),
+        (row("P02_1", "val"), False),
+        (row("P01_2", "val"), False),
+        (row("P01_1", "train"), False),
+    ],
+)
+def test_what_was_seen_is_not_held_out(held_out, seen, capsys):
+    state = state_of(TAUGHT)
+    if seen:
+        refused(
+            f"--encoder: {held_out.slice} held out here", datasets.check_unseen, [held_out], state, "--encoder", False
+        )
+    else:
+        datasets.check_unseen([held_out], state, "--encoder", False)
+    datasets.check_unseen([held_out], state, "--encoder", allow_leak=True)
+    assert ("warning: --encoder" in capsys.readouterr().out) == seen
+
+
+def test_a_slice_under_another_name_is_known_by_its_counts():
+    renamed, state = row("X09_1", "test"), state_of(TAUGHT)
+    datasets.check_unseen([renamed], state, "--encoder", False, {"X09_1": "hX09_1"})
+    datasets.check_unseen([renamed], state, "--encoder", False, {"X09_1": "hP03_1"})
+    for of in ("hP01_1", "hP02_1"):
+        refused("X09_1 held out here", datasets.check_unseen, [renamed], state, "--encoder", False, {"X09_1": of})
+
+
+def test_what_taught_the_encoder_counts_too():
+    state = state_of(TAUGHT, encoder_table=[dataclasses.asdict(row("P07_1"))])
+    refused("P07_2 held out here", datasets.check_unseen, [row("P07_2", "test")], state, "--decoder", False)
+
+
+def test_a_leak_that_training_allowed_is_only_said(capsys):
+    state = state_of(TAUGHT, settings={"allow_leak": True, "val_strip": False})
+    datasets.check_unseen([row("P01_2", "test")], state, "--encoder", False)
+    assert "warning" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def states(trained):
+    return {
+        "input": checkpoint.load(trained.encoder, "stage_one", "--encoder"),
+        "target": checkpoint.load(trained.decoder, "stage_two", "--decoder"),
+    }
+
+
+def evaluation(work, states, role, **changed):
+    return datasets.load_evaluation(data_flags(work, **changed), states[role], "--weights", (role,))
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_an_evaluation_has_its_slices_and_those_that_taught(work, states, role):
+    for part, names in (("test", ["P03_1"]), ("val", ["P02_1"]), ("all", ["P01_1", "P02_1", "P03_1"])):
+        slices, taught = evaluation(work, states, role, part=part)
+        assert [one.name for one in slices] == names and [one.name for one in taught] == ["P01_1", "P02_1"]
+
+
+def test_an_evaluation_of_a_part_that_is_not_there_is_refused(work, states, tmp_path):
+    (tmp_path / "slices.csv").write_text("slice,part\nP01_1,train\nP03_1,val\n")
+    refused("no slice has part test", evaluation, work, states, "input", slices=tmp_path / "slices.csv")
+
+
+def test_an_evaluation_on_another_panel_is_refused(work, states):
+    other = Work(work.data, work.tiles, work.out / "other", work.out)
+    other.run("make_decoder_data", "--n_top_genes", 19, "--n_input_genes", 40)
+    for role, n, shared in (("input", 50, 40), ("target", 20, 19)):
+        line = refused(f"--weights: trained on {n} {role} genes", evaluation, other, states, role)
+        assert f"has {shared} among its {shared}" in line and f"--{role}_genes" in line
+
+
+def test_an_evaluation_on_tiles_of_another_scale_is_refused(work, states):
+    shutil.rmtree(work.tiles)
+    work.run("image_tilling", "--tile_um", 56)
+    for role in ROLES:
+        refused(r"trained on tiles of \(32, 3.5\).*are of \(32, 1.75\)", evaluation, work, states, role)

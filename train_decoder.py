@@ -176,6 +176,7 @@ def describe(args, model, encoder: dict, slices, rows, kept, moments) -> dict:
         "table": [asdict(row) for row in rows],
         "counts_hashes": encoder["counts_hashes"] | datasets.counts_hashes(slices),
         "settings": checkpoint.plain(vars(args)),
+        "encoder_hash": checkpoint.file_hash(args.encoder),
         "encoder_settings": encoder["settings"],
         "encoder_table": encoder["table"],
         "feature_moments": {"mean": torch.from_numpy(moments.mean), "sd": torch.from_numpy(moments.sd)},

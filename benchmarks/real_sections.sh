@@ -28,7 +28,7 @@ step train_mymodel.py "${shared[@]}" --image_encoder tf_efficientnet_lite0 --ima
   --gene_depth 2 --fusion_blocks 1 --expression_weight 1 --Init_lr 2e-4 --Epoch 10 \
   --out "$run/encoder_model" --logs "$run/logs"
 step train_decoder.py "${shared[@]}" --encoder "$run/encoder_model/best_epoch_weights.pth" --target residuals \
-  --decoder_layers 2 --Init_lr 5e-4 --Epoch 20 --precision fp32 --out "$run/decoder_model" --logs "$run/logs"
+  --decoder_layers 2 --Init_lr 5e-4 --Epoch 6 --precision fp32 --out "$run/decoder_model" --logs "$run/logs"
 step get_accuracy_image.py "${shared[@]}" --encoder "$run/encoder_model/best_epoch_weights.pth" --out "$run/results/retrieval"
 step decoder_similarity.py "${shared[@]}" --decoder "$run/decoder_model/best_epoch_weights.pth" --out "$run/results/similarity"
 "$python" -m utils.evaluation.report "$run/results"

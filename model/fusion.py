@@ -40,5 +40,4 @@ def hard_negatives(similarity: Tensor, spots: Tensor, generator: torch.Generator
     """
     same = spots[:, None] == spots[None, :]
     weights = similarity.float().masked_fill(same, -torch.inf).softmax(1)
-    weights = weights + 1e-9 * ~same  # a candidate whose weight underflows can still be drawn
     return torch.multinomial(weights, 1, generator=generator).squeeze(1)

@@ -88,7 +88,8 @@ class GeneEncoder(nn.Module):
 def set_gene_positions(encoder: GeneEncoder, table: Tensor, vocabulary: dict[str, int], genes: list[str]) -> int:
     """Give each panel gene its gene2vec row, looked up by name: table (V, W) -> number of genes found.
 
-    A gene outside the vocabulary keeps its random start. Raises ValueError where none is found or widths differ.
+    A gene outside the vocabulary has no position, its row is zero. Raises ValueError where none is found or widths
+    differ.
     """
     width = encoder.gene_embedding.weight.shape[1]
     if table.ndim != 2 or table.shape[1] != width:
@@ -103,6 +104,7 @@ def set_gene_positions(encoder: GeneEncoder, table: Tensor, vocabulary: dict[str
         raise ValueError(f"--gene_vocab ({example}, ...) holds none of the {len(genes)} panel genes ({genes[0]}, ...)")
     rows, sources = map(list, zip(*found, strict=True))
     with torch.no_grad():
+        encoder.gene_embedding.weight.zero_()
         encoder.gene_embedding.weight[rows] = table[sources].float()
     return len(found)
 

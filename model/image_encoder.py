@@ -34,9 +34,10 @@ def build_trunk(name: str, image_size: int, weights: Weights) -> Any:
         return timm.create_model(name, pretrained=False, num_classes=0, **size)
     overlay: dict[str, Any] = {}
     if isinstance(weights, dict):
-        blank = timm.create_model(name, pretrained=False, **size).state_dict()
-        heads = {"head", "head_dist", "classifier", "fc"}
-        overlay["state_dict"] = {k: v for k, v in blank.items() if k.split(".")[0] in heads} | weights
+        blank = timm.create_model(name, pretrained=False, **size)
+        names = blank.pretrained_cfg["classifier"]
+        heads = tuple(f"{head}." for head in ([names] if isinstance(names, str) else names))
+        overlay["state_dict"] = {k: v for k, v in blank.state_dict().items() if k.startswith(heads)} | weights
     try:  # with the classifier in place timm loads strictly; without it, it would skip what does not fit
         trunk: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **size)
     except (RuntimeError, KeyError) as error:
@@ -106,7 +107,9 @@ class ImageEncoder(nn.Module):
 
     def project_tokens(self, tokens: Tensor, at_most: int) -> Tensor:
         """Raw tokens (B, P, C) -> (B, P' <= at_most, D), class tokens kept, the grid pooled to a smaller square."""
-        side = max(math.isqrt(at_most - self.n_prefix), 1)
+        if at_most <= self.n_prefix:
+            raise ValueError(f"--image_tokens {at_most}: expected more than the encoder's {self.n_prefix} class tokens")
+        side = math.isqrt(at_most - self.n_prefix)
         return self.to_token(pool_grid(tokens, self.n_prefix, side))
 
     def grid_tokens(self, tokens: Tensor, side: int) -> Tensor:

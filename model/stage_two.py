@@ -71,7 +71,9 @@ def fit_domain(vectors: Tensor, shrinkage: float = 0.1) -> tuple[Tensor, Tensor]
     mean = vectors.double().mean(0)
     centred = vectors.double() - mean
     covariance = centred.T @ centred / max(len(vectors) - 1, 1)
-    round_part = torch.eye(len(mean), dtype=torch.double) * covariance.diagonal().mean().clamp(min=1e-12)
+    round_part = torch.eye(len(mean), dtype=torch.double, device=mean.device) * covariance.diagonal().mean().clamp(
+        min=1e-12
+    )
     return mean.float(), ((1 - shrinkage) * covariance + shrinkage * round_part).float()
 
 

@@ -1,6 +1,9 @@
 """Fixtures that several test files share: tiny simulated slices, and the real sections where they are at hand."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait for each other stall a busy machine
+
 from pathlib import Path
 
 import numpy as np

@@ -95,13 +95,35 @@ def test_spots_of_a_batch_do_not_touch_each_other_in_evaluation():
     torch.testing.assert_close(model(**{k: v[1:2] for k, v in given.items()}), model(**given)[1:2])
 
 
+def rows_that_move(model, before, **changed):
+    """Which rows of the memory change: the vector's, the tokens', the context's."""
+    parts = [{name: given[name] for name in ("vector", "tokens", "context", "offsets")} for given in (before, changed)]
+    return (
+        ((model.memory(**parts[0]) - model.memory(**parts[1])).abs().amax((0, 2)) > 1e-3).nonzero().flatten().tolist()
+    )
+
+
 @torch.no_grad()
-def test_vector_tokens_and_context_are_told_apart():
+def test_memory_holds_the_vector_then_each_token_then_each_neighbour():
     model, given = decoder(), batch()
-    swapped = given["context"].clone(), given["tokens"].clone()
-    swapped[0][:, 0], swapped[1][:, 0] = given["tokens"][:, 0], given["context"][:, 0]
-    still = given | {"offsets": torch.zeros(3, CONTEXT, 2)}
-    assert smallest_change(model, still, context=swapped[0], tokens=swapped[1]) > 1e-6
+    assert rows_that_move(model, given, **given | {"vector": torch.randn(3, WIDTH)}) == [0]
+    for name, first in (("tokens", 1), ("context", 1 + TOKENS), ("offsets", 1 + TOKENS)):
+        for i in range(given[name].shape[1]):
+            other = given[name].clone()
+            other[:, i] += 1
+            assert rows_that_move(model, given, **given | {name: other}) == [first + i]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "rows"), [(0, [0]), (1, [*range(1, 1 + TOKENS)]), (2, [*range(1 + TOKENS, 1 + TOKENS + CONTEXT)])]
+)
+def test_each_kind_of_memory_carries_its_mark(kind, rows):
+    model, given = decoder(), batch()
+    parts = [given[name] for name in ("vector", "tokens", "context", "offsets")]
+    before = model.memory(*parts)
+    model.kind[kind] += torch.randn(16)
+    assert ((model.memory(*parts) - before).abs().amax((0, 2)) > 1e-3).nonzero().flatten().tolist() == rows
 
 
 def test_every_parameter_learns_and_no_attention_is_dead():

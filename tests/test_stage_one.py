@@ -5,44 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from small_stage_one import BATCH, batch_of, stage_one, step_of
 
 from model.contrastive import Pair
 from model.stage_one import TWIN_MOMENTUM, StageOne, StageOneSizes
-
-SIDE, GENES, TARGETS, BATCH = 32, 20, 5, 6
-SMALL = {
-    "n_genes": GENES,
-    "image_encoder": "test_vit",
-    "image_size": SIDE,
-    "gene_depth": 3,
-    "gene_width": 24,
-    "gene_heads": 2,
-    "gene_tokens": 4,
-    "fusion_blocks": 1,
-    "image_tokens": 5,
-    "width": 32,
-    "queue_size": 10,
-    "n_expression_genes": TARGETS,
-}
-
-
-def stage_one(**sizes):
-    torch.manual_seed(0)
-    return StageOne(StageOneSizes(**SMALL | sizes)).train()
-
-
-def batch_of(n=BATCH, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "tiles": torch.rand(n, 3, SIDE, SIDE, generator=generator),
-        "bins": torch.randint(0, 6, (n, GENES), generator=generator, dtype=torch.uint8),
-        "spots": torch.arange(n) + 100 * seed,
-        "expression": torch.randn(n, TARGETS, generator=generator),
-    }
-
-
-def step_of(model, batch, alpha=0.4, seed=0, **more):
-    return model(**batch, alpha=alpha, generator=torch.Generator().manual_seed(seed), **more)
 
 
 def twins_of(model):
@@ -120,8 +86,17 @@ def test_after_a_step_the_twins_have_moved_by_their_momentum():
     assert TWIN_MOMENTUM == 0.995
 
 
+@torch.no_grad()
+def shake_twins(model):
+    """Twins that are no longer the encoders."""
+    for twin, _ in twins_of(model):
+        for p in twin.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+
+
 def test_the_twins_features_enter_the_queue_after_the_step():
     model, batch = stage_one(), batch_of()
+    shake_twins(model)
     found = step_of(model, batch)
     assert len(model.queue.filled()[2]) == 0
     with torch.no_grad():
@@ -138,10 +113,16 @@ def test_queue_rows_are_negatives_of_the_next_batch():
     model = stage_one()
     alone = step_of(model, batch_of(), alpha=0.0).contrast
     model.after_step(step_of(model, batch_of(seed=1)).twin)
-    twin = model.contrast(*two_pairs(model, batch_of()), model.queue.filled(), 0.0)
-    found = step_of(model, batch_of(), alpha=0.0).contrast
-    torch.testing.assert_close(found, twin)
-    assert found > alone + 0.1
+    assert step_of(model, batch_of(), alpha=0.0).contrast > alone + 0.1
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_contrast_of_a_step_is_that_of_student_twin_and_queue(alpha):
+    model = stage_one()
+    shake_twins(model)
+    model.after_step(step_of(model, batch_of(seed=1)).twin)
+    expected = model.contrast(*two_pairs(model, batch_of()), model.queue.filled(), alpha)
+    torch.testing.assert_close(step_of(model, batch_of(), alpha=alpha).contrast, expected)
 
 
 @torch.no_grad()
@@ -176,62 +157,6 @@ def test_features_have_unit_length_and_tokens_the_promised_number():
         torch.testing.assert_close(vector.norm(dim=1), torch.ones(BATCH))
     assert image_tokens.shape == (BATCH, 1 + 4, 32)
     assert gene_tokens.shape == (BATCH, 4, 32)
-
-
-class Recorder(torch.nn.Module):
-    """In place of the fusion: keeps what it is given, says `answer` to each (gene, image) of token values."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer, self.given = answer, None
-
-    def forward(self, genes, images):
-        self.given = genes[:, 0, 0].long(), images[:, 0, 0].long()
-        return self.answer(*self.given).float()
-
-
-def matched(answer, spots):
-    """Loss, accuracy and what the fusion saw, for tokens that carry the number of their spot."""
-    model = stage_one()
-    model.fusion = Recorder(answer)
-    tokens = spots.float()[:, None, None].expand(-1, 2, 32)
-    student = Pair(
-        F.normalize(torch.randn(len(spots), 32), dim=1), F.normalize(torch.randn(len(spots), 32), dim=1), spots
-    )
-    return *model.match(tokens, tokens, student, torch.Generator().manual_seed(0)), *model.fusion.given
-
-
-def test_matching_sees_each_pair_with_a_wrong_profile_and_a_wrong_picture():
-    spots = torch.tensor([3, 5, 5, 8])
-    _, _, genes, images = matched(lambda g, i: torch.zeros(len(g)), spots)
-    n = len(spots)
-    assert genes[:n].tolist() == images[:n].tolist() == spots.tolist()
-    assert images[n : 2 * n].tolist() == spots.tolist()
-    assert genes[2 * n :].tolist() == spots.tolist()
-    assert (genes[n:] != images[n:]).all()
-
-
-@pytest.mark.parametrize(
-    ("answer", "accuracy", "loss"),
-    [
-        (lambda g, i: 8.0 * (g == i) - 4.0, 1.0, math.log1p(math.exp(-4))),
-        (lambda g, i: 4.0 - 8.0 * (g == i), 0.0, math.log1p(math.exp(4))),
-        (lambda g, i: torch.full((len(g),), 4.0), 0.5, (math.log1p(math.exp(-4)) + 2 * math.log1p(math.exp(4))) / 3),
-        (lambda g, i: torch.full((len(g),), -4.0), 0.5, (math.log1p(math.exp(4)) + 2 * math.log1p(math.exp(-4))) / 3),
-    ],
-    ids=["knows", "errs", "always yes", "always no"],
-)
-def test_matching_accuracy_weighs_pairs_and_non_pairs_alike(answer, accuracy, loss):
-    found, share, *_ = matched(answer, torch.tensor([3, 5, 6, 8]))
-    assert share.item() == pytest.approx(accuracy)
-    assert found.item() == pytest.approx(loss, rel=1e-4)
-
-
-def test_hard_negatives_of_a_step_follow_its_generator():
-    model, batch = stage_one(), batch_of()
-    first, again, other = (step_of(model, batch, seed=s).matching for s in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
 
 
 def test_losses_fall_on_one_batch():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def read_tensors(path: Path, flag: str) -> Any:
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a torn file makes the unpickler stumble over
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{flag}: {path} is torn, or holds more than tensors and plain values ({reason})") from error
 
@@ -54,8 +53,10 @@ def load(path: Path, kind: str, flag: str) -> dict[str, Any]:
     if found != kind:
         script = "train_mymodel.py" if kind == "stage_one" else "train_decoder.py"
         raise ValueError(f"{flag}: expected a {kind} checkpoint of {script}, found {found or 'another file'} in {path}")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{flag}: {path} has format {state['format']}, this version reads {FORMAT}; train it again")
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{flag}: {path} has format {state.get('format')}, this version reads {FORMAT}; train it again"
+        )
     return state
 
 
@@ -85,11 +86,11 @@ def resume(
 ) -> tuple[int, float]:
     """Put the last epoch's state back; returns the next epoch and the best score so far.
 
-    Raises ValueError where the file was written for other sizes, genes or slices than `about` says.
+    Raises ValueError where the file was written for other sizes, genes, slices, target or encoder than `about` says.
     """
     state = load(path, kind, "--resume")
-    for key in ("sizes", "genes", "tile_scale", "counts_hashes"):
-        if state[key] != about[key]:
+    for key in ("sizes", "genes", "tile_scale", "counts_hashes", "target", "encoder_hash"):  # the last two: stage two
+        if state.get(key) != about.get(key):
             raise ValueError(
                 f"--resume: {path} was trained with other {key}; use the same data and flags, or another --out"
             )

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+if "OMP_NUM_THREADS" in os.environ:  # scanpy's numba resets OpenMP's threads, torch's too, to a number of its own
+    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+
 
 @pytest.fixture
 def rng() -> np.random.Generator:

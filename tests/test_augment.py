@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from utils.training.augment import augment, jitter_stains, to_float, turn_and_shift, uniforms
+from utils.training.augment import JITTER, STAINS, augment, jitter_stains, to_float, turn_and_shift, uniforms
 
 STILL = 0.5  # the middle of the draws: no shift, no jitter
 
@@ -99,9 +99,7 @@ def test_no_jitter_at_the_middle_of_the_draws(rng):
 
 
 def test_a_stronger_stain_is_darker_in_its_own_colour():
-    """Of pure haematoxylin (red and green taken) a stronger factor takes more red and green; eosin's touches nothing."""
-    from utils.training.augment import JITTER, STAINS
-
+    """In pure haematoxylin its own factor counts, and eosin's touches nothing."""
     stain = STAINS[0] / STAINS[0].norm()
     tile = torch.exp(-0.6 * stain)[None, :, None, None].expand(1, 3, 4, 4)
     draws = torch.full((1, 6), STILL)

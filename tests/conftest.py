@@ -3,14 +3,12 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait for each other stall a busy machine
+os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])  # scanpy's numba sets torch's threads, too
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-if "OMP_NUM_THREADS" in os.environ:  # scanpy's numba resets OpenMP's threads, torch's too, to a number of its own
-    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 
 @pytest.fixture

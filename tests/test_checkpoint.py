@@ -1,0 +1,244 @@
+"""Checkpoints: written whole, read without running anything, the best one kept, refused where they do not belong."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from spaceranger_folders import refused
+
+from utils.training import checkpoint
+
+ABOUT = {"sizes": {"width": 4}, "genes": ["a", "b"], "tile_scale": [32, 3.5], "counts_hashes": {"s": "h"}}
+
+
+class Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "ran")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "encoder_model" / "best_epoch_weights.pth"
+
+
+def test_round_trip(path):
+    state = {"model": {"w": torch.arange(3.0)}, "genes": ["a"], "row": {"loss": 0.5, "n": 3, "none": None}}
+    checkpoint.save(path, "stage_one", **state)
+    found = checkpoint.load(path, "stage_one", "--encoder")
+    assert torch.equal(found["model"].pop("w"), torch.arange(3.0))
+    assert found == state | {"model": {}, "format": 1, "kind": "stage_one"}
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_settings_become_plain_values(path):
+    settings = {"out": Path("a/b"), 3: (1, Path("c")), "deep": {"x": [Path("d"), None, True]}}
+    plain = checkpoint.plain(settings)
+    assert plain == {"out": "a/b", "3": [1, "c"], "deep": {"x": ["d", None, True]}}
+    checkpoint.save(path, "stage_one", settings=plain)
+    assert checkpoint.load(path, "stage_one", "--encoder")["settings"] == plain
+
+
+def test_an_interrupted_save_leaves_the_old_file(path, monkeypatch):
+    checkpoint.save(path, "stage_one", epoch=1)
+    whole = path.read_bytes()
+
+    def torn(state, file):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, "stage_one", epoch=2)
+    assert path.read_bytes() == whole
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99])
+def test_a_torn_file_is_refused(path, share):
+    checkpoint.save(path, "stage_one", model={f"w{i}": torch.randn(40) for i in range(30)})
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    line = refused("--encoder: .*best_epoch_weights.pth is torn", checkpoint.load, path, "stage_one", "--encoder")
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.7, 0.8, 0.99])
+def test_a_torn_file_of_the_old_format_is_refused(path, share):
+    """Weights saved before torch 1.6 are not zip files; their download may have stopped anywhere."""
+    path.parent.mkdir()
+    tensors = {f"w{i}": torch.randn(40) for i in range(30)}
+    torch.save({"model": tensors}, path, _use_new_zipfile_serialization=False)
+    assert set(checkpoint.read_weights(path, "--image_weights")) == set(tensors)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    refused("--image_weights: .* is torn", checkpoint.read_weights, path, "--image_weights")
+
+
+@pytest.mark.parametrize("content", [b"hello", b"\x80\x04K\x01.", b"PK\x03\x04", b"\x00" * 100, b"(lp0\n."])
+def test_a_file_that_is_no_checkpoint_is_refused(path, content):
+    path.parent.mkdir()
+    path.write_bytes(content)
+    refused("--encoder: ", checkpoint.load, path, "stage_one", "--encoder")
+
+
+def test_code_in_a_file_is_refused_and_never_run(path, tmp_path):
+    marker = tmp_path / "ran"
+    path.parent.mkdir()
+    torch.save({"format": 1, "kind": "stage_one", "model": Bomb(marker)}, path)
+    refused("holds more than tensors and plain values", checkpoint.load, path, "stage_one", "--encoder")
+    path.write_bytes(pickle.dumps({"kind": "stage_one", "model": Bomb(marker)}))
+    refused("--encoder: ", checkpoint.load, path, "stage_one", "--encoder")
+    assert not marker.exists()
+    pickle.loads(path.read_bytes())  # had it been trusted
+    assert marker.read_text() == "ran"
+
+
+def test_a_missing_file_is_named(path):
+    refused(
+        "--encoder: expected the file .*best_epoch_weights.pth, found none", checkpoint.load, path, "x", "--encoder"
+    )
+
+
+def test_the_other_stage_is_refused(path):
+    checkpoint.save(path, "stage_two", model={})
+    line = refused(
+        "expected a stage_one checkpoint of train_mymodel.py", checkpoint.load, path, "stage_one", "--encoder"
+    )
+    assert "found stage_two" in line
+    refused(
+        "checkpoint of train_decoder.py, found another file", checkpoint.load, foreign(path), "stage_two", "--decoder"
+    )
+
+
+def foreign(path):
+    torch.save({"w": torch.ones(2)}, path)
+    return path
+
+
+@pytest.mark.parametrize("state", [torch.ones(2), [1, 2], {"state_dict": {}}])
+def test_a_foreign_file_is_refused(path, state):
+    path.parent.mkdir()
+    torch.save(state, path)
+    refused("found another file", checkpoint.load, path, "stage_one", "--encoder")
+
+
+@pytest.mark.parametrize("state", [{"format": 2, "kind": "stage_one"}, {"kind": "stage_one"}])
+def test_another_format_is_refused(path, state):
+    path.parent.mkdir()
+    torch.save(state, path)
+    refused("has format .*, this version reads 1; train it again", checkpoint.load, path, "stage_one", "--encoder")
+
+
+def test_weights_of_another_model_are_refused(path):
+    tensors = torch.nn.Linear(3, 2).state_dict()
+    checkpoint.fit(torch.nn.Linear(3, 2), tensors, path, "--encoder")
+    for other in (torch.nn.Linear(4, 2), torch.nn.Linear(3, 2, bias=False)):
+        refused("--encoder: the weights in .* do not fit", checkpoint.fit, other, tensors, path, "--encoder")
+
+
+# ---- the best and the last epoch
+
+
+def trained(value, steps=1):
+    """A model of one weight, its optimizer and schedule after some steps."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, value)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+        schedule.step()
+    return model, optimizer, schedule
+
+
+def test_the_best_epoch_is_kept_and_the_last_one_always_written(tmp_path):
+    model, optimizer, schedule = trained(1.0)
+    best, scores = -1.0, [0.2, 0.5, 0.4, 0.5]
+    for epoch, score in enumerate(scores):
+        state = {"model": model.state_dict(), "row": {"epoch": epoch, "score": score}}
+        best = checkpoint.save_epoch(tmp_path, "stage_one", epoch, score, best, optimizer, schedule, state)
+        kept = checkpoint.load(tmp_path / checkpoint.BEST, "stage_one", "--encoder")
+        last = checkpoint.load(tmp_path / checkpoint.LAST, "stage_one", "--resume")
+        assert kept["row"]["epoch"] == [0, 1, 1, 1][epoch], "of equal scores the earlier one"
+        assert (last["row"]["epoch"], last["next_epoch"]) == (epoch, epoch + 1)
+        assert last["best"] == best == max(scores[: epoch + 1])
+    assert "optimizer" in last and "optimizer" not in kept
+
+
+def test_resume_puts_everything_back(tmp_path):
+    model, optimizer, schedule = trained(1.0, steps=3)
+    state = {"model": model.state_dict(), **ABOUT}
+    checkpoint.save_epoch(tmp_path, "stage_one", 6, 0.25, 0.75, optimizer, schedule, state)
+    other, its_optimizer, its_schedule = trained(5.0)
+    path = tmp_path / checkpoint.LAST
+    assert checkpoint.resume(path, "stage_one", other, its_optimizer, its_schedule, ABOUT) == (7, 0.75)
+    assert torch.equal(other.weight, model.weight)
+    assert its_schedule.last_epoch == 3 and its_optimizer.param_groups[0]["lr"] == 0.1 * 0.5**3
+    found, expected = its_optimizer.state_dict()["state"][0], optimizer.state_dict()["state"][0]
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sizes", {"width": 5}),
+        ("genes", ["b", "a"]),
+        ("tile_scale", [32, 7.0]),
+        ("counts_hashes", {"s": "other"}),
+        ("target", "residuals"),
+        ("encoder_hash", "other"),
+    ],
+)
+def test_resume_refuses_a_run_on_other_things(tmp_path, key, value):
+    about = ABOUT | {"target": "lognorm", "encoder_hash": "one"}
+    model, optimizer, schedule = trained(1.0)
+    state = {"model": model.state_dict(), **about}
+    checkpoint.save_epoch(tmp_path, "stage_two", 0, 0.5, -1.0, optimizer, schedule, state)
+    other, its_optimizer, its_schedule = trained(5.0)
+    before = other.weight.item()
+    args = (tmp_path / checkpoint.LAST, "stage_two", other, its_optimizer, its_schedule)
+    refused(f"--resume: .*was trained with other {key}", checkpoint.resume, *args, about | {key: value})
+    assert other.weight.item() == before
+    assert checkpoint.resume(*args, about)[0] == 1
+
+
+# ---- weights of others
+
+
+@pytest.mark.parametrize("key", [None, "model", "state_dict", "teacher", "model_state_dict"])
+def test_foreign_weights_are_found(tmp_path, key):
+    tensors = {"module.a": torch.ones(2), "b.module.c": torch.zeros(1)}
+    torch.save(tensors if key is None else {key: tensors, "epoch": 3}, tmp_path / "w.pth")
+    found = checkpoint.read_weights(tmp_path / "w.pth", "--image_weights")
+    assert set(found) == {"a", "b.module.c"} and torch.equal(found["a"], torch.ones(2))
+
+
+def test_safetensors(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(2)}, tmp_path / "w.safetensors")
+    assert torch.equal(checkpoint.read_weights(tmp_path / "w.safetensors", "--x")["a"], torch.ones(2))
+    for content in (b"", b"torn" * 10, (tmp_path / "w.safetensors").read_bytes()[:-4]):
+        (tmp_path / "torn.safetensors").write_bytes(content)
+        refused("--x: .*torn.safetensors is torn", checkpoint.read_weights, tmp_path / "torn.safetensors", "--x")
+
+
+@pytest.mark.parametrize("state", [{}, {"epoch": 3}, [1], torch.ones(2)])
+def test_files_without_named_tensors_are_refused(tmp_path, state):
+    torch.save(state, tmp_path / "w.pth")
+    refused("--image_weights: expected named tensors", checkpoint.read_weights, tmp_path / "w.pth", "--image_weights")
+
+
+def test_the_hash_of_a_file(tmp_path):
+    import hashlib
+
+    (tmp_path / "a").write_bytes(b"weights")
+    assert checkpoint.file_hash(tmp_path / "a") == hashlib.sha256(b"weights").hexdigest()

@@ -1,0 +1,194 @@
+"""Whole runs that differ from the plain one: resumed, with a validation strip, another encoder, the real sections."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import BEST, LAST, Work, data_flags, row, snapshot
+
+from utils.slices import genes, table, tiles
+from utils.training import checkpoint, datasets
+
+STAGES = {"train_mymodel": "encoder_model", "train_decoder": "decoder_model"}
+TWO_EPOCHS = ("--Epoch", 2, "--Init_lr", 1e-3)
+
+
+# ---- resumed
+
+
+def state(work, script, name):
+    return checkpoint.read_tensors(work.out / STAGES[script] / name, "--test")
+
+
+def different(one, other, path=""):
+    """Where two nested states differ, bit for bit."""
+    if isinstance(one, dict):
+        if set(one) != set(other):
+            return [f"{path}: {set(one) ^ set(other)}"]
+        return [found for key in one for found in different(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, list | tuple):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [found for i, (a, b) in pairs for found in different(a, b, f"{path}/{i}")]
+    same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return [] if same else [path]
+
+
+def progress(work, script):
+    """What must not depend on an interruption: all but paths and seconds."""
+    kept = {}
+    for name in (BEST, LAST):
+        found = state(work, script, name)
+        kept[name] = {key: value for key, value in found.items() if key not in ("settings", "row")}
+        kept[name]["row"] = {key: value for key, value in found["row"].items() if key != "seconds"}
+    return kept
+
+
+@pytest.fixture(scope="module", params=list(STAGES))
+def whole(request, trained, tmp_path_factory):
+    """A stage of two epochs in one go: its script, flags and folders."""
+    script, out = request.param, tmp_path_factory.mktemp("whole")
+    work = Work(trained.data, trained.tiles, trained.panels, out)
+    flags = ("--expression_weight", 1) if script == "train_mymodel" else ("--encoder", trained.encoder)
+    work.run(script, *flags, *TWO_EPOCHS)
+    return script, flags, work
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch):
+    script, flags, done = whole
+    work, save_epoch = Work(done.data, done.tiles, done.panels, tmp_path), checkpoint.save_epoch
+
+    def stop_after_the_first(*args):
+        save_epoch(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_epoch", stop_after_the_first)
+        assert work.exit_code(script, *flags, *TWO_EPOCHS) == 130
+    assert state(work, script, LAST)["next_epoch"] == 1
+    assert different(progress(work, script), progress(done, script)), "there is something left to do"
+    torch.rand(7)  # whatever was drawn between
+    work.run(script, *flags, *TWO_EPOCHS, "--resume")
+    assert not different(progress(work, script), progress(done, script))
+
+
+def test_one_epoch_and_another_are_two(whole, tmp_path):
+    """At a constant rate, which does not depend on the number of epochs."""
+    script, flags, done = whole
+    flat = (*flags, "--Init_lr", 1e-3, "--Min_lr", 1e-3)
+    once, twice = (Work(done.data, done.tiles, done.panels, tmp_path / name) for name in ("once", "twice"))
+    once.run(script, *flat, "--Epoch", 2)
+    twice.run(script, *flat, "--Epoch", 1)
+    twice.run(script, *flat, "--Epoch", 2, "--resume")
+    assert not different(progress(twice, script), progress(once, script))
+
+
+def test_a_finished_run_is_not_touched_by_resume(whole):
+    script, flags, done = whole
+    before = snapshot(done.out / STAGES[script])
+    done.run(script, *flags, *TWO_EPOCHS, "--resume")
+    assert snapshot(done.out / STAGES[script]) == before
+
+
+def test_another_seed_gives_other_weights(trained, tmp_path):
+    work = Work(trained.data, trained.tiles, trained.panels, tmp_path)
+    models = []
+    for seed in (0, 0, 1):
+        work.run("train_decoder", "--encoder", trained.encoder, "--Epoch", 1, "--seed", seed)
+        models.append(state(work, "train_decoder", LAST)["model"])
+    assert not different(models[0], models[1])
+    assert "/decoder.gene" in different(models[0], models[2])
+
+
+# ---- a strip of each train slice as validation
+
+
+@pytest.fixture(scope="module")
+def strip(prepared, tmp_path_factory):
+    """Two patients: one to train and validate on, one to test."""
+    out = tmp_path_factory.mktemp("strip")
+    (out / "slices.csv").write_text("slice,patient,part\nP01_1,P01,train\nP03_1,P03,test\n")
+    work, split = Work(prepared.data, prepared.tiles, out / "panels", out), ("--slices", out / "slices.csv")
+    work.run("make_decoder_data", *split, "--val_strip")
+    for script in STAGES:
+        work.run(script, *split, "--val_strip", "--Epoch", 1)
+    return work, split
+
+
+def test_a_strip_validates_and_the_gap_is_not_used(strip):
+    work, _ = strip
+    one = datasets.load_slice(row("P01_1"), data_flags(work), ("input",), val_strip=True)
+    n_train, n_val = len(one.rows_of("train")), len(one.rows_of("val"))
+    assert n_val == 17 and n_train + n_val < 70
+    for script, stage in (("train_mymodel", "stage_one"), ("train_decoder", "stage_two")):
+        (log,) = (work.out / "logs" / stage).iterdir()
+        assert json.loads((log / "settings.json").read_text())["n_train_spots"] == n_train
+        assert state(work, script, BEST)["settings"]["val_strip"] is True
+    (log,) = (work.out / "logs" / "stage_one").iterdir()
+    assert json.loads((log / "log.jsonl").read_text())["val_R@5_chance"] == pytest.approx(5 / 17)
+
+
+@pytest.mark.parametrize(("part", "n_spots", "name"), [("val", 17, "P01_1"), ("test", 70, "P03_1")])
+def test_the_strip_is_evaluated_as_val(strip, tmp_path, part, n_spots, name):
+    work, split = strip
+    for script in ("get_accuracy_image", "decoder_similarity"):
+        work.run(script, *split, "--part", part, "--out", tmp_path / script)
+        metrics = json.loads((tmp_path / script / "metrics.json").read_text())
+        assert metrics["n_spots"] == n_spots and list(metrics["per_slice"]) == [name]
+
+
+# ---- another encoder
+
+
+def test_a_convolutional_encoder_goes_through_both_stages(prepared, tmp_path):
+    work = Work(prepared.data, prepared.tiles, prepared.panels, tmp_path)
+    flags = ("--image_encoder", "tf_efficientnet_lite0", "--image_size", 64, "--batch_size", 64, "--Epoch", 1)
+    work.run("train_mymodel", *flags)
+    (log,) = (tmp_path / "logs" / "stage_one").iterdir()
+    assert np.isfinite(json.loads((log / "log.jsonl").read_text())["loss"])
+    assert state(work, "train_mymodel", LAST)["schedule"]["last_epoch"] == 1, "one step"
+    work.run("train_decoder", "--Epoch", 1)
+    kept = np.load(tmp_path / "decoder_model" / "features" / "P01_1.npy")
+    assert kept.shape == (70, 1 + 4, 32), "a feature map of 2 x 2 at 64 px"
+
+
+# ---- real sections
+
+
+@pytest.mark.realdata
+def test_all_spots_and_all_counts_of_the_real_sections(real_data, tmp_path):
+    data = real_data / "Breast_cancer"
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    work = Work(data, tmp_path / "tiles", tmp_path / "panels", tmp_path)
+    work.run("image_tilling")
+    work.run("make_decoder_data", "--n_input_genes", 500, "--n_top_genes", 300)
+    rows, _ = table.read_table(data)
+    assert sorted(one.slice for one in rows) == ["B4", "C2", "C3", "C4", "C5"]
+    spots, umis = 0, 0
+    for one in rows:
+        for role, n in (("input", 500), ("target", 300)):
+            panel = genes.read_panel(genes.panel_path(data, work.panels, one.slice, role))
+            assert len(panel.genes) == n and panel.train_slices == ["C2", "C3", "C4"]
+        pack = tiles.TilePack(work.tiles / one.slice)
+        assert set(pack.barcodes) == set(panel.barcodes) and pack.record["um_per_px"] == 3.5
+        spots, umis = spots + len(pack.barcodes), umis + panel.total_counts.sum()
+    assert (spots, umis) == (1015, 9123331)
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before, "nothing is written there"
+
+
+@pytest.mark.realdata
+def test_scripts_and_results_are_as_agreed(real_data, trained, tmp_path):
+    contract = real_data.parent / "checks" / "contract.py"
+    if not contract.exists():
+        pytest.skip("no contract beside the real sections")
+    for script in ("get_accuracy_image", "decoder_similarity"):
+        trained.run(script, "--out", tmp_path / script)
+    results = [str(tmp_path / script / "metrics.json") for script in ("get_accuracy_image", "decoder_similarity")]
+    for argv in ([], results):
+        found = subprocess.run(
+            [sys.executable, str(contract), *argv], cwd=Path(__file__).parents[1], capture_output=True, text=True
+        )
+        assert (found.returncode, found.stdout) == (0, "in accordance\n"), found.stdout

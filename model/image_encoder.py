@@ -34,7 +34,7 @@ def build_trunk(name: str, image_size: int, weights: Weights) -> Any:
         return timm.create_model(name, pretrained=False, num_classes=0, **size)
     overlay: dict[str, Any] = {}
     if isinstance(weights, dict):
-        blank = timm.create_model(name, pretrained=False, **size)
+        blank: Any = timm.create_model(name, pretrained=False, **size)
         names = blank.pretrained_cfg["classifier"]
         heads = tuple(f"{head}." for head in ([names] if isinstance(names, str) else names))
         overlay["state_dict"] = {k: v for k, v in blank.state_dict().items() if k.startswith(heads)} | weights

@@ -89,7 +89,7 @@ def all_features(model, slices, accelerator, args) -> list[np.ndarray]:
     size = sum(len(one.barcodes) for one in slices) * FEATURE_ROWS * model.sizes.width * 2
     folder = args.out / "features"
     print(f"features of {sum(len(one.barcodes) for one in slices)} tiles in {folder}: {size / 2**20:.0f} MiB")
-    key = checkpoint.file_hash(args.encoder)
+    key = f"{checkpoint.file_hash(args.encoder)} {accelerator.mixed_precision}"
 
     def encode(tiles):
         with accelerator.autocast():

@@ -1,14 +1,16 @@
-"""Fixtures that several test files share: tiny simulated slices, and the real sections where they are at hand."""
+"""Fixtures that several test files share: tiny simulated slices, runs on them, and the real sections if at hand."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait for each other stall a busy machine
 os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])  # scanpy's numba sets torch's threads, too
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import EVALUATION, ONE_EPOCH, PREPROCESSING, Work, snapshot, stderr_line
 
 
 @pytest.fixture
@@ -38,8 +40,6 @@ def simulated(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(simulated, tmp_path_factory):
     """Tiles of 32 px and panels (50 input, 20 target genes) of the simulated slices. Read-only, too."""
-    from tiny_runs import Work
-
     out = tmp_path_factory.mktemp("prepared")
     work = Work(simulated, out / "tiles", out / "panels", out)
     work.run("image_tilling")
@@ -50,8 +50,6 @@ def prepared(simulated, tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(prepared, tmp_path_factory):
     """Both stages trained for an epoch on the prepared slices, with the smallest models. Read-only."""
-    from tiny_runs import Work
-
     work = Work(prepared.data, prepared.tiles, prepared.panels, tmp_path_factory.mktemp("trained"))
     work.run("train_mymodel", "--Epoch", 1, "--Init_lr", 1e-3)
     work.run("train_decoder", "--Epoch", 1, "--Init_lr", 1e-3)
@@ -61,10 +59,54 @@ def trained(prepared, tmp_path_factory):
 @pytest.fixture
 def work(prepared, tmp_path):
     """The prepared slices with tiles and panels of their own, which a test may change."""
-    import shutil
-
-    from tiny_runs import Work
-
     for folder in ("tiles", "panels"):
         shutil.copytree(getattr(prepared, folder), tmp_path / folder)
     return Work(prepared.data, tmp_path / "tiles", tmp_path / "panels", tmp_path)
+
+
+@pytest.fixture
+def damaged(trained, tmp_path):
+    """All that the six scripts read and wrote, but for pictures that they can do without: for a test to damage."""
+    own = Work(*(tmp_path / name for name in ("data", "tiles", "panels", "out")))
+    for name in ("data", "tiles", "panels"):
+        unread = shutil.ignore_patterns("*.png", "*.jpeg", "truth.h5ad")
+        shutil.copytree(getattr(trained, name), getattr(own, name), ignore=unread)
+    for name in ("encoder_model", "decoder_model"):
+        shutil.copytree(trained.out / name, own.out / name)
+    return own
+
+
+@pytest.fixture(scope="session")
+def control(trained, tmp_path_factory):
+    """`control(script)` asserts that a script runs on the undamaged folders; it does so once for each script."""
+    passed = {}
+
+    def run(script):
+        if script not in passed:
+            out = tmp_path_factory.mktemp("control")
+            made = (out / "tiles", out / "panels") if script in PREPROCESSING else (trained.tiles, trained.panels)
+            flag = "--decoder" if script == "decoder_similarity" else "--encoder"
+            model = (flag, getattr(trained, flag[2:])) if script in (*EVALUATION, "train_decoder") else ()
+            passed[script] = Work(trained.data, *made, out).exit_code(script, *model, *ONE_EPOCH.get(script, ()))
+        assert passed[script] == 0
+
+    return run
+
+
+@pytest.fixture
+def refused(damaged, control, capsys):
+    """`refused(script, flags, *what its line must hold)` runs a script on what a test has damaged."""
+
+    def run(script, flags, *expected):
+        control(script)
+        before = snapshot(damaged.data, damaged.tiles, damaged.panels, damaged.out)
+        capsys.readouterr()
+        assert damaged.exit_code(script, *ONE_EPOCH.get(script, ()), *flags) == 2
+        line = stderr_line(capsys, *expected)
+        after = snapshot(damaged.data, damaged.tiles, damaged.panels, damaged.out)
+        assert after == before, (
+            f"changed: {sorted(path for path in {*after, *before} if after.get(path) != before.get(path))}"
+        )
+        return line
+
+    return run

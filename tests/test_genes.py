@@ -53,12 +53,12 @@ def test_places_of_genes():
 
 
 def test_highest_expressed_by_hand():
-    """Mean over slices of the slice's total: d has the most counts and is not common; ties in the first one's order."""
-    first = sp.csr_matrix([[1, 0, 5], [1, 2, 1]]), np.array(["a", "b", "c"])  # totals a 2, b 2, c 6
-    second = sp.csr_matrix([[3, 90, 0, 0], [1, 9, 4, 5]]), np.array(["a", "d", "b", "c"])  # a 4, d 99, b 4, c 5
-    assert genes.highest_expressed([first, second], 3) == ["c", "a", "b"]
-    assert genes.highest_expressed([first, second], 1) == ["c"]
-    assert genes.highest_expressed([second], 2) == ["d", "c"]
+    """Mean over slices of the slice's total: e has the most counts and is not common; ties in the first one's order."""
+    first = sp.csr_matrix([[1, 9, 0, 4], [2, 3, 3, 1]]), np.array(["a", "b", "c", "d"])  # totals 3, 12, 3, 5
+    second = sp.csr_matrix([[3, 90, 0, 0, 9], [2, 9, 1, 5, 0]]), np.array(["a", "e", "b", "c", "d"])  # 5, 99, 1, 5, 9
+    assert genes.highest_expressed([first, second], 4) == ["d", "b", "a", "c"]  # means 7, 6.5, 4, 4
+    assert genes.highest_expressed([first, second], 1) == ["d"]
+    assert genes.highest_expressed([second], 2) == ["e", "d"]
 
 
 def test_each_slice_weighs_by_its_counts_not_by_its_spots():

@@ -12,8 +12,8 @@ from utils.evaluation import report
 
 GALLERY = {"chance": 0.111, "depth": 0.2, "contrastive": 0.3, "matching": 0.4, "reranked": 0.512}
 RETRIEVAL = {
-    "neighbours": GALLERY | {"interval": {row: [0.01, 0.99] for row in report.RETRIEVAL_ROWS}},
-    "random10": GALLERY | {"reranked": 0.622, "interval": {row: [0.02, 0.98] for row in report.RETRIEVAL_ROWS}},
+    "neighbours": GALLERY | {"interval": {row: [i / 100, 0.99] for i, row in enumerate(report.RETRIEVAL_ROWS)}},
+    "random10": GALLERY | {"reranked": 0.622, "interval": {row: [0.05, 0.98] for row in report.RETRIEVAL_ROWS}},
     "slice": {
         way: {f"R@{k}": value * k for k in (1, 5, 10)} | {"median_rank": 9.0}
         for way, value in (("chance", 0.01), ("image_to_gene", 0.02), ("gene_to_image", 0.03))
@@ -56,9 +56,9 @@ def printed(capsys, *argv):
 
 def test_the_figures_stand_beside_their_chance_and_interval(results, capsys):
     table = printed(capsys, results)
-    assert table["among its neighbours"][:2] == ["0.111", "0.200"]
-    assert table["among its neighbours"][-3:] == ["0.512", "[0.010,", "0.990]"]
-    assert table["among ten of the slice"][-3:] == ["0.622", "[0.020,", "0.980]"]
+    assert table["among its neighbours"][:4] == ["0.111", "0.200", "[0.000,", "0.990]"]
+    assert table["among its neighbours"][-3:] == ["0.512", "[0.030,", "0.990]"]
+    assert table["among ten of the slice"][-3:] == ["0.622", "[0.050,", "0.980]"]
     assert table["image to gene"] == ["0.020", "0.100", "0.200"] and table["chance"] == ["0.010", "0.050", "0.100"]
     assert table["model"] == ["1.000", "1.010", "0.000", "0.020", "1.030"]
     assert table["ridge"] == ["1.200", "1.210", "0.200", "0.220", "1.230"]

@@ -1,17 +1,19 @@
 """Whole runs that differ from the plain one: resumed, with a validation strip, another encoder, the real sections."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from tiny_runs import BEST, LAST, Work, data_flags, row, snapshot
+from tiny_runs import BEST, LAST, Work, data_flags, rewrite_matrix, row, snapshot
 
 from utils.slices import genes, table, tiles
-from utils.training import checkpoint, datasets
+from utils.training import augment, checkpoint, datasets
 
 STAGES = {"train_mymodel": "encoder_model", "train_decoder": "decoder_model"}
 TWO_EPOCHS = ("--Epoch", 2, "--Init_lr", 1e-3)
@@ -93,6 +95,34 @@ def test_a_finished_run_is_not_touched_by_resume(whole):
     assert snapshot(done.out / STAGES[script]) == before
 
 
+@pytest.mark.parametrize("script", STAGES)
+def test_every_epoch_has_an_order_of_its_own(trained, tmp_path, monkeypatch, script):
+    batches, whole_order = {}, datasets.EpochOrder.__iter__
+
+    def recorded(order):
+        for batch in whole_order(order):
+            batches.setdefault(order.epoch, []).append(batch)
+            yield batch
+
+    monkeypatch.setattr(datasets.EpochOrder, "__iter__", recorded)
+    work = Work(trained.data, trained.tiles, trained.panels, tmp_path)
+    flags = () if script == "train_mymodel" else ("--encoder", trained.encoder)
+    work.run(script, *flags, "--Init_Epoch", 1, "--Epoch", 3)
+    assert set(batches) == {1, 2} and batches[1] != batches[2]
+
+
+def test_augmentation_is_that_of_the_spot_and_the_epoch(trained, tmp_path, monkeypatch):
+    seen, augment_batch = [], augment.augment
+
+    def recorded(tiles, spots, seed, epoch):
+        seen.extend((seed, epoch, int(spot)) for spot in spots)
+        return augment_batch(tiles, spots, seed, epoch)
+
+    monkeypatch.setattr(augment, "augment", recorded)
+    Work(trained.data, trained.tiles, trained.panels, tmp_path).run("train_mymodel", "--Epoch", 2, "--seed", 4)
+    assert {(seed, epoch) for seed, epoch, _ in seen} == {(4, 0), (4, 1)} and len(seen) == len(set(seen)) == 128
+
+
 def test_another_seed_gives_other_weights(trained, tmp_path):
     work = Work(trained.data, trained.tiles, trained.panels, tmp_path)
     models = []
@@ -138,6 +168,32 @@ def test_the_strip_is_evaluated_as_val(strip, tmp_path, part, n_spots, name):
         work.run(script, *split, "--part", part, "--out", tmp_path / script)
         metrics = json.loads((tmp_path / script / "metrics.json").read_text())
         assert metrics["n_spots"] == n_spots and list(metrics["per_slice"]) == [name]
+
+
+# ---- genes that a slice lacks
+
+
+def test_a_gene_is_neither_learnt_nor_judged_where_it_was_not_measured(trained, tmp_path):
+    """One target gene is missing in a train slice, another in the test slice."""
+    unread = shutil.ignore_patterns("*.jpg", "*.png", "truth.h5ad")
+    work = Work(
+        shutil.copytree(trained.data, tmp_path / "data", ignore=unread), trained.tiles, tmp_path / "p", tmp_path
+    )
+    (work.data / "slices.csv").write_text("slice,patient,part\nP01_1,A,train\nP02_1,B,train\nP03_1,C,test\n")
+    names = genes.read_panel(genes.panel_path(trained.data, trained.panels, "P01_1", "target")).genes
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    for name, lost in (("P02_1", names[2]), ("P03_1", names[5])):
+        rewrite_matrix(work.data / name, lambda c, b, n, lost=lost: (c[:, n != lost], b, n[n != lost]))
+    work.run("make_decoder_data", "--target_genes", tmp_path / "list.txt")
+    work.run("train_decoder", "--encoder", trained.encoder, "--val_strip", "--Epoch", 1)
+    assert all(value.isfinite().all() for value in state(work, "train_decoder", LAST)["model"].values())
+    work.run("decoder_similarity")
+    table_of_genes = pd.read_csv(tmp_path / "results" / "similarity" / "genes.csv", index_col="gene")
+    for scale in ("lognorm", "residuals", "counts"):
+        found = table_of_genes[f"pcc_{scale}_model"]
+        assert found.isna().sum() == 1 and np.isnan(found[names[5]])
+    text = (tmp_path / "results" / "similarity" / "metrics.json").read_text()
+    assert "NaN" not in text and json.loads(text)["residuals"]["model"]["pcc_gene_mean"] is not None
 
 
 # ---- another encoder

@@ -23,6 +23,10 @@ FLAGS = {
     "get_accuracy_image": "--device cpu",
     "decoder_similarity": "--device cpu",
 }
+PREPROCESSING = ("image_tilling", "make_decoder_data")
+TRAINING = ("train_mymodel", "train_decoder")
+EVALUATION = ("get_accuracy_image", "decoder_similarity")
+ONE_EPOCH = dict.fromkeys(TRAINING, ("--Epoch", 1))
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
 
 
@@ -64,6 +68,13 @@ class Work:
         with pytest.raises(SystemExit) as stop:
             arguments.run(module.main, module.parse_args(self.argv(script, *flags)))
         return stop.value.code
+
+
+def split_flag(work: Work, text: str) -> tuple[str, Path]:
+    """Writes a table of slices, below its header, and gives the flag that names it."""
+    path = work.out / "slices.csv"
+    path.write_text("slice,patient,part\n" + text)
+    return "--slices", path
 
 
 def data_flags(work: Work, **changed) -> SimpleNamespace:

@@ -166,7 +166,7 @@ def check_unseen(
     tables = [*state["table"], *state.get("encoder_table", [])]
     taught = [row for row in tables if row["part"] in ("train", "val")]
     patients, trained = {row["patient"] for row in taught}, {row["slice"] for row in taught if row["part"] == "train"}
-    contents = {state["counts_hashes"].get(row["slice"]) for row in taught}
+    contents = {state["counts_hashes"].get(row["slice"]) for row in taught} - {None}
     seen = [
         row.slice
         for row in rows

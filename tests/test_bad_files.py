@@ -1,0 +1,145 @@
+"""Bad panels, tiles, checkpoints and flags: one line that names what is wrong, exit code 2, nothing on disk changed."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import BEST, EVALUATION, LAST, TRAINING, split_flag
+
+from utils.slices import genes, tiles
+
+# ---- panels and tiles
+
+
+def test_a_list_with_unknown_genes(damaged, refused):
+    listed = damaged.out / "list.txt"
+    known = genes.read_panel(genes.panel_path(damaged.data, damaged.panels, "P01_1", "target")).genes
+    listed.write_text("\n".join([*known, "NOSUCH"]))
+    for flag in ("--target_genes", "--input_genes"):
+        refused("make_decoder_data", [flag, listed], r"list.txt: 1 of 21 genes are in no train slice \(NOSUCH")
+    refused("make_decoder_data", ["--target_genes", damaged.out / "none.txt"], "none.txt: expected a text file")
+
+
+@pytest.mark.parametrize("script", [*TRAINING, *EVALUATION])
+def test_panels_that_are_missing_or_torn(damaged, refused, script):
+    role = "target" if script in ("train_decoder", "decoder_similarity") else "input"
+    path = genes.panel_path(damaged.data, damaged.panels, "P01_1", role)
+    path.write_bytes(path.read_bytes()[:2000])
+    refused(script, [], f"P01_1/{path.name}: expected a file of make_decoder_data.py")
+    path.unlink()
+    refused(script, [], f"P01_1/{path.name}: expected a panel file, found none; run make_decoder_data.py first")
+
+
+@pytest.mark.parametrize("script", [*TRAINING, *EVALUATION])
+def test_tiles_that_are_missing(damaged, refused, script):
+    folder = damaged.tiles / "P01_1"
+    pack, record = tiles.TilePack(folder), tiles.read_record(folder)
+    rows = np.arange(3, 70)
+    tiles.write_pack(folder, pack.barcodes[rows], np.zeros((67, 2)), pack.read(rows), pack.size)
+    tiles.write_record(folder / "tiles.json", record | {"number": 67})
+    refused(script, [], "tiles/P01_1: expected a tile for each of 70 spots, 3 have none", "image_tilling.py")
+    shutil.rmtree(folder)
+    refused(script, [], "tiles/P01_1: expected tiles.json and tiles.h5, found none; run image_tilling.py first")
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_a_batch_larger_than_the_train_set(damaged, refused, script):
+    refused(script, ["--batch_size", 71], "--batch_size 71 is larger than the train set of 70 spots")
+
+
+def test_a_panel_chosen_on_a_held_out_slice(damaged, refused):
+    parts = split_flag(damaged, "P03_1,C,train\nP02_1,B,val\nP01_1,A,test\n")
+    for script in TRAINING:
+        refused(script, parts, r"P03_1/.*h5ad: its genes were chosen on P01_1, outside the train part \(P03_1\)")
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize(("script", "role"), [("get_accuracy_image", "input"), ("decoder_similarity", "target")])
+def test_a_checkpoint_of_another_gene_panel(damaged, refused, script, role):
+    damaged.run("make_decoder_data", "--n_top_genes", 19, "--n_input_genes", 40)
+    refused(script, [], f"trained on .. {role} genes, of which .* has .. among its", f"--{role}_genes")
+
+
+@pytest.mark.parametrize("script", ["train_decoder", *EVALUATION])
+def test_a_torn_missing_or_foreign_checkpoint(damaged, refused, script):
+    flag, path = ("--decoder", damaged.decoder) if script == "decoder_similarity" else ("--encoder", damaged.encoder)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refused(script, [], f"{flag}: .*{path.parent.name}/{BEST} is torn")
+    path.unlink()
+    refused(script, [], f"{flag}: expected the file .*{path.parent.name}/{BEST}, found none; run train_")
+    torch.save({"weights": torch.ones(2)}, path)
+    refused(script, [], f"{flag}: expected a stage_... checkpoint of train_.*, found another file")
+
+
+def test_the_checkpoint_of_the_other_stage(damaged, refused):
+    for script in ("train_decoder", "get_accuracy_image"):
+        refused(
+            script,
+            ["--encoder", damaged.decoder],
+            "expected a stage_one checkpoint of train_mymodel.py, found stage_two",
+        )
+    refused("decoder_similarity", ["--decoder", damaged.encoder], "expected a stage_two checkpoint of train_decoder.py")
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_resume_from_what_does_not_fit(damaged, refused, script):
+    folder = (damaged.encoder if script == "train_mymodel" else damaged.decoder).parent
+    size = {"train_mymodel": ["--width", 48], "train_decoder": ["--decoder_width", 32]}[script]
+    refused(script, ["--resume", *size], f"--resume: .*{folder.name}/{LAST} was trained with other sizes")
+    if script == "train_decoder":
+        refused(script, ["--resume", "--target", "counts"], "was trained with other target")
+    (folder / LAST).write_bytes((folder / LAST).read_bytes()[:5000])
+    refused(script, ["--resume"], f"--resume: .*{LAST} is torn")
+    (folder / LAST).unlink()
+    refused(script, ["--resume"], f"--resume: expected the file .*{LAST}, found none; run without --resume first")
+
+
+# ---- weights and names
+
+
+def test_gene_weights_without_their_genes(damaged, refused):
+    weights = damaged.encoder
+    for flag in ("--gene_weights", "--gene2vec"):
+        refused("train_mymodel", [flag, weights], "--gene_weights and --gene2vec need --gene_vocab")
+    refused(
+        "train_mymodel", ["--gene_weights", damaged.out / "none.pth"], "--gene_weights: expected the file .*none.pth"
+    )
+
+
+def test_foreign_gene_weights(damaged, refused):
+    """Nothing in the file fits: the run stops, it does not train from random weights in silence."""
+    vocabulary, weights = damaged.out / "genes.txt", damaged.out / "weights.pth"
+    vocabulary.write_text(
+        "\n".join(genes.read_panel(genes.panel_path(damaged.data, damaged.panels, "P01_1", "input")).genes)
+    )
+    torch.save({"model_state_dict": {"other.weight": torch.ones(3)}}, weights)
+    flags = ["--gene_weights", weights, "--gene_vocab", vocabulary, "--tune_block", 0]
+    refused("train_mymodel", flags, "--gene_weights: 0 of scBERT's .* tensors found")
+    weights.write_bytes(weights.read_bytes()[:300])
+    refused("train_mymodel", flags, "--gene_weights: .*weights.pth is torn")
+
+
+def test_foreign_image_weights(damaged, refused):
+    weights = damaged.out / "weights.pth"
+    torch.save({"model": {"other.weight": torch.ones(3)}}, weights)
+    refused("train_mymodel", ["--image_weights", weights], "--image_weights do not fit test_vit")
+    refused("train_mymodel", ["--image_encoder", "no_such_model"], "--image_encoder no_such_model: expected a name")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_device_that_is_not_there(damaged, refused):
+    refused("train_mymodel", ["--device", "cuda"], "--device cuda: expected a CUDA device")
+    refused("train_mymodel", ["--precision", "fp16"], "--precision fp16 needs a CUDA device")
+
+
+def test_tiles_of_another_scale_than_the_encoder(damaged, refused):
+    for one in damaged.tiles.iterdir():
+        record = json.loads((one / "tiles.json").read_text())
+        tiles.write_record(one / "tiles.json", record | {"um_per_px": 7.0})
+    for script in ("train_decoder", *EVALUATION):
+        refused(script, [], r"tiles of \(32, ", r"\(32, 7.0\)", r"\(32, 3.5\)", "image_tilling.py")

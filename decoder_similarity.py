@@ -30,12 +30,8 @@ UNITS = {"lognorm": "log1p counts per 10,000", "residuals": "Pearson residual", 
 
 def parse_args(argv=None):
     parser = arguments.shared(__doc__, part="test")
-    group = parser.add_argument_group("evaluation")
+    group = arguments.add_evaluation(parser, out="results/similarity")
     group.add_argument("--decoder", type=Path, default=Path("decoder_model/best_epoch_weights.pth"), help="stage two")
-    group.add_argument("--image_weights", help="of the untouched encoder (default: those stage one started from)")
-    group.add_argument("--batch_size", type=arguments.count, default=32)
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
-    group.add_argument("--out", type=Path, default=Path("results/similarity"))
     return parser.parse_args(argv)
 
 

@@ -22,13 +22,9 @@ PAIRS_AT_ONCE = 256
 
 def parse_args(argv=None):
     parser = arguments.shared(__doc__, part="test")
-    group = parser.add_argument_group("evaluation")
+    group = arguments.add_evaluation(parser, out="results/retrieval")
     group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
     group.add_argument("--neighbours", type=arguments.count, default=8, help="nearest spots that stand as candidates")
-    group.add_argument("--image_weights", help="of the untouched encoder (default: those stage one started from)")
-    group.add_argument("--batch_size", type=arguments.count, default=32)
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
-    group.add_argument("--out", type=Path, default=Path("results/retrieval"))
     return parser.parse_args(argv)
 
 

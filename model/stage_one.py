@@ -53,7 +53,7 @@ class StepOutput(NamedTuple):
 
 
 class StageOne(nn.Module):
-    """PairedEncoders with momentum distillation and matching.
+    """Paired encoders with momentum distillation and matching.
 
     `forward` gives the losses of a batch; after the optimiser's step `after_step` moves the twins and fills the queue.
     """

@@ -1,4 +1,4 @@
-"""How good is it? Arrays in, numbers out: nothing here knows files, models or devices, or the rest of the project.
+"""How good is it? Arrays in, numbers out: nothing here but report.py knows files, nothing models or devices.
 
 metrics.py     correlations, errors and the three scales expression is judged on
 expression.py  the figures of predicted expression: per slice, mean over slices, pooled, per gene
@@ -6,4 +6,5 @@ retrieval.py   galleries of candidates, hits, ranks, recall and chance
 bootstrap.py   intervals that respect that neighbouring spots are alike
 baselines.py   the cheap predictors that stand beside every model: mean, depth, ridge, ridge with neighbours, kNN
 plotting.py    figures (arrays in, matplotlib Figure out)
+report.py      the table of both evaluations, from the metrics.json of one or several runs
 """

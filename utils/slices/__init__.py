@@ -5,7 +5,6 @@ matrix       count matrices in HDF5 or as a folder (reader passes them on)
 table        slices.csv: which slice is whose, its part, its spot pitch and image; the split and the leak guard
 tiles        one tile per spot: cut, packed, read back
 genes        gene panels: normalise, choose, bin; the order of the genes lives here
-importers    other formats into Space Ranger folders
-whole_slide  whole-slide images: pyramid, tissue, grid
-simulate     made-up slices with a known truth
+export       results as AnnData that scanpy and squidpy plot
+simulate     made-up slices with a known truth; simulate_tissue, _picture, _counts and _files are its steps
 """

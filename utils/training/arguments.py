@@ -90,6 +90,16 @@ def add_training(parser: Parser, out: str) -> None:
     group.add_argument("--resume", action="store_true", help="go on from last_epoch_weights.pth in --out")
 
 
+def add_evaluation(parser: Parser, out: str) -> argparse._ArgumentGroup:
+    """The flags of both evaluation scripts; returns their group, for the script's own."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--image_weights", help="of the untouched encoder (default: those stage one started from)")
+    group.add_argument("--batch_size", type=count, default=32, help="spots encoded at a time")
+    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
+    group.add_argument("--out", type=Path, default=Path(out), help="results go here")
+    return group
+
+
 def check_training(args: argparse.Namespace) -> None:
     """Checks between flags, before anything heavy is imported."""
     if args.Min_lr is None:

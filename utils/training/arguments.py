@@ -100,6 +100,13 @@ def add_evaluation(parser: Parser, out: str) -> argparse._ArgumentGroup:
     return group
 
 
+def add_memory(parser: Parser) -> None:
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--memory", type=positive, default=4.0, help="GiB for what grows with the number of spots; the rest is on disk"
+    )
+
+
 def check_training(args: argparse.Namespace) -> None:
     """Checks between flags, before anything heavy is imported."""
     if args.Min_lr is None:

@@ -1,0 +1,34 @@
+"""spill.py: what fits the budget is plain memory, what does not lies in a file without a name."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from utils.training.spill import Spill
+
+
+def test_the_budget_is_spent_and_then_files_are_mapped(tmp_path):
+    spill = Spill(gib=1000 / 2**30, folder=tmp_path / "new")
+    first, second = spill.empty((100,), np.float64), spill.empty((100, 3), np.float16)
+    third = spill.empty((25, 2), np.float32)  # 200 bytes are left
+    assert type(first) is np.ndarray and type(third) is np.ndarray
+    assert isinstance(second, np.memmap) and second.shape == (100, 3) and second.dtype == np.float16
+    second[:] = np.arange(300).reshape(100, 3)
+    assert np.array_equal(second[[7, 3]], [[21, 22, 23], [9, 10, 11]])
+    assert list((tmp_path / "new").iterdir()) == []  # nothing stays, whatever ends the process
+
+
+def test_nothing_is_written_where_all_fits(tmp_path):
+    Spill(gib=1, folder=tmp_path / "new").empty((100,), np.float64)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_named_before_anything_is_mapped(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"expected 3\.0 GiB of disk .* --memory .*No space left"):
+        Spill(gib=1, folder=tmp_path).empty((3 * 2**30,), np.uint8)

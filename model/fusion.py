@@ -1,10 +1,12 @@
 """Does this picture belong to this profile? Fusion blocks, hard negatives, matching head.
 
 Li et al. 2021 (ALBEF), section 3.2. Both sides are sequences: attention over a single token would be a linear map.
-Letters: B batch, K gene tokens, P image tokens, D width.
+Letters: B batch, C candidates per picture, K gene tokens, P image tokens, D width.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +17,38 @@ from model.layers import CrossBlock
 class Fusion(nn.Module):
     """Gene tokens attend to themselves and to image tokens; the mean token gives one logit per pair.
 
-    Shapes: gene_tokens (B, K, D), image_tokens (B, P, D) -> (B,), above 0 where the two seem to belong together.
+    Shapes: gene_tokens (B, K, D), image_tokens (B, P, D) -> (B,), above 0 where the two seem to belong together. Where
+    pairs share a side, what concerns that side alone is done once by `read_genes` and `read_images`, for `judge`.
     """
 
     def __init__(self, width: int, blocks: int, heads: int = 8, hidden: int = 1024):
         super().__init__()
         self.norm_image = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(CrossBlock(width, heads, hidden) for _ in range(blocks))
+        self.blocks: Any = nn.ModuleList(CrossBlock(width, heads, hidden) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.to_logit = nn.Linear(width, 1)
 
-    def forward(self, gene_tokens: Tensor, image_tokens: Tensor) -> Tensor:
+    def read_genes(self, gene_tokens: Tensor) -> Tensor:
+        """What a profile's tokens do before they see a picture: (B, K, D) -> (B, K, D)."""
+        return self.blocks[0].within(gene_tokens)
+
+    def read_images(self, image_tokens: Tensor) -> list[Tensor]:
+        """Keys and values of the pictures for each block: (B, P, D) -> (2, B, heads, P, D / heads) each."""
         memory = self.norm_image(image_tokens)
-        for block in self.blocks:
-            gene_tokens = block(gene_tokens, memory)
-        return self.to_logit(self.norm(gene_tokens).mean(1)).squeeze(-1)
+        return [block.attend_memory.keys_values(memory) for block in self.blocks]
+
+    def judge(self, genes: Tensor, images: list[Tensor]) -> Tensor:
+        """Logits of each picture with each of its candidates, both as read before: genes (B, C, K, D) -> (B, C)."""
+        n_candidates = genes.shape[1]
+        for i, (block, keys_values) in enumerate(zip(self.blocks, images, strict=True)):
+            if i > 0:
+                genes = block.within(genes.flatten(0, 1)).unflatten(0, (-1, n_candidates))
+            genes = block.across(genes.flatten(1, 2), keys_values).unflatten(1, (n_candidates, -1))
+        return self.to_logit(self.norm(genes).mean(2)).squeeze(-1)
+
+    def forward(self, gene_tokens: Tensor, image_tokens: Tensor) -> Tensor:
+        genes = self.read_genes(gene_tokens).unsqueeze(1)
+        return self.judge(genes, self.read_images(image_tokens)).squeeze(1)
 
 
 @torch.no_grad()

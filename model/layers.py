@@ -13,7 +13,8 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head attention of x over a memory (self-attention when the memory is x).
 
-    Shapes: x (B, N, width), memory (B, M, width) -> (B, N, width).
+    Shapes: x (B, N, width), memory (B, M, width) -> (B, N, width). A memory that several x look at is turned into
+    `keys_values` once, which `read` then takes in its place.
     """
 
     def __init__(self, width: int, heads: int):
@@ -25,13 +26,19 @@ class Attention(nn.Module):
         self.to_kv = nn.Linear(width, 2 * width)
         self.to_out = nn.Linear(width, width)
 
+    def keys_values(self, memory: Tensor) -> Tensor:
+        """(B, M, width) -> (2, B, H, M, width / H)."""
+        return self.to_kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def read(self, x: Tensor, keys_values: Tensor, present: Tensor | None = None) -> Tensor:
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
+        mask = None if present is None else present[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, keys_values[0], keys_values[1], attn_mask=mask)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
     def forward(self, x: Tensor, memory: Tensor, present: Tensor | None = None) -> Tensor:
         """present (B, M) is False where a memory token is to be ignored; at least one per row must be True."""
-        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
-        k, v = self.to_kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, M, D/H) each
-        mask = None if present is None else present[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.read(x, self.keys_values(memory), present)
 
 
 class MLP(nn.Sequential):
@@ -56,8 +63,15 @@ class CrossBlock(nn.Module):
         self.mlp = MLP(width, hidden)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, memory: Tensor, present: Tensor | None = None) -> Tensor:
+    def within(self, x: Tensor) -> Tensor:
+        """Self-attention alone, for which no memory is needed."""
         normed = self.norm_self(x)
-        x = x + self.drop(self.attend_self(normed, normed))
-        x = x + self.drop(self.attend_memory(self.norm_cross(x), memory, present))
+        return x + self.drop(self.attend_self(normed, normed))
+
+    def across(self, x: Tensor, keys_values: Tensor, present: Tensor | None = None) -> Tensor:
+        """What comes after: attention to the memory's `keys_values`, feed-forward."""
+        x = x + self.drop(self.attend_memory.read(self.norm_cross(x), keys_values, present))
         return x + self.drop(self.mlp(self.norm_mlp(x)))
+
+    def forward(self, x: Tensor, memory: Tensor, present: Tensor | None = None) -> Tensor:
+        return self.across(self.within(x), self.attend_memory.keys_values(memory), present)

@@ -2,15 +2,19 @@
 
 Choromanski et al. 2021, arXiv 2009.14794: exp(q . k) is the mean over random w of exp(w.q - |q|^2/2) times
 exp(w.k - |k|^2/2), so attention over N tokens costs N x M instead of N x N. Block layout and constants as in scBERT
-(Yang et al. 2022). Letters: B batch, H heads, R = B x H rows, N tokens, E width of a head, M random features, D width.
+(Yang et al. 2022). Letters: B batch, H heads, N tokens, E width of a head, M random features, D width; b, h:
+samples and heads of a chunk.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 N_FEATURES = 266  # of scBERT's projections: int(64 ln 64) for heads of 64
@@ -29,103 +33,166 @@ def orthogonal_projection(n_features: int, width: int, generator: torch.Generato
 
 
 def softmax_features(x: Tensor, projection: Tensor, largest: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Positive features, dot products of which estimate exp(q . k) up to a factor: x (R, N, E) scaled by E^-1/4,
-    projection (M, E) -> (R, N, M), without the factor M^-1/2, which cancels in attention.
+    """Positive features, dot products of which estimate exp(q . k / sqrt(E)) up to a factor: x (..., N, E), projection
+    (M, E) -> (..., N, M), without EPSILON and the factor M^-1/2, which cancels in attention.
 
-    `largest` (R, 1, 1) is taken out of the exponent; without it, the maximum of each token's own features is, as is
-    right for queries. Either would cancel too, but for EPSILON. `out` is a buffer to write into.
+    `largest` is taken out of the exponent; without it, the maximum of each token's own features is, as is right for
+    queries. Either would cancel too, but for EPSILON. `out` is a buffer to write into.
     """
-    exponent = torch.matmul(x, projection.T, out=out)
+    exponent = torch.matmul(x, _scaled(projection).T, out=out)
     largest = exponent.amax(-1, keepdim=True) if largest is None else largest
-    return exponent.sub_(largest + x.square().sum(-1, keepdim=True) / 2).exp_().add_(EPSILON)
+    return exponent.sub_(largest + _half_square(x)).exp_()
 
 
-def _largest_key_exponent(k: Tensor, projection: Tensor, heads: int) -> Tensor:
-    """Maximum of w . k over heads, tokens and features of each sample: (R, N, E) -> (R, 1, 1).
+def _scaled(projection: Tensor) -> Tensor:
+    """Queries and keys are both to be divided by E^1/4: here the projection is, once for all of them."""
+    return projection * projection.shape[1] ** -0.25
 
-    Beside EPSILON it decides how far a head's attention is flattened, so it is not taken per head. scBERT takes it over
-    the whole batch; per sample, a spot's result does not depend on its batch mates.
-    """
-    largest = torch.empty(len(k), 1, 1, device=k.device)
-    for rows, buffer in _row_chunks(k, projection):
-        scaled = k[rows].float() * k.shape[-1] ** -0.25
-        largest[rows] = torch.matmul(scaled, projection.T, out=buffer).amax((1, 2), keepdim=True)
-    by_sample = largest.unflatten(0, (-1, heads))
-    return by_sample.amax(1, keepdim=True).expand_as(by_sample).flatten(0, 1)
+
+def _half_square(x: Tensor) -> Tensor:
+    """What the division leaves of |x|^2 / 2: (..., N, E) -> (..., N, 1)."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(x.shape[-1] ** -0.5 / 2)
 
 
 class FavorAttention(torch.autograd.Function):
-    """Linear attention with softmax kernels, in fp32, a few rows at a time; backward computes the features anew.
+    """Linear attention with softmax kernels, a few heads at a time; backward computes the features anew.
 
-    The features are M / E = 4 times the size of q and k: kept for all rows they would be most of the memory of a step,
-    and writing them most of its time. q, k, v (R, N, E), projection (M, E) -> (R, N, E). A column of ones beside v
-    gives numerator and denominator of attention in one product.
+    The features are M / E = 4 times the size of q and k: kept for all heads they would be most of the memory of a step,
+    and writing them most of its time. q, k, v (B, H, N, E), projection (M, E) -> (B, H, N, E). A column of ones beside
+    v gives numerator and denominator of attention in one product. EPSILON, which belongs to every feature, is added
+    where it costs least: (phi + EPSILON) C is phi C and EPSILON times the sum of C's rows.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, projection: Tensor, heads: int) -> Tensor:
-        out = torch.empty(v.shape, dtype=torch.float32, device=v.device)
-        denominator = out.new_empty(*v.shape[:2], 1)
-        with torch.autocast(q.device.type, enabled=False):  # the exponent of a bf16 product would be off by percents
-            largest = _largest_key_exponent(k, projection, heads)
-            for rows, buffer in _row_chunks(q, projection):
-                queries, keys, values = _prepared(q[rows], k[rows], v[rows])
-                context = softmax_features(keys, projection, largest[rows], buffer).transpose(1, 2) @ values
-                product = softmax_features(queries, projection, out=buffer) @ context  # (r, N, E + 1)
-                denominator[rows] = product[..., -1:]
-                torch.div(product[..., :-1], product[..., -1:], out=out[rows])
-        ctx.save_for_backward(q, k, v, projection, largest, out, denominator)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
+        ctx.fast = torch.is_autocast_enabled(q.device.type)
+        with _products(q.device.type, ctx.fast):
+            largest, context = _key_context(k, v, projection)
+            out, denominator = _attend(q, context, projection)
+        ctx.save_for_backward(q, k, v, projection, largest, context, out, denominator)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, projection, largest, out, denominator = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        with torch.autocast(q.device.type, enabled=False):
-            for rows, buffer in _row_chunks(q, projection):
-                queries, keys, values = _prepared(q[rows], k[rows], v[rows])
-                d_numerator = gradients[0][rows].float() / denominator[rows]
-                d_denominator = -(d_numerator * out[rows]).sum(-1, keepdim=True)
-                d_product = torch.cat([d_numerator, d_denominator], dim=-1)
-                features = softmax_features(keys, projection, largest[rows], buffer)
-                context = features.transpose(1, 2) @ values
-                features = softmax_features(queries, projection, out=buffer)
-                d_context = features.transpose(1, 2) @ d_product
-                dq[rows] = _through_features(d_product @ context.transpose(1, 2), features, queries, projection)
-                features = softmax_features(keys, projection, largest[rows], buffer)
-                dv[rows] = (features @ d_context)[..., :-1].to(dv.dtype)
-                dk[rows] = _through_features(values @ d_context.transpose(1, 2), features, keys, projection)
-        return dq, dk, dv, None, None
+        q, k, v, projection, largest, context, out, denominator = ctx.saved_tensors
+        with _products(q.device.type, ctx.fast):
+            dq, d_context = _backward_queries(gradients[0], q, context, out, denominator, projection)
+            dk, dv = _backward_keys(d_context, k, v, largest, projection)
+        return dq, dk, dv, None
 
 
-def _row_chunks(q: Tensor, projection: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows whose features fit BYTES_AT_ONCE, each with a buffer (r, N, M) that all of them share."""
-    n_rows, n_tokens, n_features = len(q), q.shape[1], len(projection)
-    budget = BYTES_AT_ONCE.get(q.device.type, 2**26)
-    step = max(1, min(n_rows, budget // (4 * n_tokens * n_features)))
-    buffer = torch.empty(step, n_tokens, n_features, device=q.device)
-    for start in range(0, n_rows, step):
-        rows = slice(start, min(start + step, n_rows))
-        yield rows, buffer[: rows.stop - rows.start]
+@contextmanager
+def _products(device_type: str, fast: bool) -> Iterator[None]:
+    """fp32 throughout: an exponent stored in bf16 would be off by percents. Under autocast (`fast`) the products may
+    round their factors, to bf16 on a CPU and to TF32 on a GPU, as the layers before them did; their sums stay fp32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if fast else before)
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def _prepared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled queries and keys, values with a column of ones, in fp32."""
-    scale = q.shape[-1] ** -0.25
-    ones = torch.ones(*v.shape[:2], 1, device=v.device)
-    return q.float() * scale, k.float() * scale, torch.cat([v.float(), ones], dim=-1)
+def _key_context(k: Tensor, v: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of features of k times [v, 1] -> stabiliser (B, 1, 1, 1), context (B, H, M, E + 1).
+
+    The stabiliser is the maximum of w . k over heads, tokens and features of each sample. Beside EPSILON it decides how
+    far a head's attention is flattened, so it is not taken per head. scBERT takes it over the whole batch; per sample,
+    a spot's result does not depend on its batch mates. It is known when all heads are through, so each is stabilised
+    by its own maximum first and rescaled then.
+    """
+    n_features, width = projection.shape
+    context = torch.empty(*k.shape[:2], n_features, width + 1, device=k.device)
+    total = torch.empty(*k.shape[:2], 1, width + 1, device=k.device)
+    own = torch.empty(*k.shape[:2], 1, 1, device=k.device)
+    scaled = _scaled(projection).T
+    for some, exponent, keys, values in _chunks(k, n_features, width, width + 1):
+        torch.matmul(keys.copy_(k[some]), scaled, out=exponent)
+        own[some] = exponent.amax((-2, -1), keepdim=True)
+        features = exponent.sub_(own[some] + _half_square(keys)).exp_()
+        torch.matmul(features.transpose(-2, -1), _with_ones(v[some], values), out=context[some])
+        total[some] = values.sum(-2, keepdim=True)
+    largest = own.amax(1, keepdim=True)
+    return largest, context.mul_((own - largest).exp()).add_(total, alpha=EPSILON)
 
 
-def _through_features(d_features: Tensor, features: Tensor, x: Tensor, projection: Tensor) -> Tensor:
-    """Gradient of softmax_features with respect to the unscaled x; the features' buffer is used up."""
-    d_exponent = d_features.mul_(features.sub_(EPSILON))
-    return (d_exponent @ projection - d_exponent.sum(-1, keepdim=True) * x) * x.shape[-1] ** -0.25
+def _attend(q: Tensor, context: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries (B, H, N, E) read the context -> attention (B, H, N, E), its denominator (B, H, N, 1)."""
+    n_features, width = projection.shape
+    out = torch.empty_like(q)  # in q's layout, which is that of a linear layer's output
+    denominator = torch.empty(*q.shape[:3], 1, device=q.device)
+    floor = EPSILON * context.sum(-2, keepdim=True)
+    for some, buffer, queries, product in _chunks(q, n_features, width, width + 1):
+        features = softmax_features(queries.copy_(q[some]), projection, out=buffer)
+        torch.matmul(features, context[some], out=product).add_(floor[some])
+        denominator[some] = product[..., -1:]
+        torch.div(product[..., :-1], product[..., -1:], out=out[some])
+    return out, denominator
+
+
+def _backward_queries(
+    gradient: Tensor, q: Tensor, context: Tensor, out: Tensor, denominator: Tensor, projection: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the queries (B, H, N, E) and of the context (B, H, M, E + 1)."""
+    n_features, width = projection.shape
+    dq, d_context = torch.empty_like(q), torch.empty_like(context)
+    for some, buffer, other, queries, d_product in _chunks(q, n_features, n_features, width, width + 1):
+        torch.div(gradient[some], denominator[some], out=d_product[..., :-1])
+        torch.sum(d_product[..., :-1] * out[some], -1, keepdim=True, out=d_product[..., -1:]).neg_()
+        features = softmax_features(queries.copy_(q[some]), projection, out=buffer)
+        torch.matmul(features.transpose(-2, -1), d_product, out=d_context[some])
+        d_context[some].add_(d_product.sum(-2, keepdim=True), alpha=EPSILON)
+        d_features = torch.matmul(d_product, context[some].transpose(-2, -1), out=other)
+        dq[some] = _through_exponent(d_features.mul_(features), queries, projection)
+    return dq, d_context
+
+
+def _backward_keys(
+    d_context: Tensor, k: Tensor, v: Tensor, largest: Tensor, projection: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values (B, H, N, E)."""
+    n_features, width = projection.shape
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    floor = EPSILON * d_context.sum(-2, keepdim=True)
+    for some, buffer, other, keys, values in _chunks(k, n_features, n_features, width, width + 1):
+        features = softmax_features(keys.copy_(k[some]), projection, largest[some[0]], buffer)
+        d_features = torch.matmul(_with_ones(v[some], values), d_context[some].transpose(-2, -1), out=other)
+        dv[some] = torch.matmul(features, d_context[some], out=values).add_(floor[some])[..., :-1]
+        dk[some] = _through_exponent(d_features.mul_(features), keys, projection)
+    return dk, dv
+
+
+def _through_exponent(d_exponent: Tensor, x: Tensor, projection: Tensor) -> Tensor:
+    """Gradient (..., N, M) of the exponents w . x / E^1/4 - |x|^2 / (2 sqrt(E)) -> gradient of x (..., N, E)."""
+    ones = torch.ones(len(projection), 1, device=x.device)
+    gathered = d_exponent @ torch.cat([_scaled(projection), ones], dim=1)  # the last column is their sum
+    return torch.addcmul(gathered[..., :-1], gathered[..., -1:], x, value=-(x.shape[-1] ** -0.5))
+
+
+def _chunks(x: Tensor, n_features: int, *widths: int) -> Iterator[Any]:
+    """Samples, or heads of one sample, whose features fit BYTES_AT_ONCE: their index in (B, H, ...), and buffers
+    (b, h, N, M) and (b, h, N, width), which all of them use: fresh memory would cost more than what is done with it."""
+    batch, heads, n_tokens, _ = x.shape
+    fitting = max(1, BYTES_AT_ONCE.get(x.device.type, 2**26) // (4 * n_tokens * n_features))
+    samples, some_heads = max(1, min(batch, fitting // heads)), min(heads, fitting)
+    shape = samples, some_heads, n_tokens
+    buffers = [torch.empty(*shape, width, device=x.device) for width in (n_features, *widths)]
+    for b, h in itertools.product(range(0, batch, samples), range(0, heads, some_heads)):
+        some = slice(b, min(b + samples, batch)), slice(h, min(h + some_heads, heads))
+        yield some, *(buffer[: some[0].stop - b, : some[1].stop - h] for buffer in buffers)
+
+
+def _with_ones(v: Tensor, out: Tensor) -> Tensor:
+    """A column of ones beside the values, in fp32: (..., N, E), buffer (..., N, E + 1) -> the buffer."""
+    out[..., :-1] = v
+    out[..., -1] = 1
+    return out
 
 
 def favor_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
-    """q, k, v (B, H, N, E), projection (M, E) -> (B, H, N, E), fp32."""
-    rows = (x.flatten(0, 1) for x in (q, k, v))
-    return FavorAttention.apply(*rows, projection, q.shape[1]).unflatten(0, q.shape[:2])
+    """q, k, v (B, H, N, E), projection (M, E) -> (B, H, N, E), of q's type and layout."""
+    return FavorAttention.apply(q, k, v, projection)
 
 
 class PerformerBlock(nn.Module):
@@ -146,8 +213,8 @@ class PerformerBlock(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
         out = favor_attention(q, k, v, self.projection)
-        return self.to_out(out.transpose(1, 2).flatten(2).to(x.dtype))
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop(self.attend(self.norm_attention(x)))
-        return x + self.drop(self.w2(nn.functional.gelu(self.w1(self.norm_mlp(x)))))
+        return x + self.drop(self.w2(F.gelu(self.w1(self.norm_mlp(x)))))

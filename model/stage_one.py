@@ -105,9 +105,10 @@ class StageOne(nn.Module):
         similarity = self.contrast.similarity(student.image.detach(), student.gene.detach())
         wrong_gene = hard_negatives(similarity, student.spot, generator)
         wrong_image = hard_negatives(similarity.T, student.spot, generator)
-        genes = torch.cat([gene_tokens, gene_tokens[wrong_gene], gene_tokens])
-        images = torch.cat([image_tokens, image_tokens, image_tokens[wrong_image]])
-        logits = self.fusion(genes, images)
+        genes, images = self.fusion.read_genes(gene_tokens), self.fusion.read_images(image_tokens)
+        own = self.fusion.judge(torch.stack([genes, genes[wrong_gene]], dim=1), images)
+        other = self.fusion.judge(genes[:, None], [keys_values[:, wrong_image] for keys_values in images])
+        logits = torch.cat([own.T.flatten(), other.flatten()])
         is_pair = torch.arange(len(logits), device=logits.device) < len(gene_tokens)
         right = ((logits > 0) == is_pair).float()
         accuracy = (right[is_pair].mean() + right[~is_pair].mean()) / 2

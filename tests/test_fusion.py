@@ -53,6 +53,23 @@ def test_pairs_of_a_batch_do_not_touch_each_other():
     torch.testing.assert_close(fusion(genes[1:2], image[1:2]), fusion(genes, image)[1:2])
 
 
+def test_sides_read_once_give_the_logits_and_gradients_of_single_pairs():
+    fusion, genes, image = fusion_and_tokens(blocks=3)
+    genes.requires_grad_(), image.requires_grad_()
+    candidates = torch.tensor([[0, 2, 1, 1], [1, 0, 0, 2], [2, 2, 1, 0]])
+    judged = fusion.judge(fusion.read_genes(genes)[candidates], fusion.read_images(image))
+    pairs = [[fusion(genes[g : g + 1], image[i : i + 1]) for g in row] for i, row in enumerate(candidates.tolist())]
+    one_by_one = torch.stack([torch.cat(row) for row in pairs])
+    assert judged.shape == (3, 4) and judged.std() > 1e-3
+    torch.testing.assert_close(judged, one_by_one)
+    weight = torch.randn(3, 4)
+    parameters = [genes, image, *fusion.parameters()]
+    found = torch.autograd.grad((judged * weight).sum(), parameters)
+    expected = torch.autograd.grad((one_by_one * weight).sum(), parameters)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
 def draws(similarity, spots, n, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([hard_negatives(similarity, spots, generator) for _ in range(n)])  # (n, B)

@@ -15,11 +15,23 @@ class Recorder(torch.nn.Module):
 
     def __init__(self, answer):
         super().__init__()
-        self.answer, self.given = answer, None
+        self.answer, self.calls = answer, []
 
-    def forward(self, genes, images):
-        self.given = genes[:, 0, 0].long(), images[:, 0, 0].long()
-        return self.answer(*self.given).float()
+    def read_genes(self, tokens):
+        return tokens
+
+    def read_images(self, tokens):
+        return [tokens[None]]
+
+    def judge(self, genes, images):
+        labels = genes[:, :, 0, 0].long()  # (B, C)
+        self.calls.append((labels, images[0][0, :, 0, 0].long()[:, None].expand_as(labels)))
+        return self.answer(*self.calls[-1]).float()
+
+    @property
+    def given(self):
+        """Labels of all pairs, first candidates first: (3 B,) of profiles, (3 B,) of pictures."""
+        return (torch.cat([call[side].T.flatten() for call in self.calls]) for side in (0, 1))
 
 
 def matched(answer, spots):
@@ -35,7 +47,7 @@ def matched(answer, spots):
 
 def test_matching_sees_each_pair_with_a_wrong_profile_and_a_wrong_picture():
     spots = torch.tensor([3, 5, 5, 8])
-    _, _, genes, images = matched(lambda g, i: torch.zeros(len(g)), spots)
+    _, _, genes, images = matched(lambda g, i: torch.zeros(g.shape), spots)
     n = len(spots)
     assert genes[:n].tolist() == images[:n].tolist() == spots.tolist()
     assert images[n : 2 * n].tolist() == spots.tolist()
@@ -45,7 +57,7 @@ def test_matching_sees_each_pair_with_a_wrong_profile_and_a_wrong_picture():
 
 def test_wrong_profiles_follow_the_pictures_row_and_wrong_pictures_the_profiles():
     model, n = stage_one(), 5
-    model.fusion = Recorder(lambda g, i: torch.zeros(len(g)))
+    model.fusion = Recorder(lambda g, i: torch.zeros(g.shape))
     spots = torch.arange(n)
     image = torch.eye(n, 32)
     gene = image.roll(1, dims=0)  # picture i is most like profile i + 1, so profile i most like picture i - 1
@@ -57,13 +69,18 @@ def test_wrong_profiles_follow_the_pictures_row_and_wrong_pictures_the_profiles(
 
 
 def test_a_step_matches_the_tokens_that_the_encoders_give():
-    model, batch, seen = stage_one(), batch_of(), []
-    model.fusion.register_forward_pre_hook(lambda module, given: seen.append(given))
+    model, batch = stage_one(), batch_of()
+    model.fusion = Recorder(lambda g, i: torch.zeros(g.shape))
+    seen = {}
+    for side in ("read_genes", "read_images"):
+        original = getattr(model.fusion, side)
+        setattr(
+            model.fusion, side, lambda tokens, side=side, original=original: original(seen.setdefault(side, tokens))
+        )
     step_of(model, batch)
-    genes, images = seen[0]
-    torch.testing.assert_close(genes[:BATCH], model.encode_genes(batch["bins"])[1])
-    torch.testing.assert_close(images[:BATCH], model.encode_images(batch["tiles"])[1])
-    assert len(genes) == len(images) == 3 * BATCH
+    torch.testing.assert_close(seen["read_genes"], model.encode_genes(batch["bins"])[1])
+    torch.testing.assert_close(seen["read_images"], model.encode_images(batch["tiles"])[1])
+    assert [labels.shape for labels, _ in model.fusion.calls] == [(BATCH, 2), (BATCH, 1)]
 
 
 @pytest.mark.parametrize(
@@ -71,8 +88,8 @@ def test_a_step_matches_the_tokens_that_the_encoders_give():
     [
         (lambda g, i: 8.0 * (g == i) - 4.0, 1.0, math.log1p(math.exp(-4))),
         (lambda g, i: 4.0 - 8.0 * (g == i), 0.0, math.log1p(math.exp(4))),
-        (lambda g, i: torch.full((len(g),), 4.0), 0.5, (math.log1p(math.exp(-4)) + 2 * math.log1p(math.exp(4))) / 3),
-        (lambda g, i: torch.full((len(g),), -4.0), 0.5, (math.log1p(math.exp(4)) + 2 * math.log1p(math.exp(-4))) / 3),
+        (lambda g, i: torch.full(g.shape, 4.0), 0.5, (math.log1p(math.exp(-4)) + 2 * math.log1p(math.exp(4))) / 3),
+        (lambda g, i: torch.full(g.shape, -4.0), 0.5, (math.log1p(math.exp(4)) + 2 * math.log1p(math.exp(-4))) / 3),
     ],
     ids=["knows", "errs", "always yes", "always no"],
 )

@@ -31,6 +31,7 @@ UNITS = {"lognorm": "log1p counts per 10,000", "residuals": "Pearson residual", 
 def parse_args(argv=None):
     parser = arguments.shared(__doc__, part="test")
     group = arguments.add_evaluation(parser, out="results/similarity")
+    arguments.add_memory(parser)
     group.add_argument("--decoder", type=Path, default=Path("decoder_model/best_epoch_weights.pth"), help="stage two")
     return parser.parse_args(argv)
 
@@ -44,23 +45,27 @@ def load_model(args, state: dict, device):
 
 
 def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndarray]:
-    """The model's prediction of every spot of the part: (S, G) per slice, in the units of its target."""
-    from utils.training import features
+    """The model's prediction of every spot of the part: (S, G) per slice, in the units of its target.
+
+    Features are computed, used and dropped slice by slice.
+    """
+    from utils.training import feature_bank, features, spill
 
     def encode(tiles):
         with accelerator.autocast():
             return model.encode(tiles)
 
-    size = model.sizes.image_size
-    kept = [
-        features.encode_slice(encode, one, size, accelerator.device, args.batch_size, args.workers) for one in slices
-    ]
-    moments = features.Moments(*(state["feature_moments"][key].numpy() for key in ("mean", "sd")))
-    bank = features.FeatureBank(slices, kept, moments, model.sizes.context, accelerator.device)
-    return [
-        features.predict(model, bank, bank.first[i] + one.rows_of(args.part), accelerator, args.batch_size)
-        for i, one in enumerate(slices)
-    ]
+    device, context = accelerator.device, model.sizes.context
+    how = features.TileEncoder(encode, model.sizes.image_size, device, args.batch_size, args.workers)
+    moments = feature_bank.Moments(*(state["feature_moments"][key].numpy() for key in ("mean", "sd")))
+    predicted = []
+    for one in slices:
+        memory = spill.Spill(args.memory, args.out)
+        kept = features.in_budget(features.encode_slice(how, one), len(one.barcodes), memory)
+        bank = feature_bank.FeatureBank([one], [[kept]], moments, context, device, memory)
+        spots = one.rows_of(args.part)
+        predicted.append(feature_bank.predict(model, bank, spots, accelerator.autocast, args.batch_size))
+    return predicted
 
 
 def predict_cheap(args, state: dict, slices, taught, accelerator) -> dict[str, list[np.ndarray]]:

@@ -3,7 +3,8 @@
     python get_accuracy_image.py --encoder encoder_model/best_epoch_weights.pth --part test
 
 Reads the checkpoint, tiles and input genes of the part's slices, and of the train and validation slices for the cheap
-row `depth`. Writes results/retrieval/: metrics.json, spots.csv, predictions.h5ad, retrieval_curve.png.
+row `depth`. Writes results/retrieval/: metrics.json, spots.csv, predictions.h5ad (vectors, and for each picture the ten
+most similar profiles of its slice), retrieval_curve.png.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from utils.training import arguments, checkpoint, datasets
 
 ROWS = ("depth", "contrastive", "matching", "reranked")
 PAIRS_AT_ONCE = 256
+NEAREST = 10
 
 
 def parse_args(argv=None):
@@ -25,6 +27,7 @@ def parse_args(argv=None):
     group = arguments.add_evaluation(parser, out="results/retrieval")
     group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
     group.add_argument("--neighbours", type=arguments.count, default=8, help="nearest spots that stand as candidates")
+    arguments.add_memory(parser)
     return parser.parse_args(argv)
 
 
@@ -37,18 +40,30 @@ def load_model(args, state: dict, device):
 
 
 def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndarray:
-    """Fusion logit of each spot's picture with each candidate's profile: (S, K); padding gives what it may."""
+    """Fusion logit of each spot's picture with each candidate's profile: (S, K); 0 where it is padding."""
     import torch
 
-    image_tokens, gene_tokens = torch.cat(encoded.image_tokens), torch.cat(encoded.gene_tokens)
-    spots, columns = np.indices(candidates.shape).reshape(2, -1)
-    genes = np.maximum(candidates[spots, columns], 0)
-    logits = []
+    spots, columns = np.nonzero(candidates >= 0)
+    genes = candidates[spots, columns]
+    logits = np.zeros(candidates.shape, np.float32)
     with torch.no_grad(), accelerator.autocast():
         for start in range(0, len(spots), PAIRS_AT_ONCE):
             chosen = slice(start, start + PAIRS_AT_ONCE)
-            logits.append(model.fusion(gene_tokens[genes[chosen]], image_tokens[spots[chosen]]).float().cpu().numpy())
-    return np.concatenate(logits).reshape(candidates.shape)
+            gene_tokens = encoded.gene_tokens[genes[chosen]].to(accelerator.device)
+            image_tokens = encoded.image_tokens[spots[chosen]].to(accelerator.device)
+            logits[spots[chosen], columns[chosen]] = model.fusion(gene_tokens, image_tokens).float().cpu().numpy()
+    return logits
+
+
+def nearest_profiles(encoded, device) -> np.ndarray:
+    """Rows of the profiles most similar to each picture, best first: (S, NEAREST), -1 where there are fewer."""
+    import torch
+
+    from utils.evaluation.gallery import top_k
+
+    image, gene = map(torch.from_numpy, encoded.vectors())
+    rows = top_k(image.to(device), gene, min(NEAREST, len(gene)))[1].cpu().numpy()
+    return np.pad(rows, ((0, 0), (0, NEAREST - rows.shape[1])), constant_values=-1)
 
 
 def gallery_scores(model, encoded, predicted_depth, log_depth, candidates, accelerator) -> dict[str, np.ndarray]:
@@ -57,7 +72,7 @@ def gallery_scores(model, encoded, predicted_depth, log_depth, candidates, accel
 
     image, gene = encoded.vectors()
     scale = model.contrast.logit_scale.exp().item()
-    similarity = np.einsum("sd,skd->sk", image, gene[candidates]) * scale
+    similarity = np.stack([np.einsum("sd,sd->s", image, gene[column]) for column in candidates.T], axis=1) * scale
     matching = match_scores(model, encoded, candidates, accelerator)
     shown = np.where(candidates >= 0, similarity, -np.inf)
     top = shown.max(1, keepdims=True)
@@ -91,12 +106,14 @@ def predicted_depths(args, state: dict, slices, taught, accelerator) -> list[np.
 
 
 def score_slice(model, one, predicted_depth, accelerator, args) -> dict:
-    """Everything measured on one slice: galleries, scores, blocks, ranks, vectors."""
+    """Everything measured on one slice: galleries, scores, blocks, ranks, nearest profiles, vectors."""
     from utils.evaluation import bootstrap, retrieval
     from utils.training import features
+    from utils.training.spill import Spill
 
     rows = one.rows_of(args.part)
-    encoded = features.encode_pairs(model, one, one.bins(), rows, accelerator, args)
+    spill = Spill(args.memory, args.out)
+    encoded = features.encode_pairs(model, one, one.bins(), rows, accelerator, args, spill)
     image, gene = encoded.vectors()
     log_depth = np.log(one.total_counts[rows])
     galleries = {
@@ -114,6 +131,7 @@ def score_slice(model, one, predicted_depth, accelerator, args) -> dict:
         },
         "blocks": bootstrap.blocks(one.xy_fullres_px[rows], one.pitch_fullres_px),
         "ranks": (retrieval.ranks_from_embeddings(image, gene), retrieval.ranks_from_embeddings(gene, image)),
+        "nearest": nearest_profiles(encoded, accelerator.device),
         "vectors": (image, gene),
     }
 
@@ -158,7 +176,14 @@ def write_results(out: Path, metrics: dict, slices, scored: list[dict], genes: l
     adata = export.spots_anndata(parts, x, pd.DataFrame(index=genes), obs)
     for i, kind in enumerate(("image", "gene")):
         adata.obsm[f"X_{kind}"] = np.concatenate([s["vectors"][i] for s in scored])
-    adata.uns["magic"] = {"X": "bins of log2(1 + counts per 10,000), as the gene encoder reads them"}
+    first = np.cumsum([0, *(len(s["rows"]) for s in scored)])
+    adata.obsm["nearest_profiles"] = np.concatenate(
+        [np.where(s["nearest"] < 0, -1, s["nearest"] + start) for s, start in zip(scored, first, strict=False)]
+    )
+    adata.uns["magic"] = {
+        "X": "bins of log2(1 + counts per 10,000), as the gene encoder reads them",
+        "nearest_profiles": "rows of this file whose profiles are most similar to the picture, within the slice",
+    }
     export.write_anndata(out / "predictions.h5ad", adata)
     adata.obs.to_csv(out / "spots.csv.part", index_label="spot")
     (out / "spots.csv.part").replace(out / "spots.csv")

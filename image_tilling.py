@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,21 @@ from tqdm import tqdm
 from utils.slices import reader, table, tiles
 from utils.training import arguments
 
-CHUNK = 32  # spots handed to a process at a time
-_picture: Image.Image | None = None  # set before the processes fork, which then share its pixels
+CHUNK = 64  # spots handed to a process at a time
+
+
+@dataclass(frozen=True)
+class Job:
+    """The tiles of one slice: `centres_px` (S, 2) of the source picture, `files` that may be `there` (S,) already."""
+
+    picture: Image.Image
+    cut: tiles.Cut
+    centres_px: np.ndarray
+    files: list[Path]
+    there: np.ndarray
+
+
+_job: Job  # set before the processes fork, which then share its pixels
 
 
 def parse_args(argv=None):
@@ -74,22 +88,35 @@ def plan_cut(row, args, root: Path, source: str, picture_file: Path, scale: floa
     )
 
 
-def cut_chunk(jobs: list, cut: tiles.Cut) -> list[np.ndarray]:
-    return [tiles.ensure_tile(_picture, centre, cut, path) for centre, path in jobs]
+def cut_chunk(first: int) -> np.ndarray:
+    """Tiles (n, Z, Z, 3) of the next spots from the `first` on."""
+    rows = slice(first, first + CHUNK)
+    return tiles.ensure_tiles(_job.picture, _job.centres_px[rows], _job.cut, _job.files[rows], _job.there[rows])
 
 
-def cut_all(picture: Image.Image, jobs: list, cut: tiles.Cut, workers: int, name: str):
-    """Tiles of all jobs (centre, file) in order, from `workers` processes."""
-    global _picture
-    _picture = picture
-    chunks = [jobs[i : i + CHUNK] for i in range(0, len(jobs), CHUNK)]
+def in_order(pool: Executor, work: Callable, tasks: Iterable, ahead: int) -> Iterator:
+    """Results in the order of the tasks. At most `ahead` are under way or waiting, so that memory stays bounded."""
+    waiting: deque = deque()
+    for task in tasks:
+        if len(waiting) == ahead:
+            yield waiting.popleft().result()
+        waiting.append(pool.submit(work, task))
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def cut_all(job: Job, workers: int, name: str) -> Iterator[np.ndarray]:
+    """All tiles of a job in order, in blocks (n, Z, Z, 3), from `workers` processes."""
+    global _job
+    _job = job
+    workers = max(workers, 1)
     with (
-        ProcessPoolExecutor(max(workers, 1), mp_context=multiprocessing.get_context("fork")) as pool,
-        tqdm(total=len(jobs), desc=f"{name}: tiles", unit="spot", disable=None) as bar,
+        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool,
+        tqdm(total=len(job.files), desc=f"{name}: tiles", unit="spot", disable=None) as bar,
     ):
-        for chunk in pool.map(partial(cut_chunk, cut=cut), chunks):
-            bar.update(len(chunk))
-            yield from chunk
+        for block in in_order(pool, cut_chunk, range(0, len(job.files), CHUNK), ahead=2 * workers):
+            bar.update(len(block))
+            yield block
 
 
 def spots_on_picture(spots, size: tuple[int, int], scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -98,11 +125,16 @@ def spots_on_picture(spots, size: tuple[int, int], scale: float) -> tuple[np.nda
     return centres, ((centres >= 0) & (centres < size)).all(1)
 
 
-def is_done(folder: Path, cut: tiles.Cut, barcodes: np.ndarray, record: dict | None) -> bool:
+def is_done(folder: Path, cut: tiles.Cut, barcodes: np.ndarray, files: list[Path], record: dict | None) -> bool:
     if record is None or not tiles.same_cut(record, cut) or not (folder / tiles.PACK).exists():
         return False
-    packed = tiles.TilePack(folder).barcodes
-    return np.array_equal(packed, barcodes) and all(tiles.tile_file(folder, b).exists() for b in barcodes)
+    return np.array_equal(tiles.TilePack(folder).barcodes, barcodes) and are_there(folder, files).all()
+
+
+def are_there(folder: Path, files: list[Path]) -> np.ndarray:
+    """Which of the files the folder holds: (S,) bool, by one listing of it."""
+    names = {path.name for path in folder.iterdir()}
+    return np.array([file.name in names for file in files])
 
 
 def begin(folder: Path, cut: tiles.Cut, record: dict | None) -> None:
@@ -135,12 +167,13 @@ def tile_slice(row, args) -> int:
         raise ValueError(f"{picture_file}: {size[0]} x {size[1]} px, but no spot lies on it; are the axes swapped?")
     spots, outside = spots[inside], spots.index[~inside].tolist()
     folder, record = args.tiles / row.slice, tiles.read_record(args.tiles / row.slice)
-    done = is_done(folder, cut, spots.index.to_numpy(str), record)
+    files = [tiles.tile_file(folder, barcode) for barcode in spots.index]
+    done = is_done(folder, cut, spots.index.to_numpy(str), files, record)
     if not done:
-        jobs = [(centre, tiles.tile_file(folder, b)) for centre, b in zip(centres[inside], spots.index, strict=True)]
         picture = tiles.open_picture(picture_file)  # all that can be refused is, before a tile is removed or written
         begin(folder, cut, record)
-        cut_slice(folder, picture, cut, spots, jobs, outside, args.workers)
+        job = Job(picture, cut, centres[inside], files, are_there(folder, files))
+        cut_slice(folder, job, spots, outside, args.workers)
     notes = [f"{n} {what}" for what, n in unmatched.items() if n]
     notes += [f"{len(outside)} outside the picture"] if outside else []
     what = "are there" if done else f"of {cut.size} px from {picture_file.name}"
@@ -148,15 +181,12 @@ def tile_slice(row, args) -> int:
     return len(spots)
 
 
-def cut_slice(
-    folder: Path, picture: Image.Image, cut: tiles.Cut, spots, jobs: list, outside: list[str], workers: int
-) -> None:
+def cut_slice(folder: Path, job: Job, spots, outside: list[str], workers: int) -> None:
     """Cut what is missing, pack all, and write the record last: a folder with a record is whole."""
-    barcodes = spots.index.to_numpy(str)
-    pixels = cut_all(picture, jobs, cut, workers, folder.name)
-    tiles.write_pack(folder, barcodes, spots[["x_fullres_px", "y_fullres_px"]].to_numpy(), pixels, cut.size)
+    barcodes, xy_px = spots.index.to_numpy(str), spots[["x_fullres_px", "y_fullres_px"]].to_numpy()
+    tiles.write_pack(folder, barcodes, xy_px, cut_all(job, workers, folder.name), job.cut.size)
     made = {"number": len(barcodes), "outside": outside, "software": f"magic image_tilling, Pillow {Image.__version__}"}
-    tiles.write_record(folder / tiles.RECORD, asdict(cut) | made)
+    tiles.write_record(folder / tiles.RECORD, asdict(job.cut) | made)
     (folder / tiles.STARTED).unlink()
 
 

@@ -3,20 +3,21 @@
     python make_decoder_data.py --data data/Breast_cancer
     python make_decoder_data.py --target_genes my_genes.txt      # one gene per line
 
-Reads the counts of all slices; writes per slice `filtered_feature_bc_matrix_one.h5ad` (input genes of stage one) and
+Reads the counts slice by slice, those that --memory does not hold by spans of spots, once to choose the panels and once
+to write them; writes per slice `filtered_feature_bc_matrix_one.h5ad` (input genes of stage one) and
 `filtered_feature_bc_matrix_decoder.h5ad` (target genes of stage two), raw counts, beside the counts or under --panels.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse as sp
 from tqdm import tqdm
 
-from utils.slices import export, genes, reader, table
+from utils.slices import genes, reader, table
 from utils.training import arguments
 
 
@@ -32,61 +33,80 @@ def parse_args(argv=None):
     group.add_argument("--target_genes", type=Path, help="file with the target genes instead, one per line")
     group.add_argument("--input_genes", type=Path, help="file with the input genes instead, one per line")
     group.add_argument("--min_counts", type=arguments.count_or_zero, default=0, help="drop spots with fewer counts")
+    arguments.add_memory(parser)
     return parser.parse_args(argv)
 
 
 @dataclass
-class Loaded:
-    """One slice with unique gene names and no empty spot; `train` marks the spots that the panels may be chosen on."""
+class Surveyed:
+    """What is kept of a slice between choosing the panels and writing them; its counts stay on disk."""
 
     row: table.SliceRow
-    source: reader.Slice
-    counts: sp.csr_matrix
-    names: np.ndarray
+    total: np.ndarray  # (S,) counts of every spot under tissue
+    kept: np.ndarray  # (S,) bool: not empty, not below --min_counts
     pitch_px: float
     counts_hash: str
-    train: np.ndarray
+    profile: genes.Profile  # of the kept train spots
 
 
-def load_slice(row, source: reader.Slice, symbols: dict[str, str], args) -> Loaded:
+def read_slice(row, args) -> reader.Slice:
+    return reader.read_slice(table.slice_folder(args.data, row), row.slice, bytes_of(args))
+
+
+def bytes_of(args) -> float:
+    return args.memory * 2**30
+
+
+def all_symbols(rows, args) -> dict[str, str]:
+    """Ensembl id -> symbol, as far as the feature tables of all slices tell."""
+    symbols: dict[str, str] = {}
+    for row in rows:
+        symbols |= genes.symbols_by_id(*reader.read_slice_genes(table.slice_folder(args.data, row)))
+    return symbols
+
+
+def train_spots(row, source: reader.Slice, pitch_px: float, args) -> np.ndarray:
+    """Spots that the panels may be chosen on: (S,) bool."""
+    if args.val_strip and row.part == "train":
+        return table.strip_parts(source.spots[["x_fullres_px", "y_fullres_px"]].to_numpy(), pitch_px) == "train"
+    return np.full(len(source.spots), row.part == "train")
+
+
+def survey(row, symbols: dict[str, str], args) -> Surveyed:
     """Duplicate names summed, spots without a count (or below --min_counts) dropped and counted."""
-    counts, names, summed = genes.unique_genes(source.counts, source.genes, symbols)
-    total = np.asarray(counts.sum(1)).ravel()
-    kept = total >= max(args.min_counts, 1)
+    source, least = read_slice(row, args), max(args.min_counts, 1)
+    mapped = genes.mapped_names(source.genes, symbols)
+    names = list(dict.fromkeys(mapped.tolist()))
     pitch_px = reader.pitch_fullres_px(source.spots)
-    xy = source.spots[["x_fullres_px", "y_fullres_px"]].to_numpy()
-    parts = table.strip_parts(xy, pitch_px) if args.val_strip and row.part == "train" else np.full(len(xy), row.part)
+    total, train = np.zeros(len(source.spots), np.int64), train_spots(row, source, pitch_px, args)
+    gathering, profile = genes.gather(mapped, names), None
+    shared = np.array([sys.intern(name) for name in names], object)  # hundreds of slices hold the same names once
+    for span in reader.spans(source.counts, bytes_of(args)):
+        counts = source.counts[span]
+        total[span] = np.asarray(counts.sum(1)).ravel()
+        part = genes.profile(counts[(total[span] >= least) & train[span]] @ gathering, shared)
+        profile = part if profile is None else genes.merged(profile, part)
+    kept = total >= least
+    tell(row, source, total, kept, len(names), least)
+    content = reader.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes, bytes_of(args))
+    return Surveyed(row, total, kept, pitch_px, content, profile)
+
+
+def tell(row, source: reader.Slice, total: np.ndarray, kept: np.ndarray, n_genes: int, least: int) -> None:
+    """A line per slice. Raises ValueError where no spot is left."""
+    summed = len(source.genes) - n_genes
     notes = [f"{n} {what}" for what, n in source.unmatched.items() if n]
     notes += [f"{summed} duplicate gene names summed"] if summed else []
-    notes += [f"{(~kept).sum()} spots below {max(args.min_counts, 1)} counts dropped"] if not kept.all() else []
-    print(
-        f"{row.slice}: {kept.sum()} spots, {len(names)} genes, {total.sum()} counts" + "".join(f", {n}" for n in notes)
-    )
+    notes += [f"{(~kept).sum()} spots below {least} counts dropped"] if not kept.all() else []
+    print(", ".join([f"{row.slice}: {kept.sum()} spots", f"{n_genes} genes", f"{total.sum()} counts", *notes]))
     if not kept.any():
-        raise ValueError(f"{source.root}: expected spots with counts, found none of at least {max(args.min_counts, 1)}")
-    content = reader.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes)
-    spots = source.spots.loc[kept]
-    source = reader.Slice(
-        source.name, source.root, source.counts[kept], source.genes, source.gene_ids, spots, source.unmatched
-    )
-    return Loaded(row, source, counts[kept], names, pitch_px, content, (parts == "train")[kept])
+        raise ValueError(f"{source.root}: expected spots with counts, found none of at least {least}")
 
 
-def load_all(rows, args) -> list[Loaded]:
-    sources = [
-        reader.read_slice(table.slice_folder(args.data, row), row.slice)
-        for row in tqdm(rows, desc="slices", unit="slice", disable=None)
-    ]
-    symbols: dict[str, str] = {}
-    for source in sources:
-        symbols |= genes.symbols_by_id(source.genes, source.gene_ids)
-    return [load_slice(row, source, symbols, args) for row, source in zip(rows, sources, strict=True)]
-
-
-def choose(role: str, train: list[Loaded], args) -> tuple[list[str], str]:
+def choose(role: str, train: list[Surveyed], args) -> tuple[list[str], str]:
     """The panel of a role and, in words, how it was chosen."""
     given = args.target_genes if role == "target" else args.input_genes
-    present = set().union(*(one.names for one in train))
+    present = set().union(*(one.profile.names for one in train))
     if given is not None:
         panel = genes.read_gene_list(given)
         unknown = [gene for gene in panel if gene not in present]
@@ -95,9 +115,11 @@ def choose(role: str, train: list[Loaded], args) -> tuple[list[str], str]:
                 f"{given}: {len(unknown)} of {len(panel)} genes are in no train slice ({unknown[0]}, ...); remove them"
             )
         return panel, f"the list {given.name}"
+    if not any(one.profile.n_spots for one in train):
+        raise ValueError(f"{args.data}: expected train spots outside the strips, found none; lower --min_counts")
     wanted = args.n_top_genes if role == "target" else args.n_input_genes
     rule = genes.highest_expressed if role == "target" else genes.highly_variable
-    panel = rule([(one.counts[one.train], one.names) for one in train], wanted)
+    panel = rule([one.profile for one in train], wanted)
     if not panel:
         raise ValueError(f"{args.data}: the train slices have no gene name in common; are they of one species?")
     if len(panel) < wanted:
@@ -105,17 +127,14 @@ def choose(role: str, train: list[Loaded], args) -> tuple[list[str], str]:
     return panel, f"{len(panel)} genes by {rule.__name__} on train spots"
 
 
-def panel_file(one: Loaded, role: str, panel: list[str], how: str, train: list[Loaded]):
-    """AnnData of one slice's panel genes; a gene that the slice lacks is a column of zeros, marked not measured."""
+def panel_file(one: Surveyed, spots, measured: np.ndarray, role: str, choice: tuple[list[str], str], train):
+    """AnnData of one slice's panel genes, its counts still to come; `measured` (P,) marks genes that the slice has."""
     import anndata
     import pandas as pd
 
-    columns = genes.columns_of(one.names, panel)
-    counts = sp.csc_matrix((one.counts.shape[0], len(panel)), dtype=np.int32).tolil()
-    counts[:, columns >= 0] = one.counts[:, columns[columns >= 0]]
-    spots = one.source.spots
-    obs = spots[["array_row", "array_col"]].assign(total_counts=np.asarray(one.counts.sum(1)).ravel())
-    adata = anndata.AnnData(counts.tocsr(), obs=obs, var=pd.DataFrame({"measured": columns >= 0}, index=panel))
+    panel, how = choice
+    obs = spots[["array_row", "array_col"]].assign(total_counts=one.total[one.kept])
+    adata = anndata.AnnData(obs=obs, var=pd.DataFrame({"measured": measured}, index=panel))
     adata.obsm["spatial"] = spots[["x_fullres_px", "y_fullres_px"]].to_numpy()
     adata.uns["magic"] = {
         "format": 1,
@@ -131,6 +150,20 @@ def panel_file(one: Loaded, role: str, panel: list[str], how: str, train: list[L
     return adata
 
 
+def write_panels(one: Surveyed, panels: dict[str, tuple[list[str], str]], train, symbols: dict[str, str], args) -> None:
+    """Both files of a slice; a gene that it lacks is a column of zeros, marked not measured."""
+    source = read_slice(one.row, args)
+    mapped = genes.mapped_names(source.genes, symbols)
+    spans = reader.spans(source.counts, bytes_of(args))
+    for role, choice in panels.items():
+        measured, gathering = np.isin(choice[0], mapped), genes.gather(mapped, choice[0])
+        if not measured.all():
+            print(f"{one.row.slice}: {(~measured).sum()} of {len(measured)} {role} genes are not in this slice")
+        adata = panel_file(one, source.spots.loc[one.kept], measured, role, choice, train)
+        blocks = ((source.counts[span][one.kept[span]] @ gathering).sorted_indices() for span in spans)
+        genes.write_panel(genes.panel_path(args.data, args.panels, one.row.slice, role), adata, blocks)
+
+
 def main(args):
     rows, warnings = table.read_table(args.data, args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)
     arguments.say(warnings)
@@ -138,19 +171,14 @@ def main(args):
     print(table.format_table(rows))
     for part in ("train", args.part):
         arguments.chosen(rows, part)
-    loaded = load_all(rows, args)
-    arguments.say(table.check_identical(rows, {one.row.slice: one.counts_hash for one in loaded}, args.allow_leak))
-    train = [one for one in loaded if one.row.part == "train"]
+    symbols = all_symbols(rows, args)
+    surveyed = [survey(row, symbols, args) for row in rows]
+    arguments.say(table.check_identical(rows, {one.row.slice: one.counts_hash for one in surveyed}, args.allow_leak))
+    train = [one for one in surveyed if one.row.part == "train"]
     panels = {role: choose(role, train, args) for role in genes.FILES}
-    for one in loaded:
-        if args.part not in ("all", one.row.part):
-            continue
-        for role, (panel, how) in panels.items():
-            adata = panel_file(one, role, panel, how, train)
-            missing = int((~adata.var["measured"]).sum())
-            if missing:
-                print(f"{one.row.slice}: {missing} of {len(panel)} {role} genes are not in this slice")
-            export.write_anndata(genes.panel_path(args.data, args.panels, one.row.slice, role), adata)
+    wanted = [one for one in surveyed if args.part in ("all", one.row.part)]
+    for one in tqdm(wanted, desc="slices", unit="slice", disable=None):
+        write_panels(one, panels, train, symbols, args)
     for role, (panel, how) in panels.items():
         print(f"{role} panel: {how} of {len(train)} slices: {', '.join(panel[:5])}, ...")
 

@@ -3,13 +3,15 @@
     python train_decoder.py --encoder encoder_model/best_epoch_weights.pth
     python train_decoder.py --target residuals --resume
 
-Reads tiles and target genes of the train and validation slices; the features are computed once and kept in
-<out>/features/. Writes decoder_model/{best,last}_epoch_weights.pth, slices.csv beside them, and logs/stage_two/<time>/.
+Reads tiles and target genes of the train and validation slices; the features of --views views of a tile are computed
+once and kept in <out>/features/. Writes decoder_model/{best,last}_epoch_weights.pth, slices.csv beside them, and
+logs/stage_two/<time>/.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,18 +21,21 @@ from tqdm import tqdm
 from utils.slices import table
 from utils.training import arguments, checkpoint, datasets
 
-FEATURE_ROWS = 17  # the vector and 4 x 4 tokens
+GENES_AT_ONCE = 16  # scaled in float64 and compared, so that what is kept of all is float32
 
 
 def parse_args(argv=None):
     parser = arguments.shared(__doc__)
     arguments.add_training(parser, out="decoder_model")
+    arguments.add_memory(parser)
     group = parser.add_argument_group("method")
     group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
     group.add_argument("--target", choices=["lognorm", "residuals", "counts"], default="lognorm", help="what is learnt")
     group.add_argument("--context", type=arguments.count_or_zero, default=18, help="nearest spots the decoder sees")
     group.add_argument("--decoder_layers", type=arguments.count_or_zero, default=6)
     group.add_argument("--decoder_width", type=arguments.count, default=64)
+    group.add_argument("--views", type=arguments.count, default=1, help="kept of a train tile: itself, augmented ones")
+    group.add_argument("--feature_budget", type=arguments.positive, default=20.0, help="GiB on disk for kept features")
     return parser.parse_args(argv)
 
 
@@ -49,17 +54,29 @@ def load_data(args, encoder: dict):
     return slices, rows
 
 
-def targets_of(slices, args) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Per slice (S, G) in the scale of --target, NaN where a gene was not measured; train mean and deviation (G,)."""
+def gene_groups(n_genes: int) -> list[slice]:
+    return [slice(start, start + GENES_AT_ONCE) for start in range(0, n_genes, GENES_AT_ONCE)]
+
+
+def targets_of(slices, scale: str, spill) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Standardised targets (S, G) of all slices in turn, NaN where a gene was not measured, and what they were
+    standardised by: mean and deviation (G,) over the train spots in the scale of --target."""
     from utils.evaluation import metrics
 
-    targets = []
-    for one in slices:
-        panel = one.panels["target"]
-        scaled = metrics.to_scale(args.target, panel.counts, one.total_counts)
-        targets.append(np.where(panel.measured, scaled, np.nan).astype(np.float32))
-    train = np.concatenate([t[one.rows_of("train")] for t, one in zip(targets, slices, strict=True)])
-    return targets, np.nanmean(train, axis=0), np.maximum(np.nanstd(train, axis=0), 1e-6)
+    n_genes = len(slices[0].panels["target"].genes)
+    target = spill.empty((sum(len(one.barcodes) for one in slices), n_genes), np.float32)
+    first = np.cumsum([0, *(len(one.barcodes) for one in slices)])
+    train = np.concatenate([start + one.rows_of("train") for start, one in zip(first, slices, strict=False)])
+    mean, sd = np.empty((2, n_genes), np.float32)
+    for group in gene_groups(n_genes):
+        for one, start, stop in zip(slices, first, first[1:], strict=False):
+            panel = one.panels["target"]
+            scaled = metrics.to_scale(scale, panel.counts[:, group], one.total_counts)
+            target[start:stop, group] = np.where(panel.measured[group], scaled, np.nan)
+        taught = target[train, group].astype(np.float64)
+        mean[group], sd[group] = np.nanmean(taught, axis=0), np.maximum(np.nanstd(taught, axis=0), 1e-6)
+        target[:, group] = (target[:, group] - mean[group]) / sd[group]
+    return target, mean, sd
 
 
 def build_model(args, encoder: dict, n_genes: int):
@@ -82,48 +99,63 @@ def build_model(args, encoder: dict, n_genes: int):
     return model
 
 
-def all_features(model, slices, accelerator, args) -> list[np.ndarray]:
-    """Features (S, 17, D) of every slice, from --out/features where they are there already."""
-    from utils.training import features
+def all_features(model, slices, accelerator, args) -> list[list[np.ndarray]]:
+    """Per view and slice, features (S, 1 + T, D) mapped from --out/features, computed where they are not there already.
 
-    size = sum(len(one.barcodes) for one in slices) * FEATURE_ROWS * model.sizes.width * 2
-    folder = args.out / "features"
-    print(f"features of {sum(len(one.barcodes) for one in slices)} tiles in {folder}: {size / 2**20:.0f} MiB")
-    key = f"{checkpoint.file_hash(args.encoder)} {accelerator.mixed_precision}"
+    View 0 is the tile as it is, the others are augmented; a slice without train spots has only view 0, which stands
+    for all.
+    """
+    from utils.training import features
 
     def encode(tiles):
         with accelerator.autocast():
             return model.encode(tiles)
 
-    return [
-        features.kept_features(
-            folder,
-            f"{key} {checkpoint.file_hash(one.pack.folder / 'tiles.json')}",
-            one,
-            lambda one=one: features.encode_slice(
-                encode, one, model.sizes.image_size, accelerator.device, args.batch_size, args.workers
-            ),
-        )
-        for one in slices
+    size, folder = model.sizes.image_size, args.out / "features"
+    how = features.TileEncoder(encode, size, accelerator.device, args.batch_size, args.workers, args.seed)
+    n_views = features.views_in_budget(slices, how, folder, args)
+    encoder = f"{checkpoint.file_hash(args.encoder)} {accelerator.mixed_precision}"
+
+    def kept(one, view):
+        draws = f" of seed {args.seed}" if view else ""
+        key = f"{encoder} {checkpoint.file_hash(one.pack.folder / 'tiles.json')} view {view}{draws}"
+        return features.kept_features(folder, key, one, lambda: features.encode_slice(how, one, view), view)
+
+    plain = [kept(one, 0) for one in slices]
+    return [plain] + [
+        [kept(one, view) if len(one.rows_of("train")) else own for one, own in zip(slices, plain, strict=True)]
+        for view in range(1, n_views)
     ]
 
 
+def decoder_autocast(accelerator, precision: str) -> AbstractContextManager:
+    """The precision of the decoder: that of the encoder, but fp32 on a CPU with --precision auto, where the backward
+    pass of attention is slower in bf16 than in fp32."""
+    if precision == "auto" and accelerator.device.type == "cpu":
+        return nullcontext()
+    return accelerator.autocast()
+
+
 def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, epoch: int, args) -> float:
-    """Mean loss over the epoch's steps: squared error of standardised genes; 1 is the mean profile's."""
+    """Mean loss over the epoch's steps: squared error of standardised genes; 1 is the mean profile's.
+
+    Of each spot the epoch sees one view, drawn from (seed, epoch, spot).
+    """
     import torch
 
     from model import losses
-    from utils.training import loop
+    from utils.training import augment, loop
 
     model.train()
     loop.seed_everything(args.seed, epoch)
     order.epoch = epoch
     total = 0.0
     for step, numbers in enumerate(tqdm(order, desc=f"epoch {epoch}", unit="step", disable=None)):
-        chosen = torch.as_tensor(numbers, device=spots.device)
-        with accelerator.autocast():
-            predicted = model.decoder(**bank.batch(spots[chosen]))
-        loss = losses.expression_loss(predicted, target[spots[chosen]])
+        chosen = spots[numbers]
+        view = (augment.uniforms(args.seed, epoch, chosen, 1)[:, 0] * bank.n_views).astype(int)
+        with decoder_autocast(accelerator, args.precision):
+            predicted = model.decoder(**bank.batch(chosen, view))
+        loss = losses.expression_loss(predicted, torch.from_numpy(target[chosen]).to(accelerator.device))
         loop.stop_if_not_finite(loss.item(), epoch, step)
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
@@ -133,33 +165,38 @@ def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator
     return total / len(order)
 
 
-def validate(model, bank, slices, accelerator, batch_size: int) -> np.ndarray:
+def validate(model, bank, slices, accelerator, args) -> np.ndarray:
     """PCC per gene against residuals on validation spots, mean over slices: (G,); an undefined one counts as 0."""
     from utils.evaluation import metrics
-    from utils.training.features import predict
+    from utils.training.feature_bank import predict
 
     model.eval()
     found = []
     for i, one in enumerate(slices):
         rows = one.rows_of("val")
         if len(rows):
-            panel = one.panels["target"]
-            truth = metrics.pearson_residuals(panel.counts, one.total_counts)[rows]
-            predicted = predict(model, bank, bank.first[i] + rows, accelerator, batch_size)
-            found.append(metrics.scored_pearson_per_gene(predicted, truth) * np.where(panel.measured, 1, np.nan))
+            panel, spots = one.panels["target"], bank.first[i] + rows
+            predicted = predict(
+                model, bank, spots, lambda: decoder_autocast(accelerator, args.precision), args.batch_size
+            )
+            pcc = []
+            for group in gene_groups(len(panel.genes)):
+                truth = metrics.pearson_residuals(panel.counts[:, group], one.total_counts)[rows]
+                pcc.append(metrics.scored_pearson_per_gene(predicted[:, group], truth))
+            found.append(np.concatenate(pcc) * np.where(panel.measured, 1, np.nan))
     known = np.isfinite(found)
     return np.nansum(found, axis=0) / np.maximum(known.sum(0), 1)
 
 
-def describe_domain(slices, kept) -> dict:
+def describe_domain(slices, kept, seed: int) -> dict:
     """Mean and covariance of the train features, and validation quantiles of the out-of-domain score."""
     import torch
 
     from model.stage_two import domain_score, fit_domain
-    from utils.training.features import domain_vectors
+    from utils.training.feature_bank import domain_vectors
 
-    mean, covariance = fit_domain(domain_vectors(slices, kept, "train"))
-    score = domain_score(domain_vectors(slices, kept, "val"), mean, covariance)
+    mean, covariance = fit_domain(domain_vectors(slices, kept, "train", seed))
+    score = domain_score(domain_vectors(slices, kept, "val", seed), mean, covariance)
     levels = torch.tensor([0.5, 0.9, 0.95, 0.99])
     return {"mean": mean, "covariance": covariance, "levels": levels, "quantiles": torch.quantile(score, levels)}
 
@@ -180,7 +217,7 @@ def describe(args, model, encoder: dict, slices, rows, kept, moments) -> dict:
         "encoder_settings": encoder["settings"],
         "encoder_table": encoder["table"],
         "feature_moments": {"mean": torch.from_numpy(moments.mean), "sd": torch.from_numpy(moments.sd)},
-        "domain": describe_domain(slices, kept),
+        "domain": describe_domain(slices, kept, args.seed),
     }
 
 
@@ -192,23 +229,23 @@ def main(args):
     import torch
 
     from utils.evaluation import plotting
-    from utils.training import distributed, features, loop
+    from utils.training import distributed, feature_bank, loop, spill
 
     accelerator = distributed.start(args.device, args.precision)
     loop.seed_everything(args.seed)
-    targets, mean, sd = targets_of(slices, args)
+    memory = spill.Spill(args.memory, args.out)
+    target, mean, sd = targets_of(slices, args.target, memory)
     model = build_model(args, encoder, len(mean)).to(accelerator.device)
     model.set_target_scale(torch.from_numpy(mean), torch.from_numpy(sd))
-    kept = all_features(model, slices, accelerator, args)
-    moments = features.moments([f[one.rows_of("train")] for f, one in zip(kept, slices, strict=True)])
-    bank = features.FeatureBank(slices, kept, moments, args.context, accelerator.device)
+    views = all_features(model, slices, accelerator, args)
+    moments = feature_bank.moments(views[0], [one.rows_of("train") for one in slices])
+    bank = feature_bank.FeatureBank(slices, views, moments, args.context, accelerator.device, memory)
     chosen = datasets.spots_of(slices, "train")
-    spots = torch.from_numpy(bank.first[chosen[:, 0]] + chosen[:, 1]).to(accelerator.device)
-    target = torch.from_numpy((np.concatenate(targets) - mean) / sd).float().to(accelerator.device)
+    spots = bank.first[chosen[:, 0]] + chosen[:, 1]
     order = datasets.EpochOrder(len(spots), args.batch_size, args.seed)
     optimizer = loop.make_optimizer(model.decoder.parameters(), args)
     schedule = loop.schedule(optimizer, len(order) * (args.Epoch - args.Init_Epoch), args)
-    about = describe(args, model, encoder, slices, rows, kept, moments)
+    about = describe(args, model, encoder, slices, rows, views[0], moments)
     first, best = args.Init_Epoch, -1.0
     if args.resume:
         first, best = checkpoint.resume(args.out / checkpoint.LAST, "stage_two", model, optimizer, schedule, about)
@@ -218,7 +255,7 @@ def main(args):
     for epoch in range(first, args.Epoch):
         start = time.monotonic()
         loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, epoch, args)
-        val_pcc = validate(model, bank, slices, accelerator, args.batch_size)
+        val_pcc = validate(model, bank, slices, accelerator, args)
         row = {"epoch": epoch, "loss": loss, "val_pcc_residuals": float(val_pcc.mean())}
         row |= {"lr": schedule.get_last_lr()[0], "seconds": time.monotonic() - start}
         log.add(row)

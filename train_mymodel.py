@@ -136,7 +136,7 @@ def train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch: int,
     import torch
 
     from utils.training import loop
-    from utils.training.augment import augment, to_float
+    from utils.training.augment import augment
 
     model.train()
     loop.seed_everything(args.seed, epoch)
@@ -146,8 +146,7 @@ def train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch: int,
         for step, batch in enumerate(bar):
             number = (epoch - args.Init_Epoch) * n_steps + step
             batch = {name: rows.to(accelerator.device, non_blocking=True) for name, rows in batch.items()}
-            tiles = to_float(batch["tiles"], args.image_size)
-            tiles = augment(tiles, batch["spot"].cpu().numpy(), args.seed, epoch)
+            tiles = augment(batch["tiles"], batch["spot"].cpu().numpy(), args.seed, epoch, args.image_size)
             alpha = args.alpha * min((number + 1) / n_steps, 1.0)
             draws = torch.Generator(accelerator.device).manual_seed(args.seed * 1_000_003 + number)
             candidates = len(tiles) + int(model.queue.state[0])

@@ -36,7 +36,8 @@ class StageTwo(nn.Module):
     def __init__(self, sizes: StageTwoSizes):
         super().__init__()
         s = self.sizes = sizes
-        self.image_encoder = ImageEncoder(s.image_encoder, s.image_size, s.width, pretrained=True).requires_grad_(False)
+        self.image_encoder = ImageEncoder(s.image_encoder, s.image_size, s.width, pretrained=True)
+        self.image_encoder.requires_grad_(False).eval()
         self.decoder = GeneDecoder(s.width, s.n_genes, s.decoder_layers, s.decoder_width, s.dropout)
         self.target_mean: Tensor
         self.target_sd: Tensor

@@ -1,4 +1,4 @@
-"""Features of the frozen encoder: standardised per slice, kept on disk, given out with the spots around."""
+"""Features of the frozen encoder: computed batch by batch, kept on disk within a budget, in several views."""
 
 import json
 from types import SimpleNamespace
@@ -8,167 +8,29 @@ import pytest
 import torch
 from tiny_runs import data_flags, row
 
-from utils.training import datasets, features
-
-PITCH_PX = 20.0
+from utils.training import augment, datasets, features
+from utils.training.spill import Spill
 
 
 def one_slice(rng, n, name="slice"):
-    """Spots on a jittered square grid, in a shuffled order, and their features (S, 1 + 4, D), tokens unlike vectors."""
-    side = int(np.ceil(np.sqrt(n)))
-    places = np.indices((side, side)).reshape(2, -1).T[rng.permutation(side * side)[:n]]
-    xy = places * PITCH_PX + rng.normal(0, 2.0, (n, 2))
-    own = rng.normal(rng.normal(0, 2), rng.uniform(1, 3), (n, 5, 6)) + np.arange(5)[:, None] + np.arange(6)
-    one = SimpleNamespace(name=name, xy_fullres_px=xy, pitch_fullres_px=PITCH_PX, barcodes=np.arange(n).astype(str))
-    return one, own.astype(np.float16)
-
-
-# ---- the spots around
-
-
-def slow_neighbours(xy, pitch_px, n):
-    """Of every spot: the others within 2.6 pitches as (distance, index), nearest first, at most n."""
-    found = []
-    for i in range(len(xy)):
-        others = [(float(np.hypot(*(xy[j] - xy[i]))), j) for j in range(len(xy)) if j != i]
-        found.append(sorted(other for other in others if other[0] < 2.6 * pitch_px)[:n])
-    return found
-
-
-@pytest.mark.parametrize("n", [1, 4, 18])
-def test_neighbours_are_those_of_a_double_loop(rng, n):
-    xy = one_slice(rng, 60)[0].xy_fullres_px
-    index, offset, present = features.neighbours(xy, PITCH_PX, n)
-    assert index.shape == present.shape == (60, n) and offset.shape == (60, n, 2)
-    for i, expected in enumerate(slow_neighbours(xy, PITCH_PX, n)):
-        k = len(expected)
-        assert present[i].tolist() == [True] * k + [False] * (n - k)
-        assert index[i, :k].tolist() == [j for _, j in expected]
-        np.testing.assert_allclose(offset[i, :k], [(xy[j] - xy[i]) / PITCH_PX for _, j in expected], atol=1e-6)
-        assert not offset[i, k:].any() and not index[i, k:].any()
-    assert n < 18 or (~present).any(), "the case of too few neighbours occurs"
-
-
-def test_no_context(rng):
-    index, offset, present = features.neighbours(rng.random((7, 2)), 1.0, 0)
-    assert index.shape == present.shape == (7, 0) and offset.shape == (7, 0, 2)
-
-
-def test_a_lonely_spot_has_no_neighbour():
-    xy = np.array([[0.0, 0], [2.5, 0], [5.2, 0]])
-    index, offset, present = features.neighbours(xy, 1.0, 4)
-    assert present.sum(1).tolist() == [1, 1, 0] and index[:2, 0].tolist() == [1, 0]
-    assert offset[:2, 0].tolist() == [[2.5, 0], [-2.5, 0]]
-
-
-def test_spots_on_top_of_one_another_are_neighbours_but_not_their_own():
-    """Twelve spots at one place: a query for the nearest 4 + 1 may not hold the spot itself."""
-    xy = np.vstack([np.zeros((12, 2)), [[1.0, 0]]])
-    index, offset, present = features.neighbours(xy, 1.0, 4)
-    assert present.all() and not (index == np.arange(13)[:, None]).any()
-    assert all(len(set(line)) == 4 for line in index)
-    assert not offset[:12].any() and (offset[12] == [-1, 0]).all()
-
-
-# ---- standardising
-
-
-def test_moments_of_vectors_and_of_tokens(rng):
-    several = [one_slice(rng, n)[1] for n in (30, 50)]
-    found = features.moments(several)
-    whole = np.concatenate(several).astype(float)
-    assert found.mean.shape == found.sd.shape == (2, 6)
-    np.testing.assert_allclose(found.mean[0], whole[:, 0].mean(0), rtol=1e-5)
-    np.testing.assert_allclose(found.sd[0], whole[:, 0].std(0), rtol=1e-5)
-    np.testing.assert_allclose(found.mean[1], whole[:, 1:].mean((0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(found.sd[1], whole[:, 1:].std((0, 1)), rtol=1e-5)
-
-
-def test_a_constant_feature_has_a_deviation_all_the_same():
-    flat = np.ones((70, 5, 3), np.float16)
-    assert features.moments([flat]).sd.tolist() == [[np.float32(1e-3)] * 3] * 2
-
-
-def test_a_slice_under_64_tiles_uses_the_train_statistics_and_says_so(rng, capsys):
-    train = features.moments([one_slice(rng, 80)[1]])
-    small, enough = one_slice(rng, 63)[1], one_slice(rng, 64)[1]
-    assert features.slice_moments(small, "few", train) is train
-    assert (
-        "warning: few has 63 tiles, under 64: standardised by the train slices' statistics" in capsys.readouterr().out
-    )
-    own = features.slice_moments(enough, "many", train)
-    np.testing.assert_array_equal(own.mean, features.moments([enough]).mean)
-    assert own is not train and not capsys.readouterr().out
-
-
-@pytest.fixture
-def bank(rng):
-    """A large and a small slice, as much context as the published models have: spots at the edge have less."""
-    several = [one_slice(rng, 70, "large"), one_slice(rng, 40, "small")]
-    slices, kept = zip(*several, strict=True)
-    train = features.moments([kept[0]])
-    found = features.FeatureBank(list(slices), list(kept), train, 18, torch.device("cpu"))
-    return SimpleNamespace(bank=found, slices=slices, kept=kept, train=train)
-
-
-def slow_batch(made, number):
-    """One spot of the bank, looked up by hand."""
-    i, at = (0, number) if number < 70 else (1, number - 70)
-    kept = made.kept[i].astype(np.float32)
-    own = features.moments([made.kept[0]]) if i == 0 else made.train
-    one = made.slices[i]
-    around = slow_neighbours(one.xy_fullres_px, PITCH_PX, 18)[at]
-    context, offsets = np.zeros((18, 6)), np.zeros((18, 2))
-    for place, (_, j) in enumerate(around):
-        context[place] = (kept[j, 0] - own.mean[0]) / own.sd[0]
-        offsets[place] = (one.xy_fullres_px[j] - one.xy_fullres_px[at]) / PITCH_PX
-    return {
-        "vector": (kept[at, 0] - own.mean[0]) / own.sd[0],
-        "tokens": (kept[at, 1:] - own.mean[1]) / own.sd[1],
-        "context": context,
-        "offsets": offsets,
-        "present": np.arange(18) < len(around),
-    }
-
-
-def test_a_batch_is_what_a_slow_look_up_gives(bank):
-    assert bank.bank.first.tolist() == [0, 70, 110]
-    numbers = [69, 0, 70, 109, 33, 70]
-    found = bank.bank.batch(torch.tensor(numbers))
-    for i, number in enumerate(numbers):
-        expected = slow_batch(bank, number)
-        assert set(found) == set(expected)
-        for name, value in expected.items():
-            np.testing.assert_allclose(found[name][i].numpy(), value, atol=1e-5, err_msg=f"{name} of spot {number}")
-    assert found["vector"].dtype == torch.float32 and not found["present"].all()
-
-
-def test_a_slice_is_standardised_by_itself(bank):
-    """Mean 0, deviation 1 over the large slice; the small one keeps its distance from the train slices."""
-    everything = bank.bank.batch(torch.arange(110))
-    for name in ("vector", "tokens"):
-        values = everything[name].flatten(0, -2) if name == "tokens" else everything[name]
-        large = values[: 70 * (4 if name == "tokens" else 1)]
-        torch.testing.assert_close(large.mean(0), torch.zeros(6), atol=1e-2, rtol=0)
-        torch.testing.assert_close(large.std(0), torch.ones(6), atol=2e-2, rtol=0)
-    assert everything["vector"][70:].mean(0).abs().max() > 0.1
-
-
-def test_masked_context_is_zero(bank):
-    found = bank.bank.batch(torch.arange(110))
-    missing = ~found["present"]
-    assert missing.any() and not found["context"][missing].any() and not found["offsets"][missing].any()
+    """A slice as far as keeping looks at it, and features (S, 1 + 4, D)."""
+    one = SimpleNamespace(name=name, barcodes=np.arange(n).astype(str))
+    return one, rng.normal(size=(n, 5, 6)).astype(np.float16)
 
 
 # ---- kept on disk
 
 
-def kept(folder, key, one, made, calls):
+def by_batch(made, size=7):
+    return (made[i : i + size].astype(np.float32) for i in range(0, len(made), size))
+
+
+def kept(folder, key, one, made, calls, view=0):
     def compute():
         calls.append(key)
-        return made.astype(np.float32)
+        return by_batch(made)
 
-    return features.kept_features(folder, key, one, compute)
+    return features.kept_features(folder, key, one, compute, view)
 
 
 def test_features_are_computed_once(rng, tmp_path):
@@ -217,6 +79,126 @@ def test_features_stopped_half_way_are_not_taken(rng, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "slice.json").read_text())["key"] == "old"
 
 
+TORN = ["", "{", '{"key": "k"', "[]", "\x00\x01", "null"]
+
+
+@pytest.mark.parametrize("text", TORN)
+def test_a_torn_or_foreign_note_is_none(rng, tmp_path, text):
+    (one, made), calls = one_slice(rng, 20), []
+    kept(tmp_path, "k", one, made, calls)
+    (tmp_path / "slice.json").write_text(text)
+    np.testing.assert_array_equal(kept(tmp_path, "k", one, made + 1, calls), made + 1)
+    (tmp_path / "slice.json").write_bytes(b"\xff\xfe" + text.encode())
+    np.testing.assert_array_equal(kept(tmp_path, "k", one, made, calls), made)
+    assert calls == ["k"] * 3
+
+
+@pytest.mark.parametrize("share", [0, 0.03, 0.5, 0.99])
+def test_torn_features_are_none(rng, tmp_path, share):
+    (one, made), calls = one_slice(rng, 20), []
+    kept(tmp_path, "k", one, made, calls)
+    path = tmp_path / "slice.npy"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    np.testing.assert_array_equal(kept(tmp_path, "k", one, made, calls), made)
+    assert calls == ["k"] * 2
+
+
+def test_features_are_written_as_they_come(rng, tmp_path):
+    """The file grows with the batches, and holds what numpy.save would have written of all at once."""
+    (one, made), sizes = one_slice(rng, 1000), []
+
+    def watched():
+        for batch in by_batch(made, 300):
+            yield batch
+            sizes.append((tmp_path / "slice.npy.part").stat().st_size)
+            assert not (tmp_path / "slice.npy").exists()
+
+    features.kept_features(tmp_path, "k", one, watched)
+    np.save(tmp_path / "whole.npy", made)
+    assert (tmp_path / "slice.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert 0 < sizes[0] < sizes[-1]
+
+
+def test_an_encoder_that_stops_half_way_leaves_the_old_features_without_a_note(rng, tmp_path):
+    (one, made), calls = one_slice(rng, 20), []
+    kept(tmp_path, "old", one, made, calls)
+
+    def stop():
+        yield made[:7].astype(np.float32)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        features.kept_features(tmp_path, "new", one, stop)
+    assert not (tmp_path / "slice.json").exists()
+    np.testing.assert_array_equal(kept(tmp_path, "new", one, made + 1, calls), made + 1)
+    assert calls == ["old", "new"]
+
+
+def test_each_view_has_files_of_its_own(rng, tmp_path):
+    (one, made), calls = one_slice(rng, 20, "A/outs"), []
+    for _ in range(2):
+        for view in range(3):
+            np.testing.assert_array_equal(kept(tmp_path, f"k{view}", one, made + view, calls, view), made + view)
+    assert calls == ["k0", "k1", "k2"]
+    stems = ("outs", "outs.view1", "outs.view2")
+    assert {path.name for path in (tmp_path / "A").iterdir()} == {
+        f"{s}.{end}" for s in stems for end in ("npy", "json")
+    }
+
+
+@pytest.mark.parametrize("gib", [1.0, 1e-9])
+def test_batches_put_together_in_memory_or_beyond_it(rng, tmp_path, gib):
+    made = one_slice(rng, 20)[1]
+    found = features.in_budget(by_batch(made), 20, Spill(gib, tmp_path))
+    assert isinstance(found, np.memmap) == (gib < 1) and found.dtype == np.float16
+    np.testing.assert_array_equal(found, made)
+
+
+def encoder(encode, **changed):
+    same = {"size": 32, "device": torch.device("cpu"), "batch_size": 32, "workers": 0, "seed": 3}
+    return features.TileEncoder(encode, **same | changed)
+
+
+# ---- the budget of the disk
+
+ROW = 17 * 32 * 2  # bytes of a tile's features
+
+
+def in_budget(bytes_, views):
+    """Two slices of 100 and 40 spots, the first one to train on."""
+    slices = [
+        SimpleNamespace(barcodes=np.arange(n), rows_of=lambda part, n=n, own=own: np.arange(n * (part == own)))
+        for n, own in ((100, "train"), (40, "val"))
+    ]
+    flags = SimpleNamespace(feature_budget=bytes_ / 2**30, views=views)
+    how = encoder(lambda tiles: torch.zeros(len(tiles), 17, tiles.shape[-1]))
+    return features.views_in_budget(slices, how, "out/features", flags)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "views", "expected"), [(140, 1, 1), (239, 3, 1), (240, 3, 2), (339, 3, 2), (340, 3, 3), (9000, 3, 3)]
+)
+def test_as_many_views_as_the_disk_may_hold(capsys, tiles, views, expected):
+    assert in_budget(tiles * ROW, views) == expected
+    out = capsys.readouterr().out
+    assert ("views are kept" in out) == (expected < views)
+    if expected < views:
+        assert f"{expected} of {views} views are kept: all of them need a --feature_budget of 0.001 GiB" in out
+    assert f"features of 140 tiles in out/features, {expected} views of those to train on: " in out
+
+
+def test_the_budget_that_is_named_is_enough(capsys):
+    for views in (2, 5, 9):
+        in_budget(140 * ROW, views)
+        named = float(capsys.readouterr().out.split("--feature_budget of ")[1].split()[0])
+        assert in_budget(named * 2**30, views) == views
+
+
+def test_not_even_one_view_is_an_error():
+    with pytest.raises(ValueError, match=r"--feature_budget .*: expected 0.001 GiB or more for the features of 140 t"):
+        in_budget(140 * ROW - 1, 1)
+
+
 # ---- from tiles
 
 
@@ -230,10 +212,40 @@ def test_encode_slice_is_in_the_order_of_the_slice(tiled, batch_size, workers):
     def encode(tiles):
         return torch.cat([tiles.mean((2, 3)), tiles[:, :, 0, 0]], 1)
 
-    found = features.encode_slice(encode, tiled, 32, torch.device("cpu"), batch_size, workers)
+    batches = list(features.encode_slice(encoder(encode, batch_size=batch_size, workers=workers), tiled))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (70 // batch_size - (70 % batch_size == 0))
+    found = np.concatenate(batches)
     pixels = tiled.pack.read(tiled.tile_rows) / 255
     np.testing.assert_allclose(found, np.hstack([pixels.mean((1, 2)), pixels[:, 0, 0]]), atol=1e-5)
     assert found.dtype == np.float32
+
+
+def views(one, n, **changed):
+    """The tiles themselves as features, for views 0 to n - 1."""
+    how = encoder(lambda tiles: tiles, **changed)
+    return [np.concatenate(list(features.encode_slice(how, one, view))) for view in range(n)]
+
+
+def test_view_0_is_the_tile_and_the_others_are_augmented(tiled):
+    plain, first, second = views(tiled, 3)
+    np.testing.assert_array_equal(plain, (tiled.pack.read(tiled.tile_rows) / np.float32(255)).transpose(0, 3, 1, 2))
+    assert first.shape == plain.shape and first.min() >= 0 and first.max() <= 1
+    for one, other in ((plain, first), (plain, second), (first, second)):
+        assert (np.abs(one - other).max((1, 2, 3)) > 0.01).mean() > 0.9
+
+
+def test_a_view_is_that_of_the_seed_the_slice_and_the_spot(tiled, monkeypatch):
+    """Not of the batch, the processes, or the other slices."""
+    whole = views(tiled, 2)[1]
+    np.testing.assert_allclose(views(tiled, 2, batch_size=7, workers=2)[1], whole, atol=1e-6)
+    assert np.abs(views(tiled, 2, seed=4)[1] - whole).max() > 0.01
+    draws, apart = [], SimpleNamespace(**vars(tiled) | {"name": "other"})
+    monkeypatch.setattr(augment, "augment", lambda tiles, spots, *rest: draws.append((*spots, rest)) or tiles.float())
+    for one in (tiled, apart):
+        views(one, 2, batch_size=70)
+    first, second = draws
+    assert first[-1] == second[-1] == (3, 1, 32)
+    assert len({*first[:-1], *second[:-1]}) == 140
 
 
 def test_what_the_cheap_rows_read(tiled, rng):
@@ -245,25 +257,6 @@ def test_what_the_cheap_rows_read(tiled, rng):
         np.testing.assert_array_equal(found["xy"], tiled.xy_fullres_px[rows])
         np.testing.assert_allclose(found["log_depth"], np.log(tiled.total_counts[rows]))
         assert found["pitch"] == tiled.pitch_fullres_px
-
-
-def test_vectors_for_the_out_of_domain_score_are_not_standardised(tiled, rng):
-    made = rng.random((70, 5, 4)).astype(np.float16)
-    found = features.domain_vectors([tiled, tiled], [made, made + 1], "val")
-    rows = tiled.rows_of("val")
-    np.testing.assert_array_equal(found.numpy(), np.concatenate([made[rows, 0], (made + 1)[rows, 0]]).astype("f4"))
-
-
-def test_predictions_do_not_depend_on_the_batch(bank):
-    class Model:
-        def predict(self, batch):
-            return batch["vector"][:, :2] + batch["context"].sum((1, 2))[:, None]
-
-    accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=torch.no_grad)
-    spots = np.array([3, 105, 70, 8, 69])
-    whole = features.predict(Model(), bank.bank, spots, accelerator, 32)
-    np.testing.assert_allclose(features.predict(Model(), bank.bank, spots, accelerator, 2), whole, rtol=1e-6)
-    assert whole.shape == (5, 2)
 
 
 def test_names_of_image_weights(tmp_path):

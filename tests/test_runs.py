@@ -54,7 +54,7 @@ def whole(request, trained, tmp_path_factory):
     """A stage of two epochs in one go: its script, flags and folders."""
     script, out = request.param, tmp_path_factory.mktemp("whole")
     work = Work(trained.data, trained.tiles, trained.panels, out)
-    flags = ("--expression_weight", 1) if script == "train_mymodel" else ("--encoder", trained.encoder)
+    flags = ("--expression_weight", 1) if script == "train_mymodel" else ("--encoder", trained.encoder, "--views", 2)
     work.run(script, *flags, *TWO_EPOCHS)
     return script, flags, work
 
@@ -114,9 +114,9 @@ def test_every_epoch_has_an_order_of_its_own(trained, tmp_path, monkeypatch, scr
 def test_augmentation_is_that_of_the_spot_and_the_epoch(trained, tmp_path, monkeypatch):
     seen, augment_batch = [], augment.augment
 
-    def recorded(tiles, spots, seed, epoch):
+    def recorded(tiles, spots, seed, epoch, *size):
         seen.extend((seed, epoch, int(spot)) for spot in spots)
-        return augment_batch(tiles, spots, seed, epoch)
+        return augment_batch(tiles, spots, seed, epoch, *size)
 
     monkeypatch.setattr(augment, "augment", recorded)
     Work(trained.data, trained.tiles, trained.panels, tmp_path).run("train_mymodel", "--Epoch", 2, "--seed", 4)
@@ -209,6 +209,9 @@ def test_a_convolutional_encoder_goes_through_both_stages(prepared, tmp_path):
     work.run("train_decoder", "--Epoch", 1)
     kept = np.load(tmp_path / "decoder_model" / "features" / "P01_1.npy")
     assert kept.shape == (70, 1 + 4, 32), "a feature map of 2 x 2 at 64 px"
+    one, two = (checkpoint.read_tensors(path, "--test")["model"] for path in (work.encoder, work.decoder))
+    shared = [name for name in one if name.startswith("image_encoder.")]
+    assert shared and not [name for name in shared if not torch.equal(one[name], two[name])], "BatchNorm is frozen, too"
 
 
 # ---- real sections

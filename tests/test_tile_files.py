@@ -1,16 +1,19 @@
-"""Pictures that tiles are cut from, good and bad, and the pack that training reads."""
+"""Pictures that tiles are cut from, good and bad, the pack that training reads, and what is in memory meanwhile."""
 
 import multiprocessing
 import os
 import pickle
+from concurrent.futures import Future
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
 from spaceranger_folders import refused
 from tile_slices import SIZE, cut, pixels, ramps, times, write_slice
 
+import image_tilling
 from utils.slices import tiles
 
 
@@ -87,9 +90,10 @@ def test_a_picture_of_another_size_than_the_positions_is_refused(data, size, fit
         assert not (data.parent / "tiles").exists()
 
 
-def test_a_torn_tile_is_named(data):
+def test_a_spoilt_tile_is_named(data):
+    """It has its end, so that no stopped run has left it."""
     folder = cut(data)
-    (folder / "S1x1-1.jpeg").write_bytes(b"\xff\xd8")
+    (folder / "S1x1-1.jpeg").write_bytes(b"\xff\xd8 spoilt \xff\xd9")
     (folder / "tiles.h5").unlink()
     refused("S1x1-1.jpeg: expected a picture", cut, data)
     assert not list(folder.glob("*.part"))
@@ -118,6 +122,36 @@ def pack(tmp_path, rng):
 def test_rows_are_read_in_any_order_and_repeated(pack):
     for rows in ([3], [5, 2, 9], [7, 7, 0, 7, 11, 0], list(range(11, -1, -1))):
         np.testing.assert_array_equal(pack.tiles.read(np.array(rows)), pack.pixels[rows])
+
+
+def test_blocks_of_tiles_are_packed_as_single_ones_are(pack, tmp_path):
+    names, xy = np.array([f"b{i}" for i in range(12)]), np.zeros((12, 2))
+    for blocks in ([pack.pixels], [pack.pixels[:5], pack.pixels[5:11], pack.pixels[11:]], pack.pixels):
+        tiles.write_pack(tmp_path, names, xy, iter(blocks), 4)
+        np.testing.assert_array_equal(tiles.TilePack(tmp_path).read(np.arange(12)), pack.pixels)
+
+
+@pytest.mark.parametrize("how", [{"chunks": (2, 4, 4, 3)}, {"chunks": (1, 4, 4, 3), "compression": "gzip"}, {}])
+def test_a_pack_that_another_program_rewrote_is_refused(pack, how):
+    """Tiles are read as the bytes of their chunk: those of another layout would be noise."""
+    with h5py.File(pack.folder / "tiles.h5", "a") as file:
+        del file["img"]
+        file.create_dataset("img", data=pack.pixels, **how)
+    refused("tiles.h5: expected packed tiles, found chunks .* run image_tilling.py again", tiles.TilePack, pack.folder)
+
+
+@pytest.mark.parametrize("row", [12, -1])
+def test_a_row_beyond_the_pack_is_an_error(pack, row):
+    with pytest.raises((OSError, ValueError, RuntimeError, OverflowError)):
+        pack.tiles.read(np.array([0, row]))
+
+
+def test_rows_agree_with_those_that_h5py_selects(pack):
+    rows = np.array([11, 3, 3, 0, 7])
+    with h5py.File(pack.folder / "tiles.h5") as file:
+        expected = np.stack([file["img"][row] for row in rows])
+    np.testing.assert_array_equal(pack.tiles.read(rows), expected)
+    assert pack.tiles.read(rows[:0]).shape == (0, 4, 4, 3)
 
 
 def test_a_pack_is_read_on_both_sides_of_a_fork(pack):
@@ -161,3 +195,70 @@ def test_an_interrupted_pack_leaves_the_old_one(pack):
     with pytest.raises(KeyboardInterrupt):
         tiles.write_pack(pack.folder, np.array(["a", "b"]), np.zeros((2, 2)), torn(), 4)
     assert (pack.folder / "tiles.h5").read_bytes() == before and not list(pack.folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("flags", [("--source", "hires", "--crop_size", 40), ("--tile_px", 28)])
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_the_pack_is_what_the_jpegs_decode_to(data, rng, monkeypatch, flags, chunk):
+    """In the order of the barcodes, whether the tiles are new or kept, and however they are handed out."""
+    monkeypatch.setattr(image_tilling, "CHUNK", chunk)
+    Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(data / "slice" / "he.png")
+    for _ in range(2):
+        folder = cut(data, *flags, "--workers", 2)
+        pack = tiles.TilePack(folder)
+        expected = [np.asarray(Image.open(folder / f"{barcode}.jpeg")) for barcode in pack.barcodes]
+        np.testing.assert_array_equal(pack.read(np.arange(6)), expected)
+        (folder / "tiles.h5").unlink()
+        (folder / "S2x4-1.jpeg").unlink()
+
+
+# ---- memory
+
+
+class CountingPool:
+    """Runs nothing before it is asked for, and counts."""
+
+    def __init__(self):
+        self.submitted = 0
+
+    def submit(self, work, task):
+        self.submitted += 1
+        done = Future()
+        done.set_result(work(task))
+        return done
+
+
+def test_few_blocks_are_under_way_at_once_however_many_there_are():
+    """A million tasks; the slow writer takes one result after the other."""
+    pool, taken = CountingPool(), 0
+    results = image_tilling.in_order(pool, lambda task: task**2, range(1_000_000), ahead=4)
+    for taken in range(1, 50):
+        assert next(results) == (taken - 1) ** 2
+        assert pool.submitted <= taken + 4
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 4, 9])
+def test_every_result_comes_once_and_in_order(n):
+    pool = CountingPool()
+    assert list(image_tilling.in_order(pool, str, range(n), ahead=4)) == [str(i) for i in range(n)]
+    assert pool.submitted == n
+
+
+def test_a_chunk_that_fails_stops_the_run(data, monkeypatch):
+    monkeypatch.setattr(image_tilling, "CHUNK", 1)
+    Image.new("RGB", (9, 10)).save(cut(data) / "S2x4-1.jpeg")
+    (data.parent / "tiles" / "slice" / "tiles.h5").unlink()
+    refused("S2x4-1.jpeg: expected 28 x 28 px, found 9 x 10", cut, data, "--workers", 2)
+
+
+def test_the_folder_is_listed_and_not_asked_for_every_tile(data, monkeypatch):
+    folder = cut(data)
+    asked, exists = [], type(folder).exists
+
+    def counted(path):
+        asked.append(path.name)
+        return exists(path)
+
+    monkeypatch.setattr(type(folder), "exists", counted)
+    cut(data)
+    assert not [name for name in asked if name.endswith(".jpeg")]

@@ -1,6 +1,7 @@
 """Tiles: the published crop, the physical square, which spots have one, what is cut anew and what is kept."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -195,18 +196,40 @@ def test_changed_settings_are_said_and_all_is_cut_anew(data, capsys, flags, word
     assert tiles.TilePack(folder).size == size and pixels(folder / "S1x1-1.jpeg").shape == (size, size, 3)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(data, monkeypatch):
-    folder = data.parent / "tiles" / "slice"
-
-    def stop_half_way(folder, barcodes, xy, pixels, size):
-        for _ in zip(range(3), pixels, strict=False):
-            pass
+def stop_after_blocks(data, monkeypatch, n):
+    def stop_half_way(folder, barcodes, xy, blocks, size):
+        for _ in range(n):
+            next(blocks)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(tiles, "write_pack", stop_half_way)
         with pytest.raises(KeyboardInterrupt):
             cut(data)
+
+
+@pytest.mark.parametrize("left", [0, 1, 0.5, -1])
+def test_a_torn_tile_of_a_killed_run_is_cut_again_and_the_others_are_kept(data, monkeypatch, left):
+    """Tiles are written in place: what a kill can leave is a file without its end, empty at the least."""
+    whole = {path.name: path.read_bytes() for path in cut(data).glob("*.jpeg")}
+    folder = data.parent / "tiles" / "slice"
+    shutil.rmtree(folder)
+    stop_after_blocks(data, monkeypatch, 1)
+    torn = folder / "S1x3-1.jpeg"
+    torn.write_bytes(torn.read_bytes()[: int(left * len(whole[torn.name])) if isinstance(left, float) else left])
+    before = times(folder)
+    after = times(cut(data))
+    assert {name for name in whole if after[name] != before[name]} == {torn.name}
+    assert {path.name: path.read_bytes() for path in folder.glob("*.jpeg")} == whole
+    packed = tiles.TilePack(folder)
+    for barcode, tile in zip(packed.barcodes, packed.read(np.arange(6)), strict=True):
+        np.testing.assert_array_equal(tile, pixels(folder / f"{barcode}.jpeg"))
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(data, monkeypatch):
+    folder = data.parent / "tiles" / "slice"
+    monkeypatch.setattr(image_tilling, "CHUNK", 1)
+    stop_after_blocks(data, monkeypatch, 3)
     assert (folder / "started.json").exists() and not (folder / "tiles.json").exists()
     refused("run image_tilling.py first", tiles.TilePack, folder)
     (folder / "S3x5-1.jpeg").unlink(missing_ok=True)

@@ -16,7 +16,6 @@ from utils.evaluation import metrics
 
 PENALTIES = tuple(np.logspace(0, 7, 15))  # absolute: a standardised feature has a squared norm of N
 RINGS = ((0.0, 1.2), (1.2, 2.3))  # in pitches: on a Visium array the 6 nearest spots and the 12 behind them
-_DISTANCES_AT_ONCE = 2**24  # of float64: 128 MB
 
 Slices = Sequence[np.ndarray]
 
@@ -193,15 +192,19 @@ def fit_knn(
 
 
 def nearest(x: np.ndarray, reference: np.ndarray, k: int) -> np.ndarray:
-    """The `k` rows of `reference` nearest to each row of `x`, nearest first: (S, P), (N, P) -> (S, k)."""
-    half_squares = (reference**2).sum(axis=1) / 2
-    chunk, found = max(1, _DISTANCES_AT_ONCE // len(reference)), []
-    for start in range(0, len(x), chunk):
-        distance = half_squares - x[start : start + chunk] @ reference.T  # half the square, but for |x|^2 of the row
-        near = np.argpartition(distance, k - 1, axis=1)[:, :k]
-        order = np.argsort(np.take_along_axis(distance, near, axis=1), axis=1, kind="stable")
-        found.append(np.take_along_axis(near, order, axis=1))
-    return np.concatenate(found)
+    """The `k` rows of `reference` nearest to each row of `x`, nearest first, of equal ones the lower row.
+
+    Shapes: (S, P), (N, P) -> (S, k). The squared distance is |x|^2 - 2 (x r - |r|^2 / 2): least where the bracket is
+    largest.
+    """
+    import torch
+
+    from utils.evaluation.gallery import top_k
+
+    dtype = np.result_type(x, reference, np.float32)
+    queries, rows = (torch.from_numpy(np.require(each, dtype, ["C", "W"])) for each in (x, reference))
+    half_squares = torch.linalg.vecdot(rows, rows) / 2
+    return top_k(queries, rows, k, bias=-half_squares)[1].numpy()
 
 
 def fit_depth(x_train: Slices, log_depth_train: Slices, x_val: Slices, log_depth_val: Slices) -> Ridge:

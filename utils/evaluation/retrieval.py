@@ -97,34 +97,47 @@ def depth_scores(predicted_log_depth: np.ndarray, candidate_log_depth: np.ndarra
 
 def slice_ranks(similarity: np.ndarray) -> np.ndarray:
     """Rank of the true candidate among all spots of the slice, 1 is best: (S, S), truth on the diagonal -> (S,)."""
-    return _ranks(np.asarray(similarity, dtype=np.float64), first=0, tie=0.0)
+    similarity = np.asarray(similarity, dtype=np.float64)
+    return _not_below(similarity, similarity.diagonal())
 
 
 def ranks_from_embeddings(a: np.ndarray, b: np.ndarray, block: int = 1024) -> np.ndarray:
-    """Rank of row i of `b` among all rows of `b` by scalar product with row i of `a`, `block` rows at a time.
+    """Rank of row i of `b` among all rows of `b` by scalar product with row i of `a`.
 
     Parameters
     ----------
     a, b : (S, D)
         Embeddings of the same spots, normalised by the caller if cosines are wanted.
+    block : int
+        Rows of either that are multiplied at a time, in double precision: 8 block (2 D + block) bytes.
 
     Returns
     -------
     (S,) ranks, 1 is best, ties counted against us, S where the similarity is NaN.
     """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"expected two embeddings of each spot, found shapes {a.shape} and {b.shape}")
-    largest = np.nan_to_num(np.linalg.norm(a, axis=1)).max() * np.nan_to_num(np.linalg.norm(b, axis=1)).max()
-    starts = range(0, len(a), block)
-    return np.concatenate([_ranks(a[i : i + block] @ b.T, first=i, tie=_TIE * largest) for i in starts])
+    if np.shape(a) != np.shape(b):
+        raise ValueError(f"expected two embeddings of each spot, found shapes {np.shape(a)} and {np.shape(b)}")
+    tie = _TIE * (_longest(a) * _longest(b))
+    parts = [slice(i, i + block) for i in range(0, len(a), block)]
+    ranks = np.zeros(len(a), dtype=np.int64)
+    for rows in parts:
+        own = np.asarray(a[rows], dtype=np.float64)
+        least = np.einsum("sd,sd->s", own, np.asarray(b[rows], dtype=np.float64)) - tie
+        for others in parts:
+            ranks[rows] += _not_below(own @ np.asarray(b[others], dtype=np.float64).T, least)
+    return ranks
 
 
-def _ranks(similarity: np.ndarray, first: int, tie: float) -> np.ndarray:
-    """Ranks of the spots first, first + 1, ...: (rows, S) -> (rows,). The true one counts itself, being not below."""
-    true = similarity[np.arange(len(similarity)), first + np.arange(len(similarity))]
-    below = similarity < (true - tie)[:, None]  # False wherever NaN is involved: such a candidate ranks above
-    return (~below).sum(axis=1)
+def _longest(vectors: np.ndarray) -> float:
+    """The greatest length of a row: (S, D) -> number. A row with NaN has none."""
+    squares = np.einsum("sd,sd->s", vectors, vectors, dtype=np.float64)
+    return float(np.nan_to_num(np.sqrt(squares)).max())
+
+
+def _not_below(similarity: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """How many of the candidates (rows, S) reach the `least` (rows,), the true one being among them: (rows,)."""
+    below = similarity < least[:, None]  # False wherever NaN is involved: such a candidate ranks above
+    return np.asarray(below.shape[1] - below.sum(axis=1))
 
 
 def recall_at(ranks: np.ndarray, k: int) -> float:

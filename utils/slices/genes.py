@@ -6,8 +6,10 @@ The order of genes lives in these files. Letters: S spots, G genes of a slice, P
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -29,22 +31,17 @@ def symbols_by_id(names: np.ndarray, ids: np.ndarray) -> dict[str, str]:
     return {str(i).split(".")[0]: str(n) for i, n in pairs if is_ensembl(str(i)) and not is_ensembl(str(n))}
 
 
-def unique_genes(
-    counts: sp.csr_matrix, names: np.ndarray, symbols: dict[str, str]
-) -> tuple[sp.csr_matrix, np.ndarray, int]:
-    """Ensembl names turned into symbols where a slice's table knows them, then counts of one name summed.
+def mapped_names(names: np.ndarray, symbols: dict[str, str]) -> np.ndarray:
+    """Ensembl names turned into symbols where a slice's table knows them: (G,) str."""
+    return np.array([symbols.get(n.split(".")[0], n) if is_ensembl(n) else n for n in names.astype(str)])
 
-    counts (S, G), names (G,) -> counts (S, G'), names (G',) in the order of first appearance, number of names summed.
-    """
-    mapped = np.array([symbols.get(n.split(".")[0], n) if is_ensembl(n) else n for n in names.astype(str)])
-    unique, first, inverse = np.unique(mapped, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    if len(unique) == len(mapped):
-        return counts, mapped, 0
-    place = np.empty(len(order), int)
-    place[order] = np.arange(len(order))
-    gather = sp.csr_matrix((np.ones(len(mapped), counts.dtype), (np.arange(len(mapped)), place[inverse])))
-    return (counts @ gather).tocsr(), unique[order], len(mapped) - len(unique)
+
+def gather(names: np.ndarray, wanted: list[str]) -> sp.csr_matrix:
+    """(G, P) int32 that turns counts (S, G) into (S, P): columns of one name summed, zeros for one not in `names`."""
+    place = {gene: i for i, gene in enumerate(wanted)}
+    columns = np.array([place.get(name, -1) for name in names])
+    rows = np.flatnonzero(columns >= 0)
+    return sp.csr_matrix((np.ones(len(rows), np.int32), (rows, columns[rows])), shape=(len(names), len(wanted)))
 
 
 def read_gene_list(path: Path) -> list[str]:
@@ -89,36 +86,101 @@ def columns_of(names: np.ndarray, genes: list[str]) -> np.ndarray:
     return np.array([place.get(gene, -1) for gene in genes])
 
 
-def highest_expressed(slices: list[tuple[sp.csr_matrix, np.ndarray]], n: int) -> list[str]:
+@dataclass(frozen=True)
+class Profile:
+    """What the choice of a panel needs of one slice: sums per gene over its train spots, in the order of `names`."""
+
+    names: np.ndarray  # (G,), each once
+    n_spots: int
+    totals: np.ndarray  # (G,) counts
+    mean: np.ndarray  # (G,) counts per 10,000 of the spot
+    squares: np.ndarray  # (G,) squared deviations from that mean, summed
+
+
+def profile(counts: sp.csr_matrix, names: np.ndarray) -> Profile:
+    """Of counts (S, G), none of them stored twice."""
+    n_spots, n_genes = counts.shape
+    totals = np.asarray(counts.sum(0)).ravel()
+    if not n_spots:
+        return Profile(names, 0, totals, np.zeros(n_genes), np.zeros(n_genes))
+    scale = 1e4 / np.maximum(np.asarray(counts.sum(1)).ravel(), 1)
+    per_10k = counts.data * np.repeat(scale, np.diff(counts.indptr))
+    mean = np.bincount(counts.indices, per_10k, n_genes) / n_spots
+    unseen = n_spots - np.bincount(counts.indices, minlength=n_genes)
+    per_10k -= mean[counts.indices]
+    squares = np.bincount(counts.indices, np.square(per_10k, out=per_10k), n_genes) + unseen * mean**2
+    return Profile(names, n_spots, totals, mean, squares)
+
+
+def merged(one: Profile, other: Profile) -> Profile:
+    """The profile of both sets of spots, without the cancellation of sums of squares (Chan, Golub, LeVeque 1979)."""
+    n_spots = one.n_spots + other.n_spots
+    share, apart = other.n_spots / max(n_spots, 1), other.mean - one.mean
+    squares = one.squares + other.squares + apart**2 * one.n_spots * share
+    return Profile(one.names, n_spots, one.totals + other.totals, one.mean + apart * share, squares)
+
+
+def highest_expressed(slices: list[Profile], n: int) -> list[str]:
     """The n common genes with the highest total count, averaged over slices (the published rule)."""
-    common = common_genes([names for _, names in slices])
-    totals = [np.asarray(counts.sum(0)).ravel()[columns_of(names, common)] for counts, names in slices]
+    common = common_genes([one.names for one in slices])
+    totals = [one.totals[columns_of(one.names, common)] for one in slices]
     order = np.argsort(-np.mean(totals, axis=0), kind="stable")
     return [common[i] for i in order[:n]]
 
 
-def highly_variable(slices: list[tuple[sp.csr_matrix, np.ndarray]], n: int) -> list[str]:
-    """The n common genes that vary most, by scanpy's `seurat` flavour per slice on log1p counts per 10,000."""
-    import anndata
-    import scanpy
+def _dispersions(one: Profile, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Dispersion of some genes of a slice, relative to genes of like mean, and whether they were seen: (P,) both.
 
-    common = common_genes([names for _, names in slices])
+    log(variance / mean) of the counts per 10,000, standardised within 20 bins of equal width of log(1 + mean); a gene
+    alone in its bin gets 1, one unseen 0, one that does not vary NaN (Satija 2015, as scanpy's `seurat` flavour).
+    """
+    import pandas as pd
+
+    mean, variance = one.mean[columns], one.squares[columns] / max(one.n_spots - 1, 1)
+    seen, found = mean > 0, np.zeros(len(columns))
+    if seen.any():
+        dispersion = pd.Series(np.log(np.where(variance > 0, variance, np.nan)[seen] / mean[seen]))
+        like = dispersion.groupby(pd.cut(np.log1p(mean[seen]), bins=20, labels=False))
+        centre, spread = like.transform("mean"), like.transform("std")
+        alone = spread.isna()
+        above, width = (dispersion - centre.mask(alone, 0)).round(12), spread.mask(alone, centre).round(12)
+        found[seen] = (above / width).round(9)  # two in a bin are 1/sqrt(2) off: no rounding error may tell them apart
+    return found, seen
+
+
+def _highest(dispersions: np.ndarray, seen: np.ndarray, n: int) -> np.ndarray:
+    """Whether a gene is among the n most dispersed of a slice, with all that equal the last of them: (P,) bool."""
+    ranked = np.sort(dispersions[seen & ~np.isnan(dispersions)])[::-1]
+    return seen & (dispersions >= ranked[min(n, len(ranked)) - 1]) if len(ranked) else np.zeros(len(seen), bool)
+
+
+def highly_variable(slices: list[Profile], n: int) -> list[str]:
+    """The n common genes that vary most: among the n most dispersed of most slices, then by mean dispersion.
+
+    They are scanpy's `highly_variable_genes` with the `seurat` flavour, a batch per slice and log1p counts per 10,000;
+    equals go by name.
+    """
+    common = common_genes([one.names for one in slices])
     if len(common) <= n:
         return common
-    blocks, batch = [], []
-    for i, (counts, names) in enumerate(slices):
-        total = np.maximum(np.asarray(counts.sum(1)), 1)
-        blocks.append(counts[:, columns_of(names, common)].multiply(1e4 / total).log1p())
-        batch += [str(i)] * counts.shape[0]
-    stacked = anndata.AnnData(sp.vstack(blocks, format="csr").astype(np.float32), obs={"slice": batch})
-    scanpy.pp.highly_variable_genes(stacked, n_top_genes=n, flavor="seurat", batch_key="slice")
-    return [gene for gene, chosen in zip(common, stacked.var["highly_variable"], strict=True) if chosen]
+    found = [_dispersions(one, columns_of(one.names, common)) for one in slices if one.n_spots]
+    n_slices = np.sum([_highest(dispersions, seen, n) for dispersions, seen in found], axis=0)
+    values = np.array([dispersions for dispersions, _ in found])
+    given = ~np.isnan(values)
+    mean = np.where(given, values, 0).sum(0) / np.where(given.any(0), given.sum(0), np.nan)  # NaN sorts last
+    chosen = set(np.lexsort((common, -mean, -n_slices))[:n])
+    return [gene for i, gene in enumerate(common) if i in chosen]
 
 
-def bin_tokens(counts: np.ndarray, total_counts: np.ndarray) -> np.ndarray:
-    """scBERT's tokens: floor(log2(1 + counts per 10,000)) cut at 5; (S, P), (S,) -> (S, P) uint8."""
-    per_10k = counts * (1e4 / total_counts[:, None])
-    return np.minimum(np.floor(np.log2(1 + per_10k)), N_BINS).astype(np.uint8)
+def bin_tokens(counts: np.ndarray, total_counts: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """scBERT's tokens: floor(log2(1 + counts per 10,000)) cut at 5; (S, P), (S,) -> (S, P) uint8, in `out` if given."""
+    out = np.empty(counts.shape, np.uint8) if out is None else out
+    step = max(2**18 // max(counts.shape[1], 1), 1)  # spots at a time: 2 MiB of doubles, not 8 bytes for each count
+    for first in range(0, len(counts), step):
+        rows = slice(first, first + step)
+        per_10k = counts[rows] * (1e4 / total_counts[rows, None])
+        out[rows] = np.minimum(np.floor(np.log2(1 + per_10k)), N_BINS)
+    return out
 
 
 def panel_hash(genes: list[str]) -> str:
@@ -144,6 +206,23 @@ class Panel:
 def panel_path(data: Path, panels: Path | None, slice_name: str, role: str) -> Path:
     """Where the panel file of a slice lies: in the slice's folder, or below --panels."""
     return (data if panels is None else panels) / slice_name / FILES[role]
+
+
+def write_panel(path: Path, adata: Any, blocks: Iterable[sp.csr_matrix]) -> None:
+    """Write a panel file whose counts come in blocks of spots, under a temporary name that is then renamed."""
+    import h5py
+    from anndata.io import sparse_dataset, write_elem
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.stem + ".part.h5ad")
+    adata.write_h5ad(part)
+    with h5py.File(part, "a") as file:
+        for block in blocks:
+            if "X" in file:
+                sparse_dataset(file["X"]).append(block)
+            else:
+                write_elem(file, "X", block)
+    part.replace(path)
 
 
 def read_panel(path: Path) -> Panel:

@@ -1,33 +1,114 @@
 """Count matrices as Space Ranger writes them: HDF5, or a folder of matrix.mtx, features.tsv and barcodes.tsv.
 
-Shapes: S spots, G genes. Whatever is wrong with a file is a ValueError of one line: the file, what was expected, what
-was found, how to mend it.
+Shapes: S spots, G genes. A matrix in HDF5 that would take more than the memory it is given stays in its file and is
+read by spans of spots: genes x barcodes by column are spots x genes by row, so a span is one stretch of the file.
+Whatever is wrong with a file is a ValueError of one line: the file, what was expected, what was found, how to mend it.
 """
 
 import csv
-import hashlib
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse import csr_matrix, vstack
 
 MATRICES = (
     *("filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix"),
     *("raw_feature_bc_matrix.h5", "raw_feature_bc_matrix"),
 )
+BYTES_PER_COUNT = 64  # of memory, at the most, that a number of the matrix takes while it is read, summed and hashed
+LONGEST_SPAN = 2**22  # numbers; longer ones gain nothing
+
+
+def runs(starts: np.ndarray, stops: np.ndarray, most: float) -> Iterator[slice]:
+    """Neighbouring stretches, (S,) both and ascending, in runs no longer than `most` from end to end, or of one."""
+    first = 0
+    while first < len(starts):
+        last = max(int(np.searchsorted(stops, int(starts[first]) + most, side="right")), first + 1)
+        yield slice(first, last)
+        first = last
+
+
+def _gathered(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The stretches of `values` one after the other; nothing is moved where they are all of it."""
+    if lengths.sum() == len(values):
+        return values
+    shift = starts - (np.cumsum(lengths) - lengths)
+    return values[np.repeat(shift, lengths) + np.arange(lengths.sum())]
+
+
+@dataclass(frozen=True)
+class StoredCounts:
+    """Counts (S, G) left in their HDF5 file; `counts[spots]` reads some, as of a csr_matrix.
+
+    Attributes
+    ----------
+    path : Path
+    starts, lengths : ndarray (S,) int64, the stretch of each spot in the file's data
+    of_genes : ndarray of bool, the features of the file that are genes, G of them
+    most : numbers of the file to read at a time
+    """
+
+    path: Path
+    starts: np.ndarray
+    lengths: np.ndarray
+    of_genes: np.ndarray
+    most: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.starts), int(self.of_genes.sum())
+
+    @property
+    def indptr(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def of(self, spots: np.ndarray) -> "StoredCounts":
+        """Some spots, still in the file."""
+        return replace(self, starts=self.starts[spots], lengths=self.lengths[spots])
+
+    def __getitem__(self, spots: slice | np.ndarray) -> csr_matrix:
+        """Read spots in any order; those far apart cost the reading of what lies between them."""
+        starts, lengths = self.starts[spots], self.lengths[spots]
+        order = np.lexsort((lengths, starts))  # an empty one before the spot that begins at the same place
+        starts, lengths = starts[order], lengths[order]
+        with reading(self.path, "a 10x matrix in HDF5"), h5py.File(self.path, "r") as file:
+            group = _h5_group(file)
+            parts = [self._read(group, starts[run], lengths[run]) for run in runs(starts, starts + lengths, self.most)]
+        found = _cleaned(self.path, vstack(parts, format="csr") if len(parts) > 1 else parts[0], self.of_genes)
+        return found if (np.diff(order) == 1).all() else found[np.argsort(order)]
+
+    def _read(self, group: h5py.Group, starts: np.ndarray, lengths: np.ndarray) -> csr_matrix:
+        """One stretch of the file, and of it the spots asked for: their counts (spots, features)."""
+        stretch = slice(starts[0], starts[-1] + lengths[-1])
+        data, indices = (_gathered(group[key][stretch], starts - starts[0], lengths) for key in ("data", "indices"))
+        places = np.concatenate([[0], np.cumsum(lengths)])
+        counts = csr_matrix((data, indices, places), shape=(len(starts), len(self.of_genes)))
+        counts.check_format(full_check=True)
+        return counts
+
+
+def spans(counts: csr_matrix | StoredCounts, memory: float) -> list[slice]:
+    """Spans of neighbouring spots whose counts fit into `memory` bytes, all spots in order."""
+    return list(runs(counts.indptr[:-1], counts.indptr[1:], longest(memory)))
+
+
+def longest(memory: float) -> float:
+    """Numbers of a span that fits into `memory` bytes."""
+    return min(memory // BYTES_PER_COUNT, LONGEST_SPAN)
 
 
 @dataclass(frozen=True)
 class CountMatrix:
     """Raw counts as the file has them: counts (S, G) int32, the rest str; gene names may repeat, barcodes do not."""
 
-    counts: csr_matrix
+    counts: csr_matrix | StoredCounts
     barcodes: np.ndarray
     genes: np.ndarray
     gene_ids: np.ndarray
@@ -66,18 +147,26 @@ def _h5_group(file: h5py.File) -> h5py.Group:
     return file["matrix"] if "matrix" in file or len(file) != 1 else file[next(iter(file))]
 
 
-def _read_h5(path: Path) -> tuple[csr_matrix, list[np.ndarray]]:
-    """Counts (S, G) of any number type, and names, ids and kinds (G,) of the features."""
-    with reading(path, "a 10x matrix in HDF5"), h5py.File(path, "r") as file:
-        group = _h5_group(file)
-        shape = (int(group["shape"][1]), int(group["shape"][0]))
+def _h5_features(group: h5py.Group) -> list[np.ndarray]:
+    """Names, ids and kinds (features,)."""
+    if "features" in group:
+        return [_text(group["features"][key]) for key in ("name", "id", "feature_type")]
+    names, ids = _text(group["gene_names"]), _text(group["genes"])
+    return [names, ids, np.full(len(names), "Gene Expression")]
+
+
+def _h5_counts(path: Path, group: h5py.Group, memory: float) -> csr_matrix | StoredCounts:
+    """Counts (S, features) of any number type, in memory where they fit into that many bytes."""
+    shape, places = (int(group["shape"][1]), int(group["shape"][0])), group["indptr"][:].astype(np.int64)
+    if group["data"].size * BYTES_PER_COUNT <= memory:
         # genes x barcodes in columns is barcodes x genes in rows: nothing is moved
-        counts = csr_matrix((group["data"][:], group["indices"][:], group["indptr"][:]), shape=shape)
+        counts = csr_matrix((group["data"][:], group["indices"][:], places), shape=shape)
         counts.check_format(full_check=True)
-        if "features" not in group:
-            names, ids = _text(group["gene_names"]), _text(group["genes"])
-            return counts, [names, ids, np.full(len(names), "Gene Expression")]
-        return counts, [_text(group["features"][key]) for key in ("name", "id", "feature_type")]
+        return counts
+    ends = (group["data"].size, group["indices"].size)
+    if len(places) != shape[0] + 1 or places[0] != 0 or (np.diff(places) < 0).any() or (places[-1] != ends).any():
+        raise ValueError(f"indptr does not divide {ends[0]} data and {ends[1]} indices among {shape[0]} barcodes")
+    return StoredCounts(path, places[:-1], np.diff(places), np.ones(shape[1], bool), int(longest(memory)))
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:
@@ -92,17 +181,19 @@ def _part(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_folder(folder: Path) -> tuple[csr_matrix, list[np.ndarray]]:
-    """The same as _read_h5, from matrix.mtx and features.tsv (symbol; id, symbol; or id, symbol, kind)."""
+def _folder_features(folder: Path) -> list[np.ndarray]:
+    """The same as _h5_features, from features.tsv (symbol; id, symbol; or id, symbol, kind)."""
+    table = _read_tsv(_part(folder, "features.tsv"))
+    ids, names = (table[column].to_numpy(dtype=str) for column in (0, min(1, table.shape[1] - 1)))
+    return [names, ids, table[2].to_numpy(dtype=str) if table.shape[1] > 2 else np.full(len(table), "Gene Expression")]
+
+
+def _folder_counts(folder: Path) -> csr_matrix:
     from scipy.io import mmread
 
     path = _part(folder, "matrix.mtx")
     with reading(path, "a Matrix Market file"):
-        counts = csr_matrix(mmread(path).T)
-    table = _read_tsv(_part(folder, "features.tsv"))
-    ids, names = (table[column].to_numpy(dtype=str) for column in (0, min(1, table.shape[1] - 1)))
-    kinds = table[2].to_numpy(dtype=str) if table.shape[1] > 2 else np.full(len(table), "Gene Expression")
-    return counts, [names, ids, kinds]
+        return csr_matrix(mmread(path).T)
 
 
 def _whole_numbers(path: Path, values: np.ndarray) -> np.ndarray:
@@ -111,7 +202,16 @@ def _whole_numbers(path: Path, values: np.ndarray) -> np.ndarray:
     bad = ~((values >= 0) & (values <= np.iinfo(np.int32).max) & whole)  # NaN fails every comparison
     if bad.any():
         raise ValueError(f"{path}: expected raw counts (0, 1, 2, ...), found {values[bad][0]}; give the raw matrix")
-    return values.astype(np.int32)
+    return values.astype(np.int32, copy=False)
+
+
+def _cleaned(path: Path, counts: csr_matrix, of_genes: np.ndarray) -> csr_matrix:
+    """Counts (S, G) int32 of the features that are genes, each number once and above zero."""
+    counts.data = _whole_numbers(path, counts.data)
+    counts = counts if of_genes.all() else counts[:, of_genes]
+    counts.sum_duplicates()
+    counts.eliminate_zeros()
+    return counts
 
 
 def _barcodes(path: Path) -> np.ndarray:
@@ -143,57 +243,54 @@ def read_barcodes(root: str | Path) -> np.ndarray | None:
     return None if path is None else _barcodes(path)
 
 
-def read_matrix(root: str | Path) -> CountMatrix:
-    """Read a count matrix: the one of a slice's root (filtered before raw, HDF5 before folder), or the path itself.
-
-    Only features of the kind "Gene Expression" are kept.
-    """
-    root = Path(root)
+def _matrix_path(root: Path) -> Path:
+    """The matrix of a slice's root (filtered before raw, HDF5 before folder), or the path itself."""
     itself = root.is_file() or first_of(root, ("matrix.mtx", "matrix.mtx.gz")) is not None
     path = root if itself else first_of(root, MATRICES)
     if path is None:
         found = listing(root) if root.is_dir() else "nothing"
         raise ValueError(f"{root}: expected counts ({', '.join(MATRICES)}), found {found}; add or rename the matrix")
-    (counts, features), barcodes = (_read_folder if path.is_dir() else _read_h5)(path), _barcodes(path)
+    return path
+
+
+def _are_genes(path: Path, kinds: np.ndarray) -> np.ndarray:
+    of_genes = kinds == "Gene Expression"
+    if not of_genes.any():
+        raise ValueError(f"{path}: expected features of the kind Gene Expression, found {sorted(set(kinds))}")
+    return of_genes
+
+
+def read_genes(root: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Names and ids (G,) as read_matrix gives them, without reading counts."""
+    path = _matrix_path(Path(root))
+    if path.is_dir():
+        names, ids, kinds = _folder_features(path)
+    else:
+        with reading(path, "a 10x matrix in HDF5"), h5py.File(path, "r") as file:
+            names, ids, kinds = _h5_features(_h5_group(file))
+    of_genes = _are_genes(path, kinds)
+    return names[of_genes], ids[of_genes]
+
+
+def read_matrix(root: str | Path, memory: float = math.inf) -> CountMatrix:
+    """Read a count matrix: the one of a slice's root (filtered before raw, HDF5 before folder), or the path itself.
+
+    Only features of the kind "Gene Expression" are kept. Counts in HDF5 that would take more than `memory` bytes are
+    StoredCounts, and checked when they are read.
+    """
+    path = _matrix_path(Path(root))
+    counts: csr_matrix | StoredCounts
+    if path.is_dir():
+        counts, features = _folder_counts(path), _folder_features(path)
+    else:
+        with reading(path, "a 10x matrix in HDF5"), h5py.File(path, "r") as file:
+            counts, features = _h5_counts(path, _h5_group(file), memory), _h5_features(_h5_group(file))
+    barcodes = _barcodes(path)
     lengths = {counts.shape[1], *map(len, features)}
     if counts.shape[0] != len(barcodes) or len(lengths) != 1:
         found = f"{counts.shape[0]} x {counts.shape[1]} counts, {len(barcodes)} barcodes, {len(features[0])} features"
         raise ValueError(f"{path}: expected spots x genes of one size, found {found}; export the matrix again")
-    of_genes = features[2] == "Gene Expression"
-    if not of_genes.any():
-        raise ValueError(f"{path}: expected features of the kind Gene Expression, found {sorted(set(features[2]))}")
-    counts.data = _whole_numbers(path, counts.data)
-    counts = counts if of_genes.all() else counts[:, of_genes]
-    counts.sum_duplicates()
-    counts.eliminate_zeros()
+    of_genes = _are_genes(path, features[2])
+    stored = isinstance(counts, StoredCounts)
+    counts = replace(counts, of_genes=of_genes) if stored else _cleaned(path, counts, of_genes)
     return CountMatrix(counts, barcodes, features[0][of_genes], features[1][of_genes])
-
-
-def _ranks(names: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted names of the used places, and the rank of every used place among them (S,) or (G,)."""
-    kept, inverse = np.unique(np.asarray(names, dtype=str)[used], return_inverse=True)
-    ranks = np.zeros(len(used), dtype=np.int64)
-    ranks[used] = inverse
-    return kept, ranks
-
-
-def counts_hash(counts: csr_matrix, barcodes: np.ndarray, genes: np.ndarray) -> str:
-    """SHA-256 of what was counted: the same for any order of spots and genes, with or without genes never seen.
-
-    Parameters
-    ----------
-    counts : csr_matrix (S, G) of whole numbers
-    barcodes : ndarray (S,) of str
-    genes : ndarray (G,) of str; counts of a repeated name are added, so that their order is irrelevant too
-    """
-    triples = coo_matrix(counts)
-    seen = triples.data != 0
-    spot, gene, value = triples.row[seen], triples.col[seen], triples.data[seen].astype(np.int64)
-    spots, spot_rank = _ranks(barcodes, np.bincount(spot, minlength=counts.shape[0]) > 0)
-    names, gene_rank = _ranks(genes, np.bincount(gene, minlength=counts.shape[1]) > 0)
-    ordered = coo_matrix((value, (spot_rank[spot], gene_rank[gene])), shape=(len(spots), len(names))).tocsr()
-    ordered.sort_indices()  # already sorted by the sums that SciPy takes, which it does not promise
-    digest = hashlib.sha256("\n".join([*spots, "", *names, ""]).encode())
-    for part in (ordered.indptr, ordered.indices, ordered.data):
-        digest.update(part.astype("<i8").tobytes())  # one width on every machine
-    return digest.hexdigest()

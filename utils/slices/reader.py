@@ -14,21 +14,25 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
+from utils.slices.content import counts_hash
 from utils.slices.matrix import (
     CountMatrix,
+    StoredCounts,
     check_once,
-    counts_hash,
     first_of,
     listing,
     read_barcodes,
+    read_genes,
     read_matrix,
     reading,
     slice_matrix,
+    spans,
 )
 
-__all__ = [  # with what utils.slices.matrix reads, so that callers know one reader
+__all__ = [  # with what utils.slices.matrix and content give, so that callers know one reader
     "CountMatrix",
     "Slice",
+    "StoredCounts",
     "counts_hash",
     "find_root",
     "format_unmatched",
@@ -40,6 +44,8 @@ __all__ = [  # with what utils.slices.matrix reads, so that callers know one rea
     "read_positions",
     "read_scalefactors",
     "read_slice",
+    "read_slice_genes",
+    "spans",
     "spot_pitch_um",
     "tissue_spots",
 ]
@@ -58,7 +64,7 @@ class Slice:
     ----------
     name : str
     root : Path, the folder that holds spatial/
-    counts : csr_matrix (S, G) int32
+    counts : csr_matrix (S, G) int32, or StoredCounts where they are left in their file
     genes, gene_ids : ndarray (G,) str
     spots : DataFrame (S, 4), index barcode, columns array_row, array_col, x_fullres_px, y_fullres_px
     unmatched : dict, how many spots were left aside, by reason
@@ -66,7 +72,7 @@ class Slice:
 
     name: str
     root: Path
-    counts: csr_matrix
+    counts: csr_matrix | StoredCounts
     genes: np.ndarray
     gene_ids: np.ndarray
     spots: pd.DataFrame
@@ -185,19 +191,27 @@ def _match(
     return positions.iloc[place[rows]].drop(columns="in_tissue"), rows, unmatched
 
 
-def read_slice(folder: str | Path, name: str | None = None) -> Slice:
+def read_slice(folder: str | Path, name: str | None = None, memory: float = math.inf) -> Slice:
     """Read the spots of a slice that are in tissue and have counts, in the order of the matrix.
 
     Parameters
     ----------
     folder : the slice folder, as find_root takes it
     name : what to call the slice; default the name of the folder
+    memory : bytes that the counts may take; more of them stay in their HDF5 file
     """
     root = find_root(folder)
-    matrix = read_matrix(slice_matrix(root) or root)  # without any matrix read_matrix says what is missing
+    matrix = read_matrix(slice_matrix(root) or root, memory)  # without any matrix read_matrix says what is missing
     spots, rows, unmatched = _match(root, read_positions(root), matrix.barcodes)
     name = name or Path(folder).absolute().name
-    return Slice(name, root, matrix.counts[rows], matrix.genes, matrix.gene_ids, spots, unmatched)
+    counts = matrix.counts.of(rows) if isinstance(matrix.counts, StoredCounts) else matrix.counts[rows]
+    return Slice(name, root, counts, matrix.genes, matrix.gene_ids, spots, unmatched)
+
+
+def read_slice_genes(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Names and ids (G,) of the genes that read_slice would give, without reading counts."""
+    root = find_root(folder)
+    return read_genes(slice_matrix(root) or root)
 
 
 def tissue_spots(root: str | Path) -> tuple[pd.DataFrame, dict[str, int]]:

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # optical density of haematoxylin, eosin and DAB in red, green, blue (Ruifrok and Johnston 2001)
-STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], dtype=torch.float64)
 SHIFT = 0.05  # of the tile's side, at most
 JITTER = 0.15  # of a stain's strength (factor 1 +- JITTER) and, a third of it, of its offset
+LOG_LIGHT = (torch.arange(256).clamp(min=1) / 255).log()  # minus the optical density of each 8-bit value
+CACHED_PX = 2 * 224 * 224  # pixels at once on a CPU: what is computed in between stays in a core's cache
 
 
 def uniforms(seed: int, epoch: int, spots: np.ndarray, n: int) -> np.ndarray:
@@ -30,43 +32,78 @@ def uniforms(seed: int, epoch: int, spots: np.ndarray, n: int) -> np.ndarray:
 
 def to_float(tiles: Tensor, size: int) -> Tensor:
     """uint8 (B, Z, Z, 3) -> float32 (B, 3, size, size) in 0..1, resized with antialiasing where Z differs."""
-    tiles = tiles.permute(0, 3, 1, 2).float() / 255
+    return resized(tiles.permute(0, 3, 1, 2).float().div_(255), size)
+
+
+def resized(tiles: Tensor, size: int) -> Tensor:
+    """Bicubic with antialiasing: (B, 3, Z, Z) -> (B, 3, size, size), both in 0..1."""
     if tiles.shape[-1] == size:
         return tiles
-    resized = F.interpolate(tiles, (size, size), mode="bicubic", antialias=True, align_corners=False)
-    return resized.clamp(0, 1)
+    return F.interpolate(tiles, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
 
 
-def turn_and_shift(tiles: Tensor, draws: Tensor) -> Tensor:
+def turns_and_shifts(draws: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """One of the eight flips and quarter turns per tile, and a shift by whole pixels (the edge is mirrored).
 
-    Shapes: tiles (B, 3, Z, Z), draws (B, 4) in [0, 1) -> (B, 3, Z, Z).
+    Draws (B, 4) in [0, 1) -> two (B, Z): the pixel of row i and column j comes from pixel first[i] + second[j], where
+    the pixels of a tile are counted along its rows.
     """
-    size = tiles.shape[-1]
     reach = int(SHIFT * size)
-    quarter = (draws[:, 0] * 4).floor() * (torch.pi / 2)
-    cos, sin = quarter.cos().round(), quarter.sin().round()
-    mirror = 1 - 2 * (draws[:, 1] < 0.5).float()
-    shift = ((draws[:, 2:4] * (2 * reach + 1)).floor() - reach) * 2 / size
-    theta = torch.stack(
-        [torch.stack([cos * mirror, -sin, shift[:, 0]], 1), torch.stack([sin * mirror, cos, shift[:, 1]], 1)], 1
-    )
-    grid = F.affine_grid(theta, list(tiles.shape), align_corners=False)
-    return F.grid_sample(tiles, grid, mode="nearest", padding_mode="reflection", align_corners=False)
+    quarter = (draws[:, :1] * 4).long()
+    cos, sin = torch.tensor([1, 0, -1, 0])[quarter], torch.tensor([0, 1, 0, -1])[quarter]
+    mirror = 1 - 2 * (draws[:, 1:2] < 0.5).long()
+    shift = (draws[:, 2:] * (2 * reach + 1)).long() - reach
+    swapped = sin != 0  # by an odd quarter the source's columns run along the rows
+    column = _places(torch.where(swapped, -sin, cos * mirror), shift[:, :1], size)
+    row = _places(torch.where(swapped, sin * mirror, cos), shift[:, 1:], size) * size
+    return torch.where(swapped, column, row), torch.where(swapped, row, column)
 
 
-def jitter_stains(tiles: Tensor, draws: Tensor) -> Tensor:
-    """Each stain stronger or weaker, and a little of it added or taken: (B, 3, Z, Z), (B, 6) -> (B, 3, Z, Z)."""
-    stains = F.normalize(STAINS, dim=1).to(tiles.device)
+def _places(direction: Tensor, shift: Tensor, size: int) -> Tensor:
+    """0 to Z - 1, backwards where `direction` is -1, shifted and mirrored at both ends: (B, 1), (B, 1) -> (B, Z)."""
+    centred = direction * (2 * torch.arange(size) - (size - 1)) + 2 * shift  # in half pixels from the centre
+    place = (centred + size - 1) // 2
+    place = torch.where(place < 0, -1 - place, place)
+    return torch.where(place >= size, 2 * size - 1 - place, place)
+
+
+def stain_change(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Each stain stronger or weaker, and a little of it added or taken: draws (B, 6) -> (B, 3, 3), (B, 3, 1).
+
+    To take the stains apart, scale them, add an offset and mix them is one affine map of the optical density.
+    """
+    stains = F.normalize(STAINS, dim=1)
     factor = 1 + JITTER * (2 * draws[:, :3] - 1)
     offset = JITTER / 3 * (2 * draws[:, 3:] - 1)
-    density = -torch.log(tiles.clamp(min=1 / 255))
-    strength = torch.einsum("bczy,cs->bszy", density, torch.linalg.inv(stains))
-    strength = strength * factor[:, :, None, None] + offset[:, :, None, None]
-    return torch.exp(-torch.einsum("bszy,sc->bczy", strength, stains)).clamp(0, 1)
+    matrix = torch.linalg.inv(stains) @ (factor[:, :, None] * stains)  # acts on rows: density (red, green, blue)
+    return matrix.transpose(1, 2).float(), (offset @ stains)[:, :, None].float()
 
 
-def augment(tiles: Tensor, spots: np.ndarray, seed: int, epoch: int) -> Tensor:
-    """Tiles (B, 3, Z, Z) in 0..1 of the spots (B,) -> the same shape and range."""
-    draws = torch.from_numpy(uniforms(seed, epoch, spots, 10)).float().to(tiles.device)
-    return jitter_stains(turn_and_shift(tiles, draws[:, :4]), draws[:, 4:])
+def move(tiles: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Pixels in their new places, by channel: uint8 (B, Z, Z, 3), two (B, Z) -> uint8 (B, 3, Z * Z)."""
+    source = (first[:, :, None] + second[:, None, :]).flatten(1)
+    pixels = tiles.flatten(1, 2).transpose(1, 2)
+    return pixels.gather(2, source[:, None].expand(-1, 3, -1))
+
+
+def restain(tiles: Tensor, matrix: Tensor, offset: Tensor, out: Tensor) -> None:
+    """uint8 (B, 3, Z * Z) -> `out`, float32 of the same shape in 0..1."""
+    log_light = LOG_LIGHT.to(tiles.device).index_select(0, tiles.flatten().int()).view(tiles.shape)
+    torch.bmm(matrix, log_light, out=out).sub_(offset).exp_().clamp_(max=1)
+
+
+def augment(tiles: Tensor, spots: np.ndarray, seed: int, epoch: int, size: int) -> Tensor:
+    """uint8 tiles (B, Z, Z, 3) of the spots (B,) -> float32 (B, 3, size, size) in 0..1.
+
+    Resized last: stains vary in the tissue, before any resampling, and only 8-bit values have a table of densities.
+    """
+    n, side = tiles.shape[:2]
+    draws = torch.from_numpy(uniforms(seed, epoch, spots, 10))
+    plan = [x.to(tiles.device) for x in (*turns_and_shifts(draws[:, :4], side), *stain_change(draws[:, 4:]))]
+    done = torch.empty((n, 3, side * side), device=tiles.device)
+    at_once = max(CACHED_PX // side**2, 1) if tiles.device.type == "cpu" else n
+    for start in range(0, n, at_once):
+        first, second, matrix, offset = (x[start : start + at_once] for x in plan)
+        moved = move(tiles[start : start + at_once], first, second)
+        restain(moved, matrix, offset, out=done[start : start + at_once])
+    return resized(done.view(n, 3, side, side), size)

@@ -1,13 +1,16 @@
-"""Features of a frozen image encoder: computed once per tile, kept on disk, standardised per slice, with neighbours.
+"""Features of a frozen image encoder: computed once per tile and view of it, a batch at a time, and kept on disk.
 
-Letters: S spots, T tokens of a tile, D feature width, N context spots.
+Letters: S spots, T tokens of a tile, D feature width, B batch, Z tile side in pixels.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.slices.tiles import write_record
-from utils.training import checkpoint, datasets
+from utils.training import augment, checkpoint, datasets
 from utils.training.augment import to_float
 from utils.training.loop import seed_everything
-
-MIN_SPOTS = 64  # under so many tiles a slice's own statistics are too rough
-MIN_SD = 1e-3
-CONTEXT_PITCHES = 2.6
+from utils.training.spill import Spill
 
 Encode = Callable[[Tensor], Tensor]  # tiles (B, 3, Z, Z) in 0..1 -> features (B, ...)
 
@@ -37,177 +37,163 @@ def read_image_weights(text: str, flag: str) -> Any:
 
 @dataclass
 class EncodedPairs:
-    """Unit vectors (S, D) and tokens (S, P, D), (S, K, D) of pictures and profiles of one slice, by batch of spots."""
+    """Unit vectors (S, D) float32 of pictures and profiles, and their tokens (S, P, D), (S, K, D) where these are kept.
 
-    image: list[Tensor]
-    gene: list[Tensor]
-    image_tokens: list[Tensor]
-    gene_tokens: list[Tensor]
+    Tokens lie outside the accelerator, perhaps on disk, in the precision they were computed in.
+    """
+
+    image: np.ndarray
+    gene: np.ndarray
+    image_tokens: Tensor | None = None
+    gene_tokens: Tensor | None = None
 
     def vectors(self) -> tuple[np.ndarray, np.ndarray]:
-        return torch.cat(self.image).cpu().numpy(), torch.cat(self.gene).cpu().numpy()
+        return self.image, self.gene
 
 
 @torch.no_grad()
 def encode_pairs(
-    model: Any, one: datasets.SliceData, bins: np.ndarray, rows: np.ndarray, accelerator: Any, args: Any
+    model: Any,
+    one: datasets.SliceData,
+    bins: np.ndarray,
+    rows: np.ndarray,
+    accelerator: Any,
+    args: Any,
+    spill: Spill | None = None,
 ) -> EncodedPairs:
-    """Every picture and profile of the rows once: bins (S, G) of the whole slice, rows (n,) of it."""
+    """Every picture and profile of the rows once: bins (S, G) of the whole slice, rows (n,) of it.
+
+    Their tokens are kept only where there is a `spill` to take them.
+    """
     spots = np.column_stack([np.zeros_like(rows), rows])
     batches = datasets.TileBatches([one], spots, {"bins": bins[rows]})
-    found = EncodedPairs([], [], [], [])
+    kept: list[Tensor] = []
+    first = 0
     for batch in datasets.loader(batches, datasets.in_turn(len(rows), args.batch_size), args.workers):
         with accelerator.autocast():
             tiles = to_float(batch["tiles"].to(accelerator.device), model.sizes.image_size)
             image, image_tokens = model.encode_images(tiles)
             gene, gene_tokens = model.encode_genes(batch["bins"].to(accelerator.device))
-        for kept, new in zip(
-            (found.image, found.gene, found.image_tokens, found.gene_tokens),
-            (image, gene, image_tokens, gene_tokens),
-            strict=True,
-        ):
-            kept.append(new)
-    return found
+        found = (image, gene) if spill is None else (image, gene, image_tokens, gene_tokens)
+        kept = kept or [room_for(len(rows), each, spill) for each in found]
+        for room, new in zip(kept, found, strict=True):
+            room[first : first + len(new)] = new
+        first += len(image)
+    image, gene, *tokens = kept
+    return EncodedPairs(image.numpy(), gene.numpy(), *tokens)
 
 
-@torch.no_grad()
-def encode_slice(
-    encode: Encode, one: datasets.SliceData, size: int, device: torch.device, batch_size: int, workers: int
-) -> np.ndarray:
-    """Features of all tiles of a slice, in its order: (S, ...) float32."""
-    batches = datasets.TileBatches([one], datasets.all_spots(one))
-    order = datasets.in_turn(len(batches), batch_size)
-    done = []
-    with tqdm(total=len(batches), desc=f"{one.name}: features", unit="spot", disable=None) as bar:
-        for batch in datasets.loader(batches, order, workers):
-            done.append(encode(to_float(batch["tiles"].to(device), size)).float().cpu().numpy())
-            bar.update(len(done[-1]))
-    return np.concatenate(done)
-
-
-def kept_features(folder: Path, key: str, one: datasets.SliceData, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Features (S, 1 + T, D) float16 from `folder`, computed and written where they are missing or of another key."""
-    path, note = folder / f"{one.name}.npy", folder / f"{one.name}.json"
-    record = {"key": key, "barcodes": one.barcodes.tolist()}
-    if path.exists() and note.exists() and json.loads(note.read_text()) == record:
-        return np.load(path, mmap_mode="r")
-    features = compute().astype(np.float16)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    note.unlink(missing_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        np.save(file, features)
-    part.replace(path)
-    write_record(note, record)
-    return features
+def room_for(n: int, like: Tensor, spill: Spill | None) -> Tensor:
+    """An empty tensor off the accelerator for n rows such as those of `like`; NumPy, which has no bf16, sees bits."""
+    empty = np.empty if spill is None else spill.empty
+    return torch.from_numpy(empty((n, *like.shape[1:]), f"i{like.itemsize}")).view(like.dtype)
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Mean and deviation of the vector (row 0) and of the tokens (row 1): (2, D) each."""
+class TileEncoder:
+    """How the tiles of a slice become features; `size` is the side of the tiles (pixels) that `encode` takes."""
 
-    mean: np.ndarray
-    sd: np.ndarray
+    encode: Encode
+    size: int
+    device: torch.device
+    batch_size: int
+    workers: int
+    seed: int = 0  # of the augmented views
 
+    def look(self, tiles: Tensor, name: str, rows: np.ndarray, view: int) -> Tensor:
+        """Tiles (B, Z, Z, 3) uint8 of rows (B,) of a slice -> (B, 3, size, size): as they are (view 0), or augmented.
 
-def moments(features: list[np.ndarray]) -> Moments:
-    """Over all spots of the given slices (S, 1 + T, D); tokens share one mean and deviation over their places."""
-    vectors = np.concatenate([f[:, 0] for f in features]).astype(np.float64)
-    tokens = np.concatenate([f[:, 1:].reshape(-1, f.shape[-1]) for f in features]).astype(np.float64)
-    mean = np.stack([vectors.mean(0), tokens.mean(0)])
-    sd = np.stack([vectors.std(0), tokens.std(0)])
-    return Moments(mean.astype(np.float32), np.maximum(sd, MIN_SD).astype(np.float32))
-
-
-def slice_moments(features: np.ndarray, name: str, train: Moments) -> Moments:
-    """The slice's own; those of the train slices where it has too few tiles, with a warning."""
-    if len(features) >= MIN_SPOTS:
-        return moments([features])
-    print(f"warning: {name} has {len(features)} tiles, under {MIN_SPOTS}: standardised by the train slices' statistics")
-    return train
-
-
-def neighbours(xy_px: np.ndarray, pitch_px: float, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The n nearest other spots within 2.6 pitches: index (S, n), offset (S, n, 2) in pitches, present (S, n)."""
-    from scipy.spatial import cKDTree
-
-    reach = CONTEXT_PITCHES * pitch_px
-    if n == 0:
-        return np.zeros((len(xy_px), 0), int), np.zeros((len(xy_px), 0, 2), np.float32), np.zeros((len(xy_px), 0), bool)
-    index = np.asarray(cKDTree(xy_px).query(xy_px, k=np.arange(1, n + 2), distance_upper_bound=reach)[1])
-    own = index == np.arange(len(xy_px))[:, None]
-    own[~own.any(1), 0] = True  # a spot on top of many others may not find itself
-    index = index[~own].reshape(len(xy_px), n)
-    present = index < len(xy_px)
-    index = np.where(present, index, 0)
-    offset = (xy_px[index] - xy_px[:, None]) / pitch_px
-    return index, np.where(present[..., None], offset, 0).astype(np.float32), present
-
-
-class FeatureBank:
-    """Features of several slices on one device, given out by batches, standardised, with the context of each spot.
-
-    Spots are numbered through all slices in order; `first[i]` is the number of slice i's first spot.
-    """
-
-    def __init__(
-        self,
-        slices: list[datasets.SliceData],
-        features: list[np.ndarray],
-        train: Moments,
-        context: int,
-        device: torch.device,
-    ):
-        own = [slice_moments(f, one.name, train) for one, f in zip(slices, features, strict=True)]
-        self.first = np.cumsum([0, *(len(f) for f in features)])
-        around = [neighbours(one.xy_fullres_px, one.pitch_fullres_px, context) for one in slices]
-        numbered = [index + start for (index, _, _), start in zip(around, self.first, strict=False)]
-
-        def put(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-        self.features = put(np.concatenate(features).astype(np.float16))
-        self.slice_of = put(np.repeat(np.arange(len(slices)), np.diff(self.first)))
-        self.mean, self.sd = put(np.stack([m.mean for m in own])), put(np.stack([m.sd for m in own]))
-        self.index = put(np.concatenate(numbered))
-        self.offset = put(np.concatenate([offset for _, offset, _ in around]))
-        self.present = put(np.concatenate([present for _, _, present in around]))
-
-    def vectors(self, spots: Tensor) -> Tensor:
-        """Standardised vectors of spots of any shape (...,) -> (..., D) float32."""
-        of = self.slice_of[spots]
-        return (self.features[spots, 0].float() - self.mean[of, 0]) / self.sd[of, 0]
-
-    def batch(self, spots: Tensor) -> dict[str, Tensor]:
-        """Spot numbers (B,) -> what GeneDecoder takes: vector, tokens, context, offsets, present."""
-        of = self.slice_of[spots]
-        tokens = (self.features[spots, 1:].float() - self.mean[of, 1][:, None]) / self.sd[of, 1][:, None]
-        present = self.present[spots]
-        context = self.vectors(self.index[spots]) * present[..., None]
-        return {
-            "vector": self.vectors(spots),
-            "tokens": tokens,
-            "context": context,
-            "offsets": self.offset[spots],
-            "present": present,
-        }
-
-
-def domain_vectors(slices: list[datasets.SliceData], features: list[np.ndarray], part: str) -> Any:
-    """Vectors before standardisation of all spots of a part: (n, D) float32 tensor."""
-    rows = [f[one.rows_of(part), 0].astype(np.float32) for one, f in zip(slices, features, strict=True)]
-    return torch.from_numpy(np.concatenate(rows))
+        The draws are those of the slice and its row, so that they do not depend on the other slices of a run.
+        """
+        if view == 0:
+            return to_float(tiles, self.size)
+        return augment.augment(tiles, (zlib.crc32(name.encode()) << 30) + rows, self.seed, view, self.size)
 
 
 @torch.no_grad()
-def predict(model: Any, bank: FeatureBank, spots: np.ndarray, accelerator: Any, batch_size: int) -> np.ndarray:
-    """Expression (n, G) in the target's units of spot numbers (n,) of the bank."""
-    done = []
-    for start in range(0, len(spots), batch_size):
-        chosen = torch.from_numpy(spots[start : start + batch_size]).to(accelerator.device)
-        with accelerator.autocast():
-            done.append(model.predict(bank.batch(chosen)).cpu().numpy())
-    return np.concatenate(done)
+def encode_slice(how: TileEncoder, one: datasets.SliceData, view: int = 0) -> Iterator[np.ndarray]:
+    """Features of all tiles of a slice, in its order: (B, ...) float32, batch by batch."""
+    batches = datasets.TileBatches([one], datasets.all_spots(one))
+    order = datasets.in_turn(len(batches), how.batch_size)
+    what = f"{one.name}: features" + (f" of view {view}" if view else "")
+    with tqdm(total=len(batches), desc=what, unit="spot", disable=None) as bar:
+        for batch in datasets.loader(batches, order, how.workers):
+            tiles = how.look(batch["tiles"].to(how.device), one.name, batch["spot"].numpy(), view)
+            yield how.encode(tiles).float().cpu().numpy()
+            bar.update(len(tiles))
+
+
+def in_budget(found: Iterator[np.ndarray], n_spots: int, spill: Spill) -> np.ndarray:
+    """Batches of features put together: (S, 1 + T, D) float16, on disk beyond the budget."""
+    first = next(found)
+    whole, done = spill.empty((n_spots, *first.shape[1:]), np.float16), 0
+    for batch in chain([first], found):
+        whole[done : done + len(batch)] = batch
+        done += len(batch)
+    return whole
+
+
+def write_features(path: Path, found: Iterator[np.ndarray], n_spots: int) -> None:
+    """The same as a .npy file, a batch after the other. Written, not mapped: a full disk is then an OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        for batch in found:
+            if file.tell() == 0:
+                header = {"descr": "<f2", "fortran_order": False, "shape": (n_spots, *batch.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(batch.astype("<f2").tobytes())
+    part.replace(path)
+
+
+def views_in_budget(slices: list[datasets.SliceData], how: TileEncoder, folder: Path, args: Any) -> int:
+    """How many of --views fit --feature_budget; slices with train spots have all of them, the others one.
+
+    How much a tile takes is told by an empty one: 17 x 512 numbers as published, fewer where the grid is small.
+    """
+    spots = sum(len(one.barcodes) for one in slices)
+    taught = sum(len(one.barcodes) for one in slices if len(one.rows_of("train")))
+    tile = how.encode(torch.zeros(1, 3, how.size, how.size, device=how.device)).half().nbytes
+
+    def gib(n_views: int) -> str:
+        return f"{math.ceil((spots + (n_views - 1) * taught) * tile / 2**30 * 1000) / 1000:g} GiB"
+
+    spare = int(args.feature_budget * 2**30) - spots * tile
+    if spare < 0:
+        raise ValueError(
+            f"--feature_budget {args.feature_budget:g}: expected {gib(1)} or more for the features of {spots} tiles in "
+            f"{folder}, found less; raise it, or train on fewer slices"
+        )
+    views = min(args.views, 1 + spare // (taught * tile))
+    if views < args.views:
+        print(f"{views} of {args.views} views are kept: all of them need a --feature_budget of {gib(args.views)}")
+    print(f"features of {spots} tiles in {folder}, {views} views of those to train on: {gib(views)}")
+    return views
+
+
+def read_kept(path: Path, note: Path, record: dict[str, Any]) -> np.ndarray | None:
+    """Kept features (S, 1 + T, D) float16, mapped; None where they are missing, torn, or of another record."""
+    try:
+        return np.load(path, mmap_mode="r") if json.loads(note.read_text()) == record else None
+    except (FileNotFoundError, EOFError, ValueError):
+        return None
+
+
+def kept_features(
+    folder: Path, key: str, one: datasets.SliceData, compute: Callable[[], Iterator[np.ndarray]], view: int = 0
+) -> np.ndarray:
+    """Features (S, 1 + T, D) float16 mapped from `folder`; where they are not there, or of another key, they are
+    computed and written batch by batch."""
+    name = one.name + (f".view{view}" if view else "")
+    path, note = folder / f"{name}.npy", folder / f"{name}.json"
+    record = {"key": key, "barcodes": one.barcodes.tolist()}
+    kept = read_kept(path, note, record)
+    if kept is None:
+        note.unlink(missing_ok=True)  # old features never stand under a new key
+        write_features(path, compute(), len(one.barcodes))
+        write_record(note, record)
+        kept = np.load(path, mmap_mode="r")
+    return kept
 
 
 def untouched_features(
@@ -236,8 +222,8 @@ def untouched_features(
         with accelerator.autocast():
             return encoder.features(tiles)[0]
 
-    size = sizes["image_size"]
-    return [encode_slice(encode, one, size, accelerator.device, args.batch_size, args.workers) for one in slices]
+    how = TileEncoder(encode, sizes["image_size"], accelerator.device, args.batch_size, args.workers)
+    return [np.concatenate(list(encode_slice(how, one))) for one in slices]
 
 
 def as_pictures(one: datasets.SliceData, features: np.ndarray, part: str) -> dict[str, Any]:

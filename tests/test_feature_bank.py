@@ -1,0 +1,273 @@
+"""Kept features as the decoder takes them: standardised per slice, with the spots around, in memory or from disk."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import data_flags, row
+
+from utils.training import datasets, feature_bank
+from utils.training.spill import Spill
+
+PITCH_PX = 20.0
+GIB = {"in memory": 1.0, "vectors in memory": 20_000 / 2**30, "on disk": 1e-9}
+
+
+def one_slice(rng, n, name="slice"):
+    """Spots on a jittered square grid, in a shuffled order, and their features (S, 1 + 4, D), tokens unlike vectors."""
+    side = int(np.ceil(np.sqrt(n)))
+    places = np.indices((side, side)).reshape(2, -1).T[rng.permutation(side * side)[:n]]
+    xy = places * PITCH_PX + rng.normal(0, 2.0, (n, 2))
+    own = rng.normal(rng.normal(0, 2), rng.uniform(1, 3), (n, 5, 6)) + np.arange(5)[:, None] + np.arange(6)
+    one = SimpleNamespace(name=name, xy_fullres_px=xy, pitch_fullres_px=PITCH_PX)
+    return one, own.astype(np.float16)
+
+
+# ---- the spots around
+
+
+def slow_neighbours(xy, pitch_px, n):
+    """Of every spot: the others within 2.6 pitches as (distance, index), nearest first, at most n."""
+    found = []
+    for i in range(len(xy)):
+        others = [(float(np.hypot(*(xy[j] - xy[i]))), j) for j in range(len(xy)) if j != i]
+        found.append(sorted(other for other in others if other[0] < 2.6 * pitch_px)[:n])
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 4, 18])
+def test_neighbours_are_those_of_a_double_loop(rng, n):
+    xy = one_slice(rng, 60)[0].xy_fullres_px
+    index, offset, present = feature_bank.neighbours(xy, PITCH_PX, n)
+    assert index.shape == present.shape == (60, n) and offset.shape == (60, n, 2)
+    for i, expected in enumerate(slow_neighbours(xy, PITCH_PX, n)):
+        k = len(expected)
+        assert present[i].tolist() == [True] * k + [False] * (n - k)
+        assert index[i, :k].tolist() == [j for _, j in expected]
+        np.testing.assert_allclose(offset[i, :k], [(xy[j] - xy[i]) / PITCH_PX for _, j in expected], atol=1e-6)
+        assert not offset[i, k:].any() and not index[i, k:].any()
+    assert n < 18 or (~present).any(), "the case of too few neighbours occurs"
+
+
+def test_no_context(rng):
+    index, offset, present = feature_bank.neighbours(rng.random((7, 2)), 1.0, 0)
+    assert index.shape == present.shape == (7, 0) and offset.shape == (7, 0, 2)
+
+
+def test_a_lonely_spot_has_no_neighbour():
+    xy = np.array([[0.0, 0], [2.5, 0], [5.2, 0]])
+    index, offset, present = feature_bank.neighbours(xy, 1.0, 4)
+    assert present.sum(1).tolist() == [1, 1, 0] and index[:2, 0].tolist() == [1, 0]
+    assert offset[:2, 0].tolist() == [[2.5, 0], [-2.5, 0]]
+
+
+def test_spots_on_top_of_one_another_are_neighbours_but_not_their_own():
+    """Twelve spots at one place: a query for the nearest 4 + 1 may not hold the spot itself."""
+    xy = np.vstack([np.zeros((12, 2)), [[1.0, 0]]])
+    index, offset, present = feature_bank.neighbours(xy, 1.0, 4)
+    assert present.all() and not (index == np.arange(13)[:, None]).any()
+    assert all(len(set(line)) == 4 for line in index)
+    assert not offset[:12].any() and (offset[12] == [-1, 0]).all()
+
+
+# ---- standardising
+
+
+def test_moments_of_vectors_and_of_tokens(rng):
+    several = [one_slice(rng, n)[1] for n in (30, 50)]
+    found = feature_bank.moments(several)
+    whole = np.concatenate(several).astype(float)
+    assert found.mean.shape == found.sd.shape == (2, 6)
+    agree(found, whole)
+
+
+def agree(found, whole):
+    """With the plain formulas over all rows (S, 1 + T, D) in float64."""
+    for kind, values in enumerate((whole[:, 0], whole[:, 1:].reshape(-1, whole.shape[-1]))):
+        np.testing.assert_allclose(found.mean[kind], values.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(found.sd[kind], values.std(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 30, 1000])
+def test_moments_of_some_rows_by_blocks_of_any_size(rng, monkeypatch, at_once):
+    monkeypatch.setattr(feature_bank, "ROWS_AT_ONCE", at_once)
+    several = [one_slice(rng, n)[1] for n in (30, 50, 20)]
+    rows = [np.arange(3, 25), np.sort(rng.permutation(50)[:31]), np.zeros(0, int)]
+    whole = np.concatenate([f[r] for f, r in zip(several, rows, strict=True)]).astype(float)
+    agree(feature_bank.moments(several, rows), whole)
+
+
+def test_moments_far_from_zero(rng):
+    """A deviation of a thousandth of the mean, about what float16 can tell apart."""
+    far = (1000 + rng.integers(-2, 3, (300, 5, 6)) * 0.5).astype(np.float16)
+    agree(feature_bank.moments([far]), far.astype(float))
+
+
+def test_a_constant_feature_has_a_deviation_all_the_same():
+    flat = np.ones((70, 5, 3), np.float16)
+    assert feature_bank.moments([flat]).sd.tolist() == [[np.float32(1e-3)] * 3] * 2
+
+
+def test_a_slice_under_64_tiles_uses_the_train_statistics_and_says_so(rng, capsys):
+    train = feature_bank.moments([one_slice(rng, 80)[1]])
+    small, enough = one_slice(rng, 63)[1], one_slice(rng, 64)[1]
+    assert feature_bank.slice_moments(small, "few", train) is train
+    assert (
+        "warning: few has 63 tiles, under 64: standardised by the train slices' statistics" in capsys.readouterr().out
+    )
+    own = feature_bank.slice_moments(enough, "many", train)
+    np.testing.assert_array_equal(own.mean, feature_bank.moments([enough]).mean)
+    assert own is not train and not capsys.readouterr().out
+
+
+def make_bank(made, tmp_path, kind="in memory", views=None):
+    spill = Spill(GIB[kind], tmp_path)
+    device = torch.device("cpu")
+    return feature_bank.FeatureBank(made.slices, views or [made.kept], made.train, 18, device, spill)
+
+
+@pytest.fixture
+def made(rng):
+    """A large and a small slice, as much context as the published models have: spots at the edge have less."""
+    several = [one_slice(rng, 70, "large"), one_slice(rng, 40, "small")]
+    slices, kept = (list(part) for part in zip(*several, strict=True))
+    return SimpleNamespace(slices=slices, kept=kept, train=feature_bank.moments([kept[0]]))
+
+
+@pytest.fixture(params=GIB)
+def bank(made, request, tmp_path):
+    return make_bank(made, tmp_path, request.param)
+
+
+def slow_batch(made, number, standard=None):
+    """One spot of the bank, looked up by hand; `standard` are the features that the large slice is standardised by."""
+    i, at = (0, number) if number < 70 else (1, number - 70)
+    kept = made.kept[i].astype(np.float32)
+    own = feature_bank.moments([made.kept[0] if standard is None else standard]) if i == 0 else made.train
+    one = made.slices[i]
+    around = slow_neighbours(one.xy_fullres_px, PITCH_PX, 18)[at]
+    context, offsets = np.zeros((18, 6)), np.zeros((18, 2))
+    for place, (_, j) in enumerate(around):
+        context[place] = (kept[j, 0] - own.mean[0]) / own.sd[0]
+        offsets[place] = (one.xy_fullres_px[j] - one.xy_fullres_px[at]) / PITCH_PX
+    return {
+        "vector": (kept[at, 0] - own.mean[0]) / own.sd[0],
+        "tokens": (kept[at, 1:] - own.mean[1]) / own.sd[1],
+        "context": context,
+        "offsets": offsets,
+        "present": np.arange(18) < len(around),
+    }
+
+
+def test_a_batch_is_what_a_slow_look_up_gives(made, bank):
+    assert bank.first.tolist() == [0, 70, 110]
+    numbers = [69, 0, 70, 109, 33, 70]
+    found = bank.batch(np.array(numbers))
+    for i, number in enumerate(numbers):
+        expected = slow_batch(made, number)
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name][i].numpy(), value, atol=1e-5, err_msg=f"{name} of spot {number}")
+    assert found["vector"].dtype == torch.float32 and not found["present"].all()
+
+
+def test_a_slice_is_standardised_by_itself(bank):
+    """Mean 0, deviation 1 over the large slice; the small one keeps its distance from the train slices."""
+    everything = bank.batch(np.arange(110))
+    for name in ("vector", "tokens"):
+        values = everything[name].flatten(0, -2) if name == "tokens" else everything[name]
+        large = values[: 70 * (4 if name == "tokens" else 1)]
+        torch.testing.assert_close(large.mean(0), torch.zeros(6), atol=1e-2, rtol=0)
+        torch.testing.assert_close(large.std(0), torch.ones(6), atol=2e-2, rtol=0)
+    assert everything["vector"][70:].mean(0).abs().max() > 0.1
+
+
+def test_masked_context_is_zero(bank):
+    found = bank.batch(np.arange(110))
+    missing = ~found["present"]
+    assert missing.any() and not found["context"][missing].any() and not found["offsets"][missing].any()
+
+
+@pytest.mark.parametrize("kind", ["vectors in memory", "on disk"])
+def test_a_batch_from_disk_is_that_from_memory_bit_for_bit(made, rng, tmp_path, kind):
+    files = []
+    for i, f in enumerate([*made.kept, made.kept[0] + 1]):
+        np.save(tmp_path / f"{i}.npy", f)
+        files.append(np.load(tmp_path / f"{i}.npy", mmap_mode="r"))
+    large, small, other = files
+    views = [[large, small], [other, small]]
+    fast, lean = (make_bank(made, tmp_path / "spill", k, views) for k in ("in memory", kind))
+    assert fast.tokens.whole is not None and lean.tokens.whole is None
+    assert (lean.vectors.whole is None) == (kind == "on disk")
+    spots, view = rng.integers(0, 110, 64), rng.integers(0, 2, 64)
+    one, two = fast.batch(spots, view), lean.batch(spots, view)
+    for name in one:
+        assert one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]), name
+
+
+def test_the_budget_is_shared_by_all_that_grows_with_the_spots(made, tmp_path):
+    spill = Spill(1.0, tmp_path)
+    feature_bank.FeatureBank(made.slices, [made.kept], made.train, 18, torch.device("cpu"), spill)
+    around = 110 * 18 * (4 + 2 * 4 + 1)  # number, offsets, present
+    assert 2**30 - spill.left == 110 * 5 * 6 * 2 + around
+
+
+def test_a_view_gives_its_vectors_tokens_and_context(made, bank, tmp_path):
+    """All standardised as view 0; the small slice has no other view than that."""
+    large, small = made.kept
+    both = make_bank(made, tmp_path, views=[[large, small], [large * 2, small]])
+    assert both.n_views == 2 and bank.n_views == 1
+    alone = SimpleNamespace(**vars(made) | {"kept": [large * 2, small]})
+    spots = np.array([69, 3, 100, 3])
+    found = both.batch(spots, np.array([1, 0, 1, 1]))
+    for i, (number, kept) in enumerate(((69, alone), (3, made), (100, made), (3, alone))):
+        expected = slow_batch(SimpleNamespace(**vars(made) | {"kept": kept.kept}), number, made.kept[0])
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name][i].numpy(), value, atol=1e-5, err_msg=f"{name} of spot {number}")
+
+
+def test_no_context_at_all(made, tmp_path):
+    found = feature_bank.FeatureBank(
+        made.slices, [made.kept], made.train, 0, torch.device("cpu"), Spill(1.0, tmp_path)
+    ).batch(np.arange(5))
+    assert found["context"].shape == (5, 0, 6) and found["offsets"].shape == (5, 0, 2)
+
+
+# ---- the score out of the domain, predictions
+
+
+@pytest.fixture(scope="module")
+def tiled(prepared):
+    return datasets.load_slice(row("P01_1"), data_flags(prepared), ("target",), val_strip=True)
+
+
+def test_vectors_for_the_out_of_domain_score_are_not_standardised(tiled, rng):
+    made = rng.random((70, 5, 4)).astype(np.float16)
+    found = feature_bank.domain_vectors([tiled, tiled], [made, made + 1], "val", 0)
+    rows = tiled.rows_of("val")
+    np.testing.assert_array_equal(found.numpy(), np.concatenate([made[rows, 0], (made + 1)[rows, 0]]).astype("f4"))
+
+
+def test_of_many_spots_some_tell_the_domain(tiled, rng, monkeypatch):
+    monkeypatch.setattr(feature_bank, "DOMAIN_SPOTS", 30)
+    made = np.arange(70 * 5, dtype=np.float16).reshape(70, 5, 1)
+    found, again, other = (
+        feature_bank.domain_vectors([tiled, tiled], [made, -made - 1], "train", seed) for seed in (0, 0, 1)
+    )
+    rows = tiled.rows_of("train")
+    assert torch.equal(found, again) and not torch.equal(found, other)
+    assert len(found) == len(set(found[:, 0].tolist())) == 30
+    assert set(found[:, 0].tolist()) < {*made[rows, 0, 0].tolist(), *(-made[rows, 0, 0] - 1).tolist()}
+    assert 5 < (found > 0).sum() < 25, "of both slices"
+
+
+def test_predictions_do_not_depend_on_the_batch(bank):
+    class Model:
+        def predict(self, batch):
+            return batch["vector"][:, :2] + batch["context"].sum((1, 2))[:, None]
+
+    spots = np.array([3, 105, 70, 8, 69])
+    whole = feature_bank.predict(Model(), bank, spots, torch.no_grad, 32)
+    np.testing.assert_allclose(feature_bank.predict(Model(), bank, spots, torch.no_grad, 2), whole, rtol=1e-6)
+    assert whole.shape == (5, 2)

@@ -1,0 +1,55 @@
+"""What a slice's counts hold, as one hash by which the same section under two names is found.
+
+Shapes: S spots, G genes.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from utils.slices.matrix import StoredCounts, longest, runs, spans
+
+
+def _by_rank(counts: csr_matrix, rank: np.ndarray) -> csr_matrix:
+    """Counts (S, names) int64 with genes in the places `rank` (G,), those of one place added, in ascending order."""
+    found = csr_matrix(
+        (counts.data.astype(np.int64), rank[counts.indices], counts.indptr), (len(counts.indptr) - 1, rank.max() + 1)
+    )
+    found.sum_duplicates()
+    found.eliminate_zeros()
+    return found
+
+
+def counts_hash(
+    counts: csr_matrix | StoredCounts, barcodes: np.ndarray, genes: np.ndarray, memory: float = math.inf
+) -> str:
+    """SHA-256 of what was counted: the same for any order of spots and genes, with or without genes never seen.
+
+    Parameters
+    ----------
+    counts : (S, G) of whole numbers
+    barcodes : ndarray (S,) of str, each once
+    genes : ndarray (G,) of str; counts of a repeated name are added, so that their order is irrelevant too
+    memory : bytes for the counts that are looked at together; the hash does not depend on it
+    """
+    names, rank = np.unique(np.asarray(genes, dtype=str), return_inverse=True)
+    n_names, seen = np.zeros(counts.shape[0], np.int64), np.zeros(len(names), bool)
+    for span in spans(counts, memory):
+        part = _by_rank(counts[span], rank)
+        n_names[span] = np.diff(part.indptr)
+        seen[part.indices] = True
+    spots = np.flatnonzero(n_names)
+    spots = spots[np.argsort(np.asarray(barcodes, dtype=str)[spots])]
+    stops = np.cumsum(n_names[spots])
+    digest = hashlib.sha256("\n".join([*barcodes[spots], "", *names[seen], ""]).encode())
+    digest.update(np.append(0, stops).astype("<i8").tobytes())  # one width on every machine
+    lengths = np.diff(counts.indptr)[spots]
+    stops, place = np.cumsum(lengths), (np.cumsum(seen) - 1).astype("<i8")
+    in_order = [spots[run] for run in runs(stops - lengths, stops, longest(memory))]
+    for some in in_order:
+        digest.update(place[_by_rank(counts[some], rank).indices])
+    for some in in_order:  # read again: a digest has no second place to write to
+        digest.update(_by_rank(counts[some], rank).data.astype("<i8"))
+    return digest.hexdigest()

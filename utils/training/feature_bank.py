@@ -1,0 +1,194 @@
+"""Kept features as the decoder takes them: standardised per slice, with the spots around, a batch at a time.
+
+The features lie on the device while they fit the budget, else they stay in the files that they are mapped from.
+Letters: S spots, T tokens of a tile, D feature width, N context spots, V views of a tile, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.training import datasets
+from utils.training.spill import Spill
+
+MIN_SPOTS = 64  # under so many tiles a slice's own statistics are too rough
+MIN_SD = 1e-3
+CONTEXT_PITCHES = 2.6
+ROWS_AT_ONCE = 256  # 18 MB of the published features in float64
+DOMAIN_SPOTS = 20_000  # their D x D covariance is known well enough
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and deviation of the vector (row 0) and of the tokens (row 1): (2, D) each."""
+
+    mean: np.ndarray
+    sd: np.ndarray
+
+
+def blocks(n: int) -> Iterator[slice]:
+    """0..n in pieces of ROWS_AT_ONCE."""
+    return (slice(start, min(start + ROWS_AT_ONCE, n)) for start in range(0, n, ROWS_AT_ONCE))
+
+
+def moments(features: list[np.ndarray], rows: list[np.ndarray] | None = None) -> Moments:
+    """Over the given rows (all of them) of each slice (S, 1 + T, D), which is read block by block.
+
+    Tokens share one mean and deviation over their places. Squares of float16 in sums of float64 leave digits enough
+    for the difference of squares.
+    """
+    number, total, squares = np.zeros((2, 1)), *np.zeros((2, 2, features[0].shape[-1]))
+    for i, one in enumerate(features):
+        chosen = np.arange(len(one)) if rows is None else rows[i]
+        for block in blocks(len(chosen)):
+            both = one[chosen[block]].astype(np.float64)
+            for kind, values in enumerate((both[:, :1], both[:, 1:])):
+                number[kind] += values.shape[0] * values.shape[1]
+                total[kind] += values.sum((0, 1))
+                squares[kind] += np.einsum("btd,btd->d", values, values)
+    mean = total / number
+    sd = np.sqrt(np.maximum(squares / number - mean**2, 0))
+    return Moments(mean.astype(np.float32), np.maximum(sd, MIN_SD).astype(np.float32))
+
+
+def slice_moments(features: np.ndarray, name: str, train: Moments) -> Moments:
+    """The slice's own; those of the train slices where it has too few tiles, with a warning."""
+    if len(features) >= MIN_SPOTS:
+        return moments([features])
+    print(f"warning: {name} has {len(features)} tiles, under {MIN_SPOTS}: standardised by the train slices' statistics")
+    return train
+
+
+def neighbours(xy_px: np.ndarray, pitch_px: float, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The n nearest other spots within 2.6 pitches: index (S, n), offset (S, n, 2) in pitches, present (S, n)."""
+    from scipy.spatial import cKDTree
+
+    reach = CONTEXT_PITCHES * pitch_px
+    if n == 0:
+        return np.zeros((len(xy_px), 0), int), np.zeros((len(xy_px), 0, 2), np.float32), np.zeros((len(xy_px), 0), bool)
+    index = np.asarray(cKDTree(xy_px).query(xy_px, k=np.arange(1, n + 2), distance_upper_bound=reach)[1])
+    own = index == np.arange(len(xy_px))[:, None]
+    own[~own.any(1), 0] = True  # a spot on top of many others may not find itself
+    index = index[~own].reshape(len(xy_px), n)
+    present = index < len(xy_px)
+    index = np.where(present, index, 0)
+    offset = (xy_px[index] - xy_px[:, None]) / pitch_px
+    return index, np.where(present[..., None], offset, 0).astype(np.float32), present
+
+
+class Rows:
+    """Rows of several float16 arrays, numbered through all of them: on the device where the budget holds them, else
+    read from where they lie, in their order there."""
+
+    def __init__(self, arrays: list[np.ndarray], spill: Spill, device: torch.device):
+        self.arrays, self.device = arrays, device
+        self.first = np.cumsum([0, *map(len, arrays)])
+        size = sum(one.nbytes for one in arrays)
+        self.whole = None
+        if size <= spill.left:
+            spill.left -= size
+            self.whole = torch.empty((int(self.first[-1]), *arrays[0].shape[1:]), dtype=torch.float16, device=device)
+            for one, start in zip(arrays, self.first, strict=False):
+                for block in blocks(len(one)):
+                    self.whole[start + block.start : start + block.stop] = torch.from_numpy(np.array(one[block]))
+
+    def take(self, numbers: np.ndarray) -> Tensor:
+        """Numbers of any shape (...,) -> float16 (..., *row) on the device."""
+        if self.whole is not None:
+            return self.whole[torch.from_numpy(numbers).to(self.device)]
+        unique, place = np.unique(numbers, return_inverse=True)
+        ends = np.searchsorted(unique, self.first)
+        parts = zip(self.arrays, self.first, ends, ends[1:], strict=False)
+        found = np.concatenate([one[unique[low:high] - start] for one, start, low, high in parts if high > low])
+        return torch.from_numpy(found[place.reshape(numbers.shape)]).to(self.device)
+
+
+class FeatureBank:
+    """Features of several slices, given out by batches, standardised, with the context of each spot.
+
+    Spots are numbered through all slices in order; `first[i]` is the number of slice i's first spot. All views of a
+    tile are standardised as view 0, the tile as it is.
+
+    Parameters
+    ----------
+    views : per view and slice (S, 1 + T, D) float16; a slice without augmented views repeats its view 0
+    train : what stands in for the statistics of a small slice
+    spill : the budget of all that grows with the spots; vectors, which every batch reads N + 1 times, come first
+    """
+
+    def __init__(
+        self,
+        slices: list[datasets.SliceData],
+        views: list[list[np.ndarray]],
+        train: Moments,
+        context: int,
+        device: torch.device,
+        spill: Spill,
+    ):
+        own = [slice_moments(f, one.name, train) for one, f in zip(slices, views[0], strict=True)]
+        self.device, self.n_views = device, len(views)
+        self.mean, self.sd = self._put(np.stack([m.mean for m in own])), self._put(np.stack([m.sd for m in own]))
+        self.first = np.cumsum([0, *map(len, views[0])])
+        self._find_neighbours(slices, context, spill)
+        arrays = {id(f): f for view in views for f in view}
+        self.vectors = Rows([f[:, 0] for f in arrays.values()], spill, device)
+        self.tokens = Rows([f[:, 1:] for f in arrays.values()], spill, device)
+        start = dict(zip(arrays, self.vectors.first, strict=False))
+        self.start = np.array([[start[id(f)] for f in view] for view in views])  # (V, slices): row of the first spot
+
+    def _find_neighbours(self, slices: list[datasets.SliceData], n: int, spill: Spill) -> None:
+        size = int(self.first[-1])
+        self.index = spill.empty((size, n), np.int32)  # within the slice
+        self.offset, self.present = spill.empty((size, n, 2), np.float32), spill.empty((size, n), bool)
+        for one, start, stop in zip(slices, self.first, self.first[1:], strict=False):
+            found = neighbours(one.xy_fullres_px, one.pitch_fullres_px, n)
+            for all_spots, values in zip((self.index, self.offset, self.present), found, strict=True):
+                all_spots[start:stop] = values
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def batch(self, spots: np.ndarray, view: np.ndarray | int = 0) -> dict[str, Tensor]:
+        """Spot numbers (B,), view of each (B,) -> what GeneDecoder takes: vector, tokens, context, offsets, present."""
+        of = np.searchsorted(self.first, spots, side="right") - 1
+        start = self.start[view, of]
+        rows = np.column_stack([spots - self.first[of], self.index[spots]]) + start[:, None]
+        mean, sd = self.mean[of][:, :, None], self.sd[of][:, :, None]  # (B, 2, 1, D)
+        vectors = (self.vectors.take(rows).float() - mean[:, 0]) / sd[:, 0]
+        present = self._put(self.present[spots])
+        return {
+            "vector": vectors[:, 0],
+            "tokens": (self.tokens.take(rows[:, 0]).float() - mean[:, 1]) / sd[:, 1],
+            "context": vectors[:, 1:] * present[..., None],
+            "offsets": self._put(self.offset[spots]),
+            "present": present,
+        }
+
+
+def domain_vectors(slices: list[datasets.SliceData], features: list[np.ndarray], part: str, seed: int) -> Tensor:
+    """Vectors before standardisation of the spots of a part: (n, D) float32; of more than DOMAIN_SPOTS so many, drawn
+    by the seed."""
+    places = datasets.spots_of(slices, part)
+    if len(places) > DOMAIN_SPOTS:
+        places = places[np.sort(np.random.default_rng(seed).choice(len(places), DOMAIN_SPOTS, replace=False))]
+    rows = [f[places[places[:, 0] == i, 1], 0].astype(np.float32) for i, f in enumerate(features)]
+    return torch.from_numpy(np.concatenate(rows))
+
+
+@torch.no_grad()
+def predict(
+    model: Any, bank: FeatureBank, spots: np.ndarray, autocast: Callable[[], AbstractContextManager], batch_size: int
+) -> np.ndarray:
+    """Expression (n, G) in the target's units of spot numbers (n,) of the bank."""
+    done = []
+    for start in range(0, len(spots), batch_size):
+        with autocast():
+            done.append(model.predict(bank.batch(spots[start : start + batch_size])).cpu().numpy())
+    return np.concatenate(done)

@@ -18,7 +18,7 @@ from utils.slices.tiles import write_record
 from utils.training import arguments, checkpoint, datasets
 
 ROWS = ("depth", "contrastive", "matching", "reranked")
-PAIRS_AT_ONCE = 256
+SPOTS_AT_ONCE = 32  # neighbours in the file are often neighbours in the tissue, and share candidates
 NEAREST = 10
 
 
@@ -43,16 +43,16 @@ def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndar
     """Fusion logit of each spot's picture with each candidate's profile: (S, K); 0 where it is padding."""
     import torch
 
-    spots, columns = np.nonzero(candidates >= 0)
-    genes = candidates[spots, columns]
-    logits = np.zeros(candidates.shape, np.float32)
+    logits, device = np.zeros(candidates.shape, np.float32), accelerator.device
     with torch.no_grad(), accelerator.autocast():
-        for start in range(0, len(spots), PAIRS_AT_ONCE):
-            chosen = slice(start, start + PAIRS_AT_ONCE)
-            gene_tokens = encoded.gene_tokens[genes[chosen]].to(accelerator.device)
-            image_tokens = encoded.image_tokens[spots[chosen]].to(accelerator.device)
-            logits[spots[chosen], columns[chosen]] = model.fusion(gene_tokens, image_tokens).float().cpu().numpy()
-    return logits
+        for start in range(0, len(candidates), SPOTS_AT_ONCE):
+            rows = slice(start, start + SPOTS_AT_ONCE)
+            profiles, place = np.unique(np.maximum(candidates[rows], 0), return_inverse=True)
+            genes = model.fusion.read_genes(encoded.gene_tokens[profiles].to(device))
+            genes = genes[torch.from_numpy(place.reshape(candidates[rows].shape)).to(device)]
+            images = model.fusion.read_images(encoded.image_tokens[rows].to(device))
+            logits[rows] = model.fusion.judge(genes, images).float().cpu().numpy()
+    return np.where(candidates >= 0, logits, 0)
 
 
 def nearest_profiles(encoded, device) -> np.ndarray:

@@ -34,7 +34,7 @@ class Job:
     picture: Image.Image
     cut: tiles.Cut
     centres_px: np.ndarray
-    files: list[Path]
+    files: list[str]
     there: np.ndarray
 
 
@@ -125,16 +125,16 @@ def spots_on_picture(spots, size: tuple[int, int], scale: float) -> tuple[np.nda
     return centres, ((centres >= 0) & (centres < size)).all(1)
 
 
-def is_done(folder: Path, cut: tiles.Cut, barcodes: np.ndarray, files: list[Path], record: dict | None) -> bool:
+def is_done(folder: Path, cut: tiles.Cut, barcodes: np.ndarray, files: list[str], record: dict | None) -> bool:
     if record is None or not tiles.same_cut(record, cut) or not (folder / tiles.PACK).exists():
         return False
     return np.array_equal(tiles.TilePack(folder).barcodes, barcodes) and are_there(folder, files).all()
 
 
-def are_there(folder: Path, files: list[Path]) -> np.ndarray:
+def are_there(folder: Path, files: list[str]) -> np.ndarray:
     """Which of the files the folder holds: (S,) bool, by one listing of it."""
-    names = {path.name for path in folder.iterdir()}
-    return np.array([file.name in names for file in files])
+    there = {str(path) for path in folder.iterdir()}
+    return np.array([file in there for file in files])
 
 
 def begin(folder: Path, cut: tiles.Cut, record: dict | None) -> None:
@@ -167,7 +167,7 @@ def tile_slice(row, args) -> int:
         raise ValueError(f"{picture_file}: {size[0]} x {size[1]} px, but no spot lies on it; are the axes swapped?")
     spots, outside = spots[inside], spots.index[~inside].tolist()
     folder, record = args.tiles / row.slice, tiles.read_record(args.tiles / row.slice)
-    files = [tiles.tile_file(folder, barcode) for barcode in spots.index]
+    files = tiles.tile_files(folder, spots.index)
     done = is_done(folder, cut, spots.index.to_numpy(str), files, record)
     if not done:
         picture = tiles.open_picture(picture_file)  # all that can be refused is, before a tile is removed or written

@@ -5,8 +5,8 @@
     python benchmarks/speed.py --device cuda --batch_size 32
     python benchmarks/speed.py --small                  # tiny sizes: does it run?
 
-Each side of a part runs in a process of its own, and the two take turns. Writes benchmarks/speed.json (--out) and the table in
-benchmarks/RESULTS.md.
+Each side of a part runs in a process of its own, and the two take turns. Writes benchmarks/speed.json (--out) and the
+table in benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations

@@ -5,21 +5,32 @@ A part is a function of a Setting that prepares all it needs and gives a Work, w
 
 from __future__ import annotations
 
+import atexit
+import itertools
+import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from benchmarks import plain
 from model import losses
 from model.gene_encoder import GeneEncoder
 from model.stage_one import StageOne, StageOneSizes
 from model.stage_two import StageTwo, StageTwoSizes
+from utils.evaluation.retrieval import neighbour_candidates
 from utils.training import distributed
 
 N_TARGETS, N_CONTEXT, N_EPOCHS, N_STAGE_TWO = 300, 18, 100, 1000
@@ -175,6 +186,24 @@ def stage_one_eval(setting: Setting) -> Work:
 
 
 @torch.no_grad()
+def score_all(model: StageOne, tiles: Tensor, bins: Tensor, candidates: np.ndarray, machine: Machine) -> None:
+    """All rows of a gallery as get_accuracy_image.py scores them."""
+    import get_accuracy_image
+    from utils.training.features import EncodedPairs
+
+    found = []
+    for start in range(0, len(tiles), 32):
+        with machine.autocast():
+            image, image_tokens = model.encode_images(tiles[start : start + 32])
+            gene, gene_tokens = model.encode_genes(bins[start : start + 32])
+        found.append((image.cpu(), gene.cpu(), image_tokens.cpu(), gene_tokens.cpu()))
+    image, gene, image_tokens, gene_tokens = map(torch.cat, zip(*found, strict=True))
+    encoded = EncodedPairs(image.numpy(), gene.numpy(), image_tokens, gene_tokens)
+    depth = np.zeros(len(tiles))
+    get_accuracy_image.gallery_scores(model, encoded, depth, depth, candidates, machine.accelerator)
+
+
+@torch.no_grad()
 def encode_all(model: StageOne, tiles: Tensor, bins: Tensor, machine: Machine) -> tuple[Tensor, Tensor]:
     """Unit vectors of pictures and profiles, 32 at a time as the scripts do."""
     image, gene = [], []
@@ -250,3 +279,121 @@ def prediction(setting: Setting) -> Work:
             lambda: machine.timed(lambda: plain.predict(model, tiles, around)) * 8, 64, "spots", "8 of 64 tiles"
         )
     return Work(lambda: machine.timed(predict), n, "spots")
+
+
+def simulated_slice(folder: Path, n_spots: int, seed: int) -> np.ndarray:
+    """A slice folder with a hires picture of 2,000 px and spots on it, without counts: centres (S, 2) in its pixels."""
+    rng = np.random.default_rng(seed)
+    spatial = folder / "slice" / "spatial"
+    spatial.mkdir(parents=True)
+    coarse = rng.integers(60, 255, (125, 125, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((2000, 2000), Image.Resampling.BICUBIC).save(spatial / "tissue_hires_image.png")
+    side = int(np.ceil(n_spots**0.5))
+    row, column = np.divmod(np.arange(n_spots), side)
+    centres = 30 + np.column_stack([column, row]) * (1940 / side)
+    y, x = (np.rint(centres / 0.1).astype(int).T)[::-1]
+    lines = [f"SPOT{i}-1,1,{row[i]},{column[i]},{y[i]},{x[i]}" for i in range(n_spots)]
+    (spatial / "tissue_positions_list.csv").write_text("\n".join(lines) + "\n")
+    scales = {"tissue_hires_scalef": 0.1, "tissue_lowres_scalef": 0.03, "spot_diameter_fullres": 100.0}
+    (spatial / "scalefactors_json.json").write_text(json.dumps(scales))
+    return np.rint(centres / 0.1) * 0.1
+
+
+def tiling(setting: Setting) -> Work:
+    """The published tiles, 40 px of the hires picture, of a slice of 4,992 spots: picture opened, JPEGs written."""
+    import image_tilling
+
+    folder = Path(tempfile.mkdtemp(prefix="magic_speed_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    n = 4992 if setting.sizes != SMALL else 500
+    centres = simulated_slice(folder / "data", n, setting.seed)
+    numbers = itertools.count()  # each time into a new folder
+
+    def cut() -> float:
+        out = folder / f"tiles{next(numbers)}"
+        start = time.perf_counter()
+        if setting.plainly:
+            plain.cut_tiles(folder / "data/slice/spatial/tissue_hires_image.png", centres, out)
+        else:
+            flags = ["--data", str(folder / "data"), "--tiles", str(out), "--source", "hires", "--crop_size", "40"]
+            image_tilling.main(image_tilling.parse_args(flags))
+        return time.perf_counter() - start
+
+    return Work(cut, n, "spots")
+
+
+def loading(setting: Setting) -> Work:
+    """Augmented tiles of 224 px in batches of 32, as training reads them: plainly from JPEGs, ours from the pack."""
+    from utils.slices import tiles
+    from utils.training import augment, datasets
+
+    s, machine = setting.sizes, Machine(setting)
+    folder = Path(tempfile.mkdtemp(prefix="magic_speed_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    n = 4096 if setting.sizes != SMALL else 256
+    paths = write_tiles(folder, n, s.image_size, setting.seed)
+
+    def read_ours() -> None:
+        one = SimpleNamespace(pack=tiles.TilePack(folder), tile_rows=np.arange(n))
+        spots = np.column_stack([np.zeros(n, int), np.arange(n)])
+        order = datasets.EpochOrder(n, 32, setting.seed)
+        for batch in datasets.loader(datasets.TileBatches([one], spots), order, workers=2):
+            augment.augment(batch["tiles"].to(machine.device), batch["spot"].numpy(), setting.seed, 0, s.image_size)
+
+    def read_plainly() -> None:
+        data = plain.TileFiles(paths, setting.seed)
+        for batch in DataLoader(data, batch_size=32, shuffle=True, num_workers=2):
+            batch.to(machine.device)
+
+    return Work(lambda: machine.timed(read_plainly if setting.plainly else read_ours), n, "tiles")
+
+
+def write_tiles(folder: Path, n: int, size: int, seed: int) -> list[Path]:
+    """Tiles as image_tilling.py leaves them: JPEGs, their pack, and the record of it."""
+    from utils.slices import tiles
+
+    rng = np.random.default_rng(seed)
+    picture = Image.fromarray(rng.integers(60, 255, (64, 64, 3), dtype=np.uint8)).resize((4 * size, 4 * size))
+    paths, centres = [folder / f"SPOT{i}-1.jpeg" for i in range(n)], rng.uniform(size, 3 * size, (n, 2))
+    cut = tiles.Cut("fullres", "picture.tif", 0.5, float(size), size, True)
+    pixels = tiles.ensure_tiles(picture, centres, cut, paths, np.zeros(n, bool))
+    tiles.write_pack(folder, np.array([path.stem for path in paths]), centres, [pixels], size)
+    tiles.write_record(folder / tiles.RECORD, asdict(cut))
+    return paths
+
+
+def gallery(setting: Setting) -> Work:
+    """Ten nearest of a large gallery for 1,000 queries; plainly the bare matrix product, by the same blocks."""
+    from utils.evaluation.gallery import top_k
+
+    machine, n_queries, width = Machine(setting), 1000, 512
+    draws = torch.Generator().manual_seed(setting.seed)
+    queries = torch.randn(n_queries, width, generator=draws).to(machine.device)
+    rows = torch.randn(setting.sizes.gallery, width, generator=draws).to(machine.device)
+    product = torch.empty(4096 * n_queries, device=machine.device)
+
+    def multiply() -> None:
+        for block in rows.split(4096):
+            torch.mm(block, queries.T, out=product[: len(block) * n_queries].view(len(block), n_queries))
+
+    search = multiply if setting.plainly else lambda: top_k(queries, rows, 10, block=4096)
+    return Work(lambda: machine.timed(search), n_queries, "queries")
+
+
+def retrieval(setting: Setting) -> Work:
+    """Nine candidates of each of 1,000 spots, three rows of scores: plainly each profile anew for each picture."""
+    s, machine = setting.sizes, Machine(setting)
+    model = stage_one(setting, machine).eval()
+    tiles, bins = machine.tiles(s.spots, s.image_size), machine.bins(s.spots, s.n_genes)
+    side = int(np.ceil(s.spots**0.5))
+    xy = np.column_stack(np.divmod(np.arange(s.spots), side)).astype(float)
+    candidates = neighbour_candidates(xy, 8, setting.seed).candidates
+    if setting.plainly:
+        some = torch.from_numpy(candidates[:2])
+        return Work(
+            lambda: machine.timed(lambda: plain.retrieval_scores(model, tiles, bins, some)) * s.spots / len(some),
+            s.spots,
+            "spots",
+            f"2 of {s.spots} spots",
+        )
+    return Work(lambda: machine.timed(lambda: score_all(model, tiles, bins, candidates, machine)), s.spots, "spots")

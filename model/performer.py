@@ -20,7 +20,7 @@ from torch import Tensor, nn
 N_FEATURES = 266  # of scBERT's projections: int(64 ln 64) for heads of 64
 HEAD_WIDTH = 64
 EPSILON = 1e-4  # keeps a kernel value from being zero; scBERT's constant
-BYTES_AT_ONCE = {"cpu": 2**22, "cuda": 2**29}  # of features: what a core's cache holds; what keeps a GPU busy
+BYTES_AT_ONCE = {"cpu": 3 * 2**23, "cuda": 2**29}  # of features: what a CPU's cache holds; what keeps a GPU busy
 
 
 def orthogonal_projection(n_features: int, width: int, generator: torch.Generator | None = None) -> Tensor:

@@ -95,7 +95,7 @@ def test_a_spoilt_tile_is_named(data):
     folder = cut(data)
     (folder / "S1x1-1.jpeg").write_bytes(b"\xff\xd8 spoilt \xff\xd9")
     (folder / "tiles.h5").unlink()
-    refused("S1x1-1.jpeg: expected a picture", cut, data)
+    refused("S1x1-1.jpeg: expected a tile of 28 x 28 px, found one that cannot be read", cut, data)
     assert not list(folder.glob("*.part"))
 
 
@@ -103,7 +103,7 @@ def test_a_tile_of_another_size_is_named(data):
     folder = cut(data)
     Image.new("RGB", (9, 10)).save(folder / "S1x1-1.jpeg")
     (folder / "tiles.h5").unlink()
-    refused("S1x1-1.jpeg: expected 28 x 28 px, found 9 x 10; delete it", cut, data)
+    refused("S1x1-1.jpeg: expected a tile of 28 x 28 px, found 9 x 10; delete it", cut, data)
     assert not (folder / "tiles.h5").exists()
 
 
@@ -248,7 +248,7 @@ def test_a_chunk_that_fails_stops_the_run(data, monkeypatch):
     monkeypatch.setattr(image_tilling, "CHUNK", 1)
     Image.new("RGB", (9, 10)).save(cut(data) / "S2x4-1.jpeg")
     (data.parent / "tiles" / "slice" / "tiles.h5").unlink()
-    refused("S2x4-1.jpeg: expected 28 x 28 px, found 9 x 10", cut, data, "--workers", 2)
+    refused("S2x4-1.jpeg: expected a tile of 28 x 28 px, found 9 x 10", cut, data, "--workers", 2)
 
 
 def test_the_folder_is_listed_and_not_asked_for_every_tile(data, monkeypatch):

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 Image.MAX_IMAGE_PIXELS = None  # full-resolution scans exceed Pillow's guard against decompression bombs by design
@@ -127,44 +128,42 @@ def _crop(picture: Image.Image, box: tuple[int, ...]) -> Image.Image:
     return canvas
 
 
-def tile_file(folder: Path, barcode: str) -> Path:
-    """Where a spot's tile lies. Raises ValueError where the barcode cannot be a file name."""
-    if not barcode or barcode.startswith(".") or any(c in barcode for c in "/\\\0"):
-        raise ValueError(f"{folder}: barcode {barcode!r} cannot be a file name; rename it in counts and positions")
-    return folder / f"{barcode}.jpeg"
+def tile_files(folder: Path, barcodes: Iterable[str]) -> list[str]:
+    """Where the spots' tiles lie. Raises ValueError where a barcode cannot be a file name."""
+    files = [f"{folder}{os.sep}{barcode}.jpeg" for barcode in barcodes]
+    for barcode in barcodes:
+        if not barcode or barcode.startswith(".") or any(c in barcode for c in "/\\\0"):
+            raise ValueError(f"{folder}: barcode {barcode!r} cannot be a file name; rename it in counts and positions")
+    return files
 
 
 def ensure_tiles(
-    picture: Image.Image, centres_px: np.ndarray, cut: Cut, paths: list[Path], there: np.ndarray
+    picture: Image.Image, centres_px: np.ndarray, cut: Cut, files: list[str], there: np.ndarray
 ) -> np.ndarray:
-    """Pixels (n, Z, Z, 3) uint8 of the JPEGs at `paths`, each written first where it is not `there` (n,) or is torn."""
-    strip = Image.new("RGB", (cut.size, cut.size * len(paths)))
-    for i, (centre, path, found) in enumerate(zip(centres_px, paths, there, strict=True)):
-        tile = kept_tile(path, cut.size) if found else None
-        strip.paste(tile or new_tile(picture, centre, cut, path), (0, i * cut.size))
-    return np.asarray(strip).reshape(-1, cut.size, cut.size, 3)
+    """Pixels (n, Z, Z, 3) uint8 of the JPEGs `files`, each written first where it is not `there` (n,) or is torn."""
+    pixels = np.empty((len(files), cut.size, cut.size, 3), np.uint8)
+    for tile, centre, file, found in zip(pixels, centres_px, files, there, strict=True):
+        data = Path(file).read_bytes() if found else b""
+        if not data.endswith(END_OF_JPEG):  # not there, or an earlier run was stopped in the middle of the file
+            data = cut_tile(picture, centre, cut).tobytes("jpeg", *_encoder_settings(cut.quality))
+            with open(file, "wb", buffering=0) as target:  # noqa: PTH123 (a Path costs as much as writing the tile)
+                target.write(data)  # in place, which is cheaper than a rename: its end tells that it is whole
+        _decode(data, file, tile)
+    return pixels
 
 
-def kept_tile(path: Path, size: int) -> Image.Image | None:
-    """The tile of an earlier run; None where it was stopped in the middle of the file, which then lacks its end."""
-    data = path.read_bytes()
-    if not data.endswith(END_OF_JPEG):
-        return None
-    with _readable(path), Image.open(io.BytesIO(data)) as picture:
-        tile = picture.convert("RGB")
-    if tile.size != (size, size):
-        raise ValueError(
-            f"{path}: expected {size} x {size} px, found {tile.width} x {tile.height}; "
-            "delete it and run image_tilling.py again"
-        )
-    return tile
-
-
-def new_tile(picture: Image.Image, centre_px: np.ndarray, cut: Cut, path: Path) -> Image.Image:
-    """Cut a tile, write its JPEG in place (cheaper than a rename: its end tells that it is whole), and decode that."""
-    data = cut_tile(picture, centre_px, cut).tobytes("jpeg", *_encoder_settings(cut.quality))
-    path.write_bytes(data)
-    return Image.frombytes("RGB", (cut.size, cut.size), data, "jpeg", "RGB", "")
+def _decode(data: bytes, file: str, out: np.ndarray) -> None:
+    """Pixels of a JPEG into `out` (Z, Z, 3): those that Pillow gives, from the same library, without its set-up."""
+    try:
+        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        if (height, width) == out.shape[:2]:
+            simplejpeg.decode_jpeg(data, buffer=out)
+            return
+        found = f"{width} x {height}"
+    except ValueError as error:
+        found = f"one that cannot be read ({error})"
+    size = f"{out.shape[1]} x {out.shape[0]} px"
+    raise ValueError(f"{file}: expected a tile of {size}, found {found}; delete it and run image_tilling.py again")
 
 
 @cache

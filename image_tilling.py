@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -173,7 +174,8 @@ def tile_slice(row, args) -> int:
         picture = tiles.open_picture(picture_file)  # all that can be refused is, before a tile is removed or written
         begin(folder, cut, record)
         job = Job(picture, cut, centres[inside], files, are_there(folder, files))
-        cut_slice(folder, job, spots, outside, args.workers)
+        workers = min(4, os.cpu_count() or 1) if args.workers is None else args.workers
+        cut_slice(folder, job, spots, outside, workers)
     notes = [f"{n} {what}" for what, n in unmatched.items() if n]
     notes += [f"{len(outside)} outside the picture"] if outside else []
     what = "are there" if done else f"of {cut.size} px from {picture_file.name}"

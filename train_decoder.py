@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +68,13 @@ def targets_of(slices, scale: str, spill) -> tuple[np.ndarray, np.ndarray, np.nd
     target = spill.empty((sum(len(one.barcodes) for one in slices), n_genes), np.float32)
     first = np.cumsum([0, *(len(one.barcodes) for one in slices)])
     train = np.concatenate([start + one.rows_of("train") for start, one in zip(first, slices, strict=False)])
+    for one, start, stop in zip(slices, first, first[1:], strict=False):
+        panel, counts = one.panels["target"], one.panels["target"].counts
+        for group in gene_groups(n_genes):
+            scaled = metrics.to_scale(scale, counts[:, group], one.total_counts)
+            target[start:stop, group] = np.where(panel.measured[group], scaled, np.nan)
     mean, sd = np.empty((2, n_genes), np.float32)
     for group in gene_groups(n_genes):
-        for one, start, stop in zip(slices, first, first[1:], strict=False):
-            panel = one.panels["target"]
-            scaled = metrics.to_scale(scale, panel.counts[:, group], one.total_counts)
-            target[start:stop, group] = np.where(panel.measured[group], scaled, np.nan)
         taught = target[train, group].astype(np.float64)
         mean[group], sd[group] = np.nanmean(taught, axis=0), np.maximum(np.nanstd(taught, axis=0), 1e-6)
         target[:, group] = (target[:, group] - mean[group]) / sd[group]
@@ -165,25 +167,35 @@ def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator
     return total / len(order)
 
 
-def validate(model, bank, slices, accelerator, args) -> np.ndarray:
+def validation_truth(slices) -> list[np.ndarray]:
+    """Per slice Pearson residuals (n, G) float32 of the validation spots, NaN where a gene was not measured."""
+    from utils.evaluation import metrics
+
+    found = []
+    for one in slices:
+        rows, panel = one.rows_of("val"), one.panels["target"]
+        truth = np.full((len(rows), len(panel.genes)), np.nan, np.float32)
+        counts = panel.counts if len(rows) else None
+        for group in gene_groups(len(panel.genes)) if len(rows) else []:
+            residuals = metrics.pearson_residuals(counts[:, group], one.total_counts)[rows]
+            truth[:, group] = np.where(panel.measured[group], residuals, np.nan)
+        found.append(truth)
+    return found
+
+
+def validate(model, bank, slices, truth: list[np.ndarray], accelerator, args) -> np.ndarray:
     """PCC per gene against residuals on validation spots, mean over slices: (G,); an undefined one counts as 0."""
     from utils.evaluation import metrics
     from utils.training.feature_bank import predict
 
     model.eval()
-    found = []
-    for i, one in enumerate(slices):
-        rows = one.rows_of("val")
-        if len(rows):
-            panel, spots = one.panels["target"], bank.first[i] + rows
-            predicted = predict(
-                model, bank, spots, lambda: decoder_autocast(accelerator, args.precision), args.batch_size
-            )
-            pcc = []
-            for group in gene_groups(len(panel.genes)):
-                truth = metrics.pearson_residuals(panel.counts[:, group], one.total_counts)[rows]
-                pcc.append(metrics.scored_pearson_per_gene(predicted[:, group], truth))
-            found.append(np.concatenate(pcc) * np.where(panel.measured, 1, np.nan))
+    autocast, found = partial(decoder_autocast, accelerator, args.precision), []
+    for one, start, measured in zip(slices, bank.first, truth, strict=False):
+        if len(measured):
+            predicted = predict(model, bank, start + one.rows_of("val"), autocast, args.batch_size)
+            known = np.isfinite(measured).all(0)
+            pcc = metrics.scored_pearson_per_gene(predicted, np.nan_to_num(measured))
+            found.append(np.where(known, pcc, np.nan))
     known = np.isfinite(found)
     return np.nansum(found, axis=0) / np.maximum(known.sum(0), 1)
 
@@ -240,6 +252,7 @@ def main(args):
     views = all_features(model, slices, accelerator, args)
     moments = feature_bank.moments(views[0], [one.rows_of("train") for one in slices])
     bank = feature_bank.FeatureBank(slices, views, moments, args.context, accelerator.device, memory)
+    truth = validation_truth(slices)
     chosen = datasets.spots_of(slices, "train")
     spots = bank.first[chosen[:, 0]] + chosen[:, 1]
     order = datasets.EpochOrder(len(spots), args.batch_size, args.seed)
@@ -250,12 +263,14 @@ def main(args):
     if args.resume:
         first, best = checkpoint.resume(args.out / checkpoint.LAST, "stage_two", model, optimizer, schedule, about)
     optimizer = accelerator.prepare(optimizer)
+    if args.compile:
+        model.decoder.compile()
     log = loop.RunLog(args.logs, "stage_two", vars(args) | {"n_train_spots": len(spots)})
     table.write_table(rows, args.out / "slices.csv")
     for epoch in range(first, args.Epoch):
         start = time.monotonic()
         loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, epoch, args)
-        val_pcc = validate(model, bank, slices, accelerator, args)
+        val_pcc = validate(model, bank, slices, truth, accelerator, args)
         row = {"epoch": epoch, "loss": loss, "val_pcc_residuals": float(val_pcc.mean())}
         row |= {"lr": schedule.get_last_lr()[0], "seconds": time.monotonic() - start}
         log.add(row)

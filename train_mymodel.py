@@ -26,6 +26,7 @@ MATCHING_CHANCE = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)  # one pair t
 def parse_args(argv=None):
     parser = arguments.shared(__doc__)
     arguments.add_training(parser, out="encoder_model")
+    arguments.add_memory(parser)
     group = parser.add_argument_group("image encoder")
     group.add_argument("--image_encoder", default="deit_base_patch16_224.fb_in1k", help="name of a timm model")
     group.add_argument("--image_size", type=arguments.count, default=224, help="side of its input, pixels")
@@ -43,6 +44,9 @@ def parse_args(argv=None):
     group.add_argument("--gene_vocab", type=Path, help="genes in gene2vec's order: text, one per line, or h5ad")
     group.add_argument(
         "--tune_block", type=arguments.count_or_zero, default=4, help="block that trains on gene_weights"
+    )
+    group.add_argument(
+        "--frozen_budget", type=arguments.not_negative, default=0.0, help="GiB on disk to keep what frozen blocks give"
     )
     group = parser.add_argument_group("method")
     group.add_argument("--width", type=arguments.count, default=512, help="shared width of pictures and profiles")
@@ -75,17 +79,32 @@ def load_data(args):
     return datasets.load_training(rows, args, ("input", "target") if args.expression_weight else ("input",)), rows
 
 
-def expression_targets(slices, spots) -> np.ndarray:
-    """Pearson residuals of the target genes over their train deviation: (n, T) float32, NaN where not measured."""
+def expression_targets(slices, spill) -> np.ndarray:
+    """Pearson residuals of the train spots' target genes, over their deviation: (n, T), NaN where not measured."""
     from utils.evaluation import metrics
 
-    scaled = []
-    for one in slices:
+    rows = [one.rows_of("train") for one in slices]
+    found = spill.empty((sum(map(len, rows)), len(slices[0].panels["target"].genes)), np.float32)
+    done = 0
+    for one, chosen in zip(slices, rows, strict=True):
         panel = one.panels["target"]
         residuals = metrics.pearson_residuals(panel.counts, one.total_counts)
-        scaled.append(np.where(panel.measured, residuals, np.nan))
-    chosen = np.stack([scaled[i][row] for i, row in spots])
-    return (chosen / np.maximum(np.nanstd(chosen, axis=0), 1e-6)).astype(np.float32)
+        found[done : done + len(chosen)] = np.where(panel.measured, residuals, np.nan)[chosen]
+        done += len(chosen)
+    found /= np.maximum(np.nanstd(found, axis=0), 1e-6)
+    return found
+
+
+def tokens_of(slices, spill) -> tuple[list[np.ndarray], np.ndarray]:
+    """Bins (S, G) uint8 of each slice, and of the train spots of all of them (n, G)."""
+    n_genes = len(slices[0].panels["input"].genes)
+    bins = [one.bins(spill.empty((len(one.barcodes), n_genes), np.uint8)) for one in slices]
+    rows = [one.rows_of("train") for one in slices]
+    train = spill.empty((sum(map(len, rows)), n_genes), np.uint8)
+    ends = np.cumsum([0, *map(len, rows)])
+    for own, chosen, start, stop in zip(bins, rows, ends, ends[1:], strict=False):
+        train[start:stop] = own[chosen]
+    return bins, train
 
 
 def build_model(args, slices, n_train: int):
@@ -131,6 +150,30 @@ def load_gene_weights(encoder, args, panel: list[str]) -> None:
     print(f"gene positions: {found} of {len(panel)} panel genes found in {args.gene_vocab.name}")
 
 
+def frozen_outputs(encoder, bins: np.ndarray, accelerator, args) -> np.ndarray | None:
+    """What the frozen blocks give for each spot, run once: (n, G, W), bf16 seen as int16, in a file of --out that has
+    no name; None where nothing is frozen or --frozen_budget does not hold it."""
+    import torch
+
+    from utils.training.spill import Spill
+
+    shape = (*bins.shape, args.gene_width)
+    size_gib = np.prod(shape) * 2 / 2**30
+    if not (encoder.n_frozen and args.frozen_budget):
+        return None
+    if size_gib > args.frozen_budget:
+        print(f"frozen blocks run in every step: what they give needs a --frozen_budget of {size_gib:.1f} GiB")
+        return None
+    print(f"what {encoder.n_frozen} frozen blocks give for {len(bins)} spots is kept in {args.out}: {size_gib:.1f} GiB")
+    kept = Spill(0, args.out).empty(shape, np.int16)
+    for first in range(0, len(bins), args.batch_size):
+        some = slice(first, first + args.batch_size)
+        with accelerator.autocast():
+            hidden = encoder.frozen_part(torch.from_numpy(bins[some]).to(accelerator.device))
+        kept[some] = hidden.bfloat16().cpu().view(torch.int16).numpy()
+    return kept
+
+
 def train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch: int, args) -> dict[str, float]:
     """Means over the epoch's steps of every loss, each beside its chance level."""
     import torch
@@ -150,9 +193,8 @@ def train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch: int,
             alpha = args.alpha * min((number + 1) / n_steps, 1.0)
             draws = torch.Generator(accelerator.device).manual_seed(args.seed * 1_000_003 + number)
             candidates = len(tiles) + int(model.queue.state[0])
-            out = model(
-                tiles, batch["bins"], batch["spot"], alpha, draws, batch.get("expression"), args.expression_weight
-            )
+            start = batch["bins"] if "bins" in batch else batch["hidden"].view(torch.bfloat16)
+            out = model(tiles, start, batch["spot"], alpha, draws, batch.get("expression"), args.expression_weight)
             loop.stop_if_not_finite(out.loss.item(), epoch, step)
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(out.loss)
@@ -213,18 +255,20 @@ def draw_losses(log) -> None:
 def main(args):
     check(args)
     slices, rows = load_data(args)
-    from utils.training import distributed, loop
+    from utils.training import distributed, loop, spill
 
     accelerator = distributed.start(args.device, args.precision)
     loop.seed_everything(args.seed)
+    memory = spill.Spill(args.memory, args.out)
     spots = datasets.spots_of(slices, "train")
-    bins = [one.bins() for one in slices]
-    extra = {"bins": np.stack([bins[i][row] for i, row in spots])}
+    bins, train_bins = tokens_of(slices, memory)
+    model = build_model(args, slices, len(spots)).to(accelerator.device)
+    hidden = frozen_outputs(model.gene_encoder, train_bins, accelerator, args)
+    extra = {"bins": train_bins} if hidden is None else {"hidden": hidden}
     if args.expression_weight:
-        extra["expression"] = expression_targets(slices, spots)
+        extra["expression"] = expression_targets(slices, memory)
     order = datasets.EpochOrder(len(spots), args.batch_size, args.seed)
     loader = datasets.loader(datasets.TileBatches(slices, spots, extra), order, args.workers)
-    model = build_model(args, slices, len(spots)).to(accelerator.device)
     optimizer = loop.make_optimizer(model.parameters(), args)
     schedule = loop.schedule(optimizer, len(order) * (args.Epoch - args.Init_Epoch), args)
     about = {
@@ -239,6 +283,8 @@ def main(args):
     if args.resume:
         first, best = checkpoint.resume(args.out / checkpoint.LAST, "stage_one", model, optimizer, schedule, about)
     model, optimizer = accelerator.prepare(model, optimizer)
+    if args.compile:
+        model.compile_encoders()
     log = loop.RunLog(args.logs, "stage_one", vars(args) | {"n_train_spots": len(spots)})
     args.out.mkdir(parents=True, exist_ok=True)
     table.write_table(rows, args.out / "slices.csv")

@@ -337,7 +337,7 @@ def loading(setting: Setting) -> Work:
         one = SimpleNamespace(pack=tiles.TilePack(folder), tile_rows=np.arange(n))
         spots = np.column_stack([np.zeros(n, int), np.arange(n)])
         order = datasets.EpochOrder(n, 32, setting.seed)
-        for batch in datasets.loader(datasets.TileBatches([one], spots), order, workers=2):
+        for batch in datasets.loader(datasets.TileBatches([one], spots), order, workers=None):
             augment.augment(batch["tiles"].to(machine.device), batch["spot"].numpy(), setting.seed, 0, s.image_size)
 
     def read_plainly() -> None:

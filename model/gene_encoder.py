@@ -55,8 +55,10 @@ class GeneEncoder(nn.Module):
 
     @torch.no_grad()
     def frozen_part(self, bins: Tensor) -> Tensor:
-        """Bins (B, G) -> the input of the first layer that trains: hidden (B, G, W), or the bins themselves."""
-        if self.n_frozen == 0:
+        """Bins (B, G) -> the input of the first layer that trains: hidden (B, G, W), or the bins themselves.
+
+        Given such a hidden state, kept from an earlier call, that is what it returns."""
+        if self.n_frozen == 0 or bins.ndim == 3:
             return bins
         hidden = self.embed(bins)
         for block in self.blocks[: self.n_frozen]:

@@ -77,6 +77,11 @@ class StageOne(nn.Module):
         """Copy the encoders as they stand; called again when weights were loaded or layers frozen."""
         self.image_twin, self.gene_twin = make_twin(self.image_encoder), make_twin(self.gene_encoder)
 
+    def compile_encoders(self) -> None:
+        """torch.compile for both encoders and their twins; names of parameters stay as they are."""
+        for encoder in (self.image_encoder, self.gene_encoder, self.image_twin, self.gene_twin):
+            encoder.compile()
+
     def train(self, mode: bool = True) -> StageOne:
         super().train(mode)
         self.image_twin.eval()
@@ -124,7 +129,8 @@ class StageOne(nn.Module):
         expression: Tensor | None = None,
         expression_weight: float = 0.0,
     ) -> StepOutput:
-        """Tiles (B, 3, Z, Z) in 0..1, bins (B, G), spot ids (B,), targets (B, T) or None -> losses."""
+        """Tiles (B, 3, Z, Z) in 0..1, bins (B, G) or what `frozen_part` made of them, spot ids (B,), targets (B, T) or
+        None -> losses."""
         vector, raw_tokens = self.image_encoder(tiles)
         start = self.gene_encoder.frozen_part(bins)
         gene_vector, gene_tokens = self.gene_encoder(start)

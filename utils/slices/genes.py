@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +189,11 @@ def panel_hash(genes: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel file: counts (S, P) int32 of the panel's genes, and what it says of the slice and of the choice."""
+    """One panel file: what it says of the slice and of the choice. Its counts stay in the file until they are asked
+    for, so that slices that nobody works on take no memory."""
 
     path: Path
-    counts: np.ndarray
+    rows: np.ndarray  # (S,) of the file, in its order
     genes: list[str]
     measured: np.ndarray  # (P,) bool: the slice has this gene
     barcodes: np.ndarray  # (S,)
@@ -201,6 +202,21 @@ class Panel:
     pitch_fullres_px: float
     train_slices: list[str]  # that the panel was chosen on
     counts_hash: str
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Raw counts (S, P) int32 of the panel's genes, read anew each time."""
+        import h5py
+        from anndata.io import read_elem
+
+        with h5py.File(self.path) as file:
+            counts = read_elem(file["X"])
+        return np.asarray(counts[self.rows].toarray() if sp.issparse(counts) else counts[self.rows]).astype(np.int32)
+
+    def of(self, rows: np.ndarray) -> Panel:
+        """The same for some of its spots (n,)."""
+        per_spot = ("rows", "barcodes", "total_counts", "xy_fullres_px")
+        return replace(self, **{name: getattr(self, name)[rows] for name in per_spot})
 
 
 def panel_path(data: Path, panels: Path | None, slice_name: str, role: str) -> Path:
@@ -232,12 +248,11 @@ def read_panel(path: Path) -> Panel:
     if not path.exists():
         raise ValueError(f"{path}: expected a panel file, found none; run make_decoder_data.py first")
     try:
-        adata = anndata.read_h5ad(path)
+        adata = anndata.read_h5ad(path, backed="r")
         note = adata.uns["magic"]
-        counts = np.asarray(adata.X.toarray() if sp.issparse(adata.X) else adata.X).astype(np.int32)
         return Panel(
             path=path,
-            counts=counts,
+            rows=np.arange(adata.n_obs),
             genes=[str(g) for g in adata.var_names],
             measured=adata.var["measured"].to_numpy(bool),
             barcodes=adata.obs_names.to_numpy(str),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +67,9 @@ def shared(description: str | None, part: str | None = None) -> Parser:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     group.add_argument("--seed", type=count_or_zero, default=0)
-    group.add_argument("--workers", type=count_or_zero, default=min(4, os.cpu_count() or 1), help="reading processes")
+    group.add_argument(
+        "--workers", type=count_or_zero, help="processes (default: 4 or as many as cores; none to read without a GPU)"
+    )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -87,6 +88,7 @@ def add_training(parser: Parser, out: str) -> None:
     group.add_argument("--weight_decay", type=not_negative, default=1e-2)
     group.add_argument("--lr_decay_type", choices=["cos", "step"], default="cos")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    group.add_argument("--compile", action="store_true", help="torch.compile first: minutes, then faster steps")
     group.add_argument("--resume", action="store_true", help="go on from last_epoch_weights.pth in --out")
 
 

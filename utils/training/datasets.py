@@ -5,6 +5,7 @@ Letters: S spots of a slice, G input genes, T target genes, B batch, Z tile side
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,23 +33,16 @@ class SliceData:
     total_counts: np.ndarray  # (S,)
     pack: TilePack
     tile_rows: np.ndarray  # (S,) rows of `pack`
-    panels: dict[str, genes.Panel]  # "input", "target": counts in the order of `barcodes`
+    panels: dict[str, genes.Panel]  # "input", "target": spots in the order of `barcodes`
     root: Path  # the folder that holds spatial/
 
-    def bins(self) -> np.ndarray:
-        """Input tokens of stage one: (S, G) uint8."""
-        return genes.bin_tokens(self.panels["input"].counts, self.total_counts)
+    def bins(self, out: np.ndarray | None = None) -> np.ndarray:
+        """Input tokens of stage one: (S, G) uint8, in `out` if given."""
+        return genes.bin_tokens(self.panels["input"].counts, self.total_counts, out)
 
     def rows_of(self, part: str) -> np.ndarray:
         """Spots of a part, of all parts for "all": (n,) rows."""
         return np.flatnonzero((self.part == part) | (part == "all"))
-
-
-def _keep(panel: genes.Panel, rows: np.ndarray) -> genes.Panel:
-    return genes.Panel(
-        **panel.__dict__
-        | {key: getattr(panel, key)[rows] for key in ("counts", "barcodes", "total_counts", "xy_fullres_px")}
-    )
 
 
 def load_slice(row: table.SliceRow, args: Any, roles: tuple[str, ...], val_strip: bool) -> SliceData:
@@ -83,7 +77,7 @@ def load_slice(row: table.SliceRow, args: Any, roles: tuple[str, ...], val_strip
         total_counts=first.total_counts[kept],
         pack=pack,
         tile_rows=tile_rows[kept],
-        panels={role: _keep(panel, kept) for role, panel in panels.items()},
+        panels={role: panel.of(kept) for role, panel in panels.items()},
         root=reader.find_root(table.slice_folder(args.data, row)),
     )
 
@@ -269,10 +263,16 @@ def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, Any]:
     return {name: torch.from_numpy(rows) for name, rows in batch.items()}
 
 
-def loader(batches: TileBatches, order: Any, workers: int) -> Any:
-    """A DataLoader over `order` (an iterable of lists of spot numbers) with `workers` reading processes."""
+def loader(batches: TileBatches, order: Any, workers: int | None) -> Any:
+    """A DataLoader over `order` (an iterable of lists of spot numbers) with `workers` reading processes.
+
+    None: as many as --workers says, which on a CPU is none. A tile is read in 50 us, less than handing it over costs.
+    """
+    import torch
     from torch.utils.data import DataLoader
 
+    if workers is None:
+        workers = min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
     data: Any = batches
     collate: Any = to_tensors  # `__getitems__` gives a whole batch, so there is nothing to put together
     return DataLoader(

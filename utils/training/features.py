@@ -97,7 +97,7 @@ class TileEncoder:
     size: int
     device: torch.device
     batch_size: int
-    workers: int
+    workers: int | None
     seed: int = 0  # of the augmented views
 
     def look(self, tiles: Tensor, name: str, rows: np.ndarray, view: int) -> Tensor:

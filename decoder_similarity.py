@@ -8,6 +8,7 @@ rows on the untouched encoder. Writes results/similarity/: metrics.json, genes.c
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndar
 
     Features are computed, used and dropped slice by slice.
     """
-    from utils.training import feature_bank, features, spill
+    from utils.training import distributed, feature_bank, features, spill
 
     def encode(tiles):
         with accelerator.autocast():
@@ -58,13 +59,13 @@ def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndar
     device, context = accelerator.device, model.sizes.context
     how = features.TileEncoder(encode, model.sizes.image_size, device, args.batch_size, args.workers)
     moments = feature_bank.Moments(*(state["feature_moments"][key].numpy() for key in ("mean", "sd")))
-    predicted = []
+    autocast, predicted = partial(distributed.decoder_autocast, accelerator, args.precision), []
     for one in slices:
         memory = spill.Spill(args.memory, args.out)
         kept = features.in_budget(features.encode_slice(how, one), len(one.barcodes), memory)
         bank = feature_bank.FeatureBank([one], [[kept]], moments, context, device, memory)
         spots = one.rows_of(args.part)
-        predicted.append(feature_bank.predict(model, bank, spots, accelerator.autocast, args.batch_size))
+        predicted.append(feature_bank.predict(model, bank, spots, autocast, args.batch_size))
     return predicted
 
 

@@ -11,7 +11,6 @@ logs/stage_two/<time>/.
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -130,14 +129,6 @@ def all_features(model, slices, accelerator, args) -> list[list[np.ndarray]]:
     ]
 
 
-def decoder_autocast(accelerator, precision: str) -> AbstractContextManager:
-    """The precision of the decoder: that of the encoder, but fp32 on a CPU with --precision auto, where the backward
-    pass of attention is slower in bf16 than in fp32."""
-    if precision == "auto" and accelerator.device.type == "cpu":
-        return nullcontext()
-    return accelerator.autocast()
-
-
 def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, epoch: int, args) -> float:
     """Mean loss over the epoch's steps: squared error of standardised genes; 1 is the mean profile's.
 
@@ -146,7 +137,7 @@ def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator
     import torch
 
     from model import losses
-    from utils.training import augment, loop
+    from utils.training import augment, distributed, loop
 
     model.train()
     loop.seed_everything(args.seed, epoch)
@@ -155,7 +146,7 @@ def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator
     for step, numbers in enumerate(tqdm(order, desc=f"epoch {epoch}", unit="step", disable=None)):
         chosen = spots[numbers]
         view = (augment.uniforms(args.seed, epoch, chosen, 1)[:, 0] * bank.n_views).astype(int)
-        with decoder_autocast(accelerator, args.precision):
+        with distributed.decoder_autocast(accelerator, args.precision):
             predicted = model.decoder(**bank.batch(chosen, view))
         loss = losses.expression_loss(predicted, torch.from_numpy(target[chosen]).to(accelerator.device))
         loop.stop_if_not_finite(loss.item(), epoch, step)
@@ -186,10 +177,11 @@ def validation_truth(slices) -> list[np.ndarray]:
 def validate(model, bank, slices, truth: list[np.ndarray], accelerator, args) -> np.ndarray:
     """PCC per gene against residuals on validation spots, mean over slices: (G,); an undefined one counts as 0."""
     from utils.evaluation import metrics
+    from utils.training import distributed
     from utils.training.feature_bank import predict
 
     model.eval()
-    autocast, found = partial(decoder_autocast, accelerator, args.precision), []
+    autocast, found = partial(distributed.decoder_autocast, accelerator, args.precision), []
     for one, start, measured in zip(slices, bank.first, truth, strict=False):
         if len(measured):
             predicted = predict(model, bank, start + one.rows_of("val"), autocast, args.batch_size)

@@ -150,30 +150,6 @@ def load_gene_weights(encoder, args, panel: list[str]) -> None:
     print(f"gene positions: {found} of {len(panel)} panel genes found in {args.gene_vocab.name}")
 
 
-def frozen_outputs(encoder, bins: np.ndarray, accelerator, args) -> np.ndarray | None:
-    """What the frozen blocks give for each spot, run once: (n, G, W), bf16 seen as int16, in a file of --out that has
-    no name; None where nothing is frozen or --frozen_budget does not hold it."""
-    import torch
-
-    from utils.training.spill import Spill
-
-    shape = (*bins.shape, args.gene_width)
-    size_gib = np.prod(shape) * 2 / 2**30
-    if not (encoder.n_frozen and args.frozen_budget):
-        return None
-    if size_gib > args.frozen_budget:
-        print(f"frozen blocks run in every step: what they give needs a --frozen_budget of {size_gib:.1f} GiB")
-        return None
-    print(f"what {encoder.n_frozen} frozen blocks give for {len(bins)} spots is kept in {args.out}: {size_gib:.1f} GiB")
-    kept = Spill(0, args.out).empty(shape, np.int16)
-    for first in range(0, len(bins), args.batch_size):
-        some = slice(first, first + args.batch_size)
-        with accelerator.autocast():
-            hidden = encoder.frozen_part(torch.from_numpy(bins[some]).to(accelerator.device))
-        kept[some] = hidden.bfloat16().cpu().view(torch.int16).numpy()
-    return kept
-
-
 def train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch: int, args) -> dict[str, float]:
     """Means over the epoch's steps of every loss, each beside its chance level."""
     import torch
@@ -193,7 +169,7 @@ def train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch: int,
             alpha = args.alpha * min((number + 1) / n_steps, 1.0)
             draws = torch.Generator(accelerator.device).manual_seed(args.seed * 1_000_003 + number)
             candidates = len(tiles) + int(model.queue.state[0])
-            start = batch["bins"] if "bins" in batch else batch["hidden"].view(torch.bfloat16)
+            start = batch["bins"] if "bins" in batch else batch["hidden"].view(torch.bfloat16).float()
             out = model(tiles, start, batch["spot"], alpha, draws, batch.get("expression"), args.expression_weight)
             loop.stop_if_not_finite(out.loss.item(), epoch, step)
             optimizer.zero_grad(set_to_none=True)
@@ -255,7 +231,7 @@ def draw_losses(log) -> None:
 def main(args):
     check(args)
     slices, rows = load_data(args)
-    from utils.training import distributed, loop, spill
+    from utils.training import distributed, frozen, loop, spill
 
     accelerator = distributed.start(args.device, args.precision)
     loop.seed_everything(args.seed)
@@ -263,7 +239,7 @@ def main(args):
     spots = datasets.spots_of(slices, "train")
     bins, train_bins = tokens_of(slices, memory)
     model = build_model(args, slices, len(spots)).to(accelerator.device)
-    hidden = frozen_outputs(model.gene_encoder, train_bins, accelerator, args)
+    hidden = frozen.outputs(model.gene_encoder, train_bins, accelerator, args)
     extra = {"bins": train_bins} if hidden is None else {"hidden": hidden}
     if args.expression_weight:
         extra["expression"] = expression_targets(slices, memory)

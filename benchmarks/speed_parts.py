@@ -94,6 +94,9 @@ class Machine:
     def autocast(self) -> AbstractContextManager[None]:
         return nullcontext() if self.plainly else self.accelerator.autocast()
 
+    def decoder_autocast(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.plainly else distributed.decoder_autocast(self.accelerator, "auto")
+
     def timed(self, work: Callable[[], Any]) -> float:
         self.wait()
         start = time.perf_counter()
@@ -225,7 +228,8 @@ def stage_two(setting: Setting) -> Work:
     features = model.encode(tiles).float()
 
     def decode() -> None:
-        predicted = model.decoder(features[:, 0], features[:, 1:], **around)  # in fp32 on a CPU, as train_decoder.py
+        with machine.decoder_autocast():
+            predicted = model.decoder(features[:, 0], features[:, 1:], **around)
         optimizer.zero_grad()
         losses.expression_loss(predicted, target).backward()
         optimizer.step()
@@ -270,8 +274,9 @@ def prediction(setting: Setting) -> Work:
     def predict() -> None:
         for start in range(0, n, 32):
             with machine.autocast():
-                features = model.encode(tiles[start : start + 32])
-                own = {name: rows[start : start + 32] for name, rows in around.items()}
+                features = model.encode(tiles[start : start + 32]).float()
+            own = {name: rows[start : start + 32] for name, rows in around.items()}
+            with machine.decoder_autocast():
                 model.predict({"vector": features[:, 0], "tokens": features[:, 1:], **own})
 
     if setting.plainly:

@@ -14,7 +14,7 @@ from tiny_runs import LAST, Work, data_flags, row
 import train_decoder
 from utils.evaluation import metrics
 from utils.slices import genes
-from utils.training import checkpoint, datasets, feature_bank, features
+from utils.training import checkpoint, datasets, distributed, feature_bank, features
 from utils.training.spill import Spill
 
 NO_MEMORY = ("--memory", 1e-9)
@@ -199,7 +199,7 @@ def test_targets_are_those_of_the_plain_formula(prepared, tmp_path, monkeypatch,
 def test_the_decoder_is_in_fp32_on_a_cpu_that_may_choose(precision, device, expected):
     accelerator = SimpleNamespace(device=torch.device(device), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     layer = torch.nn.Linear(4, 4)
-    with train_decoder.decoder_autocast(accelerator, precision):
+    with distributed.decoder_autocast(accelerator, precision):
         assert layer(torch.ones(2, 4)).dtype == expected
 
 
@@ -214,7 +214,7 @@ def another_precision():
 @pytest.mark.usefixtures("another_precision")
 def test_the_encoder_keeps_its_precision_where_the_decoder_has_another(trained, tmp_path, monkeypatch):
     from_encoder, from_decoder = [], []
-    encode, autocast = features.TileEncoder.look, train_decoder.decoder_autocast
+    encode, autocast = features.TileEncoder.look, distributed.decoder_autocast
     monkeypatch.setattr("utils.training.distributed.bf16_is_fast", lambda device: True)
 
     def look(how, *args):
@@ -227,7 +227,7 @@ def test_the_encoder_keeps_its_precision_where_the_decoder_has_another(trained, 
         return autocast(accelerator, precision)
 
     monkeypatch.setattr(features.TileEncoder, "look", look)
-    monkeypatch.setattr(train_decoder, "decoder_autocast", recorded)
+    monkeypatch.setattr(distributed, "decoder_autocast", recorded)
     state = run_decoder(trained, tmp_path, "--precision", "auto")
     assert set(from_encoder) == {torch.bfloat16} and set(from_decoder) == {"nullcontext"}
     assert all(tensor.isfinite().all() for tensor in state["model"].values())

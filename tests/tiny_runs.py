@@ -20,8 +20,8 @@ FLAGS = {
     "train_mymodel": "--device cpu --precision fp32 --batch_size 16 --image_encoder test_vit --image_size 32 "
     "--image_weights none --gene_depth 1 --gene_width 16 --gene_heads 1 --gene_tokens 4 --width 32 --fusion_blocks 1",
     "train_decoder": "--device cpu --precision fp32 --batch_size 16 --decoder_layers 1 --decoder_width 16",
-    "get_accuracy_image": "--device cpu",
-    "decoder_similarity": "--device cpu",
+    "get_accuracy_image": "--device cpu --precision fp32",
+    "decoder_similarity": "--device cpu --precision fp32",
 }
 PREPROCESSING = ("image_tilling", "make_decoder_data")
 TRAINING = ("train_mymodel", "train_decoder")

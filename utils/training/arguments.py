@@ -97,7 +97,7 @@ def add_evaluation(parser: Parser, out: str) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--image_weights", help="of the untouched encoder (default: those stage one started from)")
     group.add_argument("--batch_size", type=count, default=32, help="spots encoded at a time")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
+    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     group.add_argument("--out", type=Path, default=Path(out), help="results go here")
     return group
 

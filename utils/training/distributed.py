@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,3 +59,11 @@ def start(device: str, precision: str) -> Accelerator:
             f"expected one process, found {accelerator.num_processes}; start the script without a launcher"
         )
     return accelerator
+
+
+def decoder_autocast(accelerator: Accelerator, precision: str) -> AbstractContextManager[None]:
+    """The precision of the gene decoder: that of the encoders, but fp32 on a CPU with --precision auto, where the
+    backward pass of attention is slower in bf16 than in fp32."""
+    if precision == "auto" and accelerator.device.type == "cpu":
+        return nullcontext()
+    return accelerator.autocast()

@@ -49,12 +49,12 @@ LABELS = {
     "loading": f"loading, {growth_parts.N_LOADED * growth_parts.BATCH:,} tiles",
     "stage_two": f"stage two, {growth_parts.N_STEPS} steps",
     "gallery": f"gallery, {growth_parts.N_QUERIES:,} queries",
-    "gene_forward": "forward, 2 spots",
-    "gene_backward": "forward and backward, 2 spots",
+    "gene_forward": "forward",
+    "gene_backward": "forward and backward",
     "gene_batch": "gene encoder, 500 genes",
     "image_batch": "ViT-B/16, 224 px",
 }
-X_LABELS = {"spots": "Spots", "genes": "Genes", "batch": "Batch (spots)"}
+X_LABELS = {"spots": "Spots", "genes": "Genes of 2 spots", "batch": "Batch (spots, forward and backward)"}
 DISK_BYTES = {"tiling": 8_000, "panels": 4_000, "loading": 5_000, "stage_two": 20_000, "gallery": 1_100}  # a spot
 LIMIT_MIB = 8 * 2**10
 LOOK_S = 0.02  # between two looks at the memory of a process
@@ -168,7 +168,7 @@ def picture(rows: Sequence[dict[str, Any]]) -> Figure:
         memory_axes.set_ylim(50, 40_000)
         if against != "spots":  # whose sizes are powers of ten
             memory_axes.set_xticks(SIZES[against], [f"{size:,}" for size in SIZES[against]])
-            memory_axes.minorticks_off()
+            memory_axes.set_xticks([], minor=True)
         time_axes.legend(frameon=False, fontsize=8, labelcolor=plotting.INK, loc="lower left", bbox_to_anchor=(0, 1))
     panels[0, 0].set_ylabel("Seconds", color=plotting.INK)
     panels[1, 0].set_ylabel("Memory at its peak (MiB)", color=plotting.INK)

@@ -27,8 +27,7 @@ SEED, SLICE_SPOTS, BATCH = 0, 5000, 32
 N_LOADED, N_STEPS, N_QUERIES, WIDTH = 200, 20, 1000, 512
 FEW_GENES, FEW_SPOTS = 500, 2  # of the parts that grow in something else
 LOADED_PX, CUT_PX, N_TARGETS = 32, 16, 300
-PANEL_GENES, SEEN_GENES = 2000, 100  # of a slice, of a spot
-BLOCK = 500  # rows prepared at a time
+PANEL_GENES, SEEN_GENES, BLOCK = 2000, 100, 500  # genes of a slice, of a spot; rows prepared at a time
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Steps(datasets.EpochOrder):
 
 def prepare_pictures(setting: Setting) -> None:
     """Slice folders below data/ with one hires picture and its positions, linked into all of them."""
-    from benchmarks.speed_parts import simulated_slice
+    from benchmarks.speed_data import simulated_slice
 
     simulated_slice(setting.folder / "first", setting.slice_spots, SEED)
     for name in setting.slices:
@@ -90,9 +89,8 @@ def tiling(setting: Setting) -> Work:
     """image_tilling.py: tiles of 16 px of the hires pictures, one JPEG per spot and their packs."""
     import image_tilling
 
-    data, out = setting.folder / "data", setting.folder / "tiles"
-    flags = ["--data", str(data), "--tiles", str(out), "--source", "hires", "--crop_size", str(CUT_PX)]
-    work = partial(image_tilling.main, image_tilling.parse_args(flags))
+    flags = ["--data", str(setting.folder / "data"), "--tiles", str(setting.folder / "tiles"), "--source", "hires"]
+    work = partial(image_tilling.main, image_tilling.parse_args([*flags, "--crop_size", str(CUT_PX)]))
     return Work(work, setting.n_spots, workers=min(4, os.cpu_count() or 1))
 
 
@@ -170,9 +168,10 @@ def loading(setting: Setting) -> Work:
 
 def prepare_features(setting: Setting) -> None:
     """A file of features (S, 17, 512) float16 per slice, as train_decoder.py keeps them."""
-    features = np.random.default_rng(SEED).standard_normal((setting.slice_spots, 17, WIDTH), np.float32)
+    rng, shape = np.random.default_rng(SEED), (setting.slice_spots, 17, WIDTH)
+    features = rng.standard_normal(shape, np.float32).astype(np.float16)
     for name in setting.slices:
-        np.save(setting.folder / f"{name}.npy", features.astype(np.float16))
+        np.save(setting.folder / f"{name}.npy", features)
 
 
 def feature_bank(setting: Setting, memory: Any) -> Any:

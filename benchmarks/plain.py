@@ -8,13 +8,10 @@ every epoch. Nothing is slower than it has to be to stay that plain. Tests hold 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from model import losses
@@ -23,7 +20,6 @@ from model.gene_encoder import GeneEncoder
 from model.performer import EPSILON, PerformerBlock
 from model.stage_one import StageOne
 from model.stage_two import StageTwo
-from utils.training import augment
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -135,48 +131,3 @@ def predict(model: StageTwo, tiles: Tensor, around: dict[str, Tensor]) -> Tensor
         own = {name: rows[i : i + 1] for name, rows in around.items()}
         done.append(model.predict({"vector": features[:, 0], "tokens": features[:, 1:], **own}))
     return torch.cat(done)
-
-
-def cut_tiles(picture_file: Path, centres: np.ndarray, out: Path) -> None:
-    """The published tiles: 40 x 40 px around each centre (S, 2) of the hires picture, one JPEG each."""
-    out.mkdir(parents=True)
-    with Image.open(picture_file) as opened:
-        picture = opened.convert("RGB")
-    for spot, (x, y) in enumerate(centres):
-        picture.crop((x - 20, y - 20, x + 20, y + 20)).save(out / f"{spot}.jpeg")
-
-
-class TileFiles(torch.utils.data.Dataset):
-    """Tiles by file, each opened and augmented alone by NumPy, with the draws of utils/training/augment.py."""
-
-    def __init__(self, paths: list[Path], seed: int):
-        self.paths, self.seed = paths, seed
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, spot: int) -> Tensor:
-        with Image.open(self.paths[spot]) as picture:
-            tile = np.asarray(picture.convert("RGB"))
-        draws = augment.uniforms(self.seed, 0, np.array([spot]), 10)[0]
-        restained = restain(turn_and_shift(tile, draws[:4]), draws[4:])
-        return torch.from_numpy(restained.astype(np.float32).transpose(2, 0, 1))
-
-
-def turn_and_shift(tile: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """(Z, Z, 3), draws (4,) in [0, 1) -> (Z, Z, 3)."""
-    size = len(tile)
-    reach = int(augment.SHIFT * size)
-    dx, dy = (int(draw * (2 * reach + 1)) for draw in draws[2:])
-    padded = np.pad(tile, ((reach, reach), (reach, reach), (0, 0)), mode="symmetric")
-    turned = np.rot90(padded[dy : dy + size, dx : dx + size], int(draws[0] * 4))
-    return turned[:, ::-1] if draws[1] < 0.5 else turned
-
-
-def restain(tile: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Stains taken apart, changed and mixed again: (Z, Z, 3) uint8, draws (6,) in [0, 1) -> (Z, Z, 3) in 0..1."""
-    stains = F.normalize(augment.STAINS, dim=1).numpy()
-    density = -np.log(np.maximum(tile, 1) / 255)
-    strength = density @ np.linalg.inv(stains)
-    changed = strength * (1 + augment.JITTER * (2 * draws[:3] - 1)) + augment.JITTER / 3 * (2 * draws[3:] - 1)
-    return np.exp(-changed @ stains).clip(0, 1)

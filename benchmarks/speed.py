@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                          # all parts at the published sizes, on a CPU under 25 minutes
     python benchmarks/speed.py --part gene_encoder      # one part; nothing is written
+    python benchmarks/speed.py --part stage_one_step --profile
     python benchmarks/speed.py --device cuda --batch_size 32
     python benchmarks/speed.py --small                  # tiny sizes: does it run?
 
@@ -12,6 +13,7 @@ table in benchmarks/RESULTS.md.
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
 import platform
 import re
@@ -25,13 +27,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.speed_setting import SMALL, Machine, Setting, Sizes
 from utils.slices.tiles import write_record, write_whole
 from utils.training import arguments
 
-PARTS = (
-    *("gene_encoder", "stage_one_step", "stage_one_eval", "retrieval", "stage_two"),
-    *("prediction", "loading", "tiling", "gallery"),
-)
+PARTS = {  # and where each is written down
+    **dict.fromkeys(
+        ("gene_encoder", "stage_one_step", "stage_one_eval", "retrieval", "stage_two", "prediction"), "speed_models"
+    ),
+    **dict.fromkeys(("loading", "tiling", "gallery"), "speed_data"),
+}
 FOLDER = Path(__file__).parent
 LONG_S = 60  # a side that takes longer is not repeated
 MARK = "<!-- speed: {} -->"
@@ -43,6 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=arguments.count, default=8, help="of the encoders and of training")
     parser.add_argument("--small", action="store_true", help="tiny sizes, nothing is written")
     parser.add_argument("--part", choices=PARTS, help="this one alone, nothing is written")
+    parser.add_argument("--profile", action="store_true", help="with --part: where our side's time goes, by operator")
     parser.add_argument("--rounds", type=arguments.count, default=3, help="turns of each side, of which the median")
     parser.add_argument("--out", type=Path, default=FOLDER / "speed.json", help="where the figures of a whole run go")
     parser.add_argument("--seed", type=arguments.count_or_zero, default=0)
@@ -52,22 +58,23 @@ def parse_args(argv=None):
 
 def peak_mib(device: str) -> float:
     """Highest memory so far: of the GPU where there is one, else of this process."""
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+    if "torch" in sys.modules and device != "cpu" and sys.modules["torch"].cuda.is_available():
+        return sys.modules["torch"].cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def prepare(part: str, setting: Any) -> Any:
+    """The Work of a part; modules are imported as late as this, so that cutting tiles is timed without torch."""
+    return getattr(importlib.import_module(f"benchmarks.{PARTS[part]}"), part)(setting)
 
 
 def serve(pipe: Connection, part: str, setting: Any) -> None:
     """One side of a part in its own process: a first run to warm up, then one whenever it is asked to."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from benchmarks import speed_parts
-
-    work = getattr(speed_parts, part)(setting)
+    work = prepare(part, setting)
     flop = None
     if work.flop_of is not None and setting.plainly:
+        from torch.utils.flop_counter import FlopCounterMode
+
         with FlopCounterMode(display=False) as counter:
             work.flop_of()
         flop = counter.get_total_flops() / work.items
@@ -110,8 +117,6 @@ class Side:
 
 def measure(part: str, args: argparse.Namespace) -> dict[str, Any]:
     """Both sides of a part in turn: medians, spread, ratio, peak memory of ours."""
-    from benchmarks.speed_parts import SMALL, Setting, Sizes
-
     sizes = SMALL if args.small else Sizes()
     plain, ours = (
         Side(part, Setting(sizes, side, args.device, args.batch_size, args.seed)) for side in ("plain", "ours")
@@ -137,11 +142,21 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def profile(part: str, args: argparse.Namespace) -> str:
+    """The costliest operators of our side, after two runs to warm up."""
+    import torch
+
+    work = prepare(part, Setting(SMALL if args.small else Sizes(), "ours", args.device, args.batch_size, args.seed))
+    work.run(), work.run()
+    kinds = list(torch.profiler.supported_activities())
+    with torch.profiler.profile(activities=kinds) as profiled:
+        work.run()
+    return profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=50)
+
+
 def matrix_peak(device: str) -> dict[str, float]:
     """FLOP/s of the machine's square matrix product, in fp32 and bf16."""
     import torch
-
-    from benchmarks.speed_parts import Machine, Setting, Sizes
 
     machine = Machine(Setting(Sizes(), "plain", device, 1, 0))
     n = 2048 if machine.device.type == "cpu" else 8192
@@ -220,6 +235,11 @@ def put_into(path: Path, name: str, text: str) -> None:
 def main(args: argparse.Namespace) -> None:
     import torch
 
+    if args.profile:
+        if args.part is None:
+            raise ValueError("--profile: expected --part as well, found none; name one")
+        print(profile(args.part, args))
+        return
     results: dict[str, Any] = {
         "command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]),
         "machine": machine_name(args.device),

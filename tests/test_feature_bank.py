@@ -1,5 +1,7 @@
 """Kept features as the decoder takes them: standardised per slice, with the spots around, in memory or from disk."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -271,3 +273,22 @@ def test_predictions_do_not_depend_on_the_batch(bank):
     whole = feature_bank.predict(Model(), bank, spots, torch.no_grad, 32)
     np.testing.assert_allclose(feature_bank.predict(Model(), bank, spots, torch.no_grad, 2), whole, rtol=1e-6)
     assert whole.shape == (5, 2)
+
+
+def resident_kib():
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc of Linux")
+def test_what_was_read_of_a_mapped_file_is_let_go(tmp_path):
+    """Else a run on a million spots would seem to hold all of their features."""
+    np.save(tmp_path / "features.npy", np.ones((4000, 17, 256), np.float16))
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    before = resident_kib()
+    found = feature_bank.moments([mapped])
+    rows = feature_bank.Rows([mapped], Spill(0, tmp_path), torch.device("cpu"))
+    taken = rows.take(np.arange(0, 4000, 2))
+    del taken
+    assert (found.mean == 1).all() and resident_kib() - before < mapped.nbytes / 2 / 1024
+    mapped.max()
+    assert resident_kib() - before > mapped.nbytes / 2 / 1024, "read without letting go, it would be resident"

@@ -1,4 +1,4 @@
-"""benchmarks/plain.py: the plain twin of each fast part computes the same, so that their times may be compared."""
+"""benchmarks/plain.py and plain_tiles.py: each plain twin computes the same as ours, so that times may be compared."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from PIL import Image
 from small_stage_one import batch_of, stage_one
 
 import get_accuracy_image
-from benchmarks import plain
+from benchmarks import plain, plain_tiles
 from model.gene_encoder import GeneEncoder
 from model.stage_two import StageTwo, StageTwoSizes
 from utils.training import augment
@@ -107,7 +107,7 @@ def test_augmentation_of_single_files(tmp_path, rng):
         paths.append(tmp_path / f"{i}.jpeg")
         coarse.resize((40, 40)).save(paths[-1])
         tiles.append(np.asarray(Image.open(paths[-1])))
-    files = plain.TileFiles(paths, seed=5)
+    files = plain_tiles.TileFiles(paths, seed=5)
     expected = torch.stack([files[i] for i in range(len(files))])
     found = augment.augment(torch.from_numpy(np.stack(tiles)), np.arange(24), 5, 0, 40)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -116,7 +116,7 @@ def test_augmentation_of_single_files(tmp_path, rng):
 def test_published_tiles(tmp_path, rng):
     picture = rng.integers(0, 255, (90, 80, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "hires.png")
-    plain.cut_tiles(tmp_path / "hires.png", np.array([[30.0, 40.0], [41.0, 52.0]]), tmp_path / "tiles")
+    plain_tiles.cut_tiles(tmp_path / "hires.png", np.array([[30.0, 40.0], [41.0, 52.0]]), tmp_path / "tiles")
     for spot, (x, y) in enumerate(((30, 40), (41, 52))):
         Image.fromarray(picture[y - 20 : y + 20, x - 20 : x + 20]).save(tmp_path / "expected.jpeg")
         assert (tmp_path / "tiles" / f"{spot}.jpeg").read_bytes() == (tmp_path / "expected.jpeg").read_bytes()

@@ -3,6 +3,7 @@
 reader       Space Ranger folders: positions and scale factors, matched to the counts
 matrix       count matrices in HDF5 or as a folder (reader passes them on)
 table        slices.csv: which slice is whose, its part, its spot pitch and image; the split and the leak guard
+content      the hash of what a slice counted
 tiles        one tile per spot: cut, packed, read back
 genes        gene panels: normalise, choose, bin; the order of the genes lives here
 export       results as AnnData that scanpy and squidpy plot

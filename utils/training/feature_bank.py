@@ -6,6 +6,7 @@ Letters: S spots, T tokens of a tile, D feature width, N context spots, V views 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ def moments(features: list[np.ndarray], rows: list[np.ndarray] | None = None) ->
                 number[kind] += values.shape[0] * values.shape[1]
                 total[kind] += values.sum((0, 1))
                 squares[kind] += np.einsum("btd,btd->d", values, values)
+            let_go(one)
     mean = total / number
     sd = np.sqrt(np.maximum(squares / number - mean**2, 0))
     return Moments(mean.astype(np.float32), np.maximum(sd, MIN_SD).astype(np.float32))
@@ -83,6 +85,13 @@ def neighbours(xy_px: np.ndarray, pitch_px: float, n: int) -> tuple[np.ndarray, 
     return index, np.where(present[..., None], offset, 0).astype(np.float32), present
 
 
+def let_go(array: np.ndarray) -> None:
+    """Take the pages read so far off this process's memory; those of a mapped file stay in the system's cache."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 class Rows:
     """Rows of several float16 arrays, numbered through all of them: on the device where the budget holds them, else
     read from where they lie, in their order there."""
@@ -98,6 +107,7 @@ class Rows:
             for one, start in zip(arrays, self.first, strict=False):
                 for block in blocks(len(one)):
                     self.whole[start + block.start : start + block.stop] = torch.from_numpy(np.array(one[block]))
+                    let_go(one)
 
     def take(self, numbers: np.ndarray) -> Tensor:
         """Numbers of any shape (...,) -> float16 (..., *row) on the device."""
@@ -105,8 +115,11 @@ class Rows:
             return self.whole[torch.from_numpy(numbers).to(self.device)]
         unique, place = np.unique(numbers, return_inverse=True)
         ends = np.searchsorted(unique, self.first)
-        parts = zip(self.arrays, self.first, ends, ends[1:], strict=False)
-        found = np.concatenate([one[unique[low:high] - start] for one, start, low, high in parts if high > low])
+        found = np.empty((len(unique), *self.arrays[0].shape[1:]), np.float16)
+        for one, start, low, high in zip(self.arrays, self.first, ends, ends[1:], strict=False):
+            if high > low:
+                found[low:high] = one[unique[low:high] - start]
+                let_go(one)
         return torch.from_numpy(found[place.reshape(numbers.shape)]).to(self.device)
 
 

@@ -1,0 +1,207 @@
+"""The parts of speed.py that are models at work: each plainly (plain.py) and as the scripts do it, on like inputs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import plain
+from benchmarks.speed_setting import Machine, Setting, Work
+from model import losses
+from model.gene_encoder import GeneEncoder
+from model.stage_one import StageOne, StageOneSizes
+from model.stage_two import StageTwo, StageTwoSizes
+from utils.evaluation.retrieval import neighbour_candidates, ranks_from_embeddings
+
+N_TARGETS, N_CONTEXT, N_EPOCHS, N_STAGE_TWO = 300, 18, 100, 1000
+
+
+def gene_encoder(setting: Setting) -> Work:
+    """Forward pass of the gene encoder, a batch."""
+    s, machine = setting.sizes, Machine(setting)
+    model = GeneEncoder(s.n_genes, s.depth, s.gene_width, s.heads).to(machine.device).eval()
+    model = plain.plain_gene_encoder(model) if setting.plainly else model
+    bins = machine.bins(setting.batch_size, s.n_genes)
+
+    @torch.no_grad()
+    def forward(bins: Tensor) -> None:
+        with machine.autocast():
+            model.encode(bins)
+
+    return Work(lambda: machine.timed(lambda: forward(bins)), len(bins), "spots", flop_of=lambda: model.encode(bins))
+
+
+def stage_one(setting: Setting, machine: Machine) -> StageOne:
+    s = setting.sizes
+    sizes = StageOneSizes(
+        s.n_genes, s.image_encoder, s.image_size, gene_depth=s.depth, gene_width=s.gene_width, gene_heads=s.heads
+    )
+    model = StageOne(sizes).to(machine.device)
+    return plain.plain_model(model) if setting.plainly else model
+
+
+def stage_one_step(setting: Setting) -> Work:
+    """Forward, backward and optimiser, everything trained; ours with twins, queue and distillation."""
+    s, machine = setting.sizes, Machine(setting)
+    model = stage_one(setting, machine).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    tiles, bins = machine.tiles(setting.batch_size, s.image_size), machine.bins(setting.batch_size, s.n_genes)
+    draws = torch.Generator(machine.device).manual_seed(setting.seed)
+    spots = torch.arange(len(tiles), device=machine.device)
+
+    def step(tiles: Tensor, bins: Tensor) -> None:
+        optimizer.zero_grad()
+        if setting.plainly:
+            plain.stage_one_loss(model, tiles, bins, draws).backward()
+            optimizer.step()
+            return
+        with machine.autocast():
+            out = model(tiles, bins, spots, 0.4, draws)
+        out.loss.backward()
+        optimizer.step()
+        model.after_step(out.twin)
+
+    return Work(
+        lambda: machine.timed(lambda: step(tiles, bins)), len(tiles), "spots", flop_of=lambda: step(tiles, bins)
+    )
+
+
+def stage_one_eval(setting: Setting) -> Work:
+    """Validation: plainly the whole model's loss batch by batch, as published; ours every side once, and ranks."""
+    s, machine = setting.sizes, Machine(setting)
+    model = stage_one(setting, machine).eval()
+    n = 4 * setting.batch_size
+    tiles, bins = machine.tiles(n, s.image_size), machine.bins(n, s.n_genes)
+    draws = torch.Generator(machine.device).manual_seed(setting.seed)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        if setting.plainly:
+            for some in torch.arange(n).split(setting.batch_size):
+                plain.stage_one_loss(model, tiles[some], bins[some], draws)
+            return
+        image, gene = (x.cpu().numpy() for x in encode_all(model, tiles, bins, machine))
+        ranks_from_embeddings(image, gene)
+        ranks_from_embeddings(gene, image)
+
+    return Work(lambda: machine.timed(evaluate), n, "spots")
+
+
+@torch.no_grad()
+def encode_all(model: StageOne, tiles: Tensor, bins: Tensor, machine: Machine) -> tuple[Tensor, Tensor]:
+    """Unit vectors of pictures and profiles, 32 at a time as the scripts do."""
+    image, gene = [], []
+    for start in range(0, len(tiles), 32):
+        with machine.autocast():
+            image.append(model.encode_images(tiles[start : start + 32])[0])
+            gene.append(model.encode_genes(bins[start : start + 32])[0])
+    return torch.cat(image), torch.cat(gene)
+
+
+def retrieval(setting: Setting) -> Work:
+    """Nine candidates of each of 1,000 spots, three rows of scores: plainly each profile anew for each picture."""
+    s, machine = setting.sizes, Machine(setting)
+    model = stage_one(setting, machine).eval()
+    tiles, bins = machine.tiles(s.spots, s.image_size), machine.bins(s.spots, s.n_genes)
+    side = int(np.ceil(s.spots**0.5))
+    xy = np.column_stack(np.divmod(np.arange(s.spots), side)).astype(float)
+    candidates = neighbour_candidates(xy, 8, setting.seed).candidates
+    if setting.plainly:
+        some = torch.from_numpy(candidates[:2])
+        return Work(
+            lambda: machine.timed(lambda: plain.retrieval_scores(model, tiles, bins, some)) * s.spots / len(some),
+            s.spots,
+            "spots",
+            f"2 of {s.spots} spots",
+        )
+    return Work(lambda: machine.timed(lambda: score_all(model, tiles, bins, candidates, machine)), s.spots, "spots")
+
+
+@torch.no_grad()
+def score_all(model: StageOne, tiles: Tensor, bins: Tensor, candidates: np.ndarray, machine: Machine) -> None:
+    """All rows of a gallery as get_accuracy_image.py scores them."""
+    import get_accuracy_image
+    from utils.training.features import EncodedPairs
+
+    found = []
+    for start in range(0, len(tiles), 32):
+        with machine.autocast():
+            image, image_tokens = model.encode_images(tiles[start : start + 32])
+            gene, gene_tokens = model.encode_genes(bins[start : start + 32])
+        found.append((image.cpu(), gene.cpu(), image_tokens.cpu(), gene_tokens.cpu()))
+    image, gene, image_tokens, gene_tokens = map(torch.cat, zip(*found, strict=True))
+    encoded = EncodedPairs(image.numpy(), gene.numpy(), image_tokens, gene_tokens)
+    depth = np.zeros(len(tiles))
+    get_accuracy_image.gallery_scores(model, encoded, depth, depth, candidates, machine.accelerator)
+
+
+def stage_two_model(setting: Setting, machine: Machine, n: int) -> tuple[StageTwo, dict[str, Tensor]]:
+    """The published sizes around a new encoder, and a context for n spots."""
+    s = setting.sizes
+    model = StageTwo(StageTwoSizes(N_TARGETS, s.image_encoder, s.image_size)).to(machine.device)
+    around = {
+        "context": torch.randn(n, N_CONTEXT, model.sizes.width, device=machine.device),
+        "offsets": torch.randn(n, N_CONTEXT, 2, device=machine.device),
+        "present": torch.ones(n, N_CONTEXT, dtype=torch.bool, device=machine.device),
+    }
+    return plain.plain_model(model) if setting.plainly else model, around
+
+
+def stage_two(setting: Setting) -> Work:
+    """100 epochs of 1,000 spots: plainly the frozen encoder in every step, ours on features computed once."""
+    machine, n = Machine(setting), 32
+    model, around = stage_two_model(setting, machine, n)
+    model.train()
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=1e-4)
+    tiles, target = machine.tiles(n, setting.sizes.image_size), torch.randn(n, N_TARGETS, device=machine.device)
+    steps = N_STAGE_TWO // n * N_EPOCHS
+    features = model.encode(tiles).float()
+
+    def decode() -> None:
+        with machine.decoder_autocast():
+            predicted = model.decoder(features[:, 0], features[:, 1:], **around)
+        optimizer.zero_grad()
+        losses.expression_loss(predicted, target).backward()
+        optimizer.step()
+
+    def encode() -> None:
+        with machine.autocast():
+            model.encode(tiles)
+
+    if setting.plainly:
+        step = partial(plain.stage_two_step, model, tiles, around, target, optimizer)
+        return Work(lambda: machine.timed(step) * steps, N_STAGE_TWO * N_EPOCHS, "spots", "one step of 32, scaled")
+    return Work(
+        lambda: (
+            machine.timed(encode) * N_STAGE_TWO / n + machine.timed(lambda: [decode() for _ in range(5)]) / 5 * steps
+        ),
+        N_STAGE_TWO * N_EPOCHS,
+        "spots",
+        "one batch of 32 encoded and five steps, scaled",
+    )
+
+
+def prediction(setting: Setting) -> Work:
+    """From tiles to genes: plainly one picture at a time, ours 32."""
+    machine, n = Machine(setting), 8 if setting.plainly else 64
+    model, around = stage_two_model(setting, machine, n)
+    model.eval()
+    tiles = machine.tiles(n, setting.sizes.image_size)
+
+    @torch.no_grad()
+    def predict() -> None:
+        for start in range(0, n, 32):
+            with machine.autocast():
+                features = model.encode(tiles[start : start + 32]).float()
+            own = {name: rows[start : start + 32] for name, rows in around.items()}
+            with machine.decoder_autocast():
+                model.predict({"vector": features[:, 0], "tokens": features[:, 1:], **own})
+
+    if setting.plainly:
+        return Work(
+            lambda: machine.timed(lambda: plain.predict(model, tiles, around)) * 8, 64, "spots", "8 of 64 tiles"
+        )
+    return Work(lambda: machine.timed(predict), n, "spots")

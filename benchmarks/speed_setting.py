@@ -1,0 +1,104 @@
+"""What a measurement of speed.py is: its sizes, its side, the machine as the scripts set it up, and the work timed.
+
+A part of speed.py is a function of a Setting that prepares all it needs and gives a Work, whose `run` measures it once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from utils.training import distributed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the models and of the sets measured."""
+
+    image_encoder: str = "deit_base_patch16_224.fb_in1k"
+    image_size: int = 224
+    n_genes: int = 2000
+    depth: int = 6
+    gene_width: int = 200
+    heads: int = 10
+    spots: int = 1000  # of the slice that retrieval is evaluated on
+    gallery: int = 1_000_000
+
+
+SMALL = Sizes("vit_tiny_patch16_224", 96, 500, 2, 200, 10, 100, 50_000)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One side, "plain" or "ours", of a measurement."""
+
+    sizes: Sizes
+    side: str
+    device: str
+    batch_size: int
+    seed: int
+
+    @property
+    def plainly(self) -> bool:
+        return self.side == "plain"
+
+
+@dataclass(frozen=True)
+class Work:
+    """`run` gives the seconds of the whole part, `items` of `unit` in it; `note` says what was timed and scaled."""
+
+    run: Callable[[], float]
+    items: int
+    unit: str
+    note: str = ""
+    flop_of: Callable[[], Any] | None = None  # what a FLOP counter watches: all items, plainly
+
+
+class Machine:
+    """Device and precision as the scripts choose them; the plain side is fp32, with the allocator as it comes."""
+
+    def __init__(self, setting: Setting):
+        import torch
+
+        torch.manual_seed(setting.seed)
+        self.plainly = setting.plainly
+        if setting.plainly:
+            self.device = distributed.pick_device(setting.device)
+        else:
+            self.accelerator = distributed.start(setting.device, "auto")
+            self.device = self.accelerator.device
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.plainly else self.accelerator.autocast()
+
+    def decoder_autocast(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.plainly else distributed.decoder_autocast(self.accelerator, "auto")
+
+    def timed(self, work: Callable[[], Any]) -> float:
+        self.wait()
+        start = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def tiles(self, n: int, size: int) -> Tensor:
+        import torch
+
+        return torch.rand(n, 3, size, size).to(self.device)
+
+    def bins(self, n: int, n_genes: int) -> Tensor:
+        import torch
+
+        return torch.randint(0, 6, (n, n_genes), dtype=torch.uint8).to(self.device)

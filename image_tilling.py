@@ -10,6 +10,8 @@ Reads slice folders (`spatial/`, the picture, barcodes of the counts where there
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import multiprocessing
 import os
 from collections import deque
@@ -39,7 +41,9 @@ class Job:
     there: np.ndarray
 
 
-_job: Job  # set before the processes fork, which then share its pixels
+# set before the processes fork, which then share both: what there is to do, and where each chunk's tiles go
+_job: Job
+_blocks: np.ndarray  # (chunks under way, CHUNK, Z, Z, 3)
 
 
 def parse_args(argv=None):
@@ -89,10 +93,19 @@ def plan_cut(row, args, root: Path, source: str, picture_file: Path, scale: floa
     )
 
 
-def cut_chunk(first: int) -> np.ndarray:
-    """Tiles (n, Z, Z, 3) of the next spots from the `first` on."""
-    rows = slice(first, first + CHUNK)
-    return tiles.ensure_tiles(_job.picture, _job.centres_px[rows], _job.cut, _job.files[rows], _job.there[rows])
+def cut_chunk(number: int) -> int:
+    """Cut a chunk of spots into its block, which the next chunks use again; gives its number back."""
+    rows = slice(number * CHUNK, (number + 1) * CHUNK)
+    files = _job.files[rows]
+    block = _blocks[number % len(_blocks)][: len(files)]
+    tiles.ensure_tiles(_job.picture, _job.centres_px[rows], _job.cut, files, _job.there[rows], out=block)
+    return number
+
+
+def shared_blocks(n: int, size: int) -> np.ndarray:
+    """Room for n chunks of tiles that forked processes write and this one reads: (n, CHUNK, Z, Z, 3) uint8."""
+    shape = (n, CHUNK, size, size, 3)
+    return np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
 
 
 def in_order(pool: Executor, work: Callable, tasks: Iterable, ahead: int) -> Iterator:
@@ -107,15 +120,17 @@ def in_order(pool: Executor, work: Callable, tasks: Iterable, ahead: int) -> Ite
 
 
 def cut_all(job: Job, workers: int, name: str) -> Iterator[np.ndarray]:
-    """All tiles of a job in order, in blocks (n, Z, Z, 3), from `workers` processes."""
-    global _job
-    _job = job
+    """All tiles of a job in order, in blocks (n, Z, Z, 3), from `workers` processes; each is used before the next."""
+    global _job, _blocks
     workers = max(workers, 1)
+    _job, _blocks = job, shared_blocks(2 * workers, job.cut.size)
+    n_chunks = -(-len(job.files) // CHUNK)
     with (
         ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool,
         tqdm(total=len(job.files), desc=f"{name}: tiles", unit="spot", disable=None) as bar,
     ):
-        for block in in_order(pool, cut_chunk, range(0, len(job.files), CHUNK), ahead=2 * workers):
+        for number in in_order(pool, cut_chunk, range(n_chunks), ahead=len(_blocks)):
+            block = _blocks[number % len(_blocks)][: len(job.files) - number * CHUNK]
             bar.update(len(block))
             yield block
 

@@ -96,7 +96,8 @@ def write_tiles(folder: Path, n: int, size: int, seed: int) -> list[Path]:
     picture = Image.fromarray(rng.integers(60, 255, (64, 64, 3), dtype=np.uint8)).resize((4 * size, 4 * size))
     paths, centres = [folder / f"SPOT{i}-1.jpeg" for i in range(n)], rng.uniform(size, 3 * size, (n, 2))
     cut = tiles.Cut("fullres", "picture.tif", 0.5, float(size), size, True)
-    pixels = tiles.ensure_tiles(picture, centres, cut, paths, np.zeros(n, bool))
+    pixels = np.empty((n, size, size, 3), np.uint8)
+    tiles.ensure_tiles(picture, centres, cut, [str(path) for path in paths], np.zeros(n, bool), out=pixels)
     tiles.write_pack(folder, np.array([path.stem for path in paths]), centres, [pixels], size)
     tiles.write_record(folder / tiles.RECORD, asdict(cut))
     return paths

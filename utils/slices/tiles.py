@@ -138,18 +138,17 @@ def tile_files(folder: Path, barcodes: Iterable[str]) -> list[str]:
 
 
 def ensure_tiles(
-    picture: Image.Image, centres_px: np.ndarray, cut: Cut, files: list[str], there: np.ndarray
-) -> np.ndarray:
-    """Pixels (n, Z, Z, 3) uint8 of the JPEGs `files`, each written first where it is not `there` (n,) or is torn."""
-    pixels = np.empty((len(files), cut.size, cut.size, 3), np.uint8)
-    for tile, centre, file, found in zip(pixels, centres_px, files, there, strict=True):
+    picture: Image.Image, centres_px: np.ndarray, cut: Cut, files: list[str], there: np.ndarray, out: np.ndarray
+) -> None:
+    """Pixels of the JPEGs `files` into `out` (n, Z, Z, 3) uint8, each written first where it is not `there` (n,) or is
+    torn."""
+    for tile, centre, file, found in zip(out, centres_px, files, there, strict=True):
         data = Path(file).read_bytes() if found else b""
         if not data.endswith(END_OF_JPEG):  # not there, or an earlier run was stopped in the middle of the file
             data = cut_tile(picture, centre, cut).tobytes("jpeg", *_encoder_settings(cut.quality))
             with open(file, "wb", buffering=0) as target:  # noqa: PTH123 (a Path costs as much as writing the tile)
                 target.write(data)  # in place, which is cheaper than a rename: its end tells that it is whole
         _decode(data, file, tile)
-    return pixels
 
 
 def _decode(data: bytes, file: str, out: np.ndarray) -> None:

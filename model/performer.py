@@ -20,6 +20,7 @@ from torch import Tensor, nn
 N_FEATURES = 266  # of scBERT's projections: int(64 ln 64) for heads of 64
 HEAD_WIDTH = 64
 EPSILON = 1e-4  # keeps a kernel value from being zero; scBERT's constant
+HIGHEST_EXPONENT = 60.0  # exp of it, times the tokens and features that are summed, is far below fp32's largest number
 BYTES_AT_ONCE = {"cpu": 3 * 2**23, "cuda": 2**29}  # of features: what a CPU's cache holds; what keeps a GPU busy
 
 
@@ -94,6 +95,15 @@ def _products(device_type: str, fast: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def _exp(exponent: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """exp of (..., N, M) in place, lowered by a shift, broadcast from `top`, where that is too high for fp32; nearly
+    always it is 0 and a pass over the features is saved. A GPU would have to be waited for to know."""
+    shift = (top - HIGHEST_EXPONENT).clamp_(min=0)
+    if exponent.device.type != "cpu" or bool(shift.any()):
+        exponent.sub_(shift)
+    return exponent.exp_(), shift
+
+
 def _key_context(k: Tensor, v: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over tokens of features of k times [v, 1] -> stabiliser (B, 1, 1, 1), context (B, H, M, E + 1).
 
@@ -110,23 +120,29 @@ def _key_context(k: Tensor, v: Tensor, projection: Tensor) -> tuple[Tensor, Tens
     for some, exponent, keys, values in _chunks(k, n_features, width, width + 1):
         torch.matmul(keys.copy_(k[some]), scaled, out=exponent)
         own[some] = exponent.amax((-2, -1), keepdim=True)
-        features = exponent.sub_(own[some] + _half_square(keys)).exp_()
-        torch.matmul(features.transpose(-2, -1), _with_ones(v[some], values), out=context[some])
-        total[some] = values.sum(-2, keepdim=True)
+        features, shift = _exp(exponent, own[some])
+        total[some] = _with_ones(v[some], values).sum(-2, keepdim=True)
+        weighted = values.mul_((shift - own[some] - _half_square(keys)).exp_())  # E + 1 columns in place of M
+        torch.matmul(features.transpose(-2, -1), weighted, out=context[some])
     largest = own.amax(1, keepdim=True)
     return largest, context.mul_((own - largest).exp()).add_(total, alpha=EPSILON)
 
 
 def _attend(q: Tensor, context: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries (B, H, N, E) read the context -> attention (B, H, N, E), its denominator (B, H, N, 1)."""
+    """Queries (B, H, N, E) read the context -> attention (B, H, N, E), its denominator (B, H, N, 1) for features as
+    `softmax_features` gives them."""
     n_features, width = projection.shape
     out = torch.empty_like(q)  # in q's layout, which is that of a linear layer's output
     denominator = torch.empty(*q.shape[:3], 1, device=q.device)
     floor = EPSILON * context.sum(-2, keepdim=True)
-    for some, buffer, queries, product in _chunks(q, n_features, width, width + 1):
-        features = softmax_features(queries.copy_(q[some]), projection, out=buffer)
-        torch.matmul(features, context[some], out=product).add_(floor[some])
-        denominator[some] = product[..., -1:]
+    scaled = _scaled(projection).T
+    for some, exponent, queries, product in _chunks(q, n_features, width, width + 1):
+        torch.matmul(queries.copy_(q[some]), scaled, out=exponent)
+        top = exponent.amax(-1, keepdim=True) + _half_square(queries)
+        features, shift = _exp(exponent, top)
+        factor = (top - shift).exp_()  # of these features over the stabilised ones, which EPSILON is added to
+        torch.matmul(features, context[some], out=product).addcmul_(factor, floor[some])
+        torch.div(product[..., -1:], factor, out=denominator[some])
         torch.div(product[..., :-1], product[..., -1:], out=out[some])
     return out, denominator
 

@@ -81,6 +81,22 @@ def test_attention_and_its_gradients_equal_the_plain_form_by_any_chunks(monkeypa
         torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [2.0, 4.0, 12.0])
+def test_exponents_that_would_overflow_are_lowered(size):
+    projection = orthogonal_projection(M, E, torch.Generator().manual_seed(1))
+    ours, plain = random_qkv(), [x.double() for x in random_qkv()]
+    for x in (*ours[:2], *plain[:2]):
+        x.mul_(size).requires_grad_()
+    exponents = (ours[1] @ projection.T * E**-0.25).amax(), (ours[0] @ projection.T * E**-0.25).amax()
+    assert (max(exponents) > performer.HIGHEST_EXPONENT) == (size > 3)
+    out, expected = favor_attention(*ours, projection), plain_attention(*plain, projection.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-4)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for x, y in zip(ours[:2], plain[:2], strict=True):
+        assert (x.grad - y.grad).norm() < 0.01 * y.grad.norm() + 1e-6
+
+
 def test_any_layout_of_the_heads_gives_the_same():
     projection = orthogonal_projection(M, E, torch.Generator().manual_seed(1))
     straight, turned = random_qkv(requires_grad=True), random_qkv(requires_grad=True)

@@ -110,3 +110,13 @@ def refused(damaged, control, capsys):
         return line
 
     return run
+
+
+@pytest.fixture
+def another_precision():
+    """accelerate keeps the first precision of a process; before and after it is free to choose."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

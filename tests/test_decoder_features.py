@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tiny_runs import LAST, Work, data_flags, row
 
 import train_decoder
@@ -201,14 +200,6 @@ def test_the_decoder_is_in_fp32_on_a_cpu_that_may_choose(precision, device, expe
     layer = torch.nn.Linear(4, 4)
     with distributed.decoder_autocast(accelerator, precision):
         assert layer(torch.ones(2, 4)).dtype == expected
-
-
-@pytest.fixture
-def another_precision():
-    """accelerate keeps the first precision of a process; before and after it is free to choose."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("another_precision")

@@ -33,6 +33,7 @@ def run(part: str, setting: Setting) -> dict:
     return growth_parts.measure(part, setting)
 
 
+@pytest.mark.usefixtures("another_precision")
 @pytest.mark.parametrize(
     "part, size, items, unit",
     [

@@ -12,12 +12,9 @@ from typing import TypedDict
 
 import numpy as np
 
-from utils.evaluation import metrics
+from utils.evaluation.ridge import Ridge, Slices, check_tables, fit_ridge, mean_over_spots, validation_pcc
 
-PENALTIES = tuple(np.logspace(0, 7, 15))  # absolute: a standardised feature has a squared norm of N
 RINGS = ((0.0, 1.2), (1.2, 2.3))  # in pitches: on a Visium array the 6 nearest spots and the 12 behind them
-
-Slices = Sequence[np.ndarray]
 
 
 class Pictures(TypedDict):
@@ -78,69 +75,6 @@ def ring_features(features: np.ndarray, xy: np.ndarray, pitch: float) -> np.ndar
 
 
 @dataclass(frozen=True)
-class Ridge:
-    """A fitted linear map. val_pcc is the score on which `penalty` was chosen."""
-
-    x_mean: np.ndarray  # (P,)
-    y_mean: np.ndarray  # (G,)
-    weights: np.ndarray  # (P, G)
-    penalty: float
-    val_pcc: float
-
-    def predict(self, x: np.ndarray) -> np.ndarray:
-        """(S, P) -> (S, G)"""
-        return (x - self.x_mean) @ self.weights + self.y_mean
-
-
-def fit_ridge(
-    x_train: Slices, y_train: Slices, x_val: Slices, y_val: Slices, penalties: Sequence[float] = PENALTIES
-) -> Ridge:
-    """Least squares with a penalty on the squared weights, both sides centred, for all penalties at once.
-
-    One eigendecomposition serves every penalty: with A = V diag(e) V', (A + c I)^-1 = V diag(1 / (e + c)) V'.
-
-    Parameters
-    ----------
-    x_train, x_val : per slice (S, P)
-    y_train, y_val : per slice (S, G)
-        A validation gene that is flat or NaN in a slice is left out there; train holds no NaN.
-    penalties : of which the one with the highest PCC per gene, mean over genes and validation slices, is taken.
-    """
-    _check(x_train, y_train, x_val, y_val)
-    x_mean, y_mean = _mean_over_spots(x_train), _mean_over_spots(y_train)
-    eigenvalues, basis, target = _decompose(x_train, y_train, x_mean, y_mean)
-    projected = [(x - x_mean) @ basis for x in x_val]
-
-    def score(penalty: float) -> float:
-        predicted = [(x / (eigenvalues + penalty)) @ target for x in projected]
-        return validation_pcc(predicted, y_val)
-
-    penalties = sorted(penalties, reverse=True)  # of equally good ones the strongest
-    scores = [score(penalty) for penalty in penalties]
-    best = int(np.argmax(scores))
-    weights = (basis / (eigenvalues + penalties[best])) @ target
-    return Ridge(x_mean, y_mean, weights, float(penalties[best]), scores[best])
-
-
-def _decompose(
-    x: Slices, y: Slices, x_mean: np.ndarray, y_mean: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Eigenvalues (R,), basis (P, R) and target (R, G) with weights = basis / (eigenvalues + penalty) @ target."""
-    n_train, width = sum(map(len, x)), x[0].shape[1]
-    if n_train < width:  # the dual: an N x N problem
-        centred = np.concatenate(x) - x_mean
-        values, vectors = np.linalg.eigh(centred @ centred.T)
-        return values.clip(0), centred.T @ vectors, vectors.T @ (np.concatenate(y) - y_mean)
-    gram, cross = np.zeros((width, width)), np.zeros((width, y[0].shape[1]))
-    for x_slice, y_slice in zip(x, y, strict=True):  # slice by slice: all spots in double precision need not fit
-        centred = x_slice - x_mean
-        gram += centred.T @ centred
-        cross += centred.T @ (y_slice - y_mean)
-    values, vectors = np.linalg.eigh(gram)
-    return values.clip(0), vectors, vectors.T @ cross
-
-
-@dataclass(frozen=True)
 class Knn:
     """Mean target of the `k` train spots with the most similar features. val_pcc is the score `k` was chosen on."""
 
@@ -181,7 +115,7 @@ def fit_knn(
     y_train, y_val : per slice (S, G)
     cosine : similarity by angle; otherwise by Euclidean distance.
     """
-    _check(x_train, y_train, x_val, y_val)
+    check_tables(x_train, y_train, x_val, y_val)
     x, y = np.concatenate(x_train), np.concatenate(y_train)
     ks = sorted({min(k, len(x)) for k in ks}, reverse=True)  # of equally good ones the smoothest
     knn = Knn(_unit_length(x) if cosine else x, y, ks[0], cosine, np.nan)
@@ -218,7 +152,7 @@ def fit_depth(x_train: Slices, log_depth_train: Slices, x_val: Slices, log_depth
 
 def mean_profile(targets: Slices) -> np.ndarray:
     """Mean of each gene over all train spots: per slice (S, G) -> (G,)."""
-    return _mean_over_spots(targets)
+    return mean_over_spots(targets)
 
 
 def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Callable[[Pictures], np.ndarray]]:
@@ -246,13 +180,6 @@ def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Cal
     }
 
 
-def validation_pcc(predicted: Slices, measured: Slices) -> float:
-    """PCC per gene, mean over genes of a slice, then over slices: per slice (S, G) each. Undefined is worst: -inf."""
-    found = [metrics.scored_pearson_per_gene(p, m) for p, m in zip(predicted, measured, strict=True)]
-    means = [r[~np.isnan(r)].mean() for r in found if not np.isnan(r).all()]
-    return float(np.mean(means)) if means else -np.inf
-
-
 def _filled(targets: Slices) -> Slices:
     """Targets with the train mean of a gene wherever a slice lacks it: there it pulls no prediction anywhere."""
     known = np.sum([np.isfinite(t).sum(axis=0) for t in targets], axis=0)
@@ -264,20 +191,6 @@ def rings(one: Pictures) -> np.ndarray:
     return ring_features(one["features"], one["xy"], one["pitch"])
 
 
-def _mean_over_spots(parts: Slices) -> np.ndarray:
-    return np.sum([np.sum(part, axis=0, dtype=np.float64) for part in parts], axis=0) / sum(map(len, parts))
-
-
 def _unit_length(x: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(x, axis=1, keepdims=True)
     return x / np.where(length > 0, length, 1)
-
-
-def _check(x_train: Slices, y_train: Slices, x_val: Slices, y_val: Slices) -> None:
-    if not x_train or not x_val:
-        raise ValueError(f"expected train and validation slices, found {len(x_train)} and {len(x_val)}")
-    for x, y in zip([*x_train, *x_val], [*y_train, *y_val], strict=True):
-        if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
-            raise ValueError(f"expected tables with a row per spot, found features {x.shape} and targets {y.shape}")
-    if not all(np.isfinite(part).all() for part in [*x_train, *y_train, *x_val]):
-        raise ValueError("expected finite features and train targets, found NaN or infinity")

@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from utils import targets
 from utils.slices import table
 from utils.training import arguments, checkpoint, datasets
 
-GENES_AT_ONCE = 16  # scaled in float64 and compared, so that what is kept of all is float32
+START_SPOTS = 50_000  # of the train spots, drawn by the seed, serve to solve the ridge that the decoder starts from
+PARTS = ("train", "val")
 
 
 def parse_args(argv=None):
@@ -30,10 +32,15 @@ def parse_args(argv=None):
     arguments.add_memory(parser)
     group = parser.add_argument_group("method")
     group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
-    group.add_argument("--target", choices=["lognorm", "residuals", "counts"], default="lognorm", help="what is learnt")
+    group.add_argument(
+        "--target", choices=["lognorm", "residuals", "counts"], default="residuals", help="what is learnt"
+    )
     group.add_argument("--context", type=arguments.count_or_zero, default=18, help="nearest spots the decoder sees")
     group.add_argument("--decoder_layers", type=arguments.count_or_zero, default=6)
     group.add_argument("--decoder_width", type=arguments.count, default=64)
+    group.add_argument(
+        "--turns", type=int, choices=[1, 2, 4, 8], default=1, help="of a tile that its features are averaged over"
+    )
     group.add_argument("--views", type=arguments.count, default=1, help="kept of a train tile: itself, augmented ones")
     group.add_argument("--feature_budget", type=arguments.positive, default=20.0, help="GiB on disk for kept features")
     return parser.parse_args(argv)
@@ -54,32 +61,6 @@ def load_data(args, encoder: dict):
     return slices, rows
 
 
-def gene_groups(n_genes: int) -> list[slice]:
-    return [slice(start, start + GENES_AT_ONCE) for start in range(0, n_genes, GENES_AT_ONCE)]
-
-
-def targets_of(slices, scale: str, spill) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Standardised targets (S, G) of all slices in turn, NaN where a gene was not measured, and what they were
-    standardised by: mean and deviation (G,) over the train spots in the scale of --target."""
-    from utils.evaluation import metrics
-
-    n_genes = len(slices[0].panels["target"].genes)
-    target = spill.empty((sum(len(one.barcodes) for one in slices), n_genes), np.float32)
-    first = np.cumsum([0, *(len(one.barcodes) for one in slices)])
-    train = np.concatenate([start + one.rows_of("train") for start, one in zip(first, slices, strict=False)])
-    for one, start, stop in zip(slices, first, first[1:], strict=False):
-        panel, counts = one.panels["target"], one.panels["target"].counts
-        for group in gene_groups(n_genes):
-            scaled = metrics.to_scale(scale, counts[:, group], one.total_counts)
-            target[start:stop, group] = np.where(panel.measured[group], scaled, np.nan)
-    mean, sd = np.empty((2, n_genes), np.float32)
-    for group in gene_groups(n_genes):
-        taught = target[train, group].astype(np.float64)
-        mean[group], sd[group] = np.nanmean(taught, axis=0), np.maximum(np.nanstd(taught, axis=0), 1e-6)
-        target[:, group] = (target[:, group] - mean[group]) / sd[group]
-    return target, mean, sd
-
-
 def build_model(args, encoder: dict, n_genes: int):
     """Stage two around the image encoder of a stage-one checkpoint."""
     from model.stage_two import StageTwo, StageTwoSizes
@@ -88,10 +69,12 @@ def build_model(args, encoder: dict, n_genes: int):
         n_genes=n_genes,
         image_encoder=encoder["sizes"]["image_encoder"],
         image_size=encoder["sizes"]["image_size"],
+        scales=encoder["sizes"]["scales"],
         width=encoder["sizes"]["width"],
         decoder_layers=args.decoder_layers,
         decoder_width=args.decoder_width,
         context=args.context,
+        turns=args.turns,
     )
     model = StageTwo(sizes)
     prefix = "image_encoder."
@@ -115,7 +98,7 @@ def all_features(model, slices, accelerator, args) -> list[list[np.ndarray]]:
     size, folder = model.sizes.image_size, args.out / "features"
     how = features.TileEncoder(encode, size, accelerator.device, args.batch_size, args.workers, args.seed)
     n_views = features.views_in_budget(slices, how, folder, args)
-    encoder = f"{checkpoint.file_hash(args.encoder)} {accelerator.mixed_precision}"
+    encoder = f"{checkpoint.file_hash(args.encoder)} {accelerator.mixed_precision} {args.turns} turns"
 
     def kept(one, view):
         draws = f" of seed {args.seed}" if view else ""
@@ -127,6 +110,35 @@ def all_features(model, slices, accelerator, args) -> list[list[np.ndarray]]:
         [kept(one, view) if len(one.rows_of("train")) else own for one, own in zip(slices, plain, strict=True)]
         for view in range(1, n_views)
     ]
+
+
+def start_from_ridge(model, bank, slices, target, truth: list[np.ndarray], args) -> str:
+    """Solve the decoder's start: ridge on each spot and its rings, penalty and rank chosen on validation spots."""
+    import torch
+
+    from model.decoder import with_rings
+    from utils.evaluation import ridge
+
+    def seen(spots: np.ndarray) -> np.ndarray:
+        """(n,) spot numbers -> (n, 3 D)"""
+        batches = [bank.batch(spots[i : i + args.batch_size]) for i in range(0, len(spots), args.batch_size)]
+        for batch in batches:
+            del batch["tokens"]
+        return torch.cat([with_rings(**batch) for batch in batches]).cpu().numpy()
+
+    rng = np.random.default_rng(args.seed)
+    train, val = ([start + one.rows_of(part) for one, start in zip(slices, bank.first, strict=False)] for part in PARTS)
+    share = min(1.0, START_SPOTS / sum(map(len, train)))
+    train = [
+        np.sort(rng.choice(spots, int(np.ceil(share * len(spots))), replace=False)) for spots in train if len(spots)
+    ]
+    x_train, x_val = [seen(spots) for spots in train], [seen(spots) for spots in val if len(spots)]
+    y_train, y_val = [np.nan_to_num(target[spots]) for spots in train], [one for one in truth if len(one)]
+    found = ridge.fit_ridge(x_train, y_train, x_val, y_val, ranks=ridge.RANKS)
+    bias = found.y_mean - found.x_mean @ found.weights
+    model.decoder.start_from(torch.from_numpy(found.weights.T.copy()), torch.from_numpy(bias))
+    rank = "full rank" if found.rank is None else f"rank {found.rank}"
+    return f"ridge to start from: penalty {found.penalty:.3g}, {rank}, validation PCC per gene {found.val_pcc:.4f}"
 
 
 def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, epoch: int, args) -> float:
@@ -156,22 +168,6 @@ def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator
         schedule.step()
         total += loss.item()
     return total / len(order)
-
-
-def validation_truth(slices) -> list[np.ndarray]:
-    """Per slice Pearson residuals (n, G) float32 of the validation spots, NaN where a gene was not measured."""
-    from utils.evaluation import metrics
-
-    found = []
-    for one in slices:
-        rows, panel = one.rows_of("val"), one.panels["target"]
-        truth = np.full((len(rows), len(panel.genes)), np.nan, np.float32)
-        counts = panel.counts if len(rows) else None
-        for group in gene_groups(len(panel.genes)) if len(rows) else []:
-            residuals = metrics.pearson_residuals(counts[:, group], one.total_counts)[rows]
-            truth[:, group] = np.where(panel.measured[group], residuals, np.nan)
-        found.append(truth)
-    return found
 
 
 def validate(model, bank, slices, truth: list[np.ndarray], accelerator, args) -> np.ndarray:
@@ -238,13 +234,13 @@ def main(args):
     accelerator = distributed.start(args.device, args.precision)
     loop.seed_everything(args.seed)
     memory = spill.Spill(args.memory, args.out)
-    target, mean, sd = targets_of(slices, args.target, memory)
+    target, mean, sd = targets.standardised(slices, args.target, memory)
     model = build_model(args, encoder, len(mean)).to(accelerator.device)
     model.set_target_scale(torch.from_numpy(mean), torch.from_numpy(sd))
     views = all_features(model, slices, accelerator, args)
     moments = feature_bank.moments(views[0], [one.rows_of("train") for one in slices])
     bank = feature_bank.FeatureBank(slices, views, moments, args.context, accelerator.device, memory)
-    truth = validation_truth(slices)
+    truth = targets.validation_residuals(slices)
     chosen = datasets.spots_of(slices, "train")
     spots = bank.first[chosen[:, 0]] + chosen[:, 1]
     order = datasets.EpochOrder(len(spots), args.batch_size, args.seed)
@@ -259,6 +255,17 @@ def main(args):
         model.decoder.compile()
     log = loop.RunLog(args.logs, "stage_two", vars(args) | {"n_train_spots": len(spots)})
     table.write_table(rows, args.out / "slices.csv")
+
+    def keep(row: dict, val_pcc: np.ndarray, best: float) -> float:
+        state = {"model": model.state_dict(), "row": row, "val_pcc": torch.from_numpy(val_pcc), **about}
+        return checkpoint.save_epoch(
+            args.out, "stage_two", row["epoch"], row["val_pcc_residuals"], best, optimizer, schedule, state
+        )
+
+    if not args.resume:
+        print(start_from_ridge(model, bank, slices, target, truth, args))
+        val_pcc = validate(model, bank, slices, truth, accelerator, args)
+        best = keep({"epoch": first - 1, "val_pcc_residuals": float(val_pcc.mean())}, val_pcc, best)
     for epoch in range(first, args.Epoch):
         start = time.monotonic()
         loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, epoch, args)
@@ -271,10 +278,7 @@ def main(args):
             f"{val_pcc.mean():.4f} (chance 0), {row['seconds']:.1f} s",
             flush=True,
         )
-        state = {"model": model.state_dict(), "row": row, "val_pcc": torch.from_numpy(val_pcc), **about}
-        best = checkpoint.save_epoch(
-            args.out, "stage_two", epoch, row["val_pcc_residuals"], best, optimizer, schedule, state
-        )
+        best = keep(row, val_pcc, best)
     plotting.save(plotting.loss_curves(log.rows, {"loss": 1.0}, "Stage two"), log.folder / "epoch_loss.png")
     log.close()
     print(f"{args.out / checkpoint.BEST}: validation PCC per gene {best:.4f}; log in {log.folder}")

@@ -17,9 +17,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from utils import targets
 from utils.slices import genes, table
+from utils.start import start_from_ridge
 from utils.training import arguments, checkpoint, datasets
 
+MEASURED_SPOTS = 20_000  # tell mean and deviation of each gene's bins well enough
 MATCHING_CHANCE = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)  # one pair to two non-pairs, judged by their rate
 
 
@@ -30,6 +33,13 @@ def parse_args(argv=None):
     group = parser.add_argument_group("image encoder")
     group.add_argument("--image_encoder", default="deit_base_patch16_224.fb_in1k", help="name of a timm model")
     group.add_argument("--image_size", type=arguments.count, default=224, help="side of its input, pixels")
+    group.add_argument(
+        "--scales",
+        type=arguments.share,
+        nargs="+",
+        default=[1.0],
+        help="squares around the tile's centre that the encoder sees, shares of its side",
+    )
     group.add_argument("--image_weights", default="timm", help="timm (downloads), none, or a .pth/.safetensors file")
     group.add_argument(
         "--image_tokens", type=arguments.count, default=50, help="tokens of a tile the fusion sees, most"
@@ -53,7 +63,9 @@ def parse_args(argv=None):
     group.add_argument("--fusion_blocks", type=arguments.count, default=3)
     group.add_argument("--queue_size", type=arguments.count_or_zero, default=4096, help="earlier spots as negatives")
     group.add_argument("--alpha", type=arguments.fraction, default=0.4, help="share of the twin in the target; 0: none")
-    group.add_argument("--expression_weight", type=arguments.not_negative, default=0.0, help="of the expression loss")
+    group.add_argument("--expression_weight", type=arguments.not_negative, default=5.0, help="of the expression loss")
+    group.add_argument("--components", type=arguments.count, default=10, help="of expression that are learnt")
+    group.add_argument("--matching_weight", type=arguments.not_negative, default=1.0, help="of the matching loss")
     return parser.parse_args(argv)
 
 
@@ -67,6 +79,8 @@ def check(args):
             arguments.require_file(getattr(args, flag), f"--{flag}", "see README, weights")
     if (args.gene_weights or args.gene2vec) and not args.gene_vocab:
         raise ValueError("--gene_weights and --gene2vec need --gene_vocab: the files do not name their genes")
+    if args.components > args.width:
+        raise ValueError(f"--components {args.components}: expected at most --width {args.width}; raise it")
     if args.gene_weights and args.tune_block >= args.gene_depth:
         raise ValueError(f"--tune_block {args.tune_block}: expected less than --gene_depth {args.gene_depth}")
 
@@ -77,22 +91,6 @@ def load_data(args):
     arguments.say(warnings)
     print(table.format_table(rows))
     return datasets.load_training(rows, args, ("input", "target") if args.expression_weight else ("input",)), rows
-
-
-def expression_targets(slices, spill) -> np.ndarray:
-    """Pearson residuals of the train spots' target genes, over their deviation: (n, T), NaN where not measured."""
-    from utils.evaluation import metrics
-
-    rows = [one.rows_of("train") for one in slices]
-    found = spill.empty((sum(map(len, rows)), len(slices[0].panels["target"].genes)), np.float32)
-    done = 0
-    for one, chosen in zip(slices, rows, strict=True):
-        panel = one.panels["target"]
-        residuals = metrics.pearson_residuals(panel.counts, one.total_counts)
-        found[done : done + len(chosen)] = np.where(panel.measured, residuals, np.nan)[chosen]
-        done += len(chosen)
-    found /= np.maximum(np.nanstd(found, axis=0), 1e-6)
-    return found
 
 
 def tokens_of(slices, spill) -> tuple[list[np.ndarray], np.ndarray]:
@@ -107,7 +105,9 @@ def tokens_of(slices, spill) -> tuple[list[np.ndarray], np.ndarray]:
     return bins, train
 
 
-def build_model(args, slices, n_train: int):
+def build_model(args, slices, train_bins: np.ndarray, n_components: int):
+    import torch
+
     from model.stage_one import StageOne, StageOneSizes
     from utils.training.features import read_image_weights
 
@@ -115,8 +115,8 @@ def build_model(args, slices, n_train: int):
     sizes = StageOneSizes(
         n_genes=len(slices[0].panels["input"].genes),
         image_pretrained=weights is not None,
-        queue_size=max(min(args.queue_size, n_train - args.batch_size), 0),
-        n_expression_genes=len(slices[0].panels["target"].genes) if args.expression_weight else 0,
+        queue_size=max(min(args.queue_size, len(train_bins) - args.batch_size), 0),
+        n_components=n_components,
         **{
             name: getattr(args, name)
             for name in StageOneSizes.__dataclass_fields__
@@ -125,6 +125,8 @@ def build_model(args, slices, n_train: int):
     )
     model = StageOne(sizes, weights)
     load_gene_weights(model.gene_encoder, args, slices[0].panels["input"].genes)
+    some = torch.from_numpy(train_bins[:: -(-len(train_bins) // MEASURED_SPOTS)]).float()
+    model.gene_encoder.linear_path[0].measure(some.mean(0), some.std(0, correction=0))
     model.make_twins()
     return model
 
@@ -169,8 +171,18 @@ def train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch: int,
             alpha = args.alpha * min((number + 1) / n_steps, 1.0)
             draws = torch.Generator(accelerator.device).manual_seed(args.seed * 1_000_003 + number)
             candidates = len(tiles) + int(model.queue.state[0])
-            start = batch["bins"] if "bins" in batch else batch["hidden"].view(torch.bfloat16).float()
-            out = model(tiles, start, batch["spot"], alpha, draws, batch.get("expression"), args.expression_weight)
+            hidden = batch["hidden"].view(torch.bfloat16).float() if "hidden" in batch else None
+            out = model(
+                tiles,
+                batch["bins"],
+                batch["spot"],
+                alpha,
+                draws,
+                batch.get("expression"),
+                args.expression_weight,
+                args.matching_weight,
+                hidden,
+            )
             loop.stop_if_not_finite(out.loss.item(), epoch, step)
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(out.loss)
@@ -238,11 +250,16 @@ def main(args):
     memory = spill.Spill(args.memory, args.out)
     spots = datasets.spots_of(slices, "train")
     bins, train_bins = tokens_of(slices, memory)
-    model = build_model(args, slices, len(spots)).to(accelerator.device)
+    expression = targets.components(slices, args.components) if args.expression_weight else None
+    n_components = len(expression.weights) if expression else 0
+    model = build_model(args, slices, train_bins, n_components).to(accelerator.device)
     hidden = frozen.outputs(model.gene_encoder, train_bins, accelerator, args)
-    extra = {"bins": train_bins} if hidden is None else {"hidden": hidden}
-    if args.expression_weight:
-        extra["expression"] = expression_targets(slices, memory)
+    extra = {"bins": train_bins} if hidden is None else {"bins": train_bins, "hidden": hidden}
+    if expression:
+        extra["expression"] = targets.train_scores(slices, expression, memory)
+    if expression and not args.resume:
+        print(start_from_ridge(model, slices, bins, expression, accelerator, args))
+        model.make_twins()
     order = datasets.EpochOrder(len(spots), args.batch_size, args.seed)
     loader = datasets.loader(datasets.TileBatches(slices, spots, extra), order, args.workers)
     optimizer = loop.make_optimizer(model.parameters(), args)
@@ -265,10 +282,10 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     table.write_table(rows, args.out / "slices.csv")
     for epoch in range(first, args.Epoch):
-        start = time.monotonic()
+        began = time.monotonic()
         row = {"epoch": epoch, **train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch, args)}
         row |= validate(model, slices, bins, accelerator, args) | {"lr": schedule.get_last_lr()[0]}
-        row["seconds"] = time.monotonic() - start
+        row["seconds"] = time.monotonic() - began
         log.add(row)
         print(report(row), flush=True)
         draw_losses(log)

@@ -206,7 +206,7 @@ def stage_two(setting: Setting) -> Work:
     accelerator = distributed.start("cpu", args.precision)
     memory = spill.Spill(args.memory, setting.folder)
     target = some_targets(setting, memory)
-    model = StageTwo(StageTwoSizes(N_TARGETS, setting.image_encoder, 224, WIDTH))
+    model = StageTwo(StageTwoSizes(N_TARGETS, setting.image_encoder, 224, width=WIDTH))
     bank = feature_bank(setting, memory)
     optimizer = loop.make_optimizer(model.decoder.parameters(), args)
     schedule = loop.schedule(optimizer, N_STEPS, args)
@@ -239,7 +239,7 @@ def gallery(setting: Setting) -> Work:
     return Work(lambda: top_k(queries, torch.from_numpy(rows), min(10, len(rows))), N_QUERIES, "queries")
 
 
-def forward_backward(model: Any, inputs: Any, backward: bool = True) -> Work:
+def forward_backward(model: Any, inputs: Any, backward: bool = True, method: str = "__call__") -> Work:
     """One pass in the precision of the scripts, after one that warms up; without `backward` as in evaluation."""
     import torch
 
@@ -250,7 +250,7 @@ def forward_backward(model: Any, inputs: Any, backward: bool = True) -> Work:
     def work() -> None:
         model.zero_grad()
         with torch.set_grad_enabled(backward), accelerator.autocast():
-            vector, tokens = model(inputs)
+            vector, tokens = getattr(model, method)(inputs)
         if backward:
             (vector.float().square().mean() + tokens.float().square().mean()).backward()
 
@@ -264,7 +264,7 @@ def gene_encoder(n_genes: int, batch: int, backward: bool) -> Work:
     from model.gene_encoder import GeneEncoder
 
     bins = torch.randint(0, 6, (batch, n_genes), dtype=torch.uint8)
-    return forward_backward(GeneEncoder(n_genes).train(backward), bins, backward)
+    return forward_backward(GeneEncoder(n_genes).train(backward), bins, backward, "encode")
 
 
 def image_encoder(setting: Setting) -> Work:

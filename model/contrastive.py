@@ -21,6 +21,9 @@ class Pair(NamedTuple):
     gene: Tensor
     spot: Tensor
 
+    def detached(self) -> Pair:
+        return Pair(self.image.detach(), self.gene.detach(), self.spot)
+
 
 class ContrastiveHead(nn.Module):
     """Loss of one batch against itself and the queue; its learned temperature is exp(-logit_scale)."""

@@ -10,6 +10,19 @@ from torch import Tensor, nn
 
 from model.layers import CrossBlock
 
+RINGS = ((0.0, 1.2), (1.2, 2.3))  # distances in pitches: on a Visium array the 6 nearest spots and the 12 behind them
+
+
+def with_rings(vector: Tensor, context: Tensor, offsets: Tensor, present: Tensor) -> Tensor:
+    """A spot's vector beside the means over its two rings of neighbours, zero where a ring is empty: (B, D), (B, N, D),
+    (B, N, 2) in pitches, (B, N) bool -> (B, 3 D)."""
+    distance = offsets.norm(dim=-1)
+    parts = [vector]
+    for inner, outer in RINGS:
+        inside = (present & ((distance > inner) | (inner == 0)) & (distance <= outer)).to(context.dtype)
+        parts.append(torch.einsum("bn,bnd->bd", inside, context) / inside.sum(1, keepdim=True).clamp(min=1))
+    return torch.cat(parts, dim=1)
+
 
 class LinearExpansion(nn.Sequential):
     """The picture's vector to a start value for each gene, 512 -> 1024 -> 1500 -> G as published: (B, D) -> (B, G)."""
@@ -26,13 +39,18 @@ class LinearExpansion(nn.Sequential):
 class GeneDecoder(nn.Module):
     """Genes are the queries, the picture is the memory.
 
-    A query is the gene's learned embedding plus its start value along a learned direction. The memory holds the
-    vector of the spot, the tokens of its tile, and the vectors of the spots around it with their offsets. The
-    prediction is the start value plus what the decoder reads out, so that it begins as the expansion alone.
+    A gene's start value is a ridge regression on the vectors of the spot and of its two rings, solved beforehand
+    (`start_from`), plus the linear expansion. A query is the gene's learned embedding plus its start value along a
+    learned direction. The memory holds the vector of the spot, the tokens of its tile, and the vectors of the spots
+    around it with their offsets. The prediction is the start value plus what the decoder reads out: both learnt parts
+    begin at zero once the ridge is there, so that training starts from the ridge and not behind it.
     """
 
     def __init__(self, width: int, n_genes: int, layers: int = 6, decoder_width: int = 64, dropout: float = 0.1):
         super().__init__()
+        self.ridge = nn.Linear(3 * width, n_genes).requires_grad_(False)
+        nn.init.zeros_(self.ridge.weight)
+        nn.init.zeros_(self.ridge.bias)
         self.expand = LinearExpansion(width, n_genes)
         self.gene = nn.Parameter(torch.randn(n_genes, decoder_width))
         self.start_direction = nn.Parameter(torch.randn(decoder_width))
@@ -46,6 +64,14 @@ class GeneDecoder(nn.Module):
         nn.init.zeros_(self.read_out.weight)
         nn.init.zeros_(self.read_out.bias)
 
+    @torch.no_grad()
+    def start_from(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin as a linear map (G, 3 D), (G,) of the spot's vector and its rings' means."""
+        self.ridge.weight.copy_(weight)
+        self.ridge.bias.copy_(bias)
+        for parameter in self.expand[-1].parameters():
+            nn.init.zeros_(parameter)
+
     def memory(self, vector: Tensor, tokens: Tensor, context: Tensor, offsets: Tensor) -> Tensor:
         """(B, D), (B, T, D), (B, N, D), (B, N, 2) -> (B, 1 + T + N, W)."""
         parts = [
@@ -58,7 +84,7 @@ class GeneDecoder(nn.Module):
     def forward(self, vector: Tensor, tokens: Tensor, context: Tensor, offsets: Tensor, present: Tensor) -> Tensor:
         """Standardised features (B, D), (B, T, D), (B, N, D), offsets (B, N, 2) in pitches, present (B, N) bool ->
         expression (B, G) in the units of the target the weights were trained on."""
-        start = self.expand(vector)
+        start = self.ridge(with_rings(vector, context, offsets, present)) + self.expand(vector)
         own = present.new_ones(len(present), 1 + tokens.shape[1])
         seen = torch.cat([own, present], dim=1)
         memory = self.memory(vector, tokens, context, offsets)

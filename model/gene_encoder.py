@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.layers import Attention
+from model.layers import Attention, Standardise
 from model.performer import PerformerBlock
 
 N_BINS = 7  # floor(log2(1 + counts per 10,000)) cut at 5, and scBERT's mask
@@ -36,7 +36,9 @@ class GatherTokens(nn.Module):
 class GeneEncoder(nn.Module):
     """Bins of expression (B, G) in 0..6 -> vector (B, D) before normalisation, gene tokens (B, K, D).
 
-    `frozen_part` runs the layers that do not train, once for student and twin; `forward` goes on from there.
+    `frozen_part` runs the layers that do not train, once for student and twin; `forward` goes on from there. Beside
+    the Performer a linear path leads from the bins to the vector: a few hundred spots do not suffice to teach a
+    Performer without pretrained weights what a linear map learns from them in seconds.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class GeneEncoder(nn.Module):
         self.blocks = nn.ModuleList(PerformerBlock(gene_width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(gene_width)
         self.gather = GatherTokens(gene_width, width, n_tokens)
+        self.linear_path = nn.Sequential(Standardise(n_genes, min_sd=0.1), nn.Linear(n_genes, width))
         self.n_frozen = 0  # blocks from the first on that `freeze_trunk` froze, the embeddings with them
 
     def embed(self, bins: Tensor) -> Tensor:
@@ -55,27 +58,25 @@ class GeneEncoder(nn.Module):
 
     @torch.no_grad()
     def frozen_part(self, bins: Tensor) -> Tensor:
-        """Bins (B, G) -> the input of the first layer that trains: hidden (B, G, W), or the bins themselves.
-
-        Given such a hidden state, kept from an earlier call, that is what it returns."""
-        if self.n_frozen == 0 or bins.ndim == 3:
+        """Bins (B, G) -> the input of the first block that trains: hidden (B, G, W), or the bins themselves."""
+        if self.n_frozen == 0:
             return bins
         hidden = self.embed(bins)
         for block in self.blocks[: self.n_frozen]:
             hidden = block(hidden)
         return hidden
 
-    def forward(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """`start` as `frozen_part` gives it -> vector (B, D), tokens (B, K, D)."""
+    def forward(self, bins: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Bins (B, G), `start` as `frozen_part` gives it -> vector (B, D), tokens (B, K, D)."""
         hidden, n = (self.embed(start), 0) if start.ndim == 2 else (start, self.n_frozen)
         for block in self.blocks[n:]:
             hidden = block(hidden)
         tokens, vector = self.gather(self.norm(hidden))
-        return vector, tokens
+        return vector + self.linear_path(bins.float()), tokens
 
     def encode(self, bins: Tensor) -> tuple[Tensor, Tensor]:
         """Bins (B, G) -> vector (B, D), tokens (B, K, D): the whole way."""
-        return self(self.frozen_part(bins))
+        return self(bins, self.frozen_part(bins))
 
     def freeze_trunk(self, tuned_block: int) -> None:
         """Freeze all but block `tuned_block` (counted from 0), the final norm and the gathering head."""

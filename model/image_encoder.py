@@ -7,6 +7,7 @@ D shared width, Z tile side in pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,11 +71,24 @@ class ImageEncoder(nn.Module):
     `forward`: tiles (B, 3, Z, Z) in 0..1 -> vector (B, D) before normalisation, raw tokens (B, P, C). Raw tokens are
     pooled first and projected to D by `project_tokens`: the mean of projections is the projection of the mean.
     BatchNorm of a pretrained convolutional trunk stays in evaluation mode, its affine part trained.
+
+    With several `scales`, shares of the tile's side, the trunk sees as many squares around the tile's centre, all at
+    the pixels of the smallest: `--scales 1 0.5` is the tile at half its resolution, and its middle at the whole. Their
+    pooled features stand side by side; the tokens are those of the first.
     """
 
-    def __init__(self, name: str, image_size: int, width: int, weights: Weights = None, pretrained: bool = False):
+    def __init__(
+        self,
+        name: str,
+        image_size: int,
+        width: int,
+        weights: Weights = None,
+        pretrained: bool = False,
+        scales: Sequence[float] = (1.0,),
+    ):
         super().__init__()
-        self.trunk: Any = build_trunk(name, image_size, weights)
+        self.scales, self.side = scales, round(image_size * min(scales))
+        self.trunk: Any = build_trunk(name, self.side, weights)
         self.pretrained = pretrained or weights is not None
         config = self.trunk.pretrained_cfg
         self.mean: Tensor
@@ -82,7 +96,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
         self.n_prefix = int(getattr(self.trunk, "num_prefix_tokens", 0))
-        self.to_vector = nn.Linear(self.trunk.head_hidden_size, width)
+        self.to_vector = nn.Linear(len(scales) * self.trunk.head_hidden_size, width)
         self.to_token = nn.Linear(self.trunk.num_features, width)
 
     def train(self, mode: bool = True) -> ImageEncoder:
@@ -94,12 +108,25 @@ class ImageEncoder(nn.Module):
         return self
 
     def features(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """The trunk alone, as its authors left it: pooled feature (B, C'), tokens (B, P, C)."""
-        raw = self.trunk.forward_features((tiles - self.mean) / self.std)
-        pooled = self.trunk.forward_head(raw, pre_logits=True)
+        """The trunk alone, as its authors left it: pooled features (B, scales * C'), tokens (B, P, C)."""
+        seen = torch.cat([self._square(tiles, scale) for scale in self.scales])
+        raw = self.trunk.forward_features((seen - self.mean) / self.std)
+        pooled = self.trunk.forward_head(raw, pre_logits=True).unflatten(0, (len(self.scales), -1))
+        pooled, raw = pooled.transpose(0, 1).flatten(1), raw[: len(tiles)]
         if raw.ndim == 4:  # a feature map, NCHW or (swin) NHWC
             raw = raw.flatten(2).transpose(1, 2) if raw.shape[1] == self.trunk.num_features else raw.flatten(1, 2)
         return pooled, raw
+
+    def _square(self, tiles: Tensor, scale: float) -> Tensor:
+        """The square around the tiles' centre with a share of their side, as the trunk takes it: (B, 3, side, side)."""
+        whole = tiles.shape[-1]
+        cut = round(whole * scale)
+        start = (whole - cut) // 2
+        square = tiles[..., start : start + cut, start : start + cut]
+        if cut == self.side or len(self.scales) == 1:
+            return square
+        size = (self.side, self.side)
+        return F.interpolate(square, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
     def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         pooled, tokens = self.features(tiles)

@@ -6,8 +6,29 @@ Vaswani et al. 2017, arXiv 1706.03762.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Standardise(nn.Module):
+    """Take away a mean and divide by a deviation, both fixed before training by `measure`: (..., width) -> the same."""
+
+    def __init__(self, width: int, min_sd: float):
+        super().__init__()
+        self.mean: Tensor
+        self.sd: Tensor
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("sd", torch.ones(width))
+        self.min_sd = min_sd
+
+    def measure(self, mean: Tensor, sd: Tensor) -> None:
+        """Mean and deviation (width,) of the data, a small deviation raised to `min_sd`."""
+        self.mean.copy_(mean)
+        self.sd.copy_(sd.clamp(min=self.min_sd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.sd
 
 
 class Attention(nn.Module):

@@ -5,6 +5,7 @@ Letters: B batch, G input genes, D shared width, Z tile side in pixels, T target
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class StageOneSizes:
     image_encoder: str = "deit_base_patch16_224.fb_in1k"
     image_size: int = 224
     image_pretrained: bool = False
+    scales: Sequence[float] = (1.0,)
     gene_depth: int = 6
     gene_width: int = 200
     gene_heads: int = 10
@@ -38,7 +40,7 @@ class StageOneSizes:
     image_tokens: int = 50
     width: int = 512
     queue_size: int = 4096
-    n_expression_genes: int = 0
+    n_components: int = 0  # of expression, that both vectors are to tell
 
 
 class StepOutput(NamedTuple):
@@ -52,6 +54,13 @@ class StepOutput(NamedTuple):
     twin: Pair
 
 
+def twin_momentum(step: int) -> float:
+    """Of the twins after a step (0 is the first): a mean over about the last tenth of the steps, or of all of them
+    early on, and TWIN_MOMENTUM at last. Held at that from the start, twins of a short training would remember the
+    untrained encoders to its end."""
+    return min((1 + step) / (10 + step), TWIN_MOMENTUM)
+
+
 class StageOne(nn.Module):
     """Paired encoders with momentum distillation and matching.
 
@@ -62,13 +71,17 @@ class StageOne(nn.Module):
         super().__init__()
         s = self.sizes = sizes
         self.image_encoder = ImageEncoder(
-            s.image_encoder, s.image_size, s.width, image_weights, pretrained=s.image_pretrained
+            s.image_encoder, s.image_size, s.width, image_weights, s.image_pretrained, s.scales
         )
         self.gene_encoder = GeneEncoder(s.n_genes, s.gene_depth, s.gene_width, s.gene_heads, s.gene_tokens, s.width)
+        if s.n_components:  # then it is solved for them beforehand, and learning would only spoil it
+            self.gene_encoder.linear_path.requires_grad_(False)
         self.contrast = ContrastiveHead()
         self.fusion = Fusion(s.width, s.fusion_blocks)
-        self.to_expression = nn.Linear(s.width, s.n_expression_genes) if s.n_expression_genes else None
+        self.to_expression = nn.Linear(s.width, s.n_components) if s.n_components else None
         self.queue = FeatureQueue(s.queue_size, s.width)
+        self.n_steps: Tensor
+        self.register_buffer("n_steps", torch.zeros((), dtype=torch.long))
         self.image_twin: nn.Module
         self.gene_twin: nn.Module
         self.make_twins()
@@ -99,8 +112,8 @@ class StageOne(nn.Module):
         return F.normalize(vector.float(), dim=1), tokens
 
     @torch.no_grad()
-    def encode_with_twins(self, tiles: Tensor, start: Tensor, spots: Tensor) -> Pair:
-        image, gene = self.image_twin(tiles)[0], self.gene_twin(start)[0]
+    def encode_with_twins(self, tiles: Tensor, bins: Tensor, start: Tensor, spots: Tensor) -> Pair:
+        image, gene = self.image_twin(tiles)[0], self.gene_twin(bins, start)[0]
         return Pair(F.normalize(image.float(), dim=1), F.normalize(gene.float(), dim=1), spots)
 
     def match(
@@ -128,27 +141,33 @@ class StageOne(nn.Module):
         generator: torch.Generator,
         expression: Tensor | None = None,
         expression_weight: float = 0.0,
+        matching_weight: float = 1.0,
+        hidden: Tensor | None = None,
     ) -> StepOutput:
-        """Tiles (B, 3, Z, Z) in 0..1, bins (B, G) or what `frozen_part` made of them, spot ids (B,), targets (B, T) or
-        None -> losses."""
+        """Tiles (B, 3, Z, Z) in 0..1, bins (B, G), spot ids (B,), targets (B, T) or None -> losses. `hidden`, if given,
+        is what `frozen_part` made of the bins earlier."""
         vector, raw_tokens = self.image_encoder(tiles)
-        start = self.gene_encoder.frozen_part(bins)
-        gene_vector, gene_tokens = self.gene_encoder(start)
+        start = self.gene_encoder.frozen_part(bins) if hidden is None else hidden
+        gene_vector, gene_tokens = self.gene_encoder(bins, start)
         student = Pair(F.normalize(vector.float(), dim=1), F.normalize(gene_vector.float(), dim=1), spots)
-        twin = self.encode_with_twins(tiles, start, spots)
+        distils = alpha > 0 or self.queue.capacity > 0
+        twin = self.encode_with_twins(tiles, bins, start, spots) if distils else student.detached()
         contrast = self.contrast(student, twin, self.queue.filled(), alpha)
         image_tokens = self.image_encoder.project_tokens(raw_tokens, self.sizes.image_tokens)
         matching, accuracy = self.match(gene_tokens, image_tokens, student, generator)
         regression = vector.new_zeros(())
         if self.to_expression is not None and expression is not None:
-            regression = losses.expression_loss(self.to_expression(vector), expression)
-        loss = contrast + matching + expression_weight * regression
+            read_off = (self.to_expression(each) for each in (vector, gene_vector))
+            regression = sum((losses.expression_loss(each, expression) for each in read_off), regression) / 2
+        loss = contrast + matching_weight * matching + expression_weight * regression
         return StepOutput(loss, contrast, matching, regression, accuracy, twin)
 
     @torch.no_grad()
     def after_step(self, twin: Pair) -> None:
         """Temperature kept in bounds, twins moved, the batch put into the queue."""
         self.contrast.clamp()
-        update_twin(self.image_twin, self.image_encoder, TWIN_MOMENTUM)
-        update_twin(self.gene_twin, self.gene_encoder, TWIN_MOMENTUM)
+        momentum = twin_momentum(int(self.n_steps))
+        update_twin(self.image_twin, self.image_encoder, momentum)
+        update_twin(self.gene_twin, self.gene_encoder, momentum)
+        self.n_steps += 1
         self.queue.push(twin.image, twin.gene, twin.spot)

@@ -5,6 +5,8 @@ Letters: B batch, S spots, D shared width, T tokens of a tile, N context spots, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +25,13 @@ class StageTwoSizes:
     n_genes: int
     image_encoder: str
     image_size: int
+    scales: Sequence[float] = (1.0,)
     width: int = 512
     decoder_layers: int = 6
     decoder_width: int = 64
     context: int = 18
     dropout: float = 0.1
+    turns: int = 1  # of a tile that its features are averaged over: 1, 2, 4, or 8 with the flips
 
 
 class StageTwo(nn.Module):
@@ -36,7 +40,7 @@ class StageTwo(nn.Module):
     def __init__(self, sizes: StageTwoSizes):
         super().__init__()
         s = self.sizes = sizes
-        self.image_encoder = ImageEncoder(s.image_encoder, s.image_size, s.width, pretrained=True)
+        self.image_encoder = ImageEncoder(s.image_encoder, s.image_size, s.width, pretrained=True, scales=s.scales)
         self.image_encoder.requires_grad_(False).eval()
         self.decoder = GeneDecoder(s.width, s.n_genes, s.decoder_layers, s.decoder_width, s.dropout)
         self.target_mean: Tensor
@@ -60,9 +64,21 @@ class StageTwo(nn.Module):
 
     @torch.no_grad()
     def encode(self, tiles: Tensor) -> Tensor:
-        """Tiles (B, 3, Z, Z) in 0..1 -> features (B, 1 + T, D): the vector, then the pooled tokens."""
-        vector, raw = self.image_encoder(tiles)
-        return torch.cat([vector[:, None], self.image_encoder.grid_tokens(raw, GRID_SIDE)], dim=1)
+        """Tiles (B, 3, Z, Z) in 0..1 -> features (B, 1 + T, D): the vector, then the pooled tokens, each the mean over
+        the turned tiles, tokens in the place where they lie in the tile as it is."""
+        turns = list(range(0, 8, 8 // self.sizes.turns))
+        return torch.stack([self._encode_turned(tiles, turn) for turn in turns]).mean(0)
+
+    def _encode_turned(self, tiles: Tensor, turn: int) -> Tensor:
+        """Features of the tile flipped (where `turn` is odd), then turned by turn // 2 quarters."""
+        quarter, flipped = divmod(turn, 2)
+        turned = torch.rot90(tiles.flip(3) if flipped else tiles, quarter, (2, 3))
+        vector, raw = self.image_encoder(turned)
+        tokens = self.image_encoder.grid_tokens(raw, GRID_SIDE)
+        side = math.isqrt(tokens.shape[1])
+        grid = torch.rot90(tokens.unflatten(1, (side, side)), -quarter, (1, 2))
+        back = grid.flip(2) if flipped else grid
+        return torch.cat([vector[:, None], back.flatten(1, 2)], dim=1)
 
 
 @torch.no_grad()

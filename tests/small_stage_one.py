@@ -17,7 +17,7 @@ SMALL = {
     "image_tokens": 5,
     "width": 32,
     "queue_size": 10,
-    "n_expression_genes": TARGETS,
+    "n_components": TARGETS,
 }
 
 

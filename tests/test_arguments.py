@@ -42,12 +42,12 @@ STAGE_ONE = {
     "fusion_blocks": 3,
     "queue_size": 4096,
     "alpha": 0.4,
-    "expression_weight": 0,
+    "expression_weight": 5.0,
     "out": Path("encoder_model"),
 }
 STAGE_TWO = {
     "encoder": Path("encoder_model/best_epoch_weights.pth"),
-    "target": "lognorm",
+    "target": "residuals",
     "context": 18,
     "decoder_layers": 6,
     "decoder_width": 64,

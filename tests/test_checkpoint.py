@@ -32,7 +32,7 @@ def test_round_trip(path):
     checkpoint.save(path, "stage_one", **state)
     found = checkpoint.load(path, "stage_one", "--encoder")
     assert torch.equal(found["model"].pop("w"), torch.arange(3.0))
-    assert found == state | {"model": {}, "format": 1, "kind": "stage_one"}
+    assert found == state | {"model": {}, "format": 2, "kind": "stage_one"}
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -90,7 +90,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(path, content):
 def test_code_in_a_file_is_refused_and_never_run(path, tmp_path):
     marker = tmp_path / "ran"
     path.parent.mkdir()
-    torch.save({"format": 1, "kind": "stage_one", "model": Bomb(marker)}, path)
+    torch.save({"format": 2, "kind": "stage_one", "model": Bomb(marker)}, path)
     refused("holds more than tensors and plain values", checkpoint.load, path, "stage_one", "--encoder")
     path.write_bytes(pickle.dumps({"kind": "stage_one", "model": Bomb(marker)}))
     refused("--encoder: ", checkpoint.load, path, "stage_one", "--encoder")
@@ -128,11 +128,11 @@ def test_a_foreign_file_is_refused(path, state):
     refused("found another file", checkpoint.load, path, "stage_one", "--encoder")
 
 
-@pytest.mark.parametrize("state", [{"format": 2, "kind": "stage_one"}, {"kind": "stage_one"}])
+@pytest.mark.parametrize("state", [{"format": 1, "kind": "stage_one"}, {"kind": "stage_one"}])
 def test_another_format_is_refused(path, state):
     path.parent.mkdir()
     torch.save(state, path)
-    refused("has format .*, this version reads 1; train it again", checkpoint.load, path, "stage_one", "--encoder")
+    refused("has format .*, this version reads 2; train it again", checkpoint.load, path, "stage_one", "--encoder")
 
 
 def test_weights_of_another_model_are_refused(path):

@@ -1,11 +1,15 @@
 """decoder.py: what the prediction starts from, what it looks at, and what a missing neighbour must not do."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from model.decoder import GeneDecoder, LinearExpansion
+from model import decoder as decoders
+from model.decoder import GeneDecoder, LinearExpansion, with_rings
 from model.layers import Attention
+from utils.evaluation import baselines
+from utils.training import feature_bank
 
 WIDTH, GENES, TOKENS, CONTEXT = 12, 9, 4, 5
 
@@ -41,6 +45,56 @@ def test_prediction_starts_as_the_expansion():
     model, given = decoder(trained=False), batch()
     torch.testing.assert_close(model(**given), model.expand(given["vector"]))
     assert not torch.allclose(decoder()(**given), model.expand(given["vector"]), atol=0.1)
+
+
+@torch.no_grad()
+def test_prediction_starts_as_the_ridge_on_the_spot_and_its_rings():
+    model, given = decoder(trained=False), batch(context=30)
+    weight, bias = torch.randn(GENES, 3 * WIDTH), torch.randn(GENES)
+    model.start_from(weight, bias)
+    seen = with_rings(**{name: rows for name, rows in given.items() if name != "tokens"})
+    torch.testing.assert_close(model(**given), seen @ weight.T + bias)
+    assert seen.abs().min() > 0, "both rings are filled"
+
+
+def test_what_is_learnt_leaves_the_start_and_the_ridge_stays():
+    model, given = decoder(trained=False), batch()
+    model.start_from(torch.randn(GENES, 3 * WIDTH), torch.randn(GENES))
+    start, ridge = model(**given).detach(), model.ridge.weight.clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    model(**given).square().mean().backward()
+    optimizer.step()
+    assert not torch.allclose(model(**given), start, atol=1e-3)
+    assert torch.equal(model.ridge.weight, ridge) and model.ridge.weight.grad is None
+    for last in (model.expand[-1], model.read_out):
+        assert last.weight.abs().max() > 0
+
+
+def hexagonal():
+    column, row = np.meshgrid(np.arange(9), np.arange(8))
+    return np.column_stack([(column + 0.5 * (row % 2)).ravel(), (row * np.sqrt(0.75)).ravel()])
+
+
+def square():
+    return np.column_stack([axis.ravel() for axis in np.meshgrid(np.arange(9), np.arange(8))]).astype(float)
+
+
+@pytest.mark.parametrize(("grid", "context"), [(hexagonal, 18), (square, 20)])
+def test_rings_of_the_context_are_the_rings_of_the_baselines(grid, context):
+    """Where the context holds both: 6 and 12 spots on a hexagonal grid, 4 and 16 on a square one."""
+    rng, pitch = np.random.default_rng(0), 137.0
+    xy = grid()
+    xy = np.concatenate([xy[rng.random(len(xy)) < 0.9], [[99, 99]]]) * pitch  # gaps, an edge, a spot alone
+    vectors = rng.normal(size=(len(xy), WIDTH)).astype(np.float32)
+    index, offsets, present = feature_bank.neighbours(xy, pitch, context)
+    whole = (torch.from_numpy(each) for each in (vectors, vectors[index], offsets, present))
+    expected = baselines.ring_features(vectors, xy, pitch)
+    np.testing.assert_allclose(with_rings(*whole), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected[:-1, WIDTH:]).min() > 0 and not expected[-1, WIDTH:].any()
+
+
+def test_rings_are_written_alike_in_both_places():
+    assert decoders.RINGS == baselines.RINGS
 
 
 def test_every_gene_changes_with_each_part_of_the_picture():
@@ -130,7 +184,8 @@ def test_every_parameter_learns_and_no_attention_is_dead():
     model, given = decoder().train(), batch(n=8)
     model(**given).square().sum().backward()
     for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.abs().max() > 0, name
+        if not name.startswith("ridge."):
+            assert p.grad is not None and p.grad.abs().max() > 0, name
     attentions = [m for m in model.modules() if isinstance(m, Attention)]
     assert len(attentions) == 4
     for attention in attentions:

@@ -1,6 +1,7 @@
 """Stage two on kept features: several views, budgets of memory and disk, the same result whatever they are."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -8,13 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_runs import LAST, Work, data_flags, row
+from tiny_runs import BEST, LAST, Work
 
 import train_decoder
-from utils.evaluation import metrics
-from utils.slices import genes
-from utils.training import checkpoint, datasets, distributed, feature_bank, features
-from utils.training.spill import Spill
+from utils.training import checkpoint, distributed, feature_bank, features
 
 NO_MEMORY = ("--memory", 1e-9)
 
@@ -88,11 +86,70 @@ def test_each_epoch_draws_a_view_of_each_spot_and_validation_sees_the_tile(train
         of_spot = {
             spot: v for spots, views in drawn if np.ndim(views) for spot, v in zip(spots.tolist(), views, strict=True)
         }
+        others = {spot for spots, views in drawn if not np.ndim(views) for spot in spots}
         assert len(of_spot) == 64 and set(of_spot.values()) == {0, 1, 2} and max(of_spot) < 70
-        assert {spot for spots, views in drawn if not np.ndim(views) for spot in spots} == set(range(70, 140))
+        assert others == set(range(140)), "ridge, which sees the tile of each spot, and validation"
         assert all(views == 0 for _, views in drawn if not np.ndim(views))
         epochs.append(of_spot)
     assert epochs[0] != epochs[1] == epochs[2]
+
+
+# ---- the start
+
+
+def best_and_last(trained, out, *flags):
+    """The checkpoints of an epoch of stage two below `out`."""
+    last = run_decoder(trained, out, *flags)
+    return checkpoint.load(out / "decoder_model" / BEST, "stage_two", "--decoder"), last
+
+
+@pytest.mark.parametrize("rate", [1e-30, 0.03])
+def test_the_best_epoch_never_falls_behind_the_ridge(trained, tmp_path, capsys, rate):
+    """A ruinous learning rate leaves the start as the best; none leaves the last where it started, too."""
+    best, last = best_and_last(trained, tmp_path, "--Init_lr", rate)
+    said = re.search(r"ridge to start from: .* validation PCC per gene (\d\.\d+)", capsys.readouterr().out)
+    begun = float(said[1])
+    assert best["row"]["epoch"] == -1 and last["row"]["epoch"] == 0
+    assert best["row"]["val_pcc_residuals"] == pytest.approx(begun, abs=1e-3)
+    assert best["val_pcc"].mean().item() == pytest.approx(begun, abs=1e-3)
+    assert last["best"] == best["row"]["val_pcc_residuals"] >= last["row"]["val_pcc_residuals"]
+    if rate < 1e-9:
+        torch.testing.assert_close(last["val_pcc"], best["val_pcc"], atol=1e-6, rtol=0)
+    assert torch.equal(last["model"]["decoder.ridge.weight"], best["model"]["decoder.ridge.weight"])
+
+
+def test_the_start_is_numbered_before_the_first_epoch_and_is_not_solved_again(trained, tmp_path, monkeypatch):
+    best, _ = best_and_last(trained, tmp_path, "--Init_lr", 1e-30, "--Init_Epoch", 3, "--Epoch", 4)
+    assert best["row"]["epoch"] == 2
+    monkeypatch.setattr(train_decoder, "start_from_ridge", lambda *_: pytest.fail("solved again"))
+    resumed = run_decoder(trained, tmp_path, "--Init_lr", 1e-30, "--Init_Epoch", 3, "--Epoch", 5, "--resume")
+    assert resumed["row"]["epoch"] == 4 and resumed["best"] == best["row"]["val_pcc_residuals"]
+
+
+def test_every_train_slice_has_a_spot_in_the_ridge_however_few_are_drawn(trained, tmp_path, monkeypatch):
+    """Two train slices, each with a strip to validate on."""
+    (tmp_path / "slices.csv").write_text("slice,patient,part\nP01_1,P01,train\nP02_1,P02,train\n")
+    drawn, batch = [], feature_bank.FeatureBank.batch
+    monkeypatch.setattr(
+        feature_bank.FeatureBank, "batch", lambda bank, spots, *view: drawn.append(spots) or batch(bank, spots, *view)
+    )
+    monkeypatch.setattr(train_decoder, "START_SPOTS", 1)
+    run_decoder(trained, tmp_path, "--slices", tmp_path / "slices.csv", "--val_strip", "--allow_leak")
+    assert [len(spots) for spots in drawn[:2]] == [1, 1] and drawn[0] < 70 <= drawn[1]
+
+
+@pytest.mark.parametrize("turns", [1, 8])
+def test_features_are_those_of_as_many_turns(of_three_views, trained, tmp_path, turns):
+    """And kept features of another number of turns are not taken for them."""
+    kept = tmp_path / "decoder_model" / "features"
+    shutil.copytree(of_three_views[0] / "decoder_model" / "features", kept)
+    before = np.load(kept / "P01_1.npy")
+    state = run_decoder(trained, tmp_path, "--turns", turns)
+    assert state["sizes"]["turns"] == turns
+    assert np.array_equal(np.load(kept / "P01_1.npy"), before) == (turns == 1)
+
+
+# ---- budgets
 
 
 def test_fewer_views_where_the_disk_budget_is_small(trained, tmp_path, capsys):
@@ -151,41 +208,6 @@ def test_validation_in_training_is_that_of_the_evaluation(trained, tmp_path):
     trained.run("decoder_similarity", "--part", "val", "--out", tmp_path)
     genes = pd.read_csv(tmp_path / "genes.csv")
     np.testing.assert_allclose(genes["pcc_residuals_model"], genes["val_pcc"], atol=1e-5)
-
-
-# ---- targets
-
-
-def plain_targets(slices, scale):
-    """All slices at once in float64."""
-    found = []
-    for one in slices:
-        panel = one.panels["target"]
-        scaled = metrics.to_scale(scale, panel.counts, one.total_counts)
-        found.append(np.where(panel.measured, scaled, np.nan))
-    train = np.concatenate([t[one.rows_of("train")] for t, one in zip(found, slices, strict=True)])
-    return np.concatenate(found), np.nanmean(train, axis=0), np.maximum(np.nanstd(train, axis=0), 1e-6)
-
-
-@pytest.mark.parametrize("scale", metrics.SCALES)
-@pytest.mark.parametrize("gib", [1.0, 1e-9])
-def test_targets_are_those_of_the_plain_formula(prepared, tmp_path, monkeypatch, scale, gib):
-    """With a gene that one slice lacks and one without a count, in groups that do not divide the genes."""
-    slices = [
-        datasets.load_slice(row(name), data_flags(prepared), ("target",), strip)
-        for name, strip in (("P01_1", True), ("P02_1", False))
-    ]
-    slices[1].panels["target"].measured[4] = False
-    as_read = genes.Panel.counts.fget
-    without_17 = property(lambda panel: as_read(panel) * (np.arange(20) != 17))
-    monkeypatch.setattr(genes.Panel, "counts", without_17)
-    target, mean, sd = train_decoder.targets_of(slices, scale, Spill(gib, tmp_path))
-    expected, expected_mean, expected_sd = plain_targets(slices, scale)
-    assert isinstance(target, np.memmap) == (gib < 1) and target.dtype == np.float32
-    np.testing.assert_allclose(mean, expected_mean, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(sd, expected_sd, rtol=1e-5)
-    np.testing.assert_allclose(target, (expected - expected_mean) / expected_sd, rtol=1e-4, atol=1e-4)
-    assert np.isnan(target[70:, 4]).all() and np.isnan(target).sum() == 70 and not target[:, 17].any()
 
 
 # ---- precision

@@ -1,6 +1,7 @@
 """Features of the frozen encoder: computed batch by batch, kept on disk within a budget, in several views."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 from tiny_runs import data_flags, row
 
-from utils.training import augment, datasets, features
+from model.image_encoder import ImageEncoder
+from utils.training import augment, datasets, features, loop
 from utils.training.spill import Spill
 
 
@@ -246,6 +248,21 @@ def test_a_view_is_that_of_the_seed_the_slice_and_the_spot(tiled, monkeypatch):
     first, second = draws
     assert first[-1] == second[-1] == (3, 1, 32)
     assert len({*first[:-1], *second[:-1]}) == 140
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5)])
+def test_the_untouched_encoder_sees_the_tile_as_stage_one_does(tiled, scales):
+    """Without pretrained weights it is the random one of the seed."""
+    loop.seed_everything(3)
+    fresh = ImageEncoder("test_vit", 32, 16, scales=scales).eval()
+    sizes = {"image_encoder": "test_vit", "image_size": 32, "width": 16, "scales": list(scales)}
+    settings, args = {"seed": 3, "image_weights": "none"}, SimpleNamespace(image_weights=None, batch_size=32, workers=0)
+    here = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
+    (found,) = features.untouched_features(ImageEncoder, {"sizes": sizes}, settings, [tiled], here, args)
+    with torch.no_grad():
+        expected = fresh.features(augment.to_float(torch.from_numpy(tiled.pack.read(tiled.tile_rows)), 32))[0]
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_cheap_rows_read(tiled, rng):

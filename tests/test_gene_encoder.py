@@ -1,4 +1,4 @@
-"""gene_encoder.py: gene positions by name, the frozen trunk, and what the gathered tokens depend on."""
+"""gene_encoder.py: gene positions by name, the frozen trunk, the linear path, what gathered tokens depend on."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_frozen_trunk_leaves_one_block_norm_and_head_to_train():
     encoder = small_encoder()
     encoder.freeze_trunk(1)
     trained = {name.split(".")[0] + name.split(".")[1] * name.startswith("blocks") for name in trained_names(encoder)}
-    assert trained == {"blocks1", "norm", "gather"}
+    assert trained == {"blocks1", "norm", "gather", "linear_path"}
     one = {name for name in trained_names(encoder) if name.startswith("blocks.")}
     assert one == {f"blocks.1.{name}" for name, _ in encoder.blocks[1].named_parameters()}
 
@@ -75,12 +75,12 @@ def trained_names(encoder):
 def test_freezing_does_not_change_the_output_of_encoder_or_twin(tuned):
     encoder = small_encoder()
     expected = encoder.encode(some_bins())
-    torch.testing.assert_close(encoder(some_bins()), expected)
+    torch.testing.assert_close(encoder(some_bins(), some_bins()), expected)
     encoder.freeze_trunk(tuned)
     start = encoder.frozen_part(some_bins())
     assert start.shape == ((3, GENES) if tuned == 0 else (3, GENES, WIDTH))
     for one in (encoder, make_twin(encoder)):
-        torch.testing.assert_close(one(start), expected)
+        torch.testing.assert_close(one(some_bins(), start), expected)
         torch.testing.assert_close(one.encode(some_bins()), expected)
 
 
@@ -88,6 +88,31 @@ def test_freezing_does_not_change_the_output_of_encoder_or_twin(tuned):
 def test_a_block_that_is_not_there_cannot_be_tuned(tuned):
     with pytest.raises(ValueError, match=rf"--tune_block {tuned}: expected 0\.\.2"):
         small_encoder().freeze_trunk(tuned)
+
+
+@torch.no_grad()
+def test_the_linear_path_adds_standardised_bins_to_the_vector_and_nothing_to_the_tokens():
+    encoder, bins = small_encoder(), some_bins()
+    mean, sd = torch.rand(GENES), torch.rand(GENES) + 0.5
+    with_path, tokens = encoder.encode(bins)
+    encoder.linear_path[0].measure(mean, sd)
+    moved, same_tokens = encoder.encode(bins)
+    last = encoder.linear_path[1]
+    change = ((bins - mean) / sd - bins) @ last.weight.T
+    torch.testing.assert_close(moved - with_path, change, rtol=1e-4, atol=1e-5)
+    last.weight.zero_()
+    last.bias.zero_()
+    alone, _ = encoder.encode(bins)
+    torch.testing.assert_close(alone, encoder.gather(encoder.norm(hidden_of(encoder, bins)))[1])
+    assert torch.equal(same_tokens, tokens)
+
+
+def hidden_of(encoder, bins):
+    """What the Performer makes of the bins."""
+    hidden = encoder.embed(bins)
+    for block in encoder.blocks:
+        hidden = block(hidden)
+    return hidden
 
 
 @torch.no_grad()

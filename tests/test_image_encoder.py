@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model.image_encoder import ImageEncoder, pool_grid
@@ -63,6 +64,54 @@ def test_vector_and_tokens_are_timms_own(name, layout):
         torch.testing.assert_close(raw_tokens, tokens)
         torch.testing.assert_close(vector, encoder.to_vector(pooled))
         assert encoder.project_tokens(raw_tokens, 50).shape == (2, tokens.shape[1], WIDTH)
+
+
+def whole_and_middle(tiles):
+    """At half the resolution, and the middle half as it is."""
+    quarter = tiles.shape[-1] // 4
+    small = F.interpolate(tiles, scale_factor=0.5, mode="bicubic", antialias=True)
+    return small, tiles[..., quarter:-quarter, quarter:-quarter]
+
+
+@pytest.mark.parametrize(("name", "size"), [("test_vit.r160_in1k", {"img_size": SIDE // 2}), ("resnet18", {})])
+@pytest.mark.parametrize("scales", [(1.0, 0.5), (0.5, 1.0)])
+def test_several_scales_are_seen_side_by_side_with_the_tokens_of_the_first(name, size, scales):
+    state = weights_of(name, **size)
+    encoder = ImageEncoder(name, SIDE, WIDTH, state, scales=scales).eval()
+    whole, middle = (timm_answer(name, state, seen, **size) for seen in whole_and_middle(tiles_of()))
+    first, second = (whole, middle) if scales[0] == 1 else (middle, whole)
+    tokens = first[1] if first[1].ndim == 3 else first[1].flatten(2).mT
+    with torch.no_grad():
+        pooled, raw = encoder.features(tiles_of())
+        vector, _ = encoder(tiles_of())
+    torch.testing.assert_close(pooled, torch.cat([first[0], second[0]], dim=1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(raw, tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vector, encoder.to_vector(pooled))
+
+
+@torch.no_grad()
+def test_a_single_scale_is_the_middle_of_the_tile_alone():
+    encoder, tiles = ImageEncoder("test_vit", SIDE, WIDTH, scales=(0.5,)).eval(), tiles_of()
+    other = tiles.clone()
+    other[..., : SIDE // 4, :] = 0
+    vector, tokens = encoder(tiles)
+    assert tokens.shape[1] == 1 + 4, "a grid of 32 px in patches of 16"
+    assert all(torch.equal(a, b) for a, b in zip(encoder(other), (vector, tokens), strict=True))
+    other[..., SIDE // 2, :] = 0
+    assert not torch.allclose(encoder(other)[0], vector)
+
+
+@torch.no_grad()
+def test_one_more_scale_leaves_the_first_as_it_was_and_tiles_do_not_mix():
+    torch.manual_seed(0)
+    encoder, tiles = ImageEncoder("resnet18", SIDE, WIDTH, scales=(0.5,)).eval(), tiles_of(3)
+    pooled, tokens = encoder.features(tiles)
+    encoder.scales = (0.5, 1.0, 0.75)
+    more, same_tokens = encoder.features(tiles)
+    assert more.shape == (3, 3 * pooled.shape[1])
+    torch.testing.assert_close(more[:, : pooled.shape[1]], pooled, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(same_tokens, tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.features(tiles[1:2])[0], more[1:2], rtol=1e-4, atol=1e-5)
 
 
 def test_normalisation_is_each_models_own():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.layers import MLP, Attention, CrossBlock
+from model.layers import MLP, Attention, CrossBlock, Standardise
 
 
 def attention_by_loops(attention: Attention, x, memory, present=None):
@@ -40,6 +40,17 @@ def test_attention_equals_its_loops():
 def test_a_width_that_heads_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="width 10 is not a multiple of its 4 heads"):
         Attention(10, 4)
+
+
+def test_standardising_is_nothing_until_measured_and_does_not_blow_up_noise():
+    layer, x = Standardise(3, min_sd=0.1), torch.randn(50, 3) * torch.tensor([2.0, 1.0, 1e-3]) + 5
+    assert torch.equal(layer(x), x)
+    layer.measure(x.mean(0), x.std(0, correction=0))
+    done = layer(x)
+    torch.testing.assert_close(done.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(done[:, :2].std(0, correction=0), torch.ones(2))
+    torch.testing.assert_close(done[:, 2], (x[:, 2] - x[:, 2].mean()) / 0.1)
+    assert not list(layer.parameters()) and set(layer.state_dict()) == {"mean", "sd"}, "kept, not trained"
 
 
 @torch.no_grad()

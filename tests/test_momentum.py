@@ -1,10 +1,13 @@
-"""momentum.py: the slow twin against its closed form, the queue against a list that forgets."""
+"""momentum.py: the slow twin against its closed form, how slow it is, the queue against a list that forgets."""
+
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
 from model.momentum import FeatureQueue, make_twin, update_twin
+from model.stage_one import TWIN_MOMENTUM, twin_momentum
 
 
 def network():
@@ -80,6 +83,13 @@ def test_twin_has_no_gradient_and_leaves_the_module_its_own():
     assert net.training
     assert [p.requires_grad for p in net.parameters()] == [False, False, True, True, True, True]
     assert not twin(torch.randn(2, 3)).requires_grad
+
+
+def test_the_twins_momentum_rises_to_its_end():
+    found = [twin_momentum(step) for step in (0, 1, 10, 100, 1000, 10_000, 10**6)]
+    assert all(0 <= one < 1 for one in found) and found[0] < 0.9
+    assert all(one <= other for one, other in itertools.pairwise(found))
+    assert found[-1] == TWIN_MOMENTUM == 0.995
 
 
 def rows_of(spots, width=2):

@@ -63,9 +63,11 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(whole, tmp_path, monkeyp
     script, flags, done = whole
     work, save_epoch = Work(done.data, done.tiles, done.panels, tmp_path), checkpoint.save_epoch
 
-    def stop_after_the_first(*args):
-        save_epoch(*args)
-        raise KeyboardInterrupt
+    def stop_after_the_first(out, kind, epoch, *rest):
+        best = save_epoch(out, kind, epoch, *rest)
+        if epoch == 0:
+            raise KeyboardInterrupt
+        return best
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_epoch", stop_after_the_first)
@@ -86,6 +88,23 @@ def test_one_epoch_and_another_are_two(whole, tmp_path):
     twice.run(script, *flat, "--Epoch", 1)
     twice.run(script, *flat, "--Epoch", 2, "--resume")
     assert not different(progress(twice, script), progress(once, script))
+
+
+def test_a_decoder_stopped_right_after_its_start_goes_on_from_there(trained, tmp_path, monkeypatch):
+    flags, save_epoch = ("--encoder", trained.encoder, "--Init_lr", 1e-3), checkpoint.save_epoch
+    once, twice = (Work(trained.data, trained.tiles, trained.panels, tmp_path / name) for name in ("once", "twice"))
+    once.run("train_decoder", *flags, "--Epoch", 1)
+
+    def stop(*args):
+        save_epoch(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_epoch", stop)
+        assert twice.exit_code("train_decoder", *flags, "--Epoch", 1) == 130
+    assert state(twice, "train_decoder", LAST)["next_epoch"] == 0
+    twice.run("train_decoder", *flags, "--Epoch", 1, "--resume")
+    assert not different(progress(twice, "train_decoder"), progress(once, "train_decoder"))
 
 
 def test_a_finished_run_is_not_touched_by_resume(whole):
@@ -212,6 +231,18 @@ def test_a_convolutional_encoder_goes_through_both_stages(prepared, tmp_path):
     one, two = (checkpoint.read_tensors(path, "--test")["model"] for path in (work.encoder, work.decoder))
     shared = [name for name in one if name.startswith("image_encoder.")]
     assert shared and not [name for name in shared if not torch.equal(one[name], two[name])], "BatchNorm is frozen, too"
+
+
+def test_several_scales_go_through_both_stages_and_their_evaluation(prepared, tmp_path):
+    work = Work(prepared.data, prepared.tiles, prepared.panels, tmp_path)
+    work.run("train_mymodel", "--scales", 1, 0.5, "--Epoch", 1)
+    work.run("train_decoder", "--Epoch", 1)
+    for script in ("get_accuracy_image", "decoder_similarity"):
+        work.run(script)
+    one, two = (state(work, script, BEST) for script in STAGES)
+    assert list(one["sizes"]["scales"]) == list(two["sizes"]["scales"]) == [1, 0.5]
+    weight = "image_encoder.to_vector.weight"
+    assert one["model"][weight].shape[1] == 2 * 64 and torch.equal(one["model"][weight], two["model"][weight])
 
 
 # ---- real sections

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from small_stage_one import BATCH, batch_of, stage_one, step_of
 
 from model.contrastive import Pair
-from model.stage_one import TWIN_MOMENTUM, StageOne, StageOneSizes
+from model.stage_one import StageOne, StageOneSizes, twin_momentum
 
 
 def twins_of(model):
@@ -25,8 +25,15 @@ def test_losses_are_finite_scalars_that_add_up():
     torch.testing.assert_close(step_of(stage_one(), batch_of()).loss, found.contrast + found.matching)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_matching_counts_by_its_weight(weight):
+    found = step_of(stage_one(), batch_of(), matching_weight=weight)
+    torch.testing.assert_close(found.loss, found.contrast + weight * found.matching)
+    torch.testing.assert_close(found.matching, step_of(stage_one(), batch_of()).matching)
+
+
 def test_expression_is_left_out_without_targets():
-    model, batch = stage_one(n_expression_genes=0), batch_of()
+    model, batch = stage_one(n_components=0), batch_of()
     assert model.to_expression is None
     assert step_of(model, batch, expression_weight=1.0).expression == 0
     assert step_of(stage_one(), batch | {"expression": None}, expression_weight=1.0).expression == 0
@@ -38,8 +45,22 @@ def test_expression_loss_leaves_out_what_was_not_measured():
     found = step_of(model, batch, expression_weight=1.0)
     known = [0, 1, 3, 4]
     with torch.no_grad():
-        predicted = model.to_expression(model.image_encoder(batch["tiles"])[0])
-    torch.testing.assert_close(found.expression, F.mse_loss(predicted[:, known], batch["expression"][:, known]))
+        vectors = model.image_encoder(batch["tiles"])[0], model.gene_encoder.encode(batch["bins"])[0]
+        errors = [
+            F.mse_loss(model.to_expression(vector)[:, known], batch["expression"][:, known]) for vector in vectors
+        ]
+    torch.testing.assert_close(found.expression, sum(errors) / 2)
+
+
+def test_expression_is_read_off_pictures_and_profiles_alike():
+    model, batch = stage_one(), batch_of()
+    both = step_of(model, batch, expression_weight=1.0).expression
+    for encoder in (model.image_encoder.to_vector, model.gene_encoder.linear_path[1]):
+        with torch.no_grad():
+            encoder.bias += 1
+        changed = step_of(model, batch, expression_weight=1.0).expression
+        assert (changed - both).abs() > 1e-3
+        both = changed
 
 
 @pytest.mark.parametrize("tuned_block", [None, 1])
@@ -50,7 +71,7 @@ def test_every_trained_parameter_learns_and_no_twin_does(tuned_block):
         model.make_twins()
     step_of(model, batch_of(), expression_weight=1.0).loss.backward()
     frozen = {id(p) for p in model.gene_encoder.parameters() if not p.requires_grad}
-    assert bool(frozen) == (tuned_block is not None)
+    assert (len(frozen) > 2) == (tuned_block is not None), "weight and bias of the linear path, and the trunk"
     twins = {id(p) for twin, _ in twins_of(model) for p in twin.parameters()}
     for name, p in model.named_parameters():
         if id(p) in twins or id(p) in frozen:
@@ -79,11 +100,12 @@ def test_after_a_step_the_twins_have_moved_by_their_momentum():
     found.loss.backward()
     optimizer.step()
     model.after_step(found.twin)
+    momentum = twin_momentum(0)
+    assert int(model.n_steps) == 1
     pairs = [pair for twin, m in twins_of(model) for pair in zip(twin.parameters(), m.parameters(), strict=True)]
     for (slow, fast), old in zip(pairs, start, strict=True):
-        torch.testing.assert_close(slow, TWIN_MOMENTUM * old + (1 - TWIN_MOMENTUM) * fast)
-        assert not torch.equal(slow, fast)
-    assert TWIN_MOMENTUM == 0.995
+        torch.testing.assert_close(slow, momentum * old + (1 - momentum) * fast)
+        assert (slow is fast) if not fast.requires_grad else not torch.equal(slow, fast)
 
 
 @torch.no_grad()
@@ -101,7 +123,7 @@ def test_the_twins_features_enter_the_queue_after_the_step():
     assert len(model.queue.filled()[2]) == 0
     with torch.no_grad():
         image = F.normalize(model.image_twin(batch["tiles"])[0], dim=1)
-        gene = F.normalize(model.gene_twin(batch["bins"])[0], dim=1)
+        gene = F.normalize(model.gene_twin.encode(batch["bins"])[0], dim=1)
     model.after_step(found.twin)
     for kept, expected in zip(model.queue.filled(), (image, gene, batch["spots"]), strict=True):
         torch.testing.assert_close(kept, expected)
@@ -128,8 +150,32 @@ def test_contrast_of_a_step_is_that_of_student_twin_and_queue(alpha):
 @torch.no_grad()
 def two_pairs(model, batch):
     """Student and twin as the contrast takes them, through the encoders alone."""
-    image, gene = model.encode_images(batch["tiles"])[0], model.encode_genes(batch["bins"])[0]
-    return Pair(image, gene, batch["spots"]), model.encode_with_twins(batch["tiles"], batch["bins"], batch["spots"])
+    tiles, bins, spots = (batch[name] for name in ("tiles", "bins", "spots"))
+    student = Pair(model.encode_images(tiles)[0], model.encode_genes(bins)[0], spots)
+    return student, model.encode_with_twins(tiles, bins, model.gene_encoder.frozen_part(bins), spots)
+
+
+@pytest.mark.parametrize(("alpha", "queue", "asked"), [(0.0, 0, False), (0.4, 0, True), (0.0, 10, True)])
+def test_twins_are_asked_where_a_target_or_a_queue_needs_them(alpha, queue, asked):
+    model, batch, calls = stage_one(queue_size=queue), batch_of(), []
+    shake_twins(model)
+    for twin, _ in twins_of(model):
+        twin.register_forward_hook(lambda *_: calls.append(True))
+    found = step_of(model, batch, alpha=alpha)
+    assert bool(calls) == asked
+    student, twin = two_pairs(model, batch)
+    torch.testing.assert_close(found.twin, twin if asked else student)
+    assert not found.twin.image.requires_grad and not found.twin.gene.requires_grad
+    torch.testing.assert_close(found.contrast, model.contrast(student, twin, model.queue.filled(), alpha))
+
+
+def test_several_scales_teach_in_a_step():
+    model, batch = stage_one(scales=(1.0, 0.5)), batch_of()
+    found = step_of(model, batch, expression_weight=1.0)
+    found.loss.backward()
+    assert torch.isfinite(found.loss)
+    for scale in model.image_encoder.to_vector.weight.grad.chunk(2, dim=1):
+        assert scale.abs().max() > 0
 
 
 def test_the_temperature_is_kept_in_bounds_after_the_step():

@@ -1,8 +1,11 @@
 """stage_two.py: features of the frozen encoder, the scale of predictions, and how far from the train tiles one is."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model import losses
 from model.stage_two import GRID_SIDE, StageTwo, StageTwoSizes, domain_score, fit_domain
@@ -10,10 +13,10 @@ from model.stage_two import GRID_SIDE, StageTwo, StageTwoSizes, domain_score, fi
 WIDTH, GENES, CONTEXT = 16, 7, 4
 
 
-def stage_two(image_encoder="test_vit", image_size=96):
+def stage_two(image_encoder="test_vit", image_size=96, **sizes):
     torch.manual_seed(0)
-    sizes = StageTwoSizes(GENES, image_encoder, image_size, WIDTH, decoder_layers=1, decoder_width=16, context=CONTEXT)
-    return StageTwo(sizes)
+    small = {"width": WIDTH, "decoder_layers": 1, "decoder_width": 16, "context": CONTEXT}
+    return StageTwo(StageTwoSizes(GENES, image_encoder, image_size, **small | sizes))
 
 
 def batch_of(n=5, width=WIDTH, context=CONTEXT):
@@ -43,6 +46,59 @@ def test_a_smaller_feature_map_gives_fewer_tokens():
     assert model.encode(torch.rand(3, 3, 64, 64)).shape == (3, 1 + 4, WIDTH)
 
 
+# a grid mirrored at its diagonal or not, then its rows backwards or not, then its columns: all turns and flips of it
+TURNS = list(itertools.product((False, True), repeat=3))
+TURNS_OF = {1: TURNS[:1], 2: [TURNS[0], TURNS[3]], 4: [TURNS[i] for i in (0, 3, 5, 6)], 8: TURNS}
+
+
+def turned(grid, turn):
+    """(..., P, P) -> the same, turned."""
+    mirrored, rows, columns = turn
+    grid = grid.mT if mirrored else grid
+    return grid.flip([axis for axis, back in ((-2, rows), (-1, columns)) if back])
+
+
+def as_grid(tokens):
+    """(B, 16, D) -> (B, D, 4, 4)"""
+    return tokens.mT.unflatten(2, (4, 4))
+
+
+class GridEncoder(torch.nn.Module):
+    """Tokens are the means of a 4 x 4 grid of the tile; the vector weighs pixels by their place."""
+
+    def forward(self, tiles):
+        place = torch.arange(tiles.shape[-1] ** 2).view(tiles.shape[-2:]) / tiles.shape[-1] ** 2
+        return (tiles * place).sum((2, 3)), F.adaptive_avg_pool2d(tiles, 4).flatten(2).mT
+
+    def grid_tokens(self, tokens, side):
+        return tokens
+
+
+@pytest.mark.parametrize("turns", TURNS_OF)
+def test_tokens_of_turned_tiles_are_put_back_in_their_place(turns):
+    model, tiles = stage_two(turns=turns), torch.rand(3, 3, 16, 16)
+    model.image_encoder = GridEncoder()
+    vector, tokens = model.image_encoder(tiles)
+    found = model.encode(tiles)
+    torch.testing.assert_close(found[:, 1:], tokens)
+    seen = [model.image_encoder(turned(tiles, turn))[0] for turn in TURNS_OF[turns]]
+    torch.testing.assert_close(found[:, 0], torch.stack(seen).mean(0))
+    assert torch.allclose(found[:, 0], vector) == (turns == 1)
+
+
+@pytest.mark.parametrize("turns", TURNS_OF)
+def test_features_of_a_turned_tile_are_those_of_the_tile_turned(turns):
+    """For every turn that is among those averaged over, and for no other."""
+    model, tiles = stage_two(turns=turns), torch.rand(2, 3, 96, 96)
+    plain = model.encode(tiles)
+    for turn in TURNS:
+        found = model.encode(turned(tiles, turn))
+        same = torch.allclose(found[:, 0], plain[:, 0], atol=1e-5)
+        assert same == (turn in TURNS_OF[turns]), turn
+        if same:
+            torch.testing.assert_close(as_grid(found[:, 1:]), turned(as_grid(plain[:, 1:]), turn), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("image_encoder", ["test_vit", "resnet18"])
 def test_the_encoder_is_frozen_in_training_mode_too(image_encoder):
     model, tiles = stage_two(image_encoder).train(), torch.rand(3, 3, 96, 96)
@@ -54,7 +110,8 @@ def test_the_encoder_is_frozen_in_training_mode_too(image_encoder):
     assert model.decoder.training
     assert torch.equal(model.encode(tiles), first)
     assert all(torch.equal(t, before[name]) for name, t in model.image_encoder.state_dict().items())
-    assert all(p.requires_grad for p in model.decoder.parameters())
+    frozen = {name for name, p in model.decoder.named_parameters() if not p.requires_grad}
+    assert frozen == {"ridge.weight", "ridge.bias"}, "solved, not trained"
 
 
 @torch.no_grad()

@@ -18,8 +18,10 @@ FLAGS = {
     "image_tilling": "--tile_px 32",
     "make_decoder_data": "--n_input_genes 50 --n_top_genes 20",
     "train_mymodel": "--device cpu --precision fp32 --batch_size 16 --image_encoder test_vit --image_size 32 "
-    "--image_weights none --gene_depth 1 --gene_width 16 --gene_heads 1 --gene_tokens 4 --width 32 --fusion_blocks 1",
-    "train_decoder": "--device cpu --precision fp32 --batch_size 16 --decoder_layers 1 --decoder_width 16",
+    "--image_weights none --gene_depth 1 --gene_width 16 --gene_heads 1 --gene_tokens 4 --width 32 --fusion_blocks 1 "
+    "--components 4 --expression_weight 1",
+    "train_decoder": "--device cpu --precision fp32 --batch_size 16 --decoder_layers 1 --decoder_width 16 "
+    "--target lognorm",
     "get_accuracy_image": "--device cpu --precision fp32",
     "decoder_similarity": "--device cpu --precision fp32",
 }

@@ -4,7 +4,7 @@ Shapes: S spots of one slice, N train spots, P features, G genes, R rank of the 
 target's first principal components leaves what is mostly noise out of the genes, and lends them their neighbours'.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,7 @@ def fit_ridge(
     y_val: Slices,
     penalties: Sequence[float] = PENALTIES,
     ranks: Sequence[int | None] = (None,),
+    by: Callable[[Slices, Slices], float] | None = None,
 ) -> Ridge:
     """Least squares with a penalty on the squared weights, both sides centred, for all penalties at once.
 
@@ -52,6 +53,7 @@ def fit_ridge(
         A validation gene that is flat or NaN in a slice is left out there; train holds no NaN.
     penalties, ranks : of which those with the highest PCC per gene, mean over genes and validation slices, are taken. A
         rank is the number of principal components of the train target, genes standardised, that are predicted.
+    by : another score of predicted and measured validation slices to choose by; a correlation does not see the scale.
     """
     check_tables(x_train, y_train, x_val, y_val)
     x_mean, y_mean = mean_over_spots(x_train), mean_over_spots(y_train)
@@ -59,17 +61,16 @@ def fit_ridge(
     projected = [(x - x_mean) @ basis for x in x_val]
     kept = {rank: _kept_components(y_train, y_mean, rank) for rank in ranks if rank is not None}
 
-    def score(penalty: float, rank: int | None) -> float:
-        predicted = [(x / (eigenvalues + penalty)) @ target for x in projected]
-        return validation_pcc(predicted if rank is None else [p @ kept[rank] for p in predicted], y_val)
+    def predicted(penalty: float, rank: int | None) -> list[np.ndarray]:
+        centred = [(x / (eigenvalues + penalty)) @ target for x in projected]
+        return [y_mean + (one if rank is None else one @ kept[rank]) for one in centred]
 
     # of equally good ones the strongest penalty and the lowest rank
     tried = [(penalty, rank) for penalty in sorted(penalties, reverse=True) for rank in ranks]
-    scores = [score(*choice) for choice in tried]
-    best = int(np.argmax(scores))
-    penalty, rank = tried[best]
+    penalty, rank = tried[int(np.argmax([(by or validation_pcc)(predicted(*choice), y_val) for choice in tried]))]
+    val_pcc = validation_pcc(predicted(penalty, rank), y_val)
     weights = (basis / (eigenvalues + penalty)) @ target
-    return Ridge(x_mean, y_mean, weights if rank is None else weights @ kept[rank], float(penalty), scores[best], rank)
+    return Ridge(x_mean, y_mean, weights if rank is None else weights @ kept[rank], float(penalty), val_pcc, rank)
 
 
 def _kept_components(y: Slices, y_mean: np.ndarray, rank: int) -> np.ndarray:
@@ -106,6 +107,11 @@ def validation_pcc(predicted: Slices, measured: Slices) -> float:
     found = [metrics.scored_pearson_per_gene(p, m) for p, m in zip(predicted, measured, strict=True)]
     means = [r[~np.isnan(r)].mean() for r in found if not np.isnan(r).all()]
     return float(np.mean(means)) if means else -np.inf
+
+
+def minus_squared_error(predicted: Slices, measured: Slices) -> float:
+    """Mean over targets of a slice, then over slices: per slice (S, G) each, no NaN."""
+    return -float(np.mean([np.mean((p - m) ** 2) for p, m in zip(predicted, measured, strict=True)]))
 
 
 def mean_over_spots(parts: Slices) -> np.ndarray:

@@ -46,6 +46,10 @@ def fraction(text: str) -> float:
     return _number(text, float, 0, 1, False, "a number from 0 to 1")
 
 
+def share(text: str) -> float:
+    return _number(text, float, 0, 1, True, "a number above 0, at most 1")
+
+
 def not_negative(text: str) -> float:
     return _number(text, float, 0, sys.float_info.max, False, "a number of at least 0")
 

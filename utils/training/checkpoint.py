@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
 
 

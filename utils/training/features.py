@@ -215,7 +215,9 @@ def untouched_features(
     sizes = state["sizes"]
     seed_everything(settings["seed"])  # without pretrained weights: the random ones that stage one began with
     weights = read_image_weights(args.image_weights or settings["image_weights"], "--image_weights")
-    encoder = encoder_class(sizes["image_encoder"], sizes["image_size"], sizes["width"], weights)
+    encoder = encoder_class(
+        sizes["image_encoder"], sizes["image_size"], sizes["width"], weights, scales=sizes["scales"]
+    )
     encoder = encoder.to(accelerator.device).eval()
 
     def encode(tiles: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""What accuracy.py runs: folds of slices, the flags of every script, and the counts shuffled against the tiles.
+
+A fold says which slices teach, which choose the epoch and which are tested; it is written as a slices.csv of its own.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from utils.slices import genes, table
+from utils.slices.table import SliceRow
+
+# flags of each script; those of a later table are said after those of an earlier one, so that they win
+FULL = {
+    "image_tilling": "--tile_um 310",
+    "make_decoder_data": "--n_input_genes 500",
+    "train_mymodel": "--scales 1 0.5 --gene_depth 2 --gene_heads 4 --gene_tokens 32 --fusion_blocks 1 --alpha 0 "
+    "--queue_size 0 --Init_lr 2e-4 --Epoch 8",
+    "train_decoder": "--turns 8 --context 20 --decoder_layers 2 --Init_lr 5e-4 --Epoch 4",
+}
+SMALL = {"train_mymodel": "--Epoch 3", "train_decoder": "--Epoch 2"}
+ABLATIONS: dict[str, dict[str, str]] = {
+    "default": {},
+    "distillation": {"train_mymodel": "--alpha 0.4"},
+    "queue": {"train_mymodel": "--queue_size 4096"},
+    "distillation_queue": {"train_mymodel": "--alpha 0.4 --queue_size 4096"},
+    "fusion_pooled": {"train_mymodel": "--gene_tokens 1 --image_tokens 1"},
+    "no_matching": {"train_mymodel": "--matching_weight 0"},
+    "no_expression": {"train_mymodel": "--expression_weight 0"},
+    "hires": {"image_tilling": "--source hires"},
+    "counts": {"train_decoder": "--target counts"},
+    "lognorm": {"train_decoder": "--target lognorm"},
+    "no_context": {"train_decoder": "--context 0"},
+}
+SEEDS, SMALL_SEEDS = (0, 1, 2), (0,)
+ABLATION_FOLD, ABLATION_SEED = "C_to_B", 0
+DEFAULT_ENCODER, DEFAULT_PX = "tf_efficientnet_lite0", 224
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Slices with their parts, and the flags that every script needs on them."""
+
+    name: str
+    rows: tuple[SliceRow, ...]
+    flags: tuple[str, ...] = ()
+
+    def write(self, path: Path) -> Path:
+        """As a slices.csv; returns its path."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.write_table(self.rows, path)
+        return path
+
+
+DEFAULT_FOLDS = {
+    "C_to_B": ({"train": ("C2", "C3", "C4"), "val": ("C5",), "test": ("B4",)}, ()),
+    "B_to_C": ({"train": ("B4",), "test": ("C2", "C3", "C4", "C5")}, ("--val_strip",)),
+    "within_C": ({"train": ("C2", "C3"), "val": ("C4",), "test": ("C5",)}, ("--allow_leak",)),
+}
+
+
+def default_folds(rows: Sequence[SliceRow]) -> list[Fold]:
+    """The folds of the sections of two patients, by the slices' names; within_C shares its patient on purpose."""
+    found = {row.slice: row for row in rows}
+    wanted = {name for parts, _ in DEFAULT_FOLDS.values() for names in parts.values() for name in names}
+    missing = sorted(wanted - set(found))
+    if missing:
+        raise ValueError(
+            f"--protocol default: expected the slices {', '.join(sorted(wanted))}, {', '.join(missing)} not found; "
+            "for a folder of your own use --protocol patients"
+        )
+    return [
+        Fold(name, tuple(replace(found[one], part=part) for part, names in parts.items() for one in names), flags)
+        for name, (parts, flags) in DEFAULT_FOLDS.items()
+    ]
+
+
+def patient_folds(rows: Sequence[SliceRow]) -> list[Fold]:
+    """One patient tested, the next one (cyclic) for validation, the others to learn from; of two patients, a strip."""
+    patients = sorted({row.patient for row in rows})
+    if len(patients) < 2:
+        raise ValueError(f"--protocol patients: expected two patients or more, found {', '.join(patients)}")
+    folds = []
+    for i, patient in enumerate(patients):
+        part = dict.fromkeys(patients, "train") | {patient: "test"}
+        if len(patients) > 2:
+            part[patients[(i + 1) % len(patients)]] = "val"
+        flags = () if len(patients) > 2 else ("--val_strip",)
+        folds.append(Fold(patient.replace("/", "_"), tuple(replace(r, part=part[r.patient]) for r in rows), flags))
+    return folds
+
+
+def given_folds(rows: Sequence[SliceRow]) -> list[Fold]:
+    """The data's own split; without a validation slice, a strip."""
+    held_out = any(row.part == "val" for row in rows) or not any(row.part for row in rows)
+    split = table.of_part(table.default_split(rows), *table.PARTS)
+    return [Fold("given", tuple(split), () if held_out else ("--val_strip",))]
+
+
+PROTOCOLS = {"default": default_folds, "patients": patient_folds, "given": given_folds}
+
+
+def suffix(args, ablation: str) -> str:
+    """Of the names of files and folders that must not be taken for the full default run's."""
+    said = {
+        args.encoder.replace("/", "_"): args.encoder != DEFAULT_ENCODER,
+        f"{args.tile_px}px": args.tile_px != DEFAULT_PX,
+        "small": args.small,
+        "shuffled": args.shuffled,
+        ablation: ablation != "default",
+    }
+    return "".join(f"_{word}" for word, true in said.items() if true)
+
+
+def script_flags(script: str, ablation: str, args) -> list[str]:
+    """The flags of a script that say what is computed; where it reads and writes stands elsewhere."""
+    tables = [FULL, *([SMALL] if args.small else []), ABLATIONS[ablation]]
+    encoder = {
+        "image_tilling": ["--tile_px", str(args.tile_px)],
+        "train_mymodel": ["--image_encoder", args.encoder, "--image_size", str(args.tile_px)],
+    }
+    return encoder.get(script, []) + [flag for flags in tables for flag in flags.get(script, "").split()]
+
+
+def shuffle_panels(panels: Path, out: Path, names: Sequence[str]) -> None:
+    """Panel files of the slices whose counts, and with them their total, stand at other spots of the same slice.
+
+    One permutation per slice, drawn from its name, serves both files. Barcodes, places and all the rest stay.
+    """
+    import anndata
+
+    for name in names:
+        for role in genes.FILES:
+            source, target = (genes.panel_path(folder, None, name, role) for folder in (panels, out))
+            adata = anndata.read_h5ad(source)
+            order = np.random.default_rng(zlib.crc32(name.encode())).permutation(adata.n_obs)
+            adata.X = adata.X[order]
+            adata.obs["total_counts"] = adata.obs["total_counts"].to_numpy()[order]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(target.stem + ".part.h5ad")
+            adata.write_h5ad(part)
+            part.replace(target)

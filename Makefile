@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHARED := --data demo/data --tiles demo/tiles --panels demo/panels
 DEMO_ONE := --image_encoder test_vit --image_size 64 --image_weights none --gene_depth 1 --gene_width 64 --gene_heads 1 \
-	--gene_tokens 16 --fusion_blocks 1 --width 128 --queue_size 256 --expression_weight 1 --Init_lr 1e-3 --Epoch 12
-DEMO_TWO := --decoder_layers 2 --decoder_width 32 --target residuals --Init_lr 1e-3 --Epoch 15 --precision fp32
+	--gene_tokens 16 --fusion_blocks 1 --width 128 --queue_size 256 --Init_lr 1e-3 --Epoch 12
+DEMO_TWO := --decoder_layers 2 --decoder_width 32 --Init_lr 1e-3 --Epoch 15 --precision fp32
 
 .PHONY: demo test test-slow lint types format clean
 

@@ -10,8 +10,8 @@ out=${1:?where the runs go}
 python=.venv/bin/python
 shared=(--data "$out/data" --tiles "$out/tiles" --panels "$out/panels")
 one=(--image_encoder test_vit --image_size 64 --image_weights none --gene_depth 1 --gene_width 64 --gene_heads 1
-  --gene_tokens 16 --fusion_blocks 1 --width 128 --queue_size 256 --expression_weight 1 --Init_lr 1e-3 --Epoch 12)
-two=(--decoder_layers 2 --decoder_width 32 --target residuals --Init_lr 1e-3 --Epoch 15)
+  --gene_tokens 16 --fusion_blocks 1 --width 128 --queue_size 256 --Init_lr 1e-3 --Epoch 12)
+two=(--decoder_layers 2 --decoder_width 32 --Init_lr 1e-3 --Epoch 15)
 if [ ! -e "$out/panels" ]; then
   $python -m utils.slices.simulate --out "$out/data" --patients 6 --spots 300 --genes 600 --seed 0
   $python image_tilling.py "${shared[@]}" --tile_px 64

@@ -84,7 +84,7 @@ def build_model(args, encoder: dict, n_genes: int):
 
 
 def all_features(model, slices, accelerator, args) -> list[list[np.ndarray]]:
-    """Per view and slice, features (S, 1 + T, D) mapped from --out/features, computed where they are not there already.
+    """Per view and slice, features (S, V + T, D) mapped from --out/features, computed where they are not there already.
 
     View 0 is the tile as it is, the others are augmented; a slice without train spots has only view 0, which stands
     for all.
@@ -98,7 +98,7 @@ def all_features(model, slices, accelerator, args) -> list[list[np.ndarray]]:
     size, folder = model.sizes.image_size, args.out / "features"
     how = features.TileEncoder(encode, size, accelerator.device, args.batch_size, args.workers, args.seed)
     n_views = features.views_in_budget(slices, how, folder, args)
-    encoder = f"{checkpoint.file_hash(args.encoder)} {accelerator.mixed_precision} {args.turns} turns"
+    encoder = f"{checkpoint.file_hash(args.encoder)} {accelerator.mixed_precision} pooled, {args.turns} turns"
 
     def kept(one, view):
         draws = f" of seed {args.seed}" if view else ""
@@ -188,15 +188,15 @@ def validate(model, bank, slices, truth: list[np.ndarray], accelerator, args) ->
     return np.nansum(found, axis=0) / np.maximum(known.sum(0), 1)
 
 
-def describe_domain(slices, kept, seed: int) -> dict:
+def describe_domain(slices, kept, n_vectors: int, seed: int) -> dict:
     """Mean and covariance of the train features, and validation quantiles of the out-of-domain score."""
     import torch
 
     from model.stage_two import domain_score, fit_domain
     from utils.training.feature_bank import domain_vectors
 
-    mean, covariance = fit_domain(domain_vectors(slices, kept, "train", seed))
-    score = domain_score(domain_vectors(slices, kept, "val", seed), mean, covariance)
+    mean, covariance = fit_domain(domain_vectors(slices, kept, n_vectors, "train", seed))
+    score = domain_score(domain_vectors(slices, kept, n_vectors, "val", seed), mean, covariance)
     levels = torch.tensor([0.5, 0.9, 0.95, 0.99])
     return {"mean": mean, "covariance": covariance, "levels": levels, "quantiles": torch.quantile(score, levels)}
 
@@ -217,7 +217,7 @@ def describe(args, model, encoder: dict, slices, rows, kept, moments) -> dict:
         "encoder_settings": encoder["settings"],
         "encoder_table": encoder["table"],
         "feature_moments": {"mean": torch.from_numpy(moments.mean), "sd": torch.from_numpy(moments.sd)},
-        "domain": describe_domain(slices, kept, args.seed),
+        "domain": describe_domain(slices, kept, moments.n_vectors, args.seed),
     }
 
 
@@ -238,7 +238,7 @@ def main(args):
     model = build_model(args, encoder, len(mean)).to(accelerator.device)
     model.set_target_scale(torch.from_numpy(mean), torch.from_numpy(sd))
     views = all_features(model, slices, accelerator, args)
-    moments = feature_bank.moments(views[0], [one.rows_of("train") for one in slices])
+    moments = feature_bank.moments(views[0], model.n_vectors, [one.rows_of("train") for one in slices])
     bank = feature_bank.FeatureBank(slices, views, moments, args.context, accelerator.device, memory)
     truth = targets.validation_residuals(slices)
     chosen = datasets.spots_of(slices, "train")

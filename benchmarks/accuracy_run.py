@@ -31,7 +31,7 @@ from utils.slices import reader, table
 from utils.slices.tiles import write_record, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-RULES = 2  # raised whenever a row or a figure comes to be computed otherwise: older runs are then repeated
+RULES = 3  # raised whenever a row or a figure comes to be computed otherwise: older runs are then repeated
 BEST = "best_epoch_weights.pth"
 UNTOUCHED = "_untouched"  # stage two on the encoder as stage one found it
 # flags that say where and on what a script works, not what it computes; weights enter by what they hold

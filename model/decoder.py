@@ -1,6 +1,7 @@
 """Linear expansion and Transformer decoder: from a picture and its surroundings to the expression of the panel's genes.
 
-Letters: B batch, G genes, D width of the picture's vectors, N context spots, T tokens of the tile, W decoder width.
+Letters: B batch, G genes, D width of a picture's tokens, V D that of its vector, N context spots, T tokens of the
+tile, W decoder width.
 """
 
 from __future__ import annotations
@@ -46,15 +47,24 @@ class GeneDecoder(nn.Module):
     begin at zero once the ridge is there, so that training starts from the ridge and not behind it.
     """
 
-    def __init__(self, width: int, n_genes: int, layers: int = 6, decoder_width: int = 64, dropout: float = 0.1):
+    def __init__(
+        self,
+        width: int,
+        n_genes: int,
+        layers: int = 6,
+        decoder_width: int = 64,
+        dropout: float = 0.1,
+        n_vectors: int = 1,
+    ):
         super().__init__()
-        self.ridge = nn.Linear(3 * width, n_genes).requires_grad_(False)
+        self.ridge = nn.Linear(3 * n_vectors * width, n_genes).requires_grad_(False)
         nn.init.zeros_(self.ridge.weight)
         nn.init.zeros_(self.ridge.bias)
-        self.expand = LinearExpansion(width, n_genes)
+        self.expand = LinearExpansion(n_vectors * width, n_genes)
         self.gene = nn.Parameter(torch.randn(n_genes, decoder_width))
         self.start_direction = nn.Parameter(torch.randn(decoder_width))
-        self.to_memory = nn.Linear(width, decoder_width)
+        self.to_memory = nn.Linear(n_vectors * width, decoder_width)
+        self.token_to_memory = nn.Linear(width, decoder_width)
         self.kind = nn.Parameter(torch.randn(3, decoder_width))  # spot's vector, tile's tokens, context
         self.to_offset = nn.Sequential(nn.Linear(2, decoder_width), nn.GELU(), nn.Linear(decoder_width, decoder_width))
         self.norm_memory = nn.LayerNorm(decoder_width)
@@ -73,16 +83,16 @@ class GeneDecoder(nn.Module):
             nn.init.zeros_(parameter)
 
     def memory(self, vector: Tensor, tokens: Tensor, context: Tensor, offsets: Tensor) -> Tensor:
-        """(B, D), (B, T, D), (B, N, D), (B, N, 2) -> (B, 1 + T + N, W)."""
+        """(B, V D), (B, T, D), (B, N, V D), (B, N, 2) -> (B, 1 + T + N, W)."""
         parts = [
             self.to_memory(vector)[:, None] + self.kind[0],
-            self.to_memory(tokens) + self.kind[1],
+            self.token_to_memory(tokens) + self.kind[1],
             self.to_memory(context) + self.kind[2] + self.to_offset(offsets),
         ]
         return self.norm_memory(torch.cat(parts, dim=1))
 
     def forward(self, vector: Tensor, tokens: Tensor, context: Tensor, offsets: Tensor, present: Tensor) -> Tensor:
-        """Standardised features (B, D), (B, T, D), (B, N, D), offsets (B, N, 2) in pitches, present (B, N) bool ->
+        """Standardised features (B, V D), (B, T, D), (B, N, V D), offsets (B, N, 2) in pitches, present (B, N) bool ->
         expression (B, G) in the units of the target the weights were trained on."""
         start = self.ridge(with_rings(vector, context, offsets, present)) + self.expand(vector)
         own = present.new_ones(len(present), 1 + tokens.shape[1])

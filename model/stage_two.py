@@ -1,6 +1,7 @@
 """Stage two as a whole: the frozen image encoder, and the decoder on its features.
 
-Letters: B batch, S spots, D shared width, T tokens of a tile, N context spots, G target genes, Z tile side in pixels.
+Letters: B batch, S spots, D shared width, V vectors and T tokens of a tile, N context spots, G target genes, Z tile
+side in pixels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.decoder import GeneDecoder
@@ -42,7 +44,8 @@ class StageTwo(nn.Module):
         s = self.sizes = sizes
         self.image_encoder = ImageEncoder(s.image_encoder, s.image_size, s.width, pretrained=True, scales=s.scales)
         self.image_encoder.requires_grad_(False).eval()
-        self.decoder = GeneDecoder(s.width, s.n_genes, s.decoder_layers, s.decoder_width, s.dropout)
+        self.n_vectors = -(-self.image_encoder.to_vector.in_features // s.width)
+        self.decoder = GeneDecoder(s.width, s.n_genes, s.decoder_layers, s.decoder_width, s.dropout, self.n_vectors)
         self.target_mean: Tensor
         self.target_sd: Tensor
         self.register_buffer("target_mean", torch.zeros(s.n_genes))
@@ -64,8 +67,12 @@ class StageTwo(nn.Module):
 
     @torch.no_grad()
     def encode(self, tiles: Tensor) -> Tensor:
-        """Tiles (B, 3, Z, Z) in 0..1 -> features (B, 1 + T, D): the vector, then the pooled tokens, each the mean over
-        the turned tiles, tokens in the place where they lie in the tile as it is."""
+        """Tiles (B, 3, Z, Z) in 0..1 -> features (B, V + T, D): the trunk's pooled features in V rows, filled up with
+        zeros, then the pooled tokens; each the mean over the turned tiles, tokens in their place in the tile as it is.
+
+        What comes before a contrast's projection serves other ends better than what comes behind it (Chen et al. 2020,
+        arXiv 2002.05709, section 4.2).
+        """
         turns = list(range(0, 8, 8 // self.sizes.turns))
         return torch.stack([self._encode_turned(tiles, turn) for turn in turns]).mean(0)
 
@@ -73,12 +80,14 @@ class StageTwo(nn.Module):
         """Features of the tile flipped (where `turn` is odd), then turned by turn // 2 quarters."""
         quarter, flipped = divmod(turn, 2)
         turned = torch.rot90(tiles.flip(3) if flipped else tiles, quarter, (2, 3))
-        vector, raw = self.image_encoder(turned)
+        pooled, raw = self.image_encoder.features(turned)
+        width = self.sizes.width
+        vectors = F.pad(pooled, (0, self.n_vectors * width - pooled.shape[1])).unflatten(1, (-1, width))
         tokens = self.image_encoder.grid_tokens(raw, GRID_SIDE)
         side = math.isqrt(tokens.shape[1])
         grid = torch.rot90(tokens.unflatten(1, (side, side)), -quarter, (1, 2))
         back = grid.flip(2) if flipped else grid
-        return torch.cat([vector[:, None], back.flatten(1, 2)], dim=1)
+        return torch.cat([vectors, back.flatten(1, 2)], dim=1)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from tiny_runs import BEST, LAST, Work
 
 import train_decoder
+from model.image_encoder import ImageEncoder
 from utils.training import checkpoint, distributed, feature_bank, features
 
 NO_MEMORY = ("--memory", 1e-9)
@@ -46,7 +47,7 @@ def test_train_slices_have_all_views_the_others_one(of_three_views, trained):
     out, state = of_three_views
     assert kept_views(out) == ["P01_1.npy", "P01_1.view1.npy", "P01_1.view2.npy", "P02_1.npy"]
     plain, first, second = (np.load(out / "decoder_model" / "features" / name) for name in kept_views(out)[:3])
-    assert plain.shape == first.shape == (70, 5, 32)
+    assert plain.shape == first.shape == (70, 2 + 4, 32)
     for one, other in ((plain, first), (plain, second), (first, second)):
         assert (np.abs(one.astype(float) - other).max((1, 2)) > 1e-3).mean() > 0.9
     one_view = checkpoint.load(trained.decoder.with_name(LAST), "stage_two", "--decoder")
@@ -227,19 +228,18 @@ def test_the_decoder_is_in_fp32_on_a_cpu_that_may_choose(precision, device, expe
 @pytest.mark.usefixtures("another_precision")
 def test_the_encoder_keeps_its_precision_where_the_decoder_has_another(trained, tmp_path, monkeypatch):
     from_encoder, from_decoder = [], []
-    encode, autocast = features.TileEncoder.look, distributed.decoder_autocast
+    grid_tokens, autocast = ImageEncoder.grid_tokens, distributed.decoder_autocast
     monkeypatch.setattr("utils.training.distributed.bf16_is_fast", lambda device: True)
 
-    def look(how, *args):
-        tiles = encode(how, *args)
-        from_encoder.append(how.encode(tiles).dtype)
-        return tiles
+    def tokens(*args):
+        from_encoder.append(grid_tokens(*args).dtype)
+        return grid_tokens(*args)
 
     def recorded(accelerator, precision):
         from_decoder.append(type(autocast(accelerator, precision)).__name__)
         return autocast(accelerator, precision)
 
-    monkeypatch.setattr(features.TileEncoder, "look", look)
+    monkeypatch.setattr(ImageEncoder, "grid_tokens", tokens)
     monkeypatch.setattr(distributed, "decoder_autocast", recorded)
     state = run_decoder(trained, tmp_path, "--precision", "auto")
     assert set(from_encoder) == {torch.bfloat16} and set(from_decoder) == {"nullcontext"}

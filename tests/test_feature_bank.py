@@ -78,14 +78,14 @@ def test_spots_on_top_of_one_another_are_neighbours_but_not_their_own():
 
 def test_moments_of_vectors_and_of_tokens(rng):
     several = [one_slice(rng, n)[1] for n in (30, 50)]
-    found = feature_bank.moments(several)
+    found = feature_bank.moments(several, 1)
     whole = np.concatenate(several).astype(float)
     assert found.mean.shape == found.sd.shape == (2, 6)
     agree(found, whole)
 
 
 def agree(found, whole):
-    """With the plain formulas over all rows (S, 1 + T, D) in float64."""
+    """With the plain formulas over all rows (S, V + T, D) in float64."""
     for kind, values in enumerate((whole[:, 0], whole[:, 1:].reshape(-1, whole.shape[-1]))):
         np.testing.assert_allclose(found.mean[kind], values.mean(0), rtol=1e-6)
         np.testing.assert_allclose(found.sd[kind], values.std(0), rtol=1e-6)
@@ -97,29 +97,29 @@ def test_moments_of_some_rows_by_blocks_of_any_size(rng, monkeypatch, at_once):
     several = [one_slice(rng, n)[1] for n in (30, 50, 20)]
     rows = [np.arange(3, 25), np.sort(rng.permutation(50)[:31]), np.zeros(0, int)]
     whole = np.concatenate([f[r] for f, r in zip(several, rows, strict=True)]).astype(float)
-    agree(feature_bank.moments(several, rows), whole)
+    agree(feature_bank.moments(several, 1, rows), whole)
 
 
 def test_moments_far_from_zero(rng):
     """A deviation of a thousandth of the mean, about what float16 can tell apart."""
     far = (1000 + rng.integers(-2, 3, (300, 5, 6)) * 0.5).astype(np.float16)
-    agree(feature_bank.moments([far]), far.astype(float))
+    agree(feature_bank.moments([far], 1), far.astype(float))
 
 
 def test_a_constant_feature_has_a_deviation_all_the_same():
     flat = np.ones((70, 5, 3), np.float16)
-    assert feature_bank.moments([flat]).sd.tolist() == [[np.float32(1e-3)] * 3] * 2
+    assert feature_bank.moments([flat], 1).sd.tolist() == [[np.float32(1e-3)] * 3] * 2
 
 
 def test_a_slice_under_64_tiles_uses_the_train_statistics_and_says_so(rng, capsys):
-    train = feature_bank.moments([one_slice(rng, 80)[1]])
+    train = feature_bank.moments([one_slice(rng, 80)[1]], 1)
     small, enough = one_slice(rng, 63)[1], one_slice(rng, 64)[1]
     assert feature_bank.slice_moments(small, "few", train) is train
     assert (
         "warning: few has 63 tiles, under 64: standardised by the train slices' statistics" in capsys.readouterr().out
     )
     own = feature_bank.slice_moments(enough, "many", train)
-    np.testing.assert_array_equal(own.mean, feature_bank.moments([enough]).mean)
+    np.testing.assert_array_equal(own.mean, feature_bank.moments([enough], 1).mean)
     assert own is not train and not capsys.readouterr().out
 
 
@@ -134,7 +134,7 @@ def made(rng):
     """A large and a small slice, as much context as the published models have: spots at the edge have less."""
     several = [one_slice(rng, 70, "large"), one_slice(rng, 40, "small")]
     slices, kept = (list(part) for part in zip(*several, strict=True))
-    return SimpleNamespace(slices=slices, kept=kept, train=feature_bank.moments([kept[0]]))
+    return SimpleNamespace(slices=slices, kept=kept, train=feature_bank.moments([kept[0]], 1))
 
 
 @pytest.fixture(params=GIB)
@@ -146,7 +146,7 @@ def slow_batch(made, number, standard=None):
     """One spot of the bank, looked up by hand; `standard` are the features that the large slice is standardised by."""
     i, at = (0, number) if number < 70 else (1, number - 70)
     kept = made.kept[i].astype(np.float32)
-    own = feature_bank.moments([made.kept[0] if standard is None else standard]) if i == 0 else made.train
+    own = feature_bank.moments([made.kept[0] if standard is None else standard], 1) if i == 0 else made.train
     one = made.slices[i]
     around = slow_neighbours(one.xy_fullres_px, PITCH_PX, 18)[at]
     context, offsets = np.zeros((18, 6)), np.zeros((18, 2))
@@ -246,7 +246,7 @@ def tiled(prepared):
 
 def test_vectors_for_the_out_of_domain_score_are_not_standardised(tiled, rng):
     made = rng.random((70, 5, 4)).astype(np.float16)
-    found = feature_bank.domain_vectors([tiled, tiled], [made, made + 1], "val", 0)
+    found = feature_bank.domain_vectors([tiled, tiled], [made, made + 1], 1, "val", 0)
     rows = tiled.rows_of("val")
     np.testing.assert_array_equal(found.numpy(), np.concatenate([made[rows, 0], (made + 1)[rows, 0]]).astype("f4"))
 
@@ -255,7 +255,7 @@ def test_of_many_spots_some_tell_the_domain(tiled, rng, monkeypatch):
     monkeypatch.setattr(feature_bank, "DOMAIN_SPOTS", 30)
     made = np.arange(70 * 5, dtype=np.float16).reshape(70, 5, 1)
     found, again, other = (
-        feature_bank.domain_vectors([tiled, tiled], [made, -made - 1], "train", seed) for seed in (0, 0, 1)
+        feature_bank.domain_vectors([tiled, tiled], [made, -made - 1], 1, "train", seed) for seed in (0, 0, 1)
     )
     rows = tiled.rows_of("train")
     assert torch.equal(found, again) and not torch.equal(found, other)
@@ -285,7 +285,7 @@ def test_what_was_read_of_a_mapped_file_is_let_go(tmp_path):
     np.save(tmp_path / "features.npy", np.ones((4000, 17, 256), np.float16))
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
     before = resident_kib()
-    found = feature_bank.moments([mapped])
+    found = feature_bank.moments([mapped], 1)
     rows = feature_bank.Rows([mapped], Spill(0, tmp_path), torch.device("cpu"))
     taken = rows.take(np.arange(0, 4000, 2))
     del taken

@@ -227,7 +227,7 @@ def test_a_convolutional_encoder_goes_through_both_stages(prepared, tmp_path):
     assert state(work, "train_mymodel", LAST)["schedule"]["last_epoch"] == 1, "one step"
     work.run("train_decoder", "--Epoch", 1)
     kept = np.load(tmp_path / "decoder_model" / "features" / "P01_1.npy")
-    assert kept.shape == (70, 1 + 4, 32), "a feature map of 2 x 2 at 64 px"
+    assert kept.shape == (70, 1280 // 32 + 4, 32), "pooled features, a feature map of 2 x 2 at 64 px"
     one, two = (checkpoint.read_tensors(path, "--test")["model"] for path in (work.encoder, work.decoder))
     shared = [name for name in one if name.startswith("image_encoder.")]
     assert shared and not [name for name in shared if not torch.equal(one[name], two[name])], "BatchNorm is frozen, too"

@@ -90,7 +90,7 @@ def test_a_checkpoint_holds_what_is_needed_elsewhere(done):
         assert state["counts_hashes"]["P01_1"] == panel.counts_hash and state["settings"]["seed"] == 0
     assert two["val_pcc"].shape == (20,) and two["target"] == "lognorm"
     assert {"mean", "sd"} == set(two["feature_moments"]) and two["sizes"]["decoder_width"] == 16
-    assert two["domain"]["mean"].shape == (32,) and two["domain"]["covariance"].shape == (32, 32)
+    assert two["domain"]["mean"].shape == (64,) and two["domain"]["covariance"].shape == (64, 64)
     quantiles = two["domain"]["quantiles"]
     assert (quantiles.diff() >= 0).all() and quantiles.isfinite().all()
     prefix = "image_encoder."

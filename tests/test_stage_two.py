@@ -11,6 +11,7 @@ from model import losses
 from model.stage_two import GRID_SIDE, StageTwo, StageTwoSizes, domain_score, fit_domain
 
 WIDTH, GENES, CONTEXT = 16, 7, 4
+VECTORS = 4  # rows of WIDTH that test_vit's 64 pooled features fill
 
 
 def stage_two(image_encoder="test_vit", image_size=96, **sizes):
@@ -19,31 +20,38 @@ def stage_two(image_encoder="test_vit", image_size=96, **sizes):
     return StageTwo(StageTwoSizes(GENES, image_encoder, image_size, **small | sizes))
 
 
-def batch_of(n=5, width=WIDTH, context=CONTEXT):
+def batch_of(n=5, context=CONTEXT):
     torch.manual_seed(1)
     return {
-        "vector": torch.randn(n, width),
-        "tokens": torch.randn(n, GRID_SIDE**2, width),
-        "context": torch.randn(n, context, width),
+        "vector": torch.randn(n, VECTORS * WIDTH),
+        "tokens": torch.randn(n, GRID_SIDE**2, WIDTH),
+        "context": torch.randn(n, context, VECTORS * WIDTH),
         "offsets": torch.randn(n, context, 2),
         "present": torch.rand(n, context) > 0.3,
     }
 
 
-def test_features_of_a_vit_are_the_vector_and_four_by_four_tokens():
+def test_features_of_a_vit_are_the_pooled_ones_and_four_by_four_tokens():
     model, tiles = stage_two(), torch.rand(3, 3, 96, 96)
     found = model.encode(tiles)
-    assert found.shape == (3, 1 + 16, WIDTH)
-    vector, raw = model.image_encoder(tiles)
-    torch.testing.assert_close(found[:, 0], vector)
+    assert found.shape == (3, VECTORS + 16, WIDTH) and model.n_vectors == VECTORS
+    pooled, raw = model.image_encoder.features(tiles)
+    torch.testing.assert_close(found[:, :VECTORS].flatten(1), pooled)
     assert raw.shape[1] == 1 + 36
     corner = raw[:, 1:].unflatten(1, (6, 6))[:, :2, :2].mean((1, 2))  # adaptive pooling of 6 x 6 to 4 x 4
-    torch.testing.assert_close(found[:, 1], model.image_encoder.to_token(corner))
+    torch.testing.assert_close(found[:, VECTORS], model.image_encoder.to_token(corner))
+
+
+def test_a_row_that_is_not_full_ends_in_zeros():
+    model, tiles = stage_two(width=48), torch.rand(3, 3, 96, 96)
+    vectors = model.encode(tiles)[:, : model.n_vectors].flatten(1)
+    assert vectors.shape == (3, 96) and not vectors[:, 64:].any()
+    torch.testing.assert_close(vectors[:, :64], model.image_encoder.features(tiles)[0])
 
 
 def test_a_smaller_feature_map_gives_fewer_tokens():
     model = stage_two("resnet18", 64)
-    assert model.encode(torch.rand(3, 3, 64, 64)).shape == (3, 1 + 4, WIDTH)
+    assert model.encode(torch.rand(3, 3, 64, 64)).shape == (3, 512 // WIDTH + 4, WIDTH)
 
 
 # a grid mirrored at its diagonal or not, then its rows backwards or not, then its columns: all turns and flips of it
@@ -64,9 +72,9 @@ def as_grid(tokens):
 
 
 class GridEncoder(torch.nn.Module):
-    """Tokens are the means of a 4 x 4 grid of the tile; the vector weighs pixels by their place."""
+    """Tokens are the means of a 4 x 4 grid of the tile; the pooled features weigh pixels by their place."""
 
-    def forward(self, tiles):
+    def features(self, tiles):
         place = torch.arange(tiles.shape[-1] ** 2).view(tiles.shape[-2:]) / tiles.shape[-1] ** 2
         return (tiles * place).sum((2, 3)), F.adaptive_avg_pool2d(tiles, 4).flatten(2).mT
 
@@ -76,14 +84,14 @@ class GridEncoder(torch.nn.Module):
 
 @pytest.mark.parametrize("turns", TURNS_OF)
 def test_tokens_of_turned_tiles_are_put_back_in_their_place(turns):
-    model, tiles = stage_two(turns=turns), torch.rand(3, 3, 16, 16)
+    model, tiles = stage_two(turns=turns, width=3), torch.rand(3, 3, 16, 16)
     model.image_encoder = GridEncoder()
-    vector, tokens = model.image_encoder(tiles)
+    pooled, tokens = model.image_encoder.features(tiles)
     found = model.encode(tiles)
-    torch.testing.assert_close(found[:, 1:], tokens)
-    seen = [model.image_encoder(turned(tiles, turn))[0] for turn in TURNS_OF[turns]]
+    torch.testing.assert_close(found[:, model.n_vectors :], tokens)
+    seen = [model.image_encoder.features(turned(tiles, turn))[0] for turn in TURNS_OF[turns]]
     torch.testing.assert_close(found[:, 0], torch.stack(seen).mean(0))
-    assert torch.allclose(found[:, 0], vector) == (turns == 1)
+    assert torch.allclose(found[:, 0], pooled) == (turns == 1)
 
 
 @pytest.mark.parametrize("turns", TURNS_OF)
@@ -93,10 +101,11 @@ def test_features_of_a_turned_tile_are_those_of_the_tile_turned(turns):
     plain = model.encode(tiles)
     for turn in TURNS:
         found = model.encode(turned(tiles, turn))
-        same = torch.allclose(found[:, 0], plain[:, 0], atol=1e-5)
+        same = torch.allclose(found[:, :VECTORS], plain[:, :VECTORS], atol=1e-5)
         assert same == (turn in TURNS_OF[turns]), turn
         if same:
-            torch.testing.assert_close(as_grid(found[:, 1:]), turned(as_grid(plain[:, 1:]), turn), rtol=1e-4, atol=1e-5)
+            there, before = as_grid(found[:, VECTORS:]), as_grid(plain[:, VECTORS:])
+            torch.testing.assert_close(there, turned(before, turn), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("image_encoder", ["test_vit", "resnet18"])

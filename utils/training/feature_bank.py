@@ -28,10 +28,14 @@ DOMAIN_SPOTS = 20_000  # their D x D covariance is known well enough
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and deviation of the vector (row 0) and of the tokens (row 1): (2, D) each."""
+    """Mean and deviation of the vectors (one row each) and of the tokens (the last row): (V + 1, D) each."""
 
     mean: np.ndarray
     sd: np.ndarray
+
+    @property
+    def n_vectors(self) -> int:
+        return len(self.mean) - 1
 
 
 def blocks(n: int) -> Iterator[slice]:
@@ -39,18 +43,19 @@ def blocks(n: int) -> Iterator[slice]:
     return (slice(start, min(start + ROWS_AT_ONCE, n)) for start in range(0, n, ROWS_AT_ONCE))
 
 
-def moments(features: list[np.ndarray], rows: list[np.ndarray] | None = None) -> Moments:
-    """Over the given rows (all of them) of each slice (S, 1 + T, D), which is read block by block.
+def moments(features: list[np.ndarray], n_vectors: int, rows: list[np.ndarray] | None = None) -> Moments:
+    """Over the given rows (all of them) of each slice (S, V + T, D), which is read block by block.
 
     Tokens share one mean and deviation over their places. Squares of float16 in sums of float64 leave digits enough
     for the difference of squares.
     """
-    number, total, squares = np.zeros((2, 1)), *np.zeros((2, 2, features[0].shape[-1]))
+    number, total, squares = np.zeros((n_vectors + 1, 1)), *np.zeros((2, n_vectors + 1, features[0].shape[-1]))
     for i, one in enumerate(features):
         chosen = np.arange(len(one)) if rows is None else rows[i]
         for block in blocks(len(chosen)):
             both = one[chosen[block]].astype(np.float64)
-            for kind, values in enumerate((both[:, :1], both[:, 1:])):
+            kinds = [both[:, i : i + 1] for i in range(n_vectors)] + [both[:, n_vectors:]]
+            for kind, values in enumerate(kinds):
                 number[kind] += values.shape[0] * values.shape[1]
                 total[kind] += values.sum((0, 1))
                 squares[kind] += np.einsum("btd,btd->d", values, values)
@@ -63,7 +68,7 @@ def moments(features: list[np.ndarray], rows: list[np.ndarray] | None = None) ->
 def slice_moments(features: np.ndarray, name: str, train: Moments) -> Moments:
     """The slice's own; those of the train slices where it has too few tiles, with a warning."""
     if len(features) >= MIN_SPOTS:
-        return moments([features])
+        return moments([features], train.n_vectors)
     print(f"warning: {name} has {len(features)} tiles, under {MIN_SPOTS}: standardised by the train slices' statistics")
     return train
 
@@ -131,7 +136,7 @@ class FeatureBank:
 
     Parameters
     ----------
-    views : per view and slice (S, 1 + T, D) float16; a slice without augmented views repeats its view 0
+    views : per view and slice (S, V + T, D) float16; a slice without augmented views repeats its view 0
     train : what stands in for the statistics of a small slice
     spill : the budget of all that grows with the spots; vectors, which every batch reads N + 1 times, come first
     """
@@ -146,13 +151,13 @@ class FeatureBank:
         spill: Spill,
     ):
         own = [slice_moments(f, one.name, train) for one, f in zip(slices, views[0], strict=True)]
-        self.device, self.n_views = device, len(views)
+        self.device, self.n_views, self.n_vectors = device, len(views), train.n_vectors
         self.mean, self.sd = self._put(np.stack([m.mean for m in own])), self._put(np.stack([m.sd for m in own]))
         self.first = np.cumsum([0, *map(len, views[0])])
         self._find_neighbours(slices, context, spill)
         arrays = {id(f): f for view in views for f in view}
-        self.vectors = Rows([f[:, 0] for f in arrays.values()], spill, device)
-        self.tokens = Rows([f[:, 1:] for f in arrays.values()], spill, device)
+        self.vectors = Rows([f[:, : self.n_vectors] for f in arrays.values()], spill, device)
+        self.tokens = Rows([f[:, self.n_vectors :] for f in arrays.values()], spill, device)
         start = dict(zip(arrays, self.vectors.first, strict=False))
         self.start = np.array([[start[id(f)] for f in view] for view in views])  # (V, slices): row of the first spot
 
@@ -173,26 +178,28 @@ class FeatureBank:
         of = np.searchsorted(self.first, spots, side="right") - 1
         start = self.start[view, of]
         rows = np.column_stack([spots - self.first[of], self.index[spots]]) + start[:, None]
-        mean, sd = self.mean[of][:, :, None], self.sd[of][:, :, None]  # (B, 2, 1, D)
-        vectors = (self.vectors.take(rows).float() - mean[:, 0]) / sd[:, 0]
+        mean, sd, n = self.mean[of], self.sd[of], self.n_vectors
+        vectors = ((self.vectors.take(rows).float() - mean[:, None, :n]) / sd[:, None, :n]).flatten(2)
         present = self._put(self.present[spots])
         return {
             "vector": vectors[:, 0],
-            "tokens": (self.tokens.take(rows[:, 0]).float() - mean[:, 1]) / sd[:, 1],
+            "tokens": (self.tokens.take(rows[:, 0]).float() - mean[:, n:]) / sd[:, n:],
             "context": vectors[:, 1:] * present[..., None],
             "offsets": self._put(self.offset[spots]),
             "present": present,
         }
 
 
-def domain_vectors(slices: list[datasets.SliceData], features: list[np.ndarray], part: str, seed: int) -> Tensor:
-    """Vectors before standardisation of the spots of a part: (n, D) float32; of more than DOMAIN_SPOTS so many, drawn
+def domain_vectors(
+    slices: list[datasets.SliceData], features: list[np.ndarray], n_vectors: int, part: str, seed: int
+) -> Tensor:
+    """Vectors before standardisation of the spots of a part: (n, V D) float32; of more than DOMAIN_SPOTS so many, drawn
     by the seed."""
     places = datasets.spots_of(slices, part)
     if len(places) > DOMAIN_SPOTS:
         places = places[np.sort(np.random.default_rng(seed).choice(len(places), DOMAIN_SPOTS, replace=False))]
-    rows = [f[places[places[:, 0] == i, 1], 0].astype(np.float32) for i, f in enumerate(features)]
-    return torch.from_numpy(np.concatenate(rows))
+    rows = [f[places[places[:, 0] == i, 1], :n_vectors].astype(np.float32) for i, f in enumerate(features)]
+    return torch.from_numpy(np.concatenate(rows)).flatten(1)
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def encode_slice(how: TileEncoder, one: datasets.SliceData, view: int = 0) -> It
 
 
 def in_budget(found: Iterator[np.ndarray], n_spots: int, spill: Spill) -> np.ndarray:
-    """Batches of features put together: (S, 1 + T, D) float16, on disk beyond the budget."""
+    """Batches of features put together: (S, V + T, D) float16, on disk beyond the budget."""
     first = next(found)
     whole, done = spill.empty((n_spots, *first.shape[1:]), np.float16), 0
     for batch in chain([first], found):
@@ -149,7 +149,7 @@ def write_features(path: Path, found: Iterator[np.ndarray], n_spots: int) -> Non
 def views_in_budget(slices: list[datasets.SliceData], how: TileEncoder, folder: Path, args: Any) -> int:
     """How many of --views fit --feature_budget; slices with train spots have all of them, the others one.
 
-    How much a tile takes is told by an empty one: 17 x 512 numbers as published, fewer where the grid is small.
+    How much a tile takes is told by an empty one: 18 x 512 numbers as published, fewer where the grid is small.
     """
     spots = sum(len(one.barcodes) for one in slices)
     taught = sum(len(one.barcodes) for one in slices if len(one.rows_of("train")))
@@ -172,7 +172,7 @@ def views_in_budget(slices: list[datasets.SliceData], how: TileEncoder, folder: 
 
 
 def read_kept(path: Path, note: Path, record: dict[str, Any]) -> np.ndarray | None:
-    """Kept features (S, 1 + T, D) float16, mapped; None where they are missing, torn, or of another record."""
+    """Kept features (S, V + T, D) float16, mapped; None where they are missing, torn, or of another record."""
     try:
         return np.load(path, mmap_mode="r") if json.loads(note.read_text()) == record else None
     except (FileNotFoundError, EOFError, ValueError):
@@ -182,7 +182,7 @@ def read_kept(path: Path, note: Path, record: dict[str, Any]) -> np.ndarray | No
 def kept_features(
     folder: Path, key: str, one: datasets.SliceData, compute: Callable[[], Iterator[np.ndarray]], view: int = 0
 ) -> np.ndarray:
-    """Features (S, 1 + T, D) float16 mapped from `folder`; where they are not there, or of another key, they are
+    """Features (S, V + T, D) float16 mapped from `folder`; where they are not there, or of another key, they are
     computed and written batch by batch."""
     name = one.name + (f".view{view}" if view else "")
     path, note = folder / f"{name}.npy", folder / f"{name}.json"

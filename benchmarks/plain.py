@@ -116,7 +116,7 @@ def retrieval_scores(model: StageOne, tiles: Tensor, bins: Tensor, candidates: T
 def stage_two_step(model: StageTwo, tiles: Tensor, around: dict[str, Tensor], target: Tensor, optimizer: Any) -> None:
     """One batch: the frozen encoder, then the decoder and its gradient. `around` is the context that decoders take."""
     features = model.encode(tiles)
-    loss = losses.expression_loss(model.decoder(features[:, 0], features[:, 1:], **around), target)
+    loss = losses.expression_loss(model.decoder(**model.split(features), **around), target)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -129,5 +129,5 @@ def predict(model: StageTwo, tiles: Tensor, around: dict[str, Tensor]) -> Tensor
     for i in range(len(tiles)):
         features = model.encode(tiles[i : i + 1])
         own = {name: rows[i : i + 1] for name, rows in around.items()}
-        done.append(model.predict({"vector": features[:, 0], "tokens": features[:, 1:], **own}))
+        done.append(model.predict(model.split(features) | own))
     return torch.cat(done)

@@ -143,7 +143,7 @@ def stage_two_model(setting: Setting, machine: Machine, n: int) -> tuple[StageTw
     s = setting.sizes
     model = StageTwo(StageTwoSizes(N_TARGETS, s.image_encoder, s.image_size)).to(machine.device)
     around = {
-        "context": torch.randn(n, N_CONTEXT, model.sizes.width, device=machine.device),
+        "context": torch.randn(n, N_CONTEXT, model.n_vectors * model.sizes.width, device=machine.device),
         "offsets": torch.randn(n, N_CONTEXT, 2, device=machine.device),
         "present": torch.ones(n, N_CONTEXT, dtype=torch.bool, device=machine.device),
     }
@@ -162,7 +162,7 @@ def stage_two(setting: Setting) -> Work:
 
     def decode() -> None:
         with machine.decoder_autocast():
-            predicted = model.decoder(features[:, 0], features[:, 1:], **around)
+            predicted = model.decoder(**model.split(features), **around)
         optimizer.zero_grad()
         losses.expression_loss(predicted, target).backward()
         optimizer.step()
@@ -198,7 +198,7 @@ def prediction(setting: Setting) -> Work:
                 features = model.encode(tiles[start : start + 32]).float()
             own = {name: rows[start : start + 32] for name, rows in around.items()}
             with machine.decoder_autocast():
-                model.predict({"vector": features[:, 0], "tokens": features[:, 1:], **own})
+                model.predict(model.split(features) | own)
 
     if setting.plainly:
         return Work(

@@ -76,7 +76,7 @@ def test_retrieval_with_each_candidate_encoded_anew():
 def stage_two():
     torch.manual_seed(0)
     model = StageTwo(StageTwoSizes(7, "test_vit", 32, width=32, decoder_layers=1, decoder_width=16, context=4))
-    around = {"context": torch.randn(5, 4, 32), "offsets": torch.randn(5, 4, 2)}
+    around = {"context": torch.randn(5, 4, 32 * model.n_vectors), "offsets": torch.randn(5, 4, 2)}
     around["present"] = torch.ones(5, 4, dtype=torch.bool)
     return model, torch.rand(5, 3, 32, 32), around
 
@@ -87,7 +87,7 @@ def test_prediction_of_one_picture_at_a_time(stage_two):
     torch.nn.init.normal_(model.decoder.read_out.weight)
     model.eval()
     features = model.encode(tiles)
-    found = model.predict({"vector": features[:, 0], "tokens": features[:, 1:], **around})
+    found = model.predict(model.split(features) | around)
     torch.testing.assert_close(found, plain.predict(plain.plain_model(model), tiles, around), rtol=1e-4, atol=1e-5)
 
 

@@ -20,14 +20,14 @@ def stage_two(image_encoder="test_vit", image_size=96, **sizes):
     return StageTwo(StageTwoSizes(GENES, image_encoder, image_size, **small | sizes))
 
 
-def batch_of(n=5, context=CONTEXT):
+def batch_of(n=5):
     torch.manual_seed(1)
     return {
         "vector": torch.randn(n, VECTORS * WIDTH),
         "tokens": torch.randn(n, GRID_SIDE**2, WIDTH),
-        "context": torch.randn(n, context, VECTORS * WIDTH),
-        "offsets": torch.randn(n, context, 2),
-        "present": torch.rand(n, context) > 0.3,
+        "context": torch.randn(n, CONTEXT, VECTORS * WIDTH),
+        "offsets": torch.randn(n, CONTEXT, 2),
+        "present": torch.rand(n, CONTEXT) > 0.3,
     }
 
 
@@ -197,11 +197,11 @@ def test_one_step_at_the_published_size():
     torch.manual_seed(0)
     model = StageTwo(StageTwoSizes(n_genes=300, image_encoder="deit_base_patch16_224.fb_in1k", image_size=224)).train()
     features = model.encode(torch.rand(2, 3, 224, 224))
-    assert features.shape == (2, 17, 512)
-    batch = batch_of(32, 512, model.sizes.context)
-    batch["vector"][:2], batch["tokens"][:2] = features[:, 0], features[:, 1:]
+    assert features.shape == (2, 2 + 16, 512)
+    around = {"context": torch.randn(2, 18, 1024), "offsets": torch.randn(2, 18, 2), "present": torch.ones(2, 18) > 0}
+    batch = model.split(features) | around
     optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=1e-4)
-    loss = losses.expression_loss(model.decoder(**batch), torch.randn(32, 300))
+    loss = losses.expression_loss(model.decoder(**batch), torch.randn(2, 300))
     loss.backward()
     optimizer.step()
     assert torch.isfinite(loss)

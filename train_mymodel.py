@@ -79,7 +79,7 @@ def check(args):
             arguments.require_file(getattr(args, flag), f"--{flag}", "see README, weights")
     if (args.gene_weights or args.gene2vec) and not args.gene_vocab:
         raise ValueError("--gene_weights and --gene2vec need --gene_vocab: the files do not name their genes")
-    if args.components > args.width:
+    if args.expression_weight and args.components > args.width:
         raise ValueError(f"--components {args.components}: expected at most --width {args.width}; raise it")
     if args.gene_weights and args.tune_block >= args.gene_depth:
         raise ValueError(f"--tune_block {args.tune_block}: expected less than --gene_depth {args.gene_depth}")

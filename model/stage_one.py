@@ -55,9 +55,8 @@ class StepOutput(NamedTuple):
 
 
 def twin_momentum(step: int) -> float:
-    """Of the twins after a step (0 is the first): a mean over about the last tenth of the steps, or of all of them
-    early on, and TWIN_MOMENTUM at last. Held at that from the start, twins of a short training would remember the
-    untrained encoders to its end."""
+    """Of the twins after a step, 0 the first: rises from 0.1 to TWIN_MOMENTUM, which it reaches at step 1,790. Held at
+    that from the start, the twins of a short training would remember the untrained encoders to its end."""
     return min((1 + step) / (10 + step), TWIN_MOMENTUM)
 
 

@@ -17,6 +17,7 @@ from utils.evaluation.ridge import Ridge, fit_ridge, minus_squared_error
 from utils.training import datasets
 
 START_SPOTS = 20_000  # of the train spots, drawn by the seed, serve to solve the regressions
+Seen = tuple[np.ndarray, np.ndarray, np.ndarray]  # of spots of one slice: features (n, C), bins (n, G), scores (n, R)
 REST = 0.02  # the other dimensions' share of their usual size: for the contrast to find, not to drown the components
 
 
@@ -36,7 +37,7 @@ def start_from_ridge(
 
     rng = np.random.default_rng(args.seed)
     share = min(1.0, START_SPOTS / sum(len(one.rows_of("train")) for one in slices))
-    seen: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {"train": [], "val": []}
+    seen: dict[str, list[Seen]] = {"train": [], "val": []}
     for i, (one, own) in enumerate(zip(slices, bins, strict=True)):
         scores = of.scores(targets.residuals(one))
         for part, found in seen.items():
@@ -49,10 +50,10 @@ def start_from_ridge(
     standardise, to_vector = model.gene_encoder.linear_path
     measured = standardise.mean.cpu().numpy(), standardise.sd.cpu().numpy()
     features = np.concatenate([x for x, _, _ in seen["train"]])
-    image = fit([x for x, _, _ in seen["train"]], [x for x, _, _ in seen["val"]], seen, moments(features))
-    gene = fit([x for _, x, _ in seen["train"]], [x for _, x, _ in seen["val"]], seen, measured)
+    of_features = features.mean(0), np.maximum(features.std(0), 1e-3)
+    image, gene = fit(seen, 0, of_features), fit(seen, 1, measured)
     with torch.no_grad():
-        place(model.image_encoder.to_vector, image, moments(features))
+        place(model.image_encoder.to_vector, image, of_features)
         place(to_vector, gene, None)
         to_vector.weight[len(of.weights) :] = 0
         to_vector.bias[len(of.weights) :] = 0
@@ -85,16 +86,14 @@ def pooled(
     return np.concatenate(found)
 
 
-def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return x.mean(0), np.maximum(x.std(0), 1e-3)
+def fit(seen: dict[str, list[Seen]], side: int, standard: tuple[np.ndarray, np.ndarray]) -> Ridge:
+    """Ridge from pictures (side 0) or profiles (side 1), standardised by mean and deviation, to the components.
 
-
-def fit(train: list, val: list, seen: dict, by: tuple[np.ndarray, np.ndarray]) -> Ridge:
-    """Ridge from inputs, standardised by mean and deviation, to the components."""
-    mean, sd = by
-    x_train, x_val = ([(x - mean) / sd for x in part] for part in (train, val))
-    y_train, y_val = ([y for _, _, y in seen[part]] for part in ("train", "val"))
-    return fit_ridge(x_train, y_train, x_val, y_val, by=minus_squared_error)  # vectors are compared by their scale, too
+    The penalty is that with the least squared error: vectors are compared by their scale, too."""
+    mean, sd = standard
+    x_train, x_val = ([(one[side] - mean) / sd for one in seen[part]] for part in ("train", "val"))
+    y_train, y_val = ([one[2] for one in seen[part]] for part in ("train", "val"))
+    return fit_ridge(x_train, y_train, x_val, y_val, by=minus_squared_error)
 
 
 def place(layer: Any, ridge: Ridge, by: tuple[np.ndarray, np.ndarray] | None) -> None:

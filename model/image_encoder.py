@@ -8,48 +8,158 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import image_weights
+from model.image_weights import WeightsReport
+
 Weights = dict[str, Tensor] | str | None  # a state dict, "timm" for the hub's, None for random
 
 
-def build_trunk(name: str, image_size: int, weights: Weights) -> Any:
-    """The timm model without its classifier, its weights loaded strictly.
+@dataclass(frozen=True)
+class Plan:
+    """What timm is to build: architecture, arguments, what replaces entries of its configuration, id on the hub."""
+
+    name: str
+    architecture: str
+    arguments: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    hub: str = ""
+
+    def build(self) -> Any:
+        """The trunk, with random weights and without a classifier."""
+        import timm
+
+        config = dict(self.config)
+        return timm.create_model(self.architecture, pretrained_cfg_overlay=config, num_classes=0, **self.arguments)
+
+    def load(self, weights: dict[str, Tensor]) -> Any:
+        """The trunk with weights, of which none may be missing, through timm's own conversions.
+
+        A classifier, of zeros, is in place meanwhile: without one timm would skip what does not fit, and take its own
+        layouts for others.
+        """
+        import timm
+
+        config: dict[str, Any] = self.config | {"label_offset": 0}
+        with torch.device("meta"):
+            whole: Any = timm.create_model(self.architecture, pretrained_cfg_overlay=config, **self.arguments)
+        names = whole.pretrained_cfg.get("classifier") or ()
+        heads = tuple(f"{head}." for head in ([names] if isinstance(names, str) else names))
+        zeros = {k: torch.zeros(v.shape) for k, v in whole.state_dict().items() if k.startswith(heads)}
+        config["state_dict"] = weights | zeros
+        trunk: Any = timm.create_model(
+            self.architecture, pretrained=True, pretrained_cfg_overlay=config, **self.arguments
+        )
+        del trunk.pretrained_cfg["state_dict"]  # it would be copied with every twin
+        trunk.reset_classifier(0)
+        return trunk
+
+
+def plan(name: str, image_size: int) -> Plan:
+    """Raises ValueError where timm and the hub know no model of that name, or the hub keeps it from us."""
+    import timm
+
+    if name.startswith(image_weights.HUB):
+        return of_the_hub(name, name.split(":", 1)[1], image_size)
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        hint = f"; of the hub: hf-hub:{name}" if "/" in name else ""
+        raise ValueError(
+            f"--image_encoder {name}: expected a name that timm knows, found none (near it: {near or '-'}{hint})"
+        )
+    return Plan(name, name, size_of(name, image_size))
+
+
+def size_of(architecture: str, image_size: int) -> dict[str, Any]:
+    import timm
+
+    config = timm.models.get_pretrained_cfg(architecture)
+    return {"img_size": image_size} if config is not None and config.fixed_input_size else {}
+
+
+def of_the_hub(name: str, hub: str, image_size: int) -> Plan:
+    import timm
+
+    known = image_weights.PUBLISHED.get(hub.split("@")[0].lower())
+    if known is not None:
+        mlp = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU} if known.swiglu else {}
+        arguments = known.arguments | mlp | size_of(known.architecture, image_size)
+        return Plan(name, known.architecture, arguments, dict(zip(("mean", "std"), known.mean_sd, strict=True)), hub)
+    try:
+        found, architecture, arguments = timm.models.load_model_config_from_hf(hub)
+    except (OSError, ValueError) as error:
+        raise image_weights.hub_failure(error, name, hub) from error
+    except KeyError:
+        architecture = ""
+    if not timm.is_model(architecture):
+        raise ValueError(
+            f"--image_encoder {name}: its config.json names no model of timm's; give the architecture's name instead, "
+            "and its file as --image_weights FILE"
+        )
+    arguments = {k: v for k, v in arguments.items() if k not in ("num_classes", "img_size") and v != ""}
+    config = {k: found[k] for k in ("mean", "std", "interpolation", "input_size") if k in found}
+    return Plan(name, architecture, arguments | size_of(architecture, image_size), config, hub)
+
+
+def build_trunk(name: str, image_size: int, weights: Weights) -> tuple[Any, WeightsReport | None]:
+    """The timm model without its classifier, its weights loaded strictly, and what was loaded.
 
     Raises ValueError where timm knows no such model, the hub cannot be reached, or the state dict is another model's.
     """
     import timm
 
-    if not timm.is_model(name) and not name.startswith("hf-hub:"):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        raise ValueError(
-            f"--image_encoder {name}: expected a name that timm knows, found none (near it: {near or '-'})"
-        )
-    config = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
-    size: dict[str, Any] = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
+    how = plan(name, image_size)
     if weights is None:
-        return timm.create_model(name, pretrained=False, num_classes=0, **size)
-    overlay: dict[str, Any] = {}
+        return how.build(), None
     if isinstance(weights, dict):
-        blank: Any = timm.create_model(name, pretrained=False, **size)
-        names = blank.pretrained_cfg["classifier"]
-        heads = tuple(f"{head}." for head in ([names] if isinstance(names, str) else names))
-        overlay["state_dict"] = {k: v for k, v in blank.state_dict().items() if k.startswith(heads)} | weights
-    try:  # with the classifier in place timm loads strictly; without it, it would skip what does not fit
-        trunk: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **size)
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"--image_weights do not fit {name}: {' '.join(str(error).split())[:300]}") from error
-    except OSError as error:  # what the hub's client raises without a network is one
-        reason = " ".join(str(error).split())[:160]
+        return fill(how, weights, getattr(weights, "source", "given"))
+    if not how.hub:
+        return download(how, image_size)
+    try:
+        tensors = timm.models.load_state_dict_from_hf(how.hub)
+    except OSError as error:
+        raise image_weights.hub_failure(error, name, how.hub) from error
+    return fill(how, tensors, how.hub)
+
+
+def fill(how: Plan, tensors: dict[str, Tensor], source: str) -> tuple[Any, WeightsReport]:
+    """The trunk with the tensors of a file, which needs not be of timm's layout: see image_weights."""
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in how.build().state_dict().items()}
+    kept, skipped = image_weights.select(tensors, shapes)
+    try:
+        if not kept:
+            raise ValueError(f"none of its {len(tensors)} tensors belongs to a trunk")
+        trunk = how.load(kept)
+        resized = image_weights.resized(kept, shapes)
+    except Exception as error:  # whatever another model's tensors make timm's conversions stumble over
         raise ValueError(
-            f"--image_weights timm: {name} cannot be downloaded ({reason}); give a .pth or .safetensors file, or none"
+            f"--image_weights do not fit {how.name}: in {source}: {image_weights.misfit(error)}; "
+            "give the --image_encoder that the file was saved from"
         ) from error
+    return trunk, WeightsReport(source, len(shapes), skipped, resized)
+
+
+def download(how: Plan, image_size: int) -> tuple[Any, WeightsReport]:
+    """The weights that timm itself has for its model."""
+    import timm
+
+    try:  # with the classifier in place timm loads strictly; without it, it would skip what does not fit
+        trunk: Any = timm.create_model(how.architecture, pretrained=True, **how.arguments)
+    except RuntimeError as error:
+        raise ValueError(f"--image_weights timm: {' '.join(str(error).split())[:200]}; give a file, or none") from error
+    except OSError as error:  # what the hub's client raises without a network is one
+        raise image_weights.hub_failure(error, how.name, f"timm/{how.name}") from error
     trunk.reset_classifier(0)
-    return trunk
+    own = trunk.pretrained_cfg["input_size"][-1]
+    resized = (f"position embeddings {own} -> {image_size} px",) if how.arguments and own != image_size else ()
+    return trunk, WeightsReport(f"timm/{how.name}", len(trunk.state_dict()), (), resized)
 
 
 def pool_grid(tokens: Tensor, n_prefix: int, side: int) -> Tensor:
@@ -70,7 +180,8 @@ class ImageEncoder(nn.Module):
 
     `forward`: tiles (B, 3, Z, Z) in 0..1 -> vector (B, D) before normalisation, raw tokens (B, P, C). Raw tokens are
     pooled first and projected to D by `project_tokens`: the mean of projections is the projection of the mean.
-    BatchNorm of a pretrained convolutional trunk stays in evaluation mode, its affine part trained.
+    BatchNorm of a pretrained convolutional trunk stays in evaluation mode, its affine part trained; parts of the trunk
+    that are frozen (model/tuning.py) stay in evaluation mode altogether. `weights_report` says what was loaded.
 
     With several `scales`, shares of the tile's side, the trunk sees as many squares around the tile's centre, all at
     the pixels of the smallest: `--scales 1 0.5` is the tile at half its resolution, and its middle at the whole. Their
@@ -88,9 +199,12 @@ class ImageEncoder(nn.Module):
     ):
         super().__init__()
         self.scales, self.side = scales, round(image_size * min(scales))
-        self.trunk: Any = build_trunk(name, self.side, weights)
+        self.trunk: Any
+        self.trunk, self.weights_report = build_trunk(name, self.side, weights)
         self.pretrained = pretrained or weights is not None
         config = self.trunk.pretrained_cfg
+        interpolation = config.get("interpolation")  # in training timm has "random" for some: not here
+        self.interpolation = interpolation if interpolation in ("bilinear", "bicubic") else "bicubic"
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
@@ -105,6 +219,10 @@ class ImageEncoder(nn.Module):
             for module in self.trunk.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
+        for module in self.trunk.modules():  # what is frozen drops nothing and keeps its statistics
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
         return self
 
     def features(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +244,7 @@ class ImageEncoder(nn.Module):
         if cut == self.side or len(self.scales) == 1:
             return square
         size = (self.side, self.side)
-        return F.interpolate(square, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return F.interpolate(square, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
 
     def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         pooled, tokens = self.features(tiles)

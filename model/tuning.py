@@ -1,0 +1,71 @@
+"""What of the image encoder trains (`--tune`), and how fast its layers learn (`--layer_decay`).
+
+Layers are timm's own (`group_matcher`): a stem, blocks, and what stands behind them. Torch is imported late, so that a
+script can check its flags with `choice`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from model.image_encoder import ImageEncoder
+
+
+def choice(text: str) -> str:
+    """The type of --tune."""
+    if not re.fullmatch(r"all|norm|none|last:[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"expected all, none, norm or last:N with N from 1, found {text!r}")
+    return text
+
+
+def layers(trunk: Any) -> tuple[dict[str, int], int]:
+    """Layer of every parameter by name, 0 the stem, and the first layer behind the blocks, which may be empty."""
+    from timm.models._manipulate import group_with_matcher
+
+    if not hasattr(trunk, "group_matcher"):
+        raise ValueError(f"--tune, --layer_decay: timm cannot tell the layers of {type(trunk).__name__} apart")
+    named = chain(trunk.named_parameters(), [("/behind", None)])  # a name that no block has
+    found = group_with_matcher(named, trunk.group_matcher(coarse=False), reverse=True)
+    return found, found.pop("/behind")
+
+
+def tune(encoder: ImageEncoder, what: str) -> None:
+    """Freeze the trunk but for what is to train: all of it, none, `norm` layers, or `last:N` blocks and what follows.
+
+    The projections `to_vector` and `to_token` always train. Call it before the twins are made: they share what is
+    frozen.
+    """
+    trunk = encoder.trunk
+    trunk.requires_grad_(what == "all")
+    if what.startswith("last:"):
+        layer_of, behind = layers(trunk)
+        first = behind - int(what.removeprefix("last:"))
+        if first < 1:
+            raise ValueError(f"--tune {what}: expected at most last:{behind - 1}, the blocks of this encoder; or all")
+        for name, parameter in trunk.named_parameters():
+            parameter.requires_grad_(layer_of[name] >= first)
+    if what == "norm":
+        norms = [m for m in trunk.modules() if "norm" in type(m).__name__.lower()]
+        affine = [p for norm in norms for p in norm.parameters(recurse=False)]
+        if not affine:
+            raise ValueError("--tune norm: this encoder has no norm layers to train; use last:N, none or all")
+        for parameter in affine:
+            parameter.requires_grad_(True)
+    encoder.train(encoder.training)  # frozen parts change to evaluation mode
+
+
+def rate_shares(encoder: ImageEncoder, decay: float) -> dict[nn.Parameter, float]:
+    """Share of the learning rate for each parameter of the trunk: decay^i for the i-th layer below the projections.
+
+    Empty where decay is 1. Clark et al. 2020 (ELECTRA), arXiv 2003.10555; the powers are those of BEiT and timm.
+    """
+    if decay == 1:
+        return {}
+    layer_of, behind = layers(encoder.trunk)
+    return {parameter: decay ** (behind - layer_of[name]) for name, parameter in encoder.trunk.named_parameters()}

@@ -2,6 +2,7 @@
 
     python make_decoder_data.py --data data/Breast_cancer
     python make_decoder_data.py --target_genes my_genes.txt      # one gene per line
+    python make_decoder_data.py --input_genes panglao_human.h5ad --full_vocabulary     # all that scBERT was trained on
 
 Reads the counts slice by slice, those that --memory does not hold by spans of spots, once to choose the panels and once
 to write them; writes per slice `filtered_feature_bc_matrix_one.h5ad` (input genes of stage one) and
@@ -17,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.slices import genes, reader, table
+from utils.slices import gene_names, genes, reader, table
 from utils.training import arguments
+from utils.training.folder import alone_in
 
 
 def parse_args(argv=None):
@@ -31,7 +33,13 @@ def parse_args(argv=None):
         "--n_input_genes", type=arguments.count, default=2000, help="input genes: highly variable, common"
     )
     group.add_argument("--target_genes", type=Path, help="file with the target genes instead, one per line")
-    group.add_argument("--input_genes", type=Path, help="file with the input genes instead, one per line")
+    group.add_argument("--input_genes", type=Path, help="file with the input genes instead, one per line, or h5ad")
+    group.add_argument(
+        "--full_vocabulary", action="store_true", help="half of --input_genes may be in no train slice, reading as zero"
+    )
+    group.add_argument(
+        "--gene_aliases", type=Path, help="other names of genes: a table laid out as HGNC's complete set"
+    )
     group.add_argument("--min_counts", type=arguments.count_or_zero, default=0, help="drop spots with fewer counts")
     arguments.add_memory(parser)
     return parser.parse_args(argv)
@@ -55,14 +63,6 @@ def read_slice(row, args) -> reader.Slice:
 
 def bytes_of(args) -> float:
     return args.memory * 2**30
-
-
-def all_symbols(rows, args) -> dict[str, str]:
-    """Ensembl id -> symbol, as far as the feature tables of all slices tell."""
-    symbols: dict[str, str] = {}
-    for row in rows:
-        symbols |= genes.symbols_by_id(*reader.read_slice_genes(table.slice_folder(args.data, row)))
-    return symbols
 
 
 def train_spots(row, source: reader.Slice, pitch_px: float, args) -> np.ndarray:
@@ -103,18 +103,31 @@ def tell(row, source: reader.Slice, total: np.ndarray, kept: np.ndarray, n_genes
         raise ValueError(f"{source.root}: expected spots with counts, found none of at least {least}")
 
 
-def choose(role: str, train: list[Surveyed], args) -> tuple[list[str], str]:
+def listed(given: Path, train: list[Surveyed], known: gene_names.KnownNames, whole: bool) -> tuple[list[str], str]:
+    """The panel that a file names. Of a `whole` vocabulary half its genes, of a list all must be in a train slice."""
+    panel, how = genes.read_vocabulary(given), {}
+    for one in train:
+        matches = gene_names.match_genes(one.profile.names, panel, known)
+        how = {panel[place]: matches.how[name] for name, place in matches.places.items()} | how
+    unknown = [gene for gene in panel if gene not in how]
+    if unknown and not whole:
+        raise ValueError(
+            f"{given}: {len(unknown)} of {len(panel)} genes are in no train slice ({unknown[0]}, ...); remove them"
+        )
+    if whole:
+        gene_names.require_half(len(how), len(panel), f"--input_genes {given}", unknown, train[0].profile.names)
+        print(
+            f"{given.name}: {len(how)} of {len(panel)} genes are in a train slice, {gene_names.counted(how.values())}"
+        )
+        print(f"{given.name}: {len(unknown)} genes are in none and read as zero")
+    return panel, f"the list {given.name}"
+
+
+def choose(role: str, train: list[Surveyed], known: gene_names.KnownNames, args) -> tuple[list[str], str]:
     """The panel of a role and, in words, how it was chosen."""
     given = args.target_genes if role == "target" else args.input_genes
-    present = set().union(*(one.profile.names for one in train))
     if given is not None:
-        panel = genes.read_gene_list(given)
-        unknown = [gene for gene in panel if gene not in present]
-        if unknown:
-            raise ValueError(
-                f"{given}: {len(unknown)} of {len(panel)} genes are in no train slice ({unknown[0]}, ...); remove them"
-            )
-        return panel, f"the list {given.name}"
+        return listed(given, train, known, args.full_vocabulary and role == "input")
     if not any(one.profile.n_spots for one in train):
         raise ValueError(f"{args.data}: expected train spots outside the strips, found none; lower --min_counts")
     wanted = args.n_top_genes if role == "target" else args.n_input_genes
@@ -150,13 +163,14 @@ def panel_file(one: Surveyed, spots, measured: np.ndarray, role: str, choice: tu
     return adata
 
 
-def write_panels(one: Surveyed, panels: dict[str, tuple[list[str], str]], train, symbols: dict[str, str], args) -> None:
+def write_panels(one: Surveyed, panels: dict[str, tuple[list[str], str]], train, symbols, known, args) -> None:
     """Both files of a slice; a gene that it lacks is a column of zeros, marked not measured."""
     source = read_slice(one.row, args)
     mapped = genes.mapped_names(source.genes, symbols)
     spans = reader.spans(source.counts, bytes_of(args))
     for role, choice in panels.items():
-        measured, gathering = np.isin(choice[0], mapped), genes.gather(mapped, choice[0])
+        names = gene_names.renamed(mapped, choice[0], known)
+        measured, gathering = np.isin(choice[0], names), genes.gather(names, choice[0])
         if not measured.all():
             print(f"{one.row.slice}: {(~measured).sum()} of {len(measured)} {role} genes are not in this slice")
         adata = panel_file(one, source.spots.loc[one.kept], measured, role, choice, train)
@@ -164,21 +178,25 @@ def write_panels(one: Surveyed, panels: dict[str, tuple[list[str], str]], train,
         genes.write_panel(genes.panel_path(args.data, args.panels, one.row.slice, role), adata, blocks)
 
 
+@alone_in("panels", "data")
 def main(args):
     rows, warnings = table.read_table(args.data, args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)
     arguments.say(warnings)
     rows = [row for row in rows if row.part]
     print(table.format_table(rows))
+    if args.full_vocabulary and args.input_genes is None:
+        raise ValueError("--full_vocabulary: expected --input_genes with the vocabulary, found none; give the file")
     for part in ("train", args.part):
         arguments.chosen(rows, part)
-    symbols = all_symbols(rows, args)
+    symbols = gene_names.slice_symbols(table.slice_folder(args.data, row) for row in rows)
+    known = gene_names.known_names(args.gene_aliases, symbols)
     surveyed = [survey(row, symbols, args) for row in rows]
     arguments.say(table.check_identical(rows, {one.row.slice: one.counts_hash for one in surveyed}, args.allow_leak))
     train = [one for one in surveyed if one.row.part == "train"]
-    panels = {role: choose(role, train, args) for role in genes.FILES}
+    panels = {role: choose(role, train, known, args) for role in genes.FILES}
     wanted = [one for one in surveyed if args.part in ("all", one.row.part)]
     for one in tqdm(wanted, desc="slices", unit="slice", disable=None):
-        write_panels(one, panels, train, symbols, args)
+        write_panels(one, panels, train, symbols, known, args)
     for role, (panel, how) in panels.items():
         print(f"{role} panel: {how} of {len(train)} slices: {', '.join(panel[:5])}, ...")
 

@@ -9,7 +9,7 @@ import torch
 from small_stage_one import batch_of, stage_one
 from tiny_runs import Work
 
-from model import gene_encoder
+from model import scbert
 from model.gene_encoder import GeneEncoder
 from utils.slices import genes
 from utils.training import frozen as frozen_blocks
@@ -72,8 +72,9 @@ def released_scbert(folder, genes):
     """A scBERT file of two blocks, its gene2vec inside, and the vocabulary: names of the files."""
     encoder = GeneEncoder(len(genes), depth=2, gene_width=16, heads=1)
     own = encoder.state_dict()
-    tensors = {theirs: own[ours] for ours, theirs in gene_encoder._scbert_names(2).items()}
+    tensors = {theirs: own[ours] for ours, theirs in scbert._scbert_names(2).items()}
     tensors["pos_emb.emb.weight"] = torch.randn(len(genes) + 1, 16, dtype=torch.float64)
+    tensors["pos_emb.emb.weight"][-1] = 0
     torch.save({"model_state_dict": tensors}, folder / "panglao.pth")
     (folder / "genes.txt").write_text("\n".join(genes))
     return "--gene_weights", folder / "panglao.pth", "--gene_vocab", folder / "genes.txt"

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from model.gene_encoder import GatherTokens, GeneEncoder, set_gene_positions
+from model.gene_encoder import GatherTokens, GeneEncoder
 from model.momentum import make_twin
+from model.scbert import set_gene_positions
 
 GENES, WIDTH = 12, 24
 

@@ -6,6 +6,7 @@ The order of genes lives in these files. Letters: S spots, G genes of a slice, P
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ FILES = {
     "target": "filtered_feature_bc_matrix_decoder.h5ad",  # what stage two predicts
 }
 N_BINS = 5  # the highest bin; scBERT's cut
+HEADINGS = {"gene", "genes", "symbol", "gene_symbol", "gene_name", "gene_id"}  # of a table's first column
 
 
 def is_ensembl(name: str) -> bool:
@@ -45,7 +47,10 @@ def gather(names: np.ndarray, wanted: list[str]) -> sp.csr_matrix:
 
 
 def read_gene_list(path: Path) -> list[str]:
-    """One gene name per line (the first column of a table). Raises ValueError on an empty list or a name twice."""
+    """One gene name per line (the first column of a table, below its heading if it has one of HEADINGS).
+
+    Raises ValueError on an empty list or a name twice.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: expected a text file with one gene per line, found none")
     try:
@@ -54,9 +59,14 @@ def read_gene_list(path: Path) -> list[str]:
         raise ValueError(f"{path}: expected UTF-8 text with one gene per line, found {error.reason}") from error
     genes = [line.replace(",", "\t").split("\t")[0].strip() for line in lines]
     genes = [gene for gene in genes if gene and not gene.startswith("#")]
+    genes = genes[1:] if genes and genes[0].lower() in HEADINGS else genes
     if not genes:
         raise ValueError(f"{path}: expected one gene per line, found none")
-    twice = {gene for gene in genes if genes.count(gene) > 1} if len(set(genes)) < len(genes) else set()
+    return _each_once(path, genes)
+
+
+def _each_once(path: Path, genes: list[str]) -> list[str]:
+    twice = [gene for gene, n in Counter(genes).items() if n > 1]
     if twice:
         raise ValueError(f"{path}: {len(twice)} genes stand twice (first: {min(twice)}); keep one of each")
     return genes
@@ -69,9 +79,12 @@ def read_vocabulary(path: Path) -> list[str]:
     import anndata
 
     try:
-        return [str(gene) for gene in anndata.read_h5ad(path, backed="r").var_names]
+        names = [str(gene) for gene in anndata.read_h5ad(path, backed="r").var_names]
     except (OSError, KeyError) as error:
         raise ValueError(f"{path}: expected an h5ad file with genes in var, found {error}") from error
+    if not names:
+        raise ValueError(f"{path}: expected an h5ad file with genes in var, found none")
+    return _each_once(path, names)
 
 
 def common_genes(slices: list[np.ndarray]) -> list[str]:
@@ -202,21 +215,32 @@ class Panel:
     pitch_fullres_px: float
     train_slices: list[str]  # that the panel was chosen on
     counts_hash: str
+    columns: np.ndarray | None = None  # (P,) of the file, -1 for a gene that it lacks; None: all, in its order
 
     @property
     def counts(self) -> np.ndarray:
-        """Raw counts (S, P) int32 of the panel's genes, read anew each time."""
+        """Raw counts (S, P) int32 of the panel's genes, read anew each time; zeros for a gene that the file lacks."""
         import h5py
         from anndata.io import read_elem
 
         with h5py.File(self.path) as file:
             counts = read_elem(file["X"])
-        return np.asarray(counts[self.rows].toarray() if sp.issparse(counts) else counts[self.rows]).astype(np.int32)
+        found = np.asarray(counts[self.rows].toarray() if sp.issparse(counts) else counts[self.rows]).astype(np.int32)
+        return found if self.columns is None else np.where(self.columns >= 0, found[:, self.columns], 0)
 
     def of(self, rows: np.ndarray) -> Panel:
         """The same for some of its spots (n,)."""
         per_spot = ("rows", "barcodes", "total_counts", "xy_fullres_px")
         return replace(self, **{name: getattr(self, name)[rows] for name in per_spot})
+
+    def onto(self, wanted: list[str]) -> Panel:
+        """The same for other genes, in their order: one that this panel lacks counts zero and is not measured."""
+        if wanted == self.genes:
+            return self
+        place = columns_of(np.array(self.genes), wanted)
+        measured = (place >= 0) & self.measured[place]
+        columns = place if self.columns is None else np.where(place >= 0, self.columns[place], -1)
+        return replace(self, genes=list(wanted), measured=measured, columns=columns)
 
 
 def panel_path(data: Path, panels: Path | None, slice_name: str, role: str) -> Path:

@@ -1,0 +1,128 @@
+"""scBERT's released weights (panglao_pretrain.pth, 91 tensors) read into the gene encoder, strictly.
+
+Yang et al. 2022, doi 10.1038/s42256-022-00534-z; tensors are named as in github.com/TencentAILabHealthcare/scBERT. The
+file does not name its genes: positions are taken apart from it, by name. Letters: V genes of the vocabulary, W width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from model.gene_encoder import GeneEncoder
+
+POSITIONS = "pos_emb.emb.weight"  # (V + 1, W) float64: gene2vec, and a row of zeros for the token that scBERT appends
+SKIPPED = {
+    POSITIONS: "positions of genes, taken by name",
+    "to_out.weight": "scBERT's reading of masked tokens",
+    "to_out.bias": "scBERT's reading of masked tokens",
+    "performer.calls_since_last_redraw": "a counter: projections are not redrawn",
+}
+LAYER = "performer.net.layers."
+Found = dict[str, dict[str, str]]  # "loaded", "missing", "unexpected", "skipped": names of tensors, and why
+
+
+def _scbert_names(depth: int) -> dict[str, str]:
+    """Our parameter names to scBERT's."""
+    names = {"token_embedding.weight": "token_emb.weight", "norm.weight": "norm.weight", "norm.bias": "norm.bias"}
+    for i in range(depth):
+        attention, mlp = f"performer.net.layers.{i}.0.", f"performer.net.layers.{i}.1."
+        theirs = {f"to_{p}.weight": f"{attention}fn.to_{p}.weight" for p in ("q", "k", "v", "out")}
+        theirs["to_out.bias"] = f"{attention}fn.to_out.bias"
+        theirs["projection"] = f"{attention}fn.fast_attention.projection_matrix"
+        for kind in ("weight", "bias"):
+            theirs[f"norm_attention.{kind}"] = f"{attention}norm.{kind}"
+            theirs[f"norm_mlp.{kind}"] = f"{mlp}norm.{kind}"
+            theirs[f"w1.{kind}"], theirs[f"w2.{kind}"] = f"{mlp}fn.fn.w1.{kind}", f"{mlp}fn.fn.w2.{kind}"
+        names |= {f"blocks.{i}.{ours}": name for ours, name in theirs.items()}
+    return names
+
+
+def load_scbert(encoder: GeneEncoder, tensors: dict[str, Tensor]) -> Found:
+    """Copy the trunk of a released scBERT checkpoint (the dict under "model_state_dict") into the encoder.
+
+    Returns what became of every tensor, for `loading_table`. Gene positions are not touched: `set_gene_positions` takes
+    them from POSITIONS. Raises ValueError, before anything is copied, where a tensor of the trunk is missing, has
+    another shape or is not finite.
+    """
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    names, own = _scbert_names(len(encoder.blocks)), encoder.state_dict()
+    _check_trunk(encoder, tensors, names)
+    for ours, theirs in names.items():
+        own[ours].copy_(tensors[theirs])
+    trunk, depth = set(names.values()), len(encoder.blocks)
+    found: Found = {"loaded": dict.fromkeys(names.values(), "the trunk")}
+    found["missing"] = {name: f"not needed: {why}" for name, why in SKIPPED.items() if name not in tensors}
+    beyond = [name for name in tensors if name.startswith(LAYER) and _layer(name) >= depth]
+    found["skipped"] = {name: why for name, why in SKIPPED.items() if name in tensors}
+    found["skipped"] |= dict.fromkeys(beyond, f"beyond --gene_depth {depth}")
+    others = [name for name in tensors if name not in trunk and name not in found["skipped"]]
+    found["unexpected"] = dict.fromkeys(others, "no part of scBERT")
+    return found
+
+
+def _layer(name: str) -> int:
+    number = name.removeprefix(LAYER).split(".")[0]
+    return int(number) if number.isdigit() else -1
+
+
+def _check_trunk(encoder: GeneEncoder, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
+    missing = [theirs for theirs in names.values() if theirs not in tensors]
+    if missing:
+        raise ValueError(
+            f"--gene_weights: {len(names) - len(missing)} of scBERT's {len(names)} tensors found, missing {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + f"; give panglao_pretrain.pth, or the file's number of layers as --gene_depth ({len(encoder.blocks)})"
+        )
+    own, width, heads = encoder.state_dict(), encoder.norm.weight.shape[0], encoder.blocks[0].heads
+    for ours, theirs in names.items():
+        expected, found = tuple(own[ours].shape), tuple(tensors[theirs].shape)
+        if expected != found:
+            raise ValueError(
+                f"--gene_weights: {theirs} has shape {found}, expected {expected} by --gene_width {width} and "
+                f"--gene_heads {heads}; use those that the file was trained with"
+            )
+        if not torch.isfinite(tensors[theirs]).all():
+            raise ValueError(f"--gene_weights: {theirs} holds NaN or infinity, expected numbers; fetch the file again")
+
+
+def loading_table(found: Found, shown: int = 3) -> str:
+    """What `load_scbert` found, a line per kind: how many, and the first names of each reason."""
+    lines = []
+    for kind in ("loaded", "missing", "unexpected", "skipped"):
+        reasons: dict[str, list[str]] = {}
+        for name, why in found[kind].items():
+            reasons.setdefault(why, []).append(name)
+        notes = [
+            ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "") + f" ({why})"
+            for why, names in reasons.items()
+        ]
+        lines.append(f"  {kind:<10} {len(found[kind]):>3}  {'; '.join(notes)}".rstrip())
+    return "\n".join(lines)
+
+
+def set_gene_positions(encoder: GeneEncoder, table: Tensor, vocabulary: dict[str, int], genes: list[str]) -> int:
+    """Give each panel gene its gene2vec row, looked up by name: table (V, W) -> number of genes found.
+
+    A gene outside the vocabulary has no position, its row is zero. Raises ValueError where none is found or widths
+    differ.
+    """
+    width = encoder.gene_embedding.weight.shape[1]
+    if table.ndim != 2 or table.shape[1] != width:
+        raise ValueError(f"gene2vec: expected rows of {width} numbers (--gene_width), found shape {tuple(table.shape)}")
+    if len(vocabulary) > len(table):
+        raise ValueError(
+            f"gene2vec has {len(table)} rows, --gene_vocab has {len(vocabulary)} genes: not of one vocabulary"
+        )
+    found = [(row, vocabulary[gene]) for row, gene in enumerate(genes) if gene in vocabulary]
+    if not found:
+        example = next(iter(vocabulary), "-")
+        raise ValueError(f"--gene_vocab ({example}, ...) holds none of the {len(genes)} panel genes ({genes[0]}, ...)")
+    rows, sources = map(list, zip(*found, strict=True))
+    with torch.no_grad():
+        encoder.gene_embedding.weight.zero_()
+        encoder.gene_embedding.weight[rows] = table[sources].float()
+    return len(found)

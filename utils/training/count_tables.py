@@ -1,0 +1,149 @@
+"""Count tables without pictures: any folder of h5ad files, brought to the input panel to teach the gene encoder.
+
+They must not hold what is held out: a file by the name of a validation or test slice, of its counts, or with a spot of
+the same counts is refused. Letters: S spots, G input genes, A genes of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from utils.slices import content, depth, genes, table
+from utils.training.datasets import SliceData
+
+LEAST_SEEN = 10  # genes of the panel that a spot must show before another of the same counts is taken for itself
+
+
+@dataclass(frozen=True)
+class CountTable:
+    """Spots of one file whose bins may teach."""
+
+    name: str
+    bins: np.ndarray  # (S, G) uint8; genes that the file lacks are zero
+    measured: np.ndarray  # (G,) bool
+    counts_hash: str
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What no table may hold."""
+
+    names: set[str]
+    hashes: dict[str, str]  # slice by hash of its counts
+    counts: list[tuple[str, np.ndarray]]  # slice, panel counts (S, G)
+
+
+def read_tables(
+    folder: Path, slices: list[SliceData], rows: list[table.SliceRow], args: Any, equal_depth: int | None = None
+) -> list[CountTable]:
+    """Every `*.h5ad` of a folder, a line of print each.
+
+    `slices` are those of the train and validation part, `rows` the whole table with the test slices; `equal_depth`, if
+    given, is the number of counts that spots with more are thinned to. Raises ValueError where a file is not one of raw
+    counts, has under half of the panel's genes, or holds what is held out.
+    """
+    paths = sorted(folder.glob("*.h5ad")) if folder.is_dir() else []
+    if not paths:
+        found = "no such file in it" if folder.is_dir() else "no such folder"
+        raise ValueError(f"--pretrain_data: expected a folder of .h5ad files, found {found}: {folder}; mend the path")
+    panel, held_out = slices[0].panels["input"].genes, find_held_out(slices, rows, args)
+    return [read_one(path, panel, held_out, args.allow_leak, equal_depth) for path in paths]
+
+
+def find_held_out(slices: list[SliceData], rows: list[table.SliceRow], args: Any) -> HeldOut:
+    """Spots of the validation part, also where it is a strip, and of the test slices, read from their panel files."""
+    names = {row.slice for row in rows if row.part != "train"}
+    hashes, counts = {}, []
+    for one in slices:
+        kept, panel = one.rows_of("val"), one.panels["input"]
+        if len(kept):
+            hashes[panel.counts_hash] = one.name
+            counts.append((one.name, panel.counts[kept]))
+    for row in table.of_part(rows, "test"):
+        panel = genes.read_panel(genes.panel_path(args.data, args.panels, row.slice, "input"))
+        if panel.genes != slices[0].panels["input"].genes:
+            raise ValueError(
+                f"{panel.path}: its genes differ from those of {slices[0].name}, and --pretrain_data cannot be told "
+                "from this test slice; run make_decoder_data.py again on all slices"
+            )
+        hashes[panel.counts_hash] = row.slice
+        counts.append((row.slice, panel.counts))
+    return HeldOut(names, hashes, counts)
+
+
+def read_one(path: Path, panel: list[str], held_out: HeldOut, allow_leak: bool, equal_depth: int | None) -> CountTable:
+    names, barcodes, counts, total = read_counts(path)
+    measured = np.isin(panel, names)
+    if 2 * measured.sum() < len(panel):
+        raise ValueError(
+            f"{path}: expected at least half of the {len(panel)} input genes by name in var, found {measured.sum()} "
+            f"(it has {names[0]}, ..., they are {panel[0]}, ...); rename its genes, or take the file away"
+        )
+    of_panel = (counts @ genes.gather(names, panel)).toarray().astype(np.int32)
+    counts_hash = content.counts_hash(counts, barcodes, names)
+    for leak in leaks(path, of_panel, measured, counts_hash, held_out):
+        if not allow_leak:
+            raise ValueError(f"{leak}; take the file out of --pretrain_data, or use --allow_leak and say so")
+        print(f"warning: {leak}")
+    kept = np.flatnonzero(total > 0)
+    notes = [f"{(~measured).sum()} of {len(panel)} input genes absent, read as zero"] if not measured.all() else []
+    notes += [f"{len(total) - len(kept)} spots without a count left out"] if len(kept) < len(total) else []
+    print(", ".join([f"{path.name}: {len(kept)} spots", f"{measured.sum()} input genes", *notes]))
+    of_panel, total = of_panel[kept], total[kept]
+    if equal_depth:
+        seeds = depth.spot_seeds(path.stem, barcodes[kept])
+        of_panel, total = depth.thin_counts(of_panel, total, equal_depth, seeds)
+    return CountTable(path.stem, genes.bin_tokens(of_panel, total), measured, counts_hash)
+
+
+def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix, np.ndarray]:
+    """Gene names (A,), barcodes (S,), counts (S, A) and all counts of each spot (S,): those of obs, else the sums."""
+    import anndata
+
+    try:
+        adata = anndata.read_h5ad(path)
+        counts = sp.csr_matrix(adata.X)
+        total = adata.obs["total_counts"].to_numpy(np.float64) if "total_counts" in adata.obs else None
+    except Exception as error:  # whatever a torn file makes HDF5 or anndata stumble over
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path}: expected an h5ad file with counts in X, found: {reason}; write it again") from error
+    bad = ~((counts.data >= 0) & (counts.data == np.rint(counts.data)) & np.isfinite(counts.data))
+    if bad.any():
+        raise ValueError(
+            f"{path}: expected raw counts (0, 1, 2, ...) in X, found {counts.data[bad][0]}; put them there"
+        )
+    counts = counts.astype(np.int64)
+    counts.sum_duplicates()
+    sums = np.asarray(counts.sum(1)).ravel()
+    total = sums.astype(np.float64) if total is None else total
+    below = ~(np.isfinite(total) & (total >= sums))
+    if below.any():
+        raise ValueError(
+            f"{path}: expected obs['total_counts'] of at least the spot's counts, found {total[below][0]:g} where they "
+            f"are {sums[below][0]}; mend or remove the column"
+        )
+    return adata.var_names.to_numpy(str), adata.obs_names.to_numpy(str), counts, total
+
+
+def leaks(path: Path, counts: np.ndarray, measured: np.ndarray, counts_hash: str, held_out: HeldOut) -> Iterator[str]:
+    """What a file with panel counts (S, G) holds of what is held out, in words."""
+    if path.stem in held_out.names:
+        yield f"{path}: has the name of the slice {path.stem}, which is held out"
+    if counts_hash in held_out.hashes:
+        yield f"{path}: has the counts of {held_out.hashes[counts_hash]}, which is held out"
+    own = spot_keys(counts[:, measured])
+    for name, others in held_out.counts:
+        shared = len(own & spot_keys(others[:, measured]))
+        if shared:
+            yield f"{path}: has {shared} spots with the counts of spots of {name} that are held out"
+
+
+def spot_keys(counts: np.ndarray) -> set[bytes]:
+    """The counts of every spot that shows enough genes to be known by them: (S, A) int32."""
+    return {row.tobytes() for row in counts[(counts > 0).sum(1) >= LEAST_SEEN]}

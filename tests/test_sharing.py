@@ -1,0 +1,282 @@
+"""A shared model: the folder holds the checkpoint to the last bit, scripts take it, the hub hands it on."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import anndata
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_shares import KINDS, STAGES, exported, load
+from tiny_runs import Work, stderr_line
+
+from utils.training import arguments, checkpoint, sharing
+
+
+@pytest.fixture(scope="module")
+def shared(trained, tmp_path_factory):
+    return exported(trained, tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def own(trained, tmp_path):
+    return exported(trained, tmp_path)
+
+
+def same(one, other):
+    """Equal in keys and value; tensors to the bit."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        return all(same(one[key], other[key]) for key in one)
+    if isinstance(one, torch.Tensor):
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        return alike and one.contiguous().numpy().tobytes() == other.contiguous().numpy().tobytes()
+    return one == other
+
+
+# ---- what is written is what is read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_round_trip_is_exact(trained, shared, kind):
+    before = checkpoint.load(getattr(trained, STAGES[kind][0]), kind, "--weights")
+    after = load(shared[kind], kind)
+    for settings in ("settings", "encoder_settings"):
+        if settings in before:  # paths of this machine are cut to names, all else is kept
+            given, found = before.pop(settings), after.pop(settings)
+            assert found == sharing.plain(given) and given.keys() == found.keys() and given["seed"] == found["seed"]
+            assert Path(given["data"]).is_absolute() and found["data"] == "data"
+    assert same(before, after) and list(before["model"]) == list(after["model"])
+    assert sorted(path.name for path in shared[kind].iterdir()) == sorted(sharing.FILES)
+
+
+def test_all_kinds_of_tensors_come_back(tmp_path):
+    """Half precisions, whole numbers, booleans, scalars, empty, transposed, shared, NaN and signed zeros."""
+    twice = torch.arange(6.0).view(2, 3)
+    model = {
+        "a.b.weight": torch.tensor([math.nan, -0.0, math.inf]),
+        "bf16": torch.randn(3).bfloat16(),
+        "half": torch.randn(3).half(),
+        "long": torch.tensor(2**62),
+        "flags": torch.tensor([True, False]),
+        "none": torch.zeros(0, 4),
+        "transposed": twice.T,
+        "twice": twice,
+        "part": twice[0],
+        "image_encoder.mean": torch.zeros(3, 1, 1),
+        "image_encoder.std": torch.ones(3, 1, 1),
+    }
+    state = {"model": model, "sizes": {"image_encoder": "vit", "scales": [1.0, 0.5]}, "genes": ["b", "a", "é"]}
+    state |= {"tile_scale": [32, None], "table": [], "counts_hashes": {}, "settings": {}, "row": {"loss": 0.1 + 0.2}}
+    checkpoint.save(tmp_path / "best.pth", "stage_one", **state)
+    sharing.export(tmp_path / "best.pth", tmp_path / "shared")
+    before, after = load(tmp_path / "best.pth", "stage_one"), load(tmp_path / "shared", "stage_one")
+    views = [one["model"].pop("bf16").view(torch.int16) for one in (before, after)]  # NumPy has no bf16
+    assert torch.equal(*views) and same(before, after)
+
+
+def test_an_export_of_an_export_is_the_same(shared, tmp_path):
+    sharing.export(shared["stage_two"], tmp_path / "again")
+    for name in sharing.FILES:
+        assert (tmp_path / "again" / name).read_bytes() == (shared["stage_two"] / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_predicts_as_the_checkpoint_does(trained, shared, tmp_path, kind):
+    flag, script = STAGES[kind]
+    found = {}
+    for name, path in (("file", getattr(trained, flag)), ("folder", shared[kind])):
+        trained.run(script, f"--{flag}", path, "--out", tmp_path / name)
+        found[name] = anndata.read_h5ad(tmp_path / name / "predictions.h5ad")
+        metrics = [(tmp_path / one / "metrics.json").read_bytes() for one in found]
+    assert len(set(metrics)) == 1
+    assert found["file"].X.tobytes() == found["folder"].X.tobytes()
+    for key in found["file"].obsm:
+        assert np.array_equal(found["file"].obsm[key], found["folder"].obsm[key])
+
+
+def test_stage_two_trains_on_a_shared_stage_one(trained, shared, tmp_path):
+    own = Work(trained.data, trained.tiles, trained.panels, tmp_path)
+    own.run("train_decoder", "--encoder", shared["stage_one"], "--Epoch", 1, "--Init_lr", 1e-3)
+    ours, theirs = load(own.decoder, "stage_two"), load(trained.decoder, "stage_two")
+    assert same(ours["model"], theirs["model"])
+    assert ours["encoder_hash"] == checkpoint.file_hash(shared["stage_one"]) != theirs["encoder_hash"]
+
+
+def test_the_hash_of_a_folder_is_of_weights_and_config(own):
+    folder = own["stage_one"]
+    before = checkpoint.file_hash(folder)
+    (folder / sharing.CARD).write_text("edited")
+    assert checkpoint.file_hash(folder) == before
+    for name in (sharing.CONFIG, sharing.WEIGHTS):
+        (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+        assert checkpoint.file_hash(folder) != before
+        before = checkpoint.file_hash(folder)
+
+
+# ---- what a reader is told
+
+
+def test_the_config_says_what_is_needed_elsewhere(trained, shared):
+    for kind, folder in shared.items():
+        config = json.loads((folder / sharing.CONFIG).read_text())
+        state = load(folder, kind)
+        assert config["tile_scale"] == {"side_px": 32, "um_per_px": 3.5}
+        assert config["normalisation"]["mean"] == state["model"]["image_encoder.mean"].flatten().tolist()
+        assert config["genes"] == state["genes"] and config["metrics"] == state["row"]
+        assert (
+            config["versions"]["torch"] == torch.__version__.split("+")[0]
+            and config["versions"]["magic"].count(".") == 2
+        )
+        table = getattr(trained, STAGES[kind][0]).parent / "slices.csv"
+        assert config["training_table_sha256"] == checkpoint.file_hash(table)
+        assert config["tensors"].keys() == load_file(folder / sharing.WEIGHTS).keys()
+    assert config["target"] == "lognorm"
+
+
+def test_no_path_of_the_machine_is_told(trained, shared):
+    for folder in shared.values():
+        for name in (sharing.CONFIG, sharing.CARD):
+            text = (folder / name).read_text()
+            assert str(trained.data.parent) not in text and str(Path.home()) + "/" not in text and '"/' not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/jane/data", "data"),
+        ("/", ""),
+        ("C:\\Users\\jane\\w.pth", "w.pth"),
+        ("../../jane/w.pth", "w.pth"),
+        ("~/w.pth", "w.pth"),
+        ("data/Breast_cancer", "data/Breast_cancer"),
+        ("hf_hub:owner/name", "hf_hub:owner/name"),
+        ("C:foo", "C:foo"),
+        (math.nan, None),
+        ((1, [math.inf, 0.5]), [1, [None, 0.5]]),
+        ({1: True}, {"1": True}),
+    ],
+)
+def test_plain_values(value, expected):
+    assert sharing.plain(value) == expected
+
+
+def test_the_card(shared):
+    for kind, folder in shared.items():
+        card = huggingface_hub.ModelCard.load(folder / sharing.CARD)
+        assert card.data.library_name == "magic-st" and "spatial-transcriptomics" in card.data.tags
+        assert card.data.license is None and "is for whoever shares them to state" in card.text
+        assert "- train: P01_1 (patient P01)" in card.text and "- val: P02_1 (patient P02)" in card.text
+        assert "P03" not in card.text, "not trained on"
+        assert "32 x 32 px, 3.5 um per px, 112 um" in card.text
+        state = load(folder, kind)
+        for name, value in state["row"].items():
+            assert (f"- {name}: {value:.4g}" in card.text) == name.startswith("val_")
+        assert f"{len(state['genes'])} genes ({', '.join(state['genes'][:5])}, ..." in card.text
+        assert "Not a medical device" in card.text and f"--{STAGES[kind][0]} FOLDER" in card.text
+    assert "as log1p of counts per 10,000; each spot is seen with up to 18 around it" in card.text
+    below = int((state["val_pcc"] < 0.1).sum())
+    assert f"- {below} of 20 genes are below 0.1" in card.text
+    best = state["genes"][int(state["val_pcc"].argmax())]
+    assert f"best: {best} {state['val_pcc'].max():.2f}" in card.text
+
+
+# ---- the hub, without a network
+
+
+class Hub:
+    """Stands in for HfApi: keeps what is uploaded, and hands it out again."""
+
+    def __init__(self, store: Path):
+        self.store, self.calls = store, []
+
+    def create_repo(self, repo_id, private, exist_ok):
+        self.calls.append(("create_repo", private))
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        shutil.copytree(folder_path, self.store / repo_id)
+        self.calls.append(("upload_folder", options["repo_type"]))
+        return f"https://huggingface.co/{repo_id}/commit/1"
+
+    def snapshot_download(self, repo_id, allow_patterns, **options):
+        assert set(allow_patterns) == set(sharing.FILES)
+        return str(self.store / repo_id)
+
+    def hf_hub_download(self, repo_id, filename, **options):
+        return str(self.store / repo_id / filename)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    fake = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", lambda token=None: fake)
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", fake.hf_hub_download)
+    monkeypatch.setattr(sharing, "snapshot_download", fake.snapshot_download)
+    return fake
+
+
+def command(*argv):
+    sharing.main(sharing.parse_args([str(one) for one in argv]))
+
+
+def exit_code(*argv):
+    with pytest.raises(SystemExit) as stop:
+        arguments.run(sharing.main, sharing.parse_args([str(one) for one in argv]))
+    return stop.value.code
+
+
+@pytest.mark.parametrize("source", ["file", "folder"])
+def test_upload_and_download(trained, shared, hub, tmp_path, capsys, source):
+    """Precisely the three files go up, to a repository that is private, and come down unchanged."""
+    command(trained.decoder if source == "file" else shared["stage_two"], "--push", "jane/magic")
+    assert hub.calls == [("create_repo", True), ("upload_folder", "model")]
+    assert sorted(path.name for path in (hub.store / "jane/magic").rglob("*")) == sorted(sharing.FILES)
+    command("--pull", "jane/magic", tmp_path / "down")
+    assert "jane/magic/commit/1" in capsys.readouterr().out
+    for name in sharing.FILES:
+        assert (tmp_path / "down" / name).read_bytes() == (shared["stage_two"] / name).read_bytes()
+
+
+def test_a_public_repository_is_asked_for(shared, hub):
+    command(shared["stage_one"], "--push", "jane/magic", "--public")
+    assert hub.calls[0] == ("create_repo", False)
+
+
+def test_the_mixin_on_a_folder(trained, own, tmp_path):
+    (own["stage_two"] / sharing.CARD).write_text("---\nlicense: mit\n---\nby hand")
+    model = sharing.SharedMagic.from_pretrained(own["stage_two"])
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / sharing.CARD).read_text().endswith("by hand"), "a card that was edited stays"
+    assert same(model.state, sharing.SharedMagic.from_pretrained(tmp_path / "saved").state)
+    sharing.SharedMagic(trained.decoder).save_pretrained(tmp_path / "written")
+    assert same(load(tmp_path / "written", "stage_two"), load(own["stage_two"], "stage_two"))
+
+
+def test_what_the_hub_does_not_have(hub, tmp_path, capsys, monkeypatch):
+    def missing(*args, **options):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("no network\nhere")
+
+    monkeypatch.setattr(sharing, "snapshot_download", missing)
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", missing)
+    assert exit_code("--pull", "jane/none", tmp_path / "down") == 2
+    stderr_line(capsys, "--pull jane/none: no network here; see that the name is right")
+    assert not (tmp_path / "down").exists()
+
+
+def test_the_command_line(trained, shared, tmp_path, capsys):
+    command(trained.encoder, tmp_path / "new")
+    assert checkpoint.file_hash(tmp_path / "new") == checkpoint.file_hash(shared["stage_one"])
+    assert "model.safetensors, README.md, config.json" in capsys.readouterr().out
+    assert exit_code(trained.encoder, tmp_path / "new") == 2
+    stderr_line(capsys, "DIR: expected a new or an empty folder")
+    assert exit_code(tmp_path / "none.pth", tmp_path / "other") == 2
+    stderr_line(capsys, "CHECKPOINT: expected the file .*none.pth, found none; train first")
+    for wrong in (["a"], ["a", "b", "c"], ["--pull", "x/y", "a", "b"], ["--push", "x/y", "a", "b"]):
+        with pytest.raises(SystemExit):
+            sharing.parse_args(wrong)
+        stderr_line(capsys, "expected (CHECKPOINT|DIR)")

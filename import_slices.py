@@ -1,0 +1,81 @@
+"""Bring slices of other formats into the form that every script reads: Space Ranger folders and slices.csv.
+
+    python import_slices.py --format legacy_st her2st --out data/her2st
+    python import_slices.py --format visium_hd my_run --bin 16 --image my_run.tif --out data/hd
+    python import_slices.py --format h5ad sample.h5ad --image sample.tif --out data/samples      # or a HEST-1k folder
+    python import_slices.py --format spatialdata sample.zarr --out data/samples
+
+Reads SOURCE, which is never changed; writes a folder per slice, counts unchanged, and a line per slice into slices.csv.
+Each slice is read back and compared before its folder gets its name. `part` of slices.csv is left for you to fill in.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.training import arguments, folder
+
+FORMATS = ("legacy_st", "visium_hd", "h5ad", "spatialdata")
+BINNED = ("visium_hd", "spatialdata")
+
+
+def parse_args(argv=None):
+    parser = arguments.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="what to import; docs/own_data.md says what it holds"
+    )
+    parser.add_argument("--format", choices=FORMATS, required=True, help="what SOURCE is")
+    parser.add_argument("--out", type=Path, required=True, help="folder of slices, new or not; later given as --data")
+    parser.add_argument(
+        "--image", type=Path, help="full-resolution H&E of the only slice, where SOURCE does not hold it"
+    )
+    parser.add_argument("--bin", type=arguments.count, help="Visium HD: bin size in um (default: 16)")
+    parser.add_argument("--spot_pitch_um", type=arguments.positive, help="centre to centre, where it is not known")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments.add_memory(parser)
+    return parser.parse_args(argv)
+
+
+def sources(args) -> Iterator:
+    """The slices of SOURCE one after the other; what its format does not need is not imported."""
+    flags = (args.source, args.image, args.spot_pitch_um)
+    if args.format == "legacy_st":
+        from utils.slices.importers_legacy_st import read_legacy_st
+
+        return read_legacy_st(*flags)
+    if args.format == "visium_hd":
+        from utils.slices.importers_hd import read_visium_hd
+
+        return read_visium_hd(*flags, args.bin, args.memory * 2**30)
+    if args.format == "h5ad":
+        from utils.slices.importers_h5ad import read_h5ad
+
+        return read_h5ad(*flags)
+    from utils.slices.importers_spatialdata import read_spatialdata
+
+    return read_spatialdata(*flags, args.bin)
+
+
+@folder.alone_in("out")
+def main(args):
+    from utils.slices import importers, importers_files
+
+    if args.bin is not None and args.format not in BINNED:
+        raise ValueError(
+            f"--bin {args.bin}: expected --format {' or '.join(BINNED)}, found {args.format}; leave it out"
+        )
+    importers.check_picture(args.image)
+    importers_files.check_table(args.out)
+    number = 0
+    for source in sources(args):
+        print("\n".join(importers.import_slice(source, args.out, args.memory * 2**30)), flush=True)
+        number += 1
+    print(f"{number} slices in {args.out}; fill in the column part of {args.out / 'slices.csv'} (train, val, test)")
+
+
+if __name__ == "__main__":
+    arguments.run(main, parse_args())

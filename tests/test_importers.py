@@ -1,0 +1,181 @@
+"""Writing an imported slice: compared before it gets its name, nothing half written, slices.csv kept as it is."""
+
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from importer_sources import assert_same_slice, picture_of
+from PIL import Image
+from spaceranger_folders import refused
+
+from utils.slices import importers, importers_files, reader, table
+from utils.slices.importers import Source, import_slice, whole_counts
+
+
+@pytest.fixture
+def root(simulated):
+    return simulated / "P01_1"
+
+
+@pytest.fixture
+def source(root):
+    found = reader.read_slice(root)
+    names = (found.genes, found.gene_ids)
+    return Source("S1", "P1", root, found.counts, *names, found.spots, 100.0, 55.0, picture_of(root))
+
+
+def test_a_slice_is_written_as_space_ranger_writes_it(source, root, tmp_path):
+    import scanpy
+
+    import_slice(source, tmp_path)
+    found = assert_same_slice(tmp_path / "S1", root)
+    adata = scanpy.read_10x_h5(tmp_path / "S1" / "filtered_feature_bc_matrix.h5")
+    np.testing.assert_array_equal(adata.X.toarray(), source.counts.toarray())
+    assert list(adata.var["gene_ids"]) == list(source.gene_ids)
+    names = sorted(path.relative_to(tmp_path / "S1").as_posix() for path in (tmp_path / "S1").rglob("*.*"))
+    pictures = [f"spatial/tissue_{kind}_image.png" for kind in ("hires", "lowres")]
+    others = ["spatial/scalefactors_json.json", "spatial/tissue_positions.csv", "filtered_feature_bc_matrix.h5"]
+    assert names == sorted([source.picture.name, *pictures, *others])
+    with Image.open(tmp_path / "S1" / pictures[1]) as small:
+        assert max(small.size) == 600
+    assert reader.read_scalefactors(found.root)["spot_diameter_fullres"] == 55
+
+
+@pytest.mark.parametrize("memory", [1, 64 * 200, np.inf])
+def test_counts_written_by_spans_are_those_written_at_once(source, root, tmp_path, memory):
+    for name, given in (("one", np.inf), ("spans", memory)):
+        importers_files.write_matrix(tmp_path / f"{name}.h5", source, given)
+    with h5py.File(tmp_path / "one.h5") as one, h5py.File(tmp_path / "spans.h5") as spans:
+        for name in ("data", "indices", "indptr", "shape", "barcodes", "features/name"):
+            np.testing.assert_array_equal(one["matrix"][name][:], spans["matrix"][name][:])
+    stored = reader.read_slice(root, memory=memory)
+    import_slice(replace(source, counts=stored.counts), tmp_path / "out", memory)
+    assert_same_slice(tmp_path / "out" / "S1", root)
+
+
+def test_importing_twice_changes_nothing_and_another_slice_is_refused(source, tmp_path):
+    import_slice(source, tmp_path)
+    (tmp_path / "S1" / "filtered_feature_bc_matrix_one.h5ad").write_bytes(b"of make_decoder_data.py")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    import_slice(source, tmp_path)
+    counts = source.counts.copy()
+    counts.data[0] += 1
+    message = refused(
+        "expected no slice S1 yet, found .*S1 with another", import_slice, replace(source, counts=counts), tmp_path
+    )
+    assert "filtered_feature_bc_matrix.h5" in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("what", ["counts", "barcodes", "pixel positions", "genes"])
+def test_what_is_read_back_is_compared(source, tmp_path, monkeypatch, what):
+    other = {
+        "counts": lambda: replace(source, counts=source.counts[:, ::-1]),
+        "barcodes": lambda: replace(source, spots=source.spots.set_index(source.spots.index[::-1])),
+        "pixel positions": lambda: replace(source, spots=source.spots.assign(x_fullres_px=1.5)),
+        "genes": lambda: replace(source, genes=source.genes[::-1]),
+    }[what]()
+    write = importers_files.write_folder
+    monkeypatch.setattr(importers_files, "write_folder", lambda part, _, memory: write(part, other, memory))
+    refused(f"expected the .*{what}.* of .*found others", import_slice, source, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_is_no_slice_and_is_replaced(source, root, tmp_path):
+    (tmp_path / ".S1.part" / "spatial").mkdir(parents=True)
+    refused("found 0 other folders", table.read_table, tmp_path)
+    import_slice(source, tmp_path)
+    assert_same_slice(tmp_path / "S1", root)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["S1", "slices.csv"]
+
+
+def test_bad_sources_are_refused_before_anything_is_written(source, tmp_path):
+    spots = source.spots
+    repeated = spots.set_index(pd.Index([spots.index[0]] * len(spots), name="barcode"))
+    slashed = spots.set_index(pd.Index([f"a/{b}" for b in spots.index], name="barcode"))
+    for changed, match in (
+        ({"spots": repeated}, "each barcode once"),
+        ({"spots": slashed}, "cannot be a file name"),
+        ({"spots": spots.assign(x_fullres_px=np.nan)}, "finite spot positions"),
+        ({"spots": spots + 1e6}, "expected the picture that the spots refer to, found 0 of 70 on its"),
+        ({"picture": None}, "found none; name it with --image"),
+        ({"spots": spots.iloc[:0], "counts": source.counts[:0], "left_out": {"not selected": 3}}, "3 not selected"),
+    ):
+        refused(match, import_slice, replace(source, **changed), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_spots_beyond_the_picture_are_counted(source, tmp_path):
+    spots = source.spots.copy()
+    spots.iloc[:2, 2] = -5.0
+    (line,) = import_slice(replace(source, spots=spots), tmp_path)
+    assert "2 outside the picture" in line
+
+
+def test_a_picture_too_large_to_decode_is_read_by_blocks(source, tmp_path, monkeypatch):
+    import_slice(source, tmp_path / "whole")
+    monkeypatch.setattr(importers_files, "LARGEST_PX", 1000)
+    import_slice(source, tmp_path / "blocks")
+    for kind in ("hires", "lowres"):
+        name = f"S1/spatial/tissue_{kind}_image.png"
+        pixels = [np.asarray(Image.open(tmp_path / out / name)).astype(float) for out in ("whole", "blocks")]
+        assert pixels[0].shape == pixels[1].shape and np.abs(pixels[0] - pixels[1]).mean() < 3
+
+
+@pytest.mark.parametrize("values", [[1.5], [-1.0], [np.nan], [2.0**40], ["1"]])
+def test_what_is_no_count_is_refused(values):
+    refused("x: expected raw counts", whole_counts, "x", np.array(values))
+
+
+def test_whole_floats_are_counts():
+    assert whole_counts("x", np.array([0.0, 3.0])).tolist() == [0, 3]
+
+
+def row(name="S1", pitch=200.0, image="a.jpg"):
+    return table.SliceRow(name, "P", "", pitch, image)
+
+
+@pytest.fixture
+def listed(simulated, tmp_path):
+    """Two slices in a folder without a table."""
+    for name in ("A", "S1"):
+        (tmp_path / name).symlink_to(simulated / "P01_1")
+    return tmp_path
+
+
+def test_a_new_table_lists_the_slices_that_were_there(listed):
+    importers_files.add_row(listed, row())
+    assert (listed / "slices.csv").read_text() == "slice,patient,part,spot_pitch_um,image\nA,A,,,\nS1,P,,200,a.jpg\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("slice,patient,part\nA,me,train\n", "slice,patient,part,spot_pitch_um,image\nA,me,train\nS1,P,,200,a.jpg\n"),
+        ('\nslice,note\nA,"x,y"', '\nslice,note,patient,part,spot_pitch_um,image\nA,"x,y"\nS1,,P,,200,a.jpg\n'),
+        ("\ufeffslice\r\nA\r\n", "\ufeffslice,patient,part,spot_pitch_um,image\r\nA\r\nS1,P,,200,a.jpg\r\n"),
+        ("image,slice\n", "image,slice,patient,part,spot_pitch_um\na.jpg,S1,P,,200\n"),
+        ("slice,part\n S1 ,test\n", "slice,part\n S1 ,test\n"),
+    ],
+)
+def test_lines_of_a_table_stay_as_they_are(listed, before, after):
+    (listed / "slices.csv").write_bytes(before.encode())
+    importers_files.add_row(listed, row())
+    assert (listed / "slices.csv").read_bytes().decode() == after
+    rows, _ = table.read_table(listed, split=False)
+    assert rows[-1].slice == "S1" and len(rows) == ("A" in before) + 1
+
+
+@pytest.mark.parametrize("text", ["", "name,patient\n"])
+def test_a_table_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "slices.csv").write_text(text)
+    refused("slices.csv: expected the header", importers_files.check_table, tmp_path)
+
+
+def test_pictures_that_no_script_reads(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    refused("--image .*a.txt: expected a picture .* found a file .txt", importers.check_picture, tmp_path / "a.txt")
+    refused("found no such file", importers.check_picture, tmp_path / "b.tif")
+    assert importers.check_picture(None) is None

@@ -1,0 +1,83 @@
+"""Visium HD: one bin size of `binned_outputs/`, as a slice folder without parquet.
+
+The reader takes such a folder as it is; imported, it stands beside other slices, under its own name, with its picture.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.slices import reader
+from utils.slices.importers import Source
+from utils.slices.matrix import listing
+
+DEFAULT_BIN_UM = 16
+SQUARE = re.compile(r"square_(\d+)um")
+
+
+def find_bin(source: Path, bin_um: int | None) -> tuple[str, int, Path]:
+    """Name of the run, bin size in um and folder of the bin that is meant.
+
+    Parameters
+    ----------
+    source : the run, its outs/, its binned_outputs/, or one square_*um
+    bin_um : size of the bins; default that of the folder given, else 16
+    """
+    source = source.absolute()
+    own = SQUARE.fullmatch(source.name)
+    if own:
+        found = {int(own[1]): source}
+    else:
+        places = [source, source / "binned_outputs", source / "outs" / "binned_outputs"]
+        squares = [path for place in places for path in sorted(place.glob("square_*um")) if (path / "spatial").is_dir()]
+        found = {int(match[1]): path for path in squares if (match := SQUARE.fullmatch(path.name))}
+    if not found:
+        there = listing(source) if source.is_dir() else "no such folder"
+        raise ValueError(f"{source}: expected binned_outputs/square_*um of a Visium HD run, found {there}")
+    wanted = bin_um or (min(found) if own else DEFAULT_BIN_UM)
+    if wanted not in found:
+        sizes = ", ".join(map(str, sorted(found)))
+        raise ValueError(f"{source}: expected a bin size that is there, found --bin {wanted}; use --bin with: {sizes}")
+    run = found[wanted].parent
+    while run.name in ("binned_outputs", "outs"):
+        run = run.parent
+    return run.name, wanted, found[wanted]
+
+
+def read_visium_hd(
+    source: Path,
+    image: Path | None = None,
+    pitch_um: float | None = None,
+    bin_um: int | None = None,
+    memory: float = math.inf,
+) -> Iterator[Source]:
+    """The bins under tissue that have counts, of one size; `pitch_um` where it is not the bin size.
+
+    Small pictures and scale factors are those of the run; counts that take more than `memory` bytes stay in their file.
+    """
+    run, size_um, root = find_bin(source, bin_um)
+    found = reader.read_slice(root, run, memory)
+    scalefactors = reader.read_scalefactors(root)  # checked; what is written keeps every key of the file
+    scalefactors_json = json.loads((root / "spatial" / "scalefactors_json.json").read_text(encoding="utf-8-sig"))
+    small = {kind: root / "spatial" / f"tissue_{kind}_image.png" for kind in ("hires", "lowres")}
+    stated = {"microns_per_pixel of its scale factors": scalefactors.get("microns_per_pixel")}
+    yield Source(
+        name=f"{run}_{size_um:03d}um",
+        patient=run,
+        origin=root,
+        counts=found.counts,
+        genes=found.genes,
+        gene_ids=found.gene_ids,
+        spots=found.spots,
+        pitch_um=pitch_um or scalefactors.get("bin_size_um", float(size_um)),
+        spot_diameter_px=scalefactors["spot_diameter_fullres"],
+        picture=image,
+        small={kind: path for kind, path in small.items() if path.is_file()},
+        scalefactors=scalefactors_json,
+        stated_um_per_px={where: um for where, um in stated.items() if um is not None},
+        left_out=found.unmatched,
+    )

@@ -1,0 +1,210 @@
+"""Legacy Spatial Transcriptomics: a table of counts (spots x genes), a spot file and a picture for each section.
+
+Two forms of folder: that of her2st (Andersson et al. 2021: ST-cnts/, ST-spotfiles/, ST-imgs/, any number of sections)
+and a plain one with one table of counts, one spot file and one picture.
+
+Shapes: S spots, G genes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_matrix
+
+from utils.slices import reader, table
+from utils.slices.importers import Source, only_picture, pictures_in, whole_counts
+from utils.slices.matrix import check_once, listing, reading
+
+PITCH_UM, SPOT_UM = 200.0, 100.0
+# The denser array lays a second lattice of 200 um between the spots of the first: a place measures 100 um. A pitch is
+# measured on a staggered array as if it were hexagonal; this is that of a hexagonal array with as many spots per area.
+STAGGERED_PLACE_UM = PITCH_UM / 2
+STAGGERED_PITCH_UM = STAGGERED_PLACE_UM * math.sqrt(4 / math.sqrt(3))
+NEEDED = ["x", "y", "pixel_x", "pixel_y"]
+TABLES = (".tsv", ".tsv.gz")
+
+
+@dataclass(frozen=True)
+class Section:
+    """The three files of one section."""
+
+    name: str
+    counts: Path
+    spots: Path
+    picture: Path
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".tsv")
+
+
+def _tables(folder: Path) -> list[Path]:
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in files if path.is_file() and path.name.endswith(TABLES) and path.name[0] != "."]
+
+
+def _first_line(path: Path) -> list[str]:
+    """The cells of a table's header, without quotes."""
+    with (
+        reading(path, "a table of text separated by tabs"),
+        (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file,
+    ):
+        return [cell.strip().strip('"') for cell in file.readline().rstrip("\r\n").split("\t")]
+
+
+def _is_spot_file(path: Path) -> bool:
+    return {"x", "y", "pixel_x", "pixel_y"} <= set(_first_line(path))
+
+
+def find_sections(source: Path, image: Path | None) -> list[Section]:
+    """All sections of a source, each with its three files; nothing but headers is read."""
+    if not source.exists():
+        raise ValueError(f"{source}: expected a folder or a table of counts of legacy ST, found nothing")
+    counts = [source] if source.is_file() else _tables(source / "ST-cnts")
+    folder = source.absolute().parent if source.is_file() else source.absolute()
+    if folder.name == "ST-cnts":
+        folder = folder.parent
+    if not (folder / "ST-cnts").is_dir():
+        return [_plain_section(folder, source if source.is_file() else None, image)]
+    if not counts:
+        raise ValueError(f"{folder / 'ST-cnts'}: expected tables of counts (*.tsv, *.tsv.gz), found none")
+    if image is not None and len(counts) > 1:
+        names = ", ".join(map(_stem, counts))
+        raise ValueError(f"--image: expected one section, found {names}; give one table of counts as SOURCE")
+    return [_her2st_section(folder, path, image) for path in counts]
+
+
+def _her2st_section(folder: Path, counts: Path, image: Path | None) -> Section:
+    name = _stem(counts)
+    wanted = [folder / "ST-spotfiles" / f"{name}{end}" for end in ("_selection.tsv", "_selection.tsv.gz", *TABLES)]
+    spots = next((path for path in wanted if path.is_file()), None)
+    if spots is None:
+        raise ValueError(f"{counts}: expected the spot file {wanted[0]}, found no such file; add it")
+    pictures = [path for path in (folder / "ST-imgs").rglob("*") if path.suffix.lower() in table.IMAGE_SUFFIXES]
+    own = [path for path in pictures if name in (path.parent.name, path.stem) and path.name[0] != "."]
+    return Section(name, counts, spots, only_picture(folder / "ST-imgs", own, image, name))
+
+
+def _plain_section(folder: Path, counts: Path | None, image: Path | None) -> Section:
+    """One table of counts, one spot file and one picture in a folder; the section has the name of the folder."""
+    tables = _tables(folder)
+    spots = [path for path in tables if _is_spot_file(path)]
+    others = [path for path in tables if path not in spots]
+    chosen = [path for path in others if counts is None or path.name == counts.name]
+    if len(spots) != 1 or len(chosen) != 1:
+        wanted = "one table of counts and one spot file (columns x, y, pixel_x, pixel_y), or ST-cnts/ and ST-spotfiles/"
+        found = ", ".join(path.name for path in tables) or listing(folder)
+        raise ValueError(f"{folder}: expected {wanted}, found {found}; give the table of counts of one section")
+    name = folder.name if len(others) == 1 else _stem(chosen[0])
+    return Section(name, chosen[0], spots[0], only_picture(folder, pictures_in(folder), image, name))
+
+
+def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
+    """Names of the rows (S,), `<x>x<y>`, genes (G,) and counts (S, G) of a table of counts."""
+    genes = _first_line(path)  # read by itself: pandas would rename a gene that stands there twice
+    with reading(path, "a table of counts separated by tabs"):
+        rows = pd.read_csv(path, sep="\t", header=None, skiprows=1, dtype={0: str}, keep_default_na=False)
+    n_genes = rows.shape[1] - 1
+    if (
+        len(genes) not in (n_genes, n_genes + 1) or n_genes < 1 or "" in genes[-n_genes:]
+    ):  # R leaves out the name of the first column
+        found = f"{len(genes)} cells above {rows.shape[1]}"
+        raise ValueError(f"{path}: expected a header of genes above spots with their counts, found {found}; mend it")
+    names = rows[0].to_numpy(dtype=object)
+    check_once(path, names)
+    counts = whole_counts(str(path), rows.iloc[:, 1:].to_numpy())
+    return names, np.array(genes[-n_genes:], dtype=str), csr_matrix(counts)
+
+
+def read_spots(path: Path) -> pd.DataFrame:
+    """All places of a spot file, index `<x>x<y>`: x, y, pixel_x, pixel_y, selected (bool), new_x and new_y if there."""
+    with reading(path, "a spot file separated by tabs"):
+        spots = pd.read_csv(path, sep="\t")
+    missing = [name for name in NEEDED if name not in spots]
+    if missing:
+        raise ValueError(
+            f"{path}: expected the columns {', '.join(NEEDED)}, found {', '.join(map(str, spots.columns))}"
+        )
+    used = [*NEEDED, *(name for name in ("new_x", "new_y", "selected") if name in spots)]
+    numbers = spots[used].apply(pd.to_numeric, errors="coerce")
+    bad = ~np.isfinite(numbers).all(axis=1) | (numbers[["x", "y"]] != numbers[["x", "y"]].round()).any(axis=1)
+    bad |= ~numbers["selected"].isin((0, 1)) if "selected" in numbers else False
+    if bad.any():
+        found = ", ".join(str(value) for value in spots.loc[bad, used].iloc[0])
+        raise ValueError(
+            f"{path}: expected whole x, y, finite pixels and selected 0 or 1, found {found}; mend the line"
+        )
+    spots = numbers.astype({"x": int, "y": int})
+    spots["selected"] = spots["selected"] == 1 if "selected" in spots else True
+    names = (spots["x"].astype(str) + "x" + spots["y"].astype(str)).to_numpy(dtype=object)
+    check_once(path, names)
+    return spots.set_index(names)
+
+
+def place_px(spots: pd.DataFrame) -> float:
+    """Pixels per array place: mean of the least-squares slopes of the pixels over the measured places of both axes."""
+    x, y = (f"new_{axis}" if f"new_{axis}" in spots else axis for axis in "xy")
+    slopes = [np.polyfit(spots[of], spots[px], 1)[0] for of, px in ((x, "pixel_x"), (y, "pixel_y"))]
+    return float(np.mean(np.abs(slopes)))
+
+
+def read_section(section: Section, pitch_um: float | None = None) -> Source:
+    """Spots that are selected and counted, in the order of the table of counts, as `<x>x<y>-1`."""
+    names, genes, counts = read_counts(section.counts)
+    all_spots = read_spots(section.spots)
+    place = all_spots.index.get_indexer(pd.Index(names))
+    known, selected = place >= 0, all_spots["selected"].to_numpy()
+    kept = np.flatnonzero(known)[selected[place[known]]]
+    if not len(kept):
+        found = f"{known.sum()} of {len(names)} rows of counts in {section.spots.name}, {selected.sum()} spots selected"
+        raise ValueError(f"{section.counts}: expected rows `<x>x<y>` of selected spots, found {found}; do they belong?")
+    spots = all_spots.iloc[place[kept]]
+    columns = {"array_row": spots["y"], "array_col": spots["x"]}
+    columns |= {"x_fullres_px": spots["pixel_x"].round(), "y_fullres_px": spots["pixel_y"].round()}
+    table_of = pd.DataFrame(columns).set_index(pd.Index([f"{name}-1" for name in spots.index], name="barcode"))
+    staggered = reader.is_staggered(table_of)
+    usual_um, place_um = (STAGGERED_PITCH_UM, STAGGERED_PLACE_UM) if staggered else (PITCH_UM, PITCH_UM)
+    note = (
+        f"staggered array, spot_pitch_um {STAGGERED_PITCH_UM:.2f}: that of a hexagonal one with as many spots per area"
+    )
+    notes = [note] if staggered and pitch_um is None else []
+    pitch_um = usual_um if pitch_um is None else pitch_um
+    return Source(
+        name=section.name,
+        patient=section.name[0] if re.fullmatch(r"[A-Za-z]\d+", section.name) else section.name,
+        origin=section.counts,
+        counts=counts[kept],
+        genes=genes,
+        gene_ids=genes,
+        spots=table_of,
+        pitch_um=pitch_um,
+        spot_diameter_px=place_px(all_spots) * SPOT_UM / (place_um * pitch_um / usual_um),
+        picture=section.picture,
+        left_out={
+            "not selected": int(known.sum()) - len(kept),
+            "without a row in the spot file": int((~known).sum()),
+            "selected without counts": int(selected.sum()) - len(kept),
+        },
+        notes=notes,
+    )
+
+
+def read_legacy_st(source: Path, image: Path | None = None, pitch_um: float | None = None) -> Iterator[Source]:
+    """The sections of a folder, or the one of a table of counts, one after the other; all their files are found first.
+
+    Parameters
+    ----------
+    source : folder of the her2st form, folder with one section, or the table of counts of one section
+    image : the picture of the only section, where it does not lie with the tables
+    pitch_um : distance between neighbouring spots; default 200, on the denser staggered array what its area tells
+    """
+    for section in find_sections(source, image):
+        yield read_section(section, pitch_um)

@@ -49,7 +49,7 @@ SLIDES = (".svs", ".ndpi")
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SyntaxError, EOFError, OverflowError) as error:
@@ -58,19 +58,22 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _openslide(path: Path) -> Any:
+def openslide_file(path: Path) -> Any:
     try:
         import openslide
     except ImportError as error:
         raise ValueError(f"{path}: whole-slide files need `pip install openslide-python openslide-bin`") from error
-    return openslide.OpenSlide(path)
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideError as error:
+        raise OSError(error) from error
 
 
 def picture_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels, from the head of the file."""
-    with _readable(path):
+    with readable(path):
         if path.suffix.lower() in SLIDES:
-            with _openslide(path) as slide:
+            with openslide_file(path) as slide:
                 return slide.dimensions
         with Image.open(path) as picture:
             return picture.size
@@ -78,9 +81,9 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def open_picture(path: Path) -> Image.Image:
     """The picture as 8-bit RGB; transparent parts become white. Raises ValueError where it cannot be read."""
-    with _readable(path):
+    with readable(path):
         if path.suffix.lower() in SLIDES:
-            with _openslide(path) as slide:
+            with openslide_file(path) as slide:
                 return slide.read_region((0, 0), 0, slide.dimensions).convert("RGB")
         with Image.open(path) as picture:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
@@ -123,8 +126,9 @@ def _crop(picture: Image.Image, box: tuple[int, ...]) -> Image.Image:
     if left >= 0 and top >= 0 and right <= picture.width and bottom <= picture.height:
         return picture.crop((left, top, right, bottom))
     canvas = Image.new("RGB", (right - left, bottom - top), WHITE)
-    inside = picture.crop((max(left, 0), max(top, 0), min(right, picture.width), min(bottom, picture.height)))
-    canvas.paste(inside, (max(-left, 0), max(-top, 0)))
+    inside = max(left, 0), max(top, 0), min(right, picture.width), min(bottom, picture.height)
+    if inside[0] < inside[2] and inside[1] < inside[3]:
+        canvas.paste(picture.crop(inside), (max(-left, 0), max(-top, 0)))
     return canvas
 
 

@@ -74,13 +74,13 @@ class StageTwo(nn.Module):
         arXiv 2002.05709, section 4.2).
         """
         turns = list(range(0, 8, 8 // self.sizes.turns))
-        return torch.stack([self._encode_turned(tiles, turn) for turn in turns]).mean(0)
+        return torch.stack([self.encode_turned(tiles, turn) for turn in turns]).mean(0)
 
     def split(self, features: Tensor) -> dict[str, Tensor]:
         """Features (B, V + T, D) as the decoder takes them: vector (B, V D), tokens (B, T, D)."""
         return {"vector": features[:, : self.n_vectors].flatten(1), "tokens": features[:, self.n_vectors :]}
 
-    def _encode_turned(self, tiles: Tensor, turn: int) -> Tensor:
+    def encode_turned(self, tiles: Tensor, turn: int) -> Tensor:
         """Features of the tile flipped (where `turn` is odd), then turned by turn // 2 quarters."""
         quarter, flipped = divmod(turn, 2)
         turned = torch.rot90(tiles.flip(3) if flipped else tiles, quarter, (2, 3))

@@ -3,6 +3,7 @@
 python -m utils.evaluation.report results
 python -m utils.evaluation.report demo/results --truth demo/data     # simulated slices: beside the known ceiling
 python -m utils.evaluation.report results/real/seed_*/results        # several runs: mean and deviation over them
+python -m utils.evaluation.report results --html results/report.html # both pages of a run as one
 """
 
 from __future__ import annotations
@@ -96,17 +97,34 @@ def ceiling_line(results: Path, truth: Path, metrics: Metrics) -> str:
     return f"ceiling of this simulation: PCC {ceiling:.3f} against residuals; the model reaches {share:.0%} of it"
 
 
+def write_html(path: Path, results: Path) -> None:
+    """Maps, genes, examples and tables of both evaluations on one page. Raises ValueError where one has none."""
+    from utils.evaluation import html_report
+
+    pages = {"expression": results / "similarity" / "report.html", "retrieval": results / "retrieval" / "report.html"}
+    for page, script in zip(pages.values(), ("decoder_similarity.py", "get_accuracy_image.py"), strict=True):
+        if not page.exists():
+            raise ValueError(f"--html: expected {page}, found none; run {script} with --out {page.parent}")
+    html_report.join_reports(path, "Magic: expression and retrieval from the picture", pages)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="folder with retrieval/ and similarity/")
     parser.add_argument("--truth", type=Path, help="folder of simulated slices")
+    parser.add_argument("--html", type=Path, help="a page to write: maps, genes, examples and tables of one run")
     args = parser.parse_args(argv)
     try:
+        if args.html and len(args.results) > 1:
+            raise ValueError(f"--html: expected one folder of results, found {len(args.results)}; name one of them")
         similarity = [read_metrics(results, "similarity") for results in args.results]
         lines = retrieval_lines([read_metrics(results, "retrieval") for results in args.results])
         lines += ["", *expression_lines(similarity)]
         if args.truth:
             lines += ["", *(ceiling_line(r, args.truth, one) for r, one in zip(args.results, similarity, strict=True))]
+        if args.html:
+            write_html(args.html, args.results[0])
+            lines += ["", f"maps, genes and examples: {args.html}"]
     except ValueError as error:
         parser.exit(2, f"report: {error}\n")
     print("\n".join(lines))

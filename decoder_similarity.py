@@ -3,7 +3,8 @@
     python decoder_similarity.py --decoder decoder_model/best_epoch_weights.pth --part test
 
 Reads the checkpoint, tiles and target genes of the part's slices, and of the train and validation slices for the cheap
-rows on the untouched encoder. Writes results/similarity/: metrics.json, genes.csv, predictions.h5ad, figures.
+rows on the untouched encoder. Writes results/similarity/: metrics.json, genes.csv, predictions.h5ad, figures, and
+report.html, one page to look through them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.prediction_files import UNITS
 from utils.slices import export, reader
 from utils.slices.tiles import write_record
 from utils.training import arguments, checkpoint, datasets
+from utils.training.folder import alone_in
 
 SHOWN = (
     "pcc_gene_mean",
@@ -26,7 +29,6 @@ SHOWN = (
     "sd_ratio",
     "undefined_genes",
 )
-UNITS = {"lognorm": "log1p counts per 10,000", "residuals": "Pearson residual", "counts": "counts per 10,000"}
 
 
 def parse_args(argv=None):
@@ -122,6 +124,47 @@ def draw(out: Path, slices, rows: dict, measured: list[dict], genes: list[str], 
             plotting.save(figure, out / f"map_{one.name.replace('/', '_')}_{kind}.png")
 
 
+def write_page(path: Path, state: dict, slices, rows: dict, measured: list[dict], metrics: dict, table, args) -> None:
+    """report.html: maps of every gene in the unit of the target, correlations beside mean expression, all rows."""
+    from utils.evaluation import html_report, report_parts
+    from utils.evaluation.metrics import to_scale
+
+    maps = []
+    for one, what, predicted in zip(slices, measured, rows["model"], strict=True):
+        picture, scale_px = export.small_picture(one.root) or (None, 1.0)
+        truth = to_scale(state["target"], what["counts"], what["total_counts"])
+        hires_scale = reader.read_scalefactors(one.root)["tissue_hires_scalef"]
+        maps.append(
+            html_report.SliceMaps(
+                name=one.name,
+                picture=picture,
+                picture_scale=scale_px,
+                xy_fullres_px=what["xy"],
+                spot_diameter_px=0.8 * one.pitch_fullres_px,
+                barcodes=one.barcodes[one.rows_of(args.part)],
+                predicted=predicted,
+                measured=np.where(what["measured"], truth, np.nan),
+                um_per_fullres_px=datasets.um_per_fullres_px(one, hires_scale),
+            )
+        )
+    report = html_report.Report(
+        title=f"Expression from the picture: {args.part} slices",
+        unit=UNITS[state["target"]],
+        genes=state["genes"],
+        slices=maps,
+        gene_columns={
+            "PCC, residuals": table["pcc_residuals_model"].to_numpy(),
+            "validation PCC": table["val_pcc"].to_numpy(),
+            "ridge PCC": table["pcc_residuals_ridge"].to_numpy(),
+            "mean counts per 10,000": table["counts_per_10k"].to_numpy(),
+        },
+        val_pcc=table["val_pcc"].to_numpy(),
+        tables=report_parts.similarity_tables(metrics),
+        settings=vars(args) | {f"training: {key}": value for key, value in state["settings"].items()},
+    )
+    html_report.write_report(path, report)
+
+
 def write_results(out: Path, state: dict, slices, rows: dict, measured: list[dict], metrics: dict, args) -> None:
     import pandas as pd
 
@@ -148,6 +191,7 @@ def write_results(out: Path, state: dict, slices, rows: dict, measured: list[dic
     }
     export.write_anndata(out / "predictions.h5ad", adata)
     draw(out, slices, rows, measured, genes, state["target"], table)
+    write_page(out / "report.html", state, slices, rows, measured, metrics, table, args)
     write_record(out / "metrics.json", metrics)
 
 
@@ -161,8 +205,9 @@ def summary(metrics: dict) -> str:
     return "\n".join(lines)
 
 
+@alone_in("out")
 def main(args):
-    arguments.require_file(args.decoder, "--decoder", "run train_decoder.py first")
+    arguments.require_checkpoint(args.decoder, "--decoder", "run train_decoder.py first")
     state = checkpoint.load(args.decoder, "stage_two", "--decoder")
     slices, taught = datasets.load_evaluation(args, state, "--decoder", ("target",))
     from utils.evaluation import expression
@@ -172,6 +217,8 @@ def main(args):
     model = load_model(args, state, accelerator.device)
     rows = {"model": predict_model(model, state, slices, accelerator, args)}
     rows |= predict_cheap(args, state, slices, taught, accelerator)
+    if not distributed.go_on_alone():
+        return
     measured = [
         {
             "name": one.name,

@@ -4,7 +4,7 @@
 
 Reads the checkpoint, tiles and input genes of the part's slices, and of the train and validation slices for the cheap
 row `depth`. Writes results/retrieval/: metrics.json, spots.csv, predictions.h5ad (vectors, and for each picture the ten
-most similar profiles of its slice), retrieval_curve.png.
+most similar profiles of its slice), retrieval_curve.png, report.html with the table and examples.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import numpy as np
 from utils.slices import export
 from utils.slices.tiles import write_record
 from utils.training import arguments, checkpoint, datasets
+from utils.training.folder import alone_in
 
 ROWS = ("depth", "contrastive", "matching", "reranked")
 SPOTS_AT_ONCE = 32  # neighbours in the file are often neighbours in the tissue, and share candidates
 NEAREST = 10
+SHOWN = 6  # of them beside an example
 
 
 def parse_args(argv=None):
@@ -43,15 +45,20 @@ def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndar
     """Fusion logit of each spot's picture with each candidate's profile: (S, K); 0 where it is padding."""
     import torch
 
-    logits, device = np.zeros(candidates.shape, np.float32), accelerator.device
-    with torch.no_grad(), accelerator.autocast():
-        for start in range(0, len(candidates), SPOTS_AT_ONCE):
-            rows = slice(start, start + SPOTS_AT_ONCE)
+    from utils.training import distributed
+
+    order, device = datasets.in_turn(len(candidates), SPOTS_AT_ONCE), accelerator.device
+
+    def own():
+        for rows in distributed.own_batches(order):
             profiles, place = np.unique(np.maximum(candidates[rows], 0), return_inverse=True)
-            genes = model.fusion.read_genes(encoded.gene_tokens[profiles].to(device))
-            genes = genes[torch.from_numpy(place.reshape(candidates[rows].shape)).to(device)]
-            images = model.fusion.read_images(encoded.image_tokens[rows].to(device))
-            logits[rows] = model.fusion.judge(genes, images).float().cpu().numpy()
+            with torch.no_grad(), accelerator.autocast():
+                genes = model.fusion.read_genes(encoded.gene_tokens[profiles].to(device))
+                genes = genes[torch.from_numpy(place.reshape(candidates[rows].shape)).to(device)]
+                images = model.fusion.read_images(encoded.image_tokens[rows].to(device))
+                yield (model.fusion.judge(genes, images).float(),)
+
+    logits = np.concatenate([found.cpu().numpy() for (found,) in distributed.in_order(own(), order)])
     return np.where(candidates >= 0, logits, 0)
 
 
@@ -149,6 +156,43 @@ def figures_of(scored: list[dict], seed: int) -> dict:
     return result
 
 
+def examples_of(one, scored: dict, seed: int) -> list:
+    """Pictures of one slice with the profiles most similar to them, by the rule that the page states."""
+    from utils.evaluation import html_report, report_parts
+
+    rows, ranks, (image, gene) = scored["rows"], scored["ranks"][0], scored["vectors"]
+    found = []
+    for kind, spot in report_parts.choose_examples(ranks, NEAREST, seed):
+        places = {int(other): rank for rank, other in enumerate(scored["nearest"][spot][:SHOWN], 1) if other >= 0}
+        places.setdefault(spot, int(ranks[spot]))
+        tiles = one.pack.read(one.tile_rows[rows[[spot, *places]]])
+        candidates = [
+            (tile, f"rank {rank}: {one.barcodes[rows[other]]}", float(image[spot] @ gene[other]), other == spot)
+            for tile, (other, rank) in zip(tiles[1:], places.items(), strict=True)
+        ]
+        words = f"{report_parts.KINDS[kind]} (rank {ranks[spot]} of {len(rows)})"
+        title = f"{one.name}, {one.barcodes[rows[spot]]}: {words}"
+        found.append(html_report.RetrievalExample(tiles[0], title, candidates))
+    return found
+
+
+def write_page(path: Path, metrics: dict, slices, scored: list[dict], state: dict, args) -> None:
+    from utils.evaluation import html_report, report_parts
+
+    report = html_report.Report(
+        title=f"Retrieval: {args.part} slices",
+        unit="",
+        genes=[],
+        slices=[],
+        gene_columns={},
+        tables=report_parts.retrieval_tables(metrics),
+        examples=[e for one, s in zip(slices, scored, strict=True) for e in examples_of(one, s, args.seed)],
+        examples_note=report_parts.EXAMPLES_NOTE.format(seed=args.seed, n=SHOWN),
+        settings=vars(args) | {f"training: {key}": value for key, value in state["settings"].items()},
+    )
+    html_report.write_report(path, report)
+
+
 def write_results(out: Path, metrics: dict, slices, scored: list[dict], genes: list[str]) -> None:
     import pandas as pd
 
@@ -214,8 +258,9 @@ def summary(metrics: dict) -> str:
     return "\n".join(lines)
 
 
+@alone_in("out")
 def main(args):
-    arguments.require_file(args.encoder, "--encoder", "run train_mymodel.py first")
+    arguments.require_checkpoint(args.encoder, "--encoder", "run train_mymodel.py first")
     state = checkpoint.load(args.encoder, "stage_one", "--encoder")
     slices, taught = datasets.load_evaluation(args, state, "--encoder", ("input",))
     from utils.training import distributed
@@ -224,9 +269,12 @@ def main(args):
     model = load_model(args, state, accelerator.device)
     depths = predicted_depths(args, state, slices, taught, accelerator)
     scored = [score_slice(model, one, depth, accelerator, args) for one, depth in zip(slices, depths, strict=True)]
+    if not distributed.go_on_alone():
+        return
     metrics = figures_of(scored, args.seed)
     metrics["per_slice"] = {one.name: figures_of([s], args.seed) for one, s in zip(slices, scored, strict=True)}
     write_results(args.out, metrics, slices, scored, state["genes"])
+    write_page(args.out / "report.html", metrics, slices, scored, state, args)
     print(summary(metrics))
     print(f"results in {args.out}")
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from utils.slices import reader, table, tiles
 from utils.training import arguments
+from utils.training.folder import alone_in
 
 CHUNK = 64  # spots handed to a process at a time
 
@@ -207,6 +208,7 @@ def cut_slice(folder: Path, job: Job, spots, outside: list[str], workers: int) -
     (folder / tiles.STARTED).unlink()
 
 
+@alone_in("tiles")
 def main(args):
     rows, warnings = table.read_table(args.data, args.slices, split=args.part != "all")
     arguments.say(warnings)

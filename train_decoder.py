@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from utils import targets
 from utils.slices import table
-from utils.training import arguments, checkpoint, datasets
+from utils.training import arguments, checkpoint, datasets, leaks, overlap
+from utils.training.folder import alone_in
 
 START_SPOTS = 50_000  # of the train spots, drawn by the seed, serve to solve the ridge that the decoder starts from
 PARTS = ("train", "val")
@@ -52,12 +53,9 @@ def load_data(args, encoder: dict):
     arguments.say(warnings)
     print(table.format_table(rows))
     slices = datasets.load_training(rows, args, ("target",))
-    if list(datasets.tile_scale(slices[0])) != encoder["tile_scale"]:
-        raise ValueError(
-            f"{slices[0].pack.folder}: tiles of {datasets.tile_scale(slices[0])} (px, um per px), but {args.encoder} "
-            f"was trained on {tuple(encoder['tile_scale'])}; cut tiles of that scale with image_tilling.py"
-        )
-    datasets.check_unseen(rows, encoder, "--encoder", args.allow_leak)
+    first = slices[0]
+    overlap.check_tiles(first.pack.folder, datasets.tile_scale(first), tuple(encoder["tile_scale"]), "--encoder")
+    leaks.check_unseen(rows, encoder, "--encoder", args.allow_leak)
     return slices, rows
 
 
@@ -67,14 +65,8 @@ def build_model(args, encoder: dict, n_genes: int):
 
     sizes = StageTwoSizes(
         n_genes=n_genes,
-        image_encoder=encoder["sizes"]["image_encoder"],
-        image_size=encoder["sizes"]["image_size"],
-        scales=encoder["sizes"]["scales"],
-        width=encoder["sizes"]["width"],
-        decoder_layers=args.decoder_layers,
-        decoder_width=args.decoder_width,
-        context=args.context,
-        turns=args.turns,
+        **{name: encoder["sizes"][name] for name in ("image_encoder", "image_size", "scales", "width")},
+        **{name: getattr(args, name) for name in ("decoder_layers", "decoder_width", "context", "turns")},
     )
     model = StageTwo(sizes)
     prefix = "image_encoder."
@@ -141,7 +133,7 @@ def start_from_ridge(model, bank, slices, target, truth: list[np.ndarray], args)
     return f"ridge to start from: penalty {found.penalty:.3g}, {rank}, validation PCC per gene {found.val_pcc:.4f}"
 
 
-def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, epoch: int, args) -> float:
+def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, progress, args) -> float:
     """Mean loss over the epoch's steps: squared error of standardised genes; 1 is the mean profile's.
 
     Of each spot the epoch sees one view, drawn from (seed, epoch, spot).
@@ -152,10 +144,11 @@ def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator
     from utils.training import augment, distributed, loop
 
     model.train()
-    loop.seed_everything(args.seed, epoch)
-    order.epoch = epoch
-    total = 0.0
-    for step, numbers in enumerate(tqdm(order, desc=f"epoch {epoch}", unit="step", disable=None)):
+    epoch, total = progress.epoch, progress.sums.get("loss", 0.0)
+    order.epoch, order.first = epoch, progress.step
+    bar = tqdm(order, desc=f"epoch {epoch}", unit="step", initial=order.first, disable=None)
+    for step, numbers in enumerate(bar, start=order.first):
+        loop.seed_everything(args.seed, epoch, step)
         chosen = spots[numbers]
         view = (augment.uniforms(args.seed, epoch, chosen, 1)[:, 0] * bank.n_views).astype(int)
         with distributed.decoder_autocast(accelerator, args.precision):
@@ -167,6 +160,7 @@ def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator
         optimizer.step()
         schedule.step()
         total += loss.item()
+        progress.after_step(step + 1, {"loss": total})
     return total / len(order)
 
 
@@ -186,6 +180,13 @@ def validate(model, bank, slices, truth: list[np.ndarray], accelerator, args) ->
             found.append(np.where(known, pcc, np.nan))
     known = np.isfinite(found)
     return np.nansum(found, axis=0) / np.maximum(known.sum(0), 1)
+
+
+def report(row: dict[str, float]) -> str:
+    return (
+        f"epoch {row['epoch']}: loss {row['loss']:.4f} (mean profile 1), validation PCC per gene against residuals "
+        f"{row['val_pcc_residuals']:.4f} (chance 0), {row['seconds']:.1f} s"
+    )
 
 
 def describe_domain(slices, kept, n_vectors: int, seed: int) -> dict:
@@ -213,6 +214,7 @@ def describe(args, model, encoder: dict, slices, rows, kept, moments) -> dict:
         "table": [asdict(row) for row in rows],
         "counts_hashes": encoder["counts_hashes"] | datasets.counts_hashes(slices),
         "settings": checkpoint.plain(vars(args)),
+        "pretrain_hashes": encoder["pretrain_hashes"],
         "encoder_hash": checkpoint.file_hash(args.encoder),
         "encoder_settings": encoder["settings"],
         "encoder_table": encoder["table"],
@@ -221,15 +223,17 @@ def describe(args, model, encoder: dict, slices, rows, kept, moments) -> dict:
     }
 
 
+@alone_in("out")
 def main(args):
     arguments.check_training(args)
-    arguments.require_file(args.encoder, "--encoder", "run train_mymodel.py first")
+    arguments.require_checkpoint(args.encoder, "--encoder", "run train_mymodel.py first")
     encoder = checkpoint.load(args.encoder, "stage_one", "--encoder")
     slices, rows = load_data(args, encoder)
     import torch
 
     from utils.evaluation import plotting
     from utils.training import distributed, feature_bank, loop, spill
+    from utils.training.progress import Progress
 
     accelerator = distributed.start(args.device, args.precision)
     loop.seed_everything(args.seed)
@@ -238,6 +242,8 @@ def main(args):
     model = build_model(args, encoder, len(mean)).to(accelerator.device)
     model.set_target_scale(torch.from_numpy(mean), torch.from_numpy(sd))
     views = all_features(model, slices, accelerator, args)
+    if not distributed.go_on_alone():  # on kept features one process trains
+        return
     moments = feature_bank.moments(views[0], model.n_vectors, [one.rows_of("train") for one in slices])
     bank = feature_bank.FeatureBank(slices, views, moments, args.context, accelerator.device, memory)
     truth = targets.validation_residuals(slices)
@@ -247,41 +253,38 @@ def main(args):
     optimizer = loop.make_optimizer(model.decoder.parameters(), args)
     schedule = loop.schedule(optimizer, len(order) * (args.Epoch - args.Init_Epoch), args)
     about = describe(args, model, encoder, slices, rows, views[0], moments)
-    first, best = args.Init_Epoch, -1.0
-    if args.resume:
-        first, best = checkpoint.resume(args.out / checkpoint.LAST, "stage_two", model, optimizer, schedule, about)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": accelerator.scaler}
+    progress = Progress(args, "stage_two", about, **parts)
     optimizer = accelerator.prepare(optimizer)
     if args.compile:
         model.decoder.compile()
     log = loop.RunLog(args.logs, "stage_two", vars(args) | {"n_train_spots": len(spots)})
     table.write_table(rows, args.out / "slices.csv")
 
-    def keep(row: dict, val_pcc: np.ndarray, best: float) -> float:
-        state = {"model": model.state_dict(), "row": row, "val_pcc": torch.from_numpy(val_pcc), **about}
-        return checkpoint.save_epoch(
-            args.out, "stage_two", row["epoch"], row["val_pcc_residuals"], best, optimizer, schedule, state
-        )
-
     if not args.resume:
         print(start_from_ridge(model, bank, slices, target, truth, args))
         val_pcc = validate(model, bank, slices, truth, accelerator, args)
-        best = keep({"epoch": first - 1, "val_pcc_residuals": float(val_pcc.mean())}, val_pcc, best)
-    for epoch in range(first, args.Epoch):
+        row = {"epoch": args.Init_Epoch - 1, "val_pcc_residuals": float(val_pcc.mean())}
+        progress.begin(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
+    for epoch in range(progress.epoch, args.Epoch):
         start = time.monotonic()
-        loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, epoch, args)
-        val_pcc = validate(model, bank, slices, truth, accelerator, args)
+        loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, progress, args)
+        with progress.looking():
+            val_pcc = validate(model, bank, slices, truth, accelerator, args)
         row = {"epoch": epoch, "loss": loss, "val_pcc_residuals": float(val_pcc.mean())}
         row |= {"lr": schedule.get_last_lr()[0], "seconds": time.monotonic() - start}
         log.add(row)
-        print(
-            f"epoch {epoch}: loss {loss:.4f} (mean profile 1), validation PCC per gene against residuals "
-            f"{val_pcc.mean():.4f} (chance 0), {row['seconds']:.1f} s",
-            flush=True,
-        )
-        best = keep(row, val_pcc, best)
+        print(report(row), flush=True)
+        progress.after_epoch(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
+    progress.end()
     plotting.save(plotting.loss_curves(log.rows, {"loss": 1.0}, "Stage two"), log.folder / "epoch_loss.png")
     log.close()
-    print(f"{args.out / checkpoint.BEST}: validation PCC per gene {best:.4f}; log in {log.folder}")
+    print(f"{args.out / checkpoint.BEST}: validation PCC per gene {progress.best:.4f}; log in {log.folder}")
+    if args.export is not None and distributed.is_main():
+        from utils.training import sharing
+
+        sharing.export(args.out / checkpoint.BEST, args.export)
+        print(f"{args.export}: to share")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One run of accuracy.py, a fold with a seed: the six scripts as a user calls them, then every row, into one JSON.
 
-A step is repeated only where its key has changed. The key of a step is a hash of the resolved flags of its script,
-defaults included, and of the keys of the steps that it reads from; that of the first is the data's.
+A step is repeated only where its key has changed. The key of a step is a hash of the flags of its script that differ
+from their defaults, and of the keys of the steps that it reads from; that of the first is the data's.
 
 The JSON of a run holds: fold, seed, ablation, key, settings (flags by script), date, machine, seconds by step, `rows`
 (figures of each row, means over slices), `retrieval`, `diagnostics`, and `draws`: of magic, the cheap rows and
@@ -29,14 +29,12 @@ from benchmarks.accuracy_folds import Fold
 from benchmarks.speed import machine_name
 from utils.slices import reader, table
 from utils.slices.tiles import write_record, write_whole
+from utils.training import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = 3  # raised whenever a row or a figure comes to be computed otherwise: older runs are then repeated
 BEST = "best_epoch_weights.pth"
 UNTOUCHED = "_untouched"  # stage two on the encoder as stage one found it
-# flags that say where and on what a script works, not what it computes; weights enter by what they hold
-NOT_IN_KEY = ("data", "tiles", "panels", "slices", "out", "logs", "encoder", "decoder", "image_weights", "device")
-NOT_IN_KEY += ("workers", "debug", "memory", "resume", "compile")
 
 
 def digest(*what: Any) -> str:
@@ -61,7 +59,10 @@ class Step:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self.parsed()).items() if name not in NOT_IN_KEY}
+        """Flags that are not at their defaults, and say what is computed: a default that is changed raises RULES."""
+        module, parsed = importlib.import_module(self.script), vars(self.parsed())
+        default = vars(module.parse_args([]))
+        return {name: value for name, value in parsed.items() if name not in arguments.WHERE and value != default[name]}
 
     @property
     def key(self) -> str:

@@ -19,6 +19,7 @@ from model.fusion import Fusion, hard_negatives
 from model.gene_encoder import GeneEncoder
 from model.image_encoder import ImageEncoder, Weights
 from model.momentum import FeatureQueue, make_twin, update_twin
+from utils.training import distributed
 
 TWIN_MOMENTUM = 0.995
 
@@ -58,6 +59,11 @@ def twin_momentum(step: int) -> float:
     """Of the twins after a step, 0 the first: rises from 0.1 to TWIN_MOMENTUM, which it reaches at step 1,790. Held at
     that from the start, the twins of a short training would remember the untrained encoders to its end."""
     return min((1 + step) / (10 + step), TWIN_MOMENTUM)
+
+
+def gather_pair(image: Tensor, gene: Tensor, spots: Tensor) -> Pair:
+    """Features (B, D) each and spot ids (B,) of all processes, with this one's gradients."""
+    return Pair(*(distributed.gather(each) for each in (image, gene, spots)))
 
 
 class StageOne(nn.Module):
@@ -113,18 +119,24 @@ class StageOne(nn.Module):
     @torch.no_grad()
     def encode_with_twins(self, tiles: Tensor, bins: Tensor, start: Tensor, spots: Tensor) -> Pair:
         image, gene = self.image_twin(tiles)[0], self.gene_twin(bins, start)[0]
-        return Pair(F.normalize(image.float(), dim=1), F.normalize(gene.float(), dim=1), spots)
+        return gather_pair(F.normalize(image.float(), dim=1), F.normalize(gene.float(), dim=1), spots)
 
     def match(
         self, gene_tokens: Tensor, image_tokens: Tensor, student: Pair, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy (in its mean over pairs and non-pairs) of true pairs against hard ones from the batch."""
+        """Loss and accuracy (in its mean over pairs and non-pairs) of true pairs against hard ones from the batch.
+
+        `student` is of all processes' spots, the tokens are of this one's, which are judged here.
+        """
+        n = len(gene_tokens)
+        mine = slice(distributed.rank() * n, (distributed.rank() + 1) * n)
         similarity = self.contrast.similarity(student.image.detach(), student.gene.detach())
-        wrong_gene = hard_negatives(similarity, student.spot, generator)
-        wrong_image = hard_negatives(similarity.T, student.spot, generator)
+        wrong_gene = hard_negatives(similarity, student.spot, generator)[mine]
+        wrong_image = hard_negatives(similarity.T, student.spot, generator)[mine]
         genes, images = self.fusion.read_genes(gene_tokens), self.fusion.read_images(image_tokens)
-        own = self.fusion.judge(torch.stack([genes, genes[wrong_gene]], dim=1), images)
-        other = self.fusion.judge(genes[:, None], [keys_values[:, wrong_image] for keys_values in images])
+        all_images = [distributed.gather(keys_values, dim=1) for keys_values in images]
+        own = self.fusion.judge(torch.stack([genes, distributed.gather(genes)[wrong_gene]], dim=1), images)
+        other = self.fusion.judge(genes[:, None], [keys_values[:, wrong_image] for keys_values in all_images])
         logits = torch.cat([own.T.flatten(), other.flatten()])
         is_pair = torch.arange(len(logits), device=logits.device) < len(gene_tokens)
         right = ((logits > 0) == is_pair).float()
@@ -144,11 +156,12 @@ class StageOne(nn.Module):
         hidden: Tensor | None = None,
     ) -> StepOutput:
         """Tiles (B, 3, Z, Z) in 0..1, bins (B, G), spot ids (B,), targets (B, T) or None -> losses. `hidden`, if given,
-        is what `frozen_part` made of the bins earlier."""
+        is what `frozen_part` made of the bins earlier. Of several processes each has a part of the batch, and its loss;
+        their mean is the whole batch's."""
         vector, raw_tokens = self.image_encoder(tiles)
         start = self.gene_encoder.frozen_part(bins) if hidden is None else hidden
         gene_vector, gene_tokens = self.gene_encoder(bins, start)
-        student = Pair(F.normalize(vector.float(), dim=1), F.normalize(gene_vector.float(), dim=1), spots)
+        student = gather_pair(F.normalize(vector.float(), dim=1), F.normalize(gene_vector.float(), dim=1), spots)
         distils = alpha > 0 or self.queue.capacity > 0
         twin = self.encode_with_twins(tiles, bins, start, spots) if distils else student.detached()
         contrast = self.contrast(student, twin, self.queue.filled(), alpha)
@@ -162,11 +175,12 @@ class StageOne(nn.Module):
         return StepOutput(loss, contrast, matching, regression, accuracy, twin)
 
     @torch.no_grad()
-    def after_step(self, twin: Pair) -> None:
-        """Temperature kept in bounds, twins moved, the batch put into the queue."""
+    def after_step(self, *twins: Pair) -> None:
+        """Temperature kept in bounds, twins moved, the step's batches put into the queue."""
         self.contrast.clamp()
         momentum = twin_momentum(int(self.n_steps))
         update_twin(self.image_twin, self.image_encoder, momentum)
         update_twin(self.gene_twin, self.gene_encoder, momentum)
         self.n_steps += 1
-        self.queue.push(twin.image, twin.gene, twin.spot)
+        for twin in twins:
+            self.queue.push(twin.image, twin.gene, twin.spot)

@@ -8,6 +8,7 @@ import torch
 from spaceranger_folders import refused
 
 from utils.training import checkpoint
+from utils.training.checkpoint import LAST, PREVIOUS, TORN
 
 ABOUT = {"sizes": {"width": 4}, "genes": ["a", "b"], "tile_scale": [32, 3.5], "counts_hashes": {"s": "h"}}
 
@@ -49,7 +50,7 @@ def test_an_interrupted_save_leaves_the_old_file(path, monkeypatch):
     whole = path.read_bytes()
 
     def torn(state, file):
-        Path(file).write_bytes(b"half")
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", torn)
@@ -142,48 +143,35 @@ def test_weights_of_another_model_are_refused(path):
         refused("--encoder: the weights in .* do not fit", checkpoint.fit, other, tensors, path, "--encoder")
 
 
-# ---- the best and the last epoch
+# ---- the last one and the one before it
 
 
-def trained(value, steps=1):
-    """A model of one weight, its optimizer and schedule after some steps."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(model.weight, value)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.ones(1, 1)).sum().backward()
-        optimizer.step()
-        schedule.step()
-    return model, optimizer, schedule
+def save_last(out, number, **changed):
+    checkpoint.save_last(out, "stage_two", model={"w": torch.full((2,), float(number))}, step=number, **ABOUT | changed)
 
 
-def test_the_best_epoch_is_kept_and_the_last_one_always_written(tmp_path):
-    model, optimizer, schedule = trained(1.0)
-    best, scores = -1.0, [0.2, 0.5, 0.4, 0.5]
-    for epoch, score in enumerate(scores):
-        state = {"model": model.state_dict(), "row": {"epoch": epoch, "score": score}}
-        best = checkpoint.save_epoch(tmp_path, "stage_one", epoch, score, best, optimizer, schedule, state)
-        kept = checkpoint.load(tmp_path / checkpoint.BEST, "stage_one", "--encoder")
-        last = checkpoint.load(tmp_path / checkpoint.LAST, "stage_one", "--resume")
-        assert kept["row"]["epoch"] == [0, 1, 1, 1][epoch], "of equal scores the earlier one"
-        assert (last["row"]["epoch"], last["next_epoch"]) == (epoch, epoch + 1)
-        assert last["best"] == best == max(scores[: epoch + 1])
-    assert "optimizer" in last and "optimizer" not in kept
+def test_the_newest_two_are_kept(tmp_path):
+    for number in range(3):
+        save_last(tmp_path, number)
+    kept = {name: checkpoint.load(tmp_path / name, "stage_two", "--resume")["step"] for name in (LAST, PREVIOUS)}
+    assert kept == {LAST: 2, PREVIOUS: 1} and len(list(tmp_path.iterdir())) == 2
+    assert checkpoint.read_resumed(tmp_path, "stage_two", ABOUT)["step"] == 2
 
 
-def test_resume_puts_everything_back(tmp_path):
-    model, optimizer, schedule = trained(1.0, steps=3)
-    state = {"model": model.state_dict(), **ABOUT}
-    checkpoint.save_epoch(tmp_path, "stage_one", 6, 0.25, 0.75, optimizer, schedule, state)
-    other, its_optimizer, its_schedule = trained(5.0)
-    path = tmp_path / checkpoint.LAST
-    assert checkpoint.resume(path, "stage_one", other, its_optimizer, its_schedule, ABOUT) == (7, 0.75)
-    assert torch.equal(other.weight, model.weight)
-    assert its_schedule.last_epoch == 3 and its_optimizer.param_groups[0]["lr"] == 0.1 * 0.5**3
-    found, expected = its_optimizer.state_dict()["state"][0], optimizer.state_dict()["state"][0]
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+@pytest.mark.parametrize("damage", ["torn", "empty", "foreign", "missing"])
+def test_a_useless_last_one_is_named_and_the_one_before_it_used(tmp_path, capsys, damage):
+    for number in range(2):
+        save_last(tmp_path, number)
+    last = tmp_path / LAST
+    content = {"torn": last.read_bytes()[:-200], "empty": b"", "foreign": b"something else"}.get(damage)
+    last.unlink() if content is None else last.write_bytes(content)
+    assert checkpoint.read_resumed(tmp_path, "stage_two", ABOUT)["step"] == 0
+    told = capsys.readouterr().out
+    assert LAST in told and "going on from the one before it" in told
+    assert checkpoint.load(last, "stage_two", "--resume")["step"] == 0, "the good one stands in its place"
+    assert (tmp_path / TORN).exists() == (content is not None), "nothing is thrown away"
+    save_last(tmp_path, 2)
+    assert checkpoint.load(tmp_path / PREVIOUS, "stage_two", "--resume")["step"] == 0
 
 
 @pytest.mark.parametrize(
@@ -199,15 +187,31 @@ def test_resume_puts_everything_back(tmp_path):
 )
 def test_resume_refuses_a_run_on_other_things(tmp_path, key, value):
     about = ABOUT | {"target": "lognorm", "encoder_hash": "one"}
-    model, optimizer, schedule = trained(1.0)
-    state = {"model": model.state_dict(), **about}
-    checkpoint.save_epoch(tmp_path, "stage_two", 0, 0.5, -1.0, optimizer, schedule, state)
-    other, its_optimizer, its_schedule = trained(5.0)
-    before = other.weight.item()
-    args = (tmp_path / checkpoint.LAST, "stage_two", other, its_optimizer, its_schedule)
-    refused(f"--resume: .*was trained with other {key}", checkpoint.resume, *args, about | {key: value})
-    assert other.weight.item() == before
-    assert checkpoint.resume(*args, about)[0] == 1
+    for number in range(2):
+        save_last(tmp_path, number, **about)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    refused(
+        f"--resume: .*{LAST} was trained with other {key}",
+        checkpoint.read_resumed,
+        tmp_path,
+        "stage_two",
+        about | {key: value},
+    )
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_full_disk_leaves_the_last_good_file(tmp_path, monkeypatch, error):
+    save_last(tmp_path, 0)
+
+    def full(state, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    refused(f"{LAST}: expected room for a checkpoint", save_last, tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == [LAST]
+    assert checkpoint.read_resumed(tmp_path, "stage_two", ABOUT)["step"] == 0
 
 
 # ---- weights of others

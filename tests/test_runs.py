@@ -10,43 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_runs import BEST, LAST, Work, data_flags, rewrite_matrix, row, snapshot
+from tiny_runs import BEST, LAST, STAGES, Work, data_flags, different, progress, rewrite_matrix, row, snapshot, state
 
 from utils.slices import genes, table, tiles
 from utils.training import augment, checkpoint, datasets
 
-STAGES = {"train_mymodel": "encoder_model", "train_decoder": "decoder_model"}
 TWO_EPOCHS = ("--Epoch", 2, "--Init_lr", 1e-3)
 
 
 # ---- resumed
-
-
-def state(work, script, name):
-    return checkpoint.read_tensors(work.out / STAGES[script] / name, "--test")
-
-
-def different(one, other, path=""):
-    """Where two nested states differ, bit for bit."""
-    if isinstance(one, dict):
-        if set(one) != set(other):
-            return [f"{path}: {set(one) ^ set(other)}"]
-        return [found for key in one for found in different(one[key], other[key], f"{path}/{key}")]
-    if isinstance(one, list | tuple):
-        pairs = enumerate(zip(one, other, strict=True))
-        return [found for i, (a, b) in pairs for found in different(a, b, f"{path}/{i}")]
-    same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-    return [] if same else [path]
-
-
-def progress(work, script):
-    """What must not depend on an interruption: all but paths and seconds."""
-    kept = {}
-    for name in (BEST, LAST):
-        found = state(work, script, name)
-        kept[name] = {key: value for key, value in found.items() if key not in ("settings", "row")}
-        kept[name]["row"] = {key: value for key, value in found["row"].items() if key != "seconds"}
-    return kept
 
 
 @pytest.fixture(scope="module", params=list(STAGES))
@@ -59,26 +31,6 @@ def whole(request, trained, tmp_path_factory):
     return script, flags, work
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch):
-    script, flags, done = whole
-    work, save_epoch = Work(done.data, done.tiles, done.panels, tmp_path), checkpoint.save_epoch
-
-    def stop_after_the_first(out, kind, epoch, *rest):
-        best = save_epoch(out, kind, epoch, *rest)
-        if epoch == 0:
-            raise KeyboardInterrupt
-        return best
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_epoch", stop_after_the_first)
-        assert work.exit_code(script, *flags, *TWO_EPOCHS) == 130
-    assert state(work, script, LAST)["next_epoch"] == 1
-    assert different(progress(work, script), progress(done, script)), "there is something left to do"
-    torch.rand(7)  # whatever was drawn between
-    work.run(script, *flags, *TWO_EPOCHS, "--resume")
-    assert not different(progress(work, script), progress(done, script))
-
-
 def test_one_epoch_and_another_are_two(whole, tmp_path):
     """At a constant rate, which does not depend on the number of epochs."""
     script, flags, done = whole
@@ -88,23 +40,6 @@ def test_one_epoch_and_another_are_two(whole, tmp_path):
     twice.run(script, *flat, "--Epoch", 1)
     twice.run(script, *flat, "--Epoch", 2, "--resume")
     assert not different(progress(twice, script), progress(once, script))
-
-
-def test_a_decoder_stopped_right_after_its_start_goes_on_from_there(trained, tmp_path, monkeypatch):
-    flags, save_epoch = ("--encoder", trained.encoder, "--Init_lr", 1e-3), checkpoint.save_epoch
-    once, twice = (Work(trained.data, trained.tiles, trained.panels, tmp_path / name) for name in ("once", "twice"))
-    once.run("train_decoder", *flags, "--Epoch", 1)
-
-    def stop(*args):
-        save_epoch(*args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_epoch", stop)
-        assert twice.exit_code("train_decoder", *flags, "--Epoch", 1) == 130
-    assert state(twice, "train_decoder", LAST)["next_epoch"] == 0
-    twice.run("train_decoder", *flags, "--Epoch", 1, "--resume")
-    assert not different(progress(twice, "train_decoder"), progress(once, "train_decoder"))
 
 
 def test_a_finished_run_is_not_touched_by_resume(whole):

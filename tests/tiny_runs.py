@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+import torch
 from scipy.sparse import csc_matrix
 
 from utils.slices import reader, table
-from utils.training import arguments
+from utils.training import arguments, checkpoint
 
 FLAGS = {
     "image_tilling": "--tile_px 32",
@@ -30,6 +31,7 @@ TRAINING = ("train_mymodel", "train_decoder")
 EVALUATION = ("get_accuracy_image", "decoder_similarity")
 ONE_EPOCH = dict.fromkeys(TRAINING, ("--Epoch", 1))
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
+STAGES = {"train_mymodel": "encoder_model", "train_decoder": "decoder_model"}
 
 
 @dataclass(frozen=True)
@@ -128,3 +130,30 @@ def write_matrix(path: Path, counts: np.ndarray, barcodes, names, ids=None) -> N
         features = {"name": names, "id": ids, "feature_type": ["Gene Expression"] * len(names)}
         for key, values in features.items():
             group[f"features/{key}"] = np.array(values, "S")
+
+
+def state(work, script, name):
+    return checkpoint.read_tensors(work.out / STAGES[script] / name, "--test")
+
+
+def different(one, other, path=""):
+    """Where two nested states differ, bit for bit."""
+    if isinstance(one, dict):
+        if set(one) != set(other):
+            return [f"{path}: {set(one) ^ set(other)}"]
+        return [found for key in one for found in different(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, list | tuple):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [found for i, (a, b) in pairs for found in different(a, b, f"{path}/{i}")]
+    same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return [] if same else [path]
+
+
+def progress(work, script):
+    """What must not depend on an interruption: all but paths and seconds."""
+    kept = {}
+    for name in (BEST, LAST):
+        found = state(work, script, name)
+        kept[name] = {key: value for key, value in found.items() if key not in ("settings", "row")}
+        kept[name]["row"] = {key: value for key, value in found["row"].items() if key != "seconds"}
+    return kept

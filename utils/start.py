@@ -7,14 +7,14 @@ from there. Letters: n spots, C pooled width, G input genes, R components, D sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from utils import targets
 from utils.evaluation.ridge import Ridge, fit_ridge, minus_squared_error
-from utils.training import datasets
+from utils.training import datasets, distributed
 
 START_SPOTS = 20_000  # of the train spots, drawn by the seed, serve to solve the regressions
 Seen = tuple[np.ndarray, np.ndarray, np.ndarray]  # of spots of one slice: features (n, C), bins (n, G), scores (n, R)
@@ -77,13 +77,16 @@ def pooled(
     from utils.training.augment import to_float
 
     encoder.eval()
-    found = []
     order = datasets.in_turn(len(spots), args.batch_size)
-    for batch in datasets.loader(datasets.TileBatches(slices, spots), order, args.workers):
-        tiles = to_float(batch["tiles"].to(accelerator.device), args.image_size)
-        with torch.no_grad(), accelerator.autocast():
-            found.append(encoder.features(tiles)[0].float().cpu().numpy())
-    return np.concatenate(found)
+
+    def own() -> Iterator[tuple[Any, ...]]:
+        batches = datasets.TileBatches(slices, spots)
+        for batch in datasets.loader(batches, distributed.own_batches(order), args.workers):
+            tiles = to_float(batch["tiles"].to(accelerator.device), args.image_size)
+            with torch.no_grad(), accelerator.autocast():
+                yield (encoder.features(tiles)[0].float(),)
+
+    return np.concatenate([found.cpu().numpy() for (found,) in distributed.in_order(own(), order)])
 
 
 def fit(seen: dict[str, list[Seen]], side: int, standard: tuple[np.ndarray, np.ndarray]) -> Ridge:

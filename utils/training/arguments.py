@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from utils.training import checkpoint, distributed
+
 PARTS = ("train", "val", "test")
+# flags that say where and on what a script works, and how long, not what it computes
+WHERE = (
+    "data tiles panels slices out logs export encoder decoder image_weights device workers debug memory resume "
+    "save_every max_minutes compile feature_budget frozen_budget"
+).split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,7 +101,49 @@ def add_training(parser: Parser, out: str) -> None:
     group.add_argument("--lr_decay_type", choices=["cos", "step"], default="cos")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     group.add_argument("--compile", action="store_true", help="torch.compile first: minutes, then faster steps")
-    group.add_argument("--resume", action="store_true", help="go on from last_epoch_weights.pth in --out")
+    group.add_argument("--export", type=Path, help="new folder to share the best epoch by: see docs/sharing.md")
+    group = parser.add_argument_group("interruptions")
+    group.add_argument(
+        "--resume", action="store_true", help="go on from last_epoch_weights.pth in --out, to the same end"
+    )
+    group.add_argument(
+        "--save_every", type=count_or_zero, default=1000, help="steps after which it is saved; 0: by epoch"
+    )
+    group.add_argument("--max_minutes", type=positive, help="save and stop after so many, for queues with a limit")
+
+
+def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
+    """Both encoders of stage one; returns the group of the image encoder, for the script's own."""
+    images = group = parser.add_argument_group("image encoder")
+    group.add_argument(
+        "--image_encoder",
+        default="deit_base_patch16_224.fb_in1k",
+        help="a timm model, or hf-hub:OWNER/MODEL (docs/encoders.md)",
+    )
+    group.add_argument("--image_size", type=count, default=224, help="side of its input, pixels")
+    group.add_argument(
+        "--scales",
+        type=share,
+        nargs="+",
+        default=[1.0],
+        help="squares around the tile's centre that the encoder sees, shares of its side",
+    )
+    group.add_argument("--image_weights", default="timm", help="timm (downloads), none, or a .pth/.safetensors file")
+    group.add_argument("--image_tokens", type=count, default=50, help="tokens of a tile the fusion sees, most")
+    group = parser.add_argument_group("gene encoder")
+    group.add_argument("--gene_depth", type=count, default=6, help="Performer blocks")
+    group.add_argument("--gene_width", type=count, default=200)
+    group.add_argument("--gene_heads", type=count, default=10, help="heads of 64")
+    group.add_argument("--gene_tokens", type=count, default=64, help="tokens the genes are gathered into")
+    group.add_argument("--equal_depth", type=count, help="thin each spot's counts to so many before binning")
+    group.add_argument("--pretrain_genes", action="store_true", help="teach the gene encoder first, by masked bins")
+    group.add_argument("--pretrain_epochs", type=count, default=20, help="the best by held-out cross entropy is kept")
+    group.add_argument("--pretrain_lr", type=positive, default=1e-3, help="highest learning rate of pretraining")
+    group.add_argument("--pretrain_data", type=Path, help="folder of .h5ad files with raw counts, without pictures")
+    group.add_argument(
+        "--frozen_budget", type=not_negative, default=0.0, help="GiB on disk to keep what frozen blocks give"
+    )
+    return images
 
 
 def add_evaluation(parser: Parser, out: str) -> argparse._ArgumentGroup:
@@ -121,15 +171,48 @@ def check_training(args: argparse.Namespace) -> None:
         raise ValueError(f"--Min_lr {args.Min_lr:g} is above --Init_lr {args.Init_lr:g}")
     if args.Init_Epoch >= args.Epoch:
         raise ValueError(f"--Init_Epoch {args.Init_Epoch} leaves nothing to do before --Epoch {args.Epoch}")
+    distributed.check_batch_size(args.batch_size)
     if args.batch_size < 2:
         raise ValueError(f"--batch_size {args.batch_size}: expected at least 2, a contrast needs another spot")
-    if args.resume:
-        require_file(args.out / "last_epoch_weights.pth", "--resume", "run without --resume first")
+    saved = [args.out / name for name in ("last_epoch_weights.pth", "previous_epoch_weights.pth")]
+    if args.resume and not any(path.is_file() for path in saved):
+        raise ValueError(f"--resume: expected the file {saved[0]}, found none; run without --resume first")
+    if args.export is not None:
+        require_new_folder(args.export, "--export")
+
+
+def check_encoders(args: argparse.Namespace) -> None:
+    """Files and flags of add_encoders."""
+    if args.image_weights not in ("timm", "none"):
+        require_file(Path(args.image_weights), "--image_weights", "or use timm or none")
+    if args.pretrain_data and not args.pretrain_genes:
+        raise ValueError("--pretrain_data needs --pretrain_genes: nothing else reads it")
+    if args.pretrain_genes and args.gene_weights:
+        raise ValueError("--pretrain_genes teaches blocks that --gene_weights freezes; leave one of them out")
 
 
 def require_file(path: Path, flag: str, remedy: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{flag}: expected the file {path}, found none; {remedy}")
+    return path
+
+
+def require_checkpoint(path: Path, flag: str, remedy: str) -> Path:
+    """A checkpoint file, or a folder that a trained model is shared by."""
+    if not path.is_dir():
+        return require_file(path, flag, remedy)
+    lacking = [name for name in (checkpoint.WEIGHTS, checkpoint.CONFIG) if not (path / name).is_file()]
+    if lacking:
+        raise ValueError(
+            f"{flag}: expected {checkpoint.WEIGHTS} and {checkpoint.CONFIG} in the folder {path}, found no "
+            f"{' and no '.join(lacking)}; give a folder that --export wrote, or a file such as {checkpoint.BEST}"
+        )
+    return path
+
+
+def require_new_folder(path: Path, flag: str) -> Path:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{flag}: expected a new or an empty folder, found {path} with something in it; name another")
     return path
 
 
@@ -147,7 +230,10 @@ def say(warnings: list[str]) -> None:
 
 
 def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> NoReturn:
-    """Call main(args); what is wrong with files or flags ends in one line on stderr and exit code 2."""
+    """Call main(args); what is wrong with files or flags ends in one line on stderr and exit code 2. Of several
+    processes the first one talks."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (as long as the process)
     try:
         main(args)
     except (ValueError, OSError) as error:

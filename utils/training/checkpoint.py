@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from pathlib import Path
 from typing import Any
 
+from utils.training import distributed
+
 FORMAT = 2
+SCRIPTS = {"stage_one": "train_mymodel.py", "stage_two": "train_decoder.py"}  # by the kind of what they write
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a folder that a model is shared by
+PREVIOUS, TORN = "previous_epoch_weights.pth", "torn_epoch_weights.pth"  # before the last one; a last one of no use
 
 
 def plain(value: Any) -> Any:
@@ -21,12 +28,36 @@ def plain(value: Any) -> Any:
 
 def save(path: Path, kind: str, **state: Any) -> None:
     """Write a checkpoint of a stage ("stage_one", "stage_two"); an interrupted save leaves the old file whole."""
+    _write_part(path, {"format": FORMAT, "kind": kind, **state}).replace(path)
+
+
+def save_last(out: Path, kind: str, **state: Any) -> None:
+    """Write the last checkpoint; the one that was the last becomes the previous one."""
+    part = _write_part(out / LAST, {"format": FORMAT, "kind": kind, **state})
+    if (out / LAST).exists():
+        (out / LAST).replace(out / PREVIOUS)
+    part.replace(out / LAST)
+
+
+def _write_part(path: Path, state: dict[str, Any]) -> Path:
+    """The file beside `path` that is to be renamed. Raises ValueError where the disk has no room for it."""
     import torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    torch.save({"format": FORMAT, "kind": kind, **state}, part)
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        part.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"{path}: expected room for a checkpoint, it could not be written ({reason}); what was saved before is "
+            "whole: make room, and go on with --resume"
+        ) from error
+    return part
 
 
 def read_tensors(path: Path, flag: str) -> Any:
@@ -35,6 +66,8 @@ def read_tensors(path: Path, flag: str) -> Any:
 
     if not path.is_file():
         raise ValueError(f"{flag}: expected the file {path}, found none")
+    if not path.stat().st_size:
+        raise ValueError(f"{flag}: {path} is torn: it is empty; copy or download it again")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -42,34 +75,46 @@ def read_tensors(path: Path, flag: str) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a torn file makes the unpickler stumble over
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{flag}: {path} is torn, or holds more than tensors and plain values ({reason})") from error
+        reason = " ".join(str(error).split()).split("WeightsUnpickler error: ")[-1]  # before that torch gives advice
+        code = re.search(r"GLOBAL ([\w.]+)", reason)
+        if code:
+            raise ValueError(
+                f"{flag}: {path} holds more than tensors and plain values ({code[1]}); code in a file is never run: "
+                "save the tensors alone: torch.save(model.state_dict(), FILE)"
+            ) from error
+        raise ValueError(f"{flag}: {path} is torn, or no file of weights ({reason[:160]}); get it again") from error
 
 
-def load(path: Path, kind: str, flag: str) -> dict[str, Any]:
-    """A checkpoint of ours. Raises ValueError where it is torn, another stage's, or of another format."""
+def load(path: Path, kind: str | None, flag: str) -> dict[str, Any]:
+    """A checkpoint of ours, from its file or from the folder that it is shared by; `kind` None: of either stage.
+
+    Raises ValueError where it is torn, another stage's, or of another format.
+    """
+    if path.is_dir():
+        from utils.training import sharing
+
+        config = sharing.read_config(path, flag)
+        check_made_by(config, kind, path, flag)
+        return sharing.state_of(config, path, flag)
     state = read_tensors(path, flag)
-    found = state.get("kind") if isinstance(state, dict) else None
-    if found != kind:
-        script = "train_mymodel.py" if kind == "stage_one" else "train_decoder.py"
-        raise ValueError(f"{flag}: expected a {kind} checkpoint of {script}, found {found or 'another file'} in {path}")
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"{flag}: {path} has format {state.get('format')}, this version reads {FORMAT}; train it again"
-        )
+    check_made_by(state, kind, path, flag)
     return state
 
 
-def save_epoch(
-    out: Path, kind: str, epoch: int, score: float, best: float, optimizer: Any, schedule: Any, state: dict[str, Any]
-) -> float:
-    """Write the last epoch's checkpoint, and the best one's where the score is above `best`; returns the best score."""
-    if score > best:
-        save(out / BEST, kind, **state)
-    best = max(score, best)
-    progress = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "best": best}
-    save(out / LAST, kind, next_epoch=epoch + 1, **progress, **state)
-    return best
+def check_made_by(state: Any, kind: str | None, path: Path, flag: str) -> None:
+    """A file of either stage says which, and by which format it was written. Format 1 cannot be brought into this one:
+    its models lack the linear parts that both stages now start from."""
+    found = state.get("kind") if isinstance(state, dict) else None
+    if found not in ([kind] if kind else list(SCRIPTS)):
+        wanted = (
+            f"a {kind} checkpoint of {SCRIPTS[kind]}" if kind else f"a checkpoint of {' or '.join(SCRIPTS.values())}"
+        )
+        raise ValueError(f"{flag}: expected {wanted}, found {found or 'another file'} in {path}")
+    number = state.get("format")
+    if number != FORMAT:
+        newer = isinstance(number, int) and number > FORMAT
+        remedy = "a newer Magic made it: update this one" if newer else f"train it again with {SCRIPTS[found]}"
+        raise ValueError(f"{flag}: {path} has format {number}, this version reads {FORMAT}; {remedy}")
 
 
 def fit(model: Any, tensors: dict[str, Any], path: Path, flag: str) -> None:
@@ -81,26 +126,40 @@ def fit(model: Any, tensors: dict[str, Any], path: Path, flag: str) -> None:
         raise ValueError(f"{flag}: the weights in {path} do not fit this version ({reason}); train it again") from error
 
 
-def resume(
-    path: Path, kind: str, model: Any, optimizer: Any, schedule: Any, about: dict[str, Any]
-) -> tuple[int, float]:
-    """Put the last epoch's state back; returns the next epoch and the best score so far.
+def read_resumed(out: Path, kind: str, about: dict[str, Any]) -> dict[str, Any]:
+    """The last checkpoint of --out, or where that is torn or another's, which is said, the one before it.
 
-    Raises ValueError where the file was written for other sizes, genes, slices, target or encoder than `about` says.
+    Raises ValueError where neither is of the sizes, genes, slices, target and encoder that `about` says.
     """
-    state = load(path, kind, "--resume")
-    for key in ("sizes", "genes", "tile_scale", "counts_hashes", "target", "encoder_hash"):  # the last two: stage two
-        if state.get(key) != about.get(key):
-            raise ValueError(
-                f"--resume: {path} was trained with other {key}; use the same data and flags, or another --out"
-            )
-    fit(model, state["model"], path, "--resume")
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return state["next_epoch"], state["best"]
+    errors: list[ValueError] = []
+    for path in (out / LAST, out / PREVIOUS):
+        try:
+            state = load(path, kind, "--resume")
+            for key in ("sizes", "genes", "tile_scale", "counts_hashes", "target", "encoder_hash"):  # two of stage two
+                if state.get(key) != about.get(key):
+                    raise ValueError(
+                        f"--resume: {path} was trained with other {key}; use the same data and flags, or another --out"
+                    )
+        except ValueError as error:
+            errors.append(error)
+            continue
+        if errors:  # set aside, so that the next save does not put it over the good one
+            print(f"warning: {errors[0]}; going on from the one before it")
+            if distributed.is_main():
+                if (out / LAST).exists():
+                    (out / LAST).replace(out / TORN)
+                path.replace(out / LAST)
+        return state
+    raise errors[0]
 
 
-def read_weights(path: Path, flag: str) -> dict[str, Any]:
+class Tensors(dict[str, Any]):
+    """Tensors by name, and the file they are from."""
+
+    source: str = ""
+
+
+def read_weights(path: Path, flag: str) -> Tensors:
     """The tensors of a foreign weights file, at the top or under model, state_dict, teacher, model_state_dict."""
     import torch
 
@@ -111,9 +170,15 @@ def read_weights(path: Path, flag: str) -> dict[str, Any]:
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise ValueError(f"{flag}: expected named tensors in {path}, found none")
-    return {k.removeprefix("module."): v for k, v in tensors.items()}
+    found = Tensors({k.removeprefix("module."): v for k, v in tensors.items()})
+    found.source = str(path)
+    return found
 
 
 def file_hash(path: Path) -> str:
+    """sha256 of a file; of a folder that a model is shared by, of its weights and config together."""
+    if path.is_dir():
+        hashes = [file_hash(path / name) for name in (WEIGHTS, CONFIG)]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.slices import genes, reader, table
+from utils.slices import depth, genes, reader, table
 from utils.slices.tiles import TilePack
+from utils.training import distributed, leaks, overlap
 
 
 @dataclass
@@ -35,10 +36,15 @@ class SliceData:
     tile_rows: np.ndarray  # (S,) rows of `pack`
     panels: dict[str, genes.Panel]  # "input", "target": spots in the order of `barcodes`
     root: Path  # the folder that holds spatial/
+    equal_depth: int | None = None  # counts per spot that bins are made of at most, that of training
 
     def bins(self, out: np.ndarray | None = None) -> np.ndarray:
         """Input tokens of stage one: (S, G) uint8, in `out` if given."""
-        return genes.bin_tokens(self.panels["input"].counts, self.total_counts, out)
+        counts, totals = self.panels["input"].counts, self.total_counts
+        if self.equal_depth:
+            seeds = depth.spot_seeds(self.name, self.barcodes)
+            counts, totals = depth.thin_counts(counts, totals, self.equal_depth, seeds)
+        return genes.bin_tokens(counts, totals, out)
 
     def rows_of(self, part: str) -> np.ndarray:
         """Spots of a part, of all parts for "all": (n,) rows."""
@@ -79,12 +85,18 @@ def load_slice(row: table.SliceRow, args: Any, roles: tuple[str, ...], val_strip
         tile_rows=tile_rows[kept],
         panels={role: panel.of(kept) for role, panel in panels.items()},
         root=reader.find_root(table.slice_folder(args.data, row)),
+        equal_depth=getattr(args, "equal_depth", None),
     )
 
 
-def load_slices(rows: list[table.SliceRow], args: Any, roles: tuple[str, ...], val_strip: bool) -> list[SliceData]:
-    """Slices of one panel and one tile size. Raises ValueError where they differ."""
+def load_slices(
+    rows: list[table.SliceRow], args: Any, roles: tuple[str, ...], val_strip: bool, onto: list[str] | None = None
+) -> list[SliceData]:
+    """Slices of one panel (that of the first role brought onto these genes) and one tile size. Raises ValueError where
+    they differ."""
     slices = [load_slice(row, args, roles, val_strip) for row in rows]
+    for one in slices:
+        one.panels[roles[0]] = one.panels[roles[0]].onto(onto or one.panels[roles[0]].genes)
     first = slices[0]
     for one in slices[1:]:
         for role in roles:
@@ -128,7 +140,7 @@ def load_training(rows: list[table.SliceRow], args: Any, roles: tuple[str, ...])
                 + (", or use --val_strip" if part == "val" else "")
             )
     slices = load_slices(used, args, roles, args.val_strip)
-    check_panel_origin(slices, [row.slice for row in used if row.part == "train"])
+    leaks.check_panel_origin(slices, [row.slice for row in used if row.part == "train"])
     for warning in table.check_identical(used, counts_hashes(slices), args.allow_leak):
         print(f"warning: {warning}")
     n_train = len(spots_of(slices, "train"))
@@ -137,50 +149,13 @@ def load_training(rows: list[table.SliceRow], args: Any, roles: tuple[str, ...])
     return slices
 
 
-def check_panel_origin(slices: list[SliceData], train: list[str]) -> None:
-    """A panel chosen on a slice outside the train part has seen what it will be tested on."""
-    for one in slices:
-        for panel in one.panels.values():
-            foreign = sorted(set(panel.train_slices) - set(train))
-            if foreign:
-                raise ValueError(
-                    f"{panel.path}: its genes were chosen on {', '.join(foreign)}, outside the train part "
-                    f"({', '.join(train)}); run make_decoder_data.py with this split"
-                )
-
-
-def check_unseen(
-    rows: list[table.SliceRow], state: dict[str, Any], flag: str, allow_leak: bool, hashes: dict[str, str] | None = None
-) -> None:
-    """What is held out now must not have taught the checkpoint: test patients not at all, val slices not as train.
-
-    `state` is the checkpoint, with the tables of slices that it and its encoder were trained by; `hashes` are those of
-    the counts by slice, where they are known: a slice under another name is found by them.
-    """
-    tables = [*state["table"], *state.get("encoder_table", [])]
-    taught = [row for row in tables if row["part"] in ("train", "val")]
-    patients, trained = {row["patient"] for row in taught}, {row["slice"] for row in taught if row["part"] == "train"}
-    contents = {state["counts_hashes"].get(row["slice"]) for row in taught} - {None}
-    seen = [
-        row.slice
-        for row in rows
-        if (row.part == "test" and (row.patient in patients or (hashes or {}).get(row.slice) in contents))
-        or (row.part == "val" and row.slice in trained)
-    ]
-    if seen and not (allow_leak or state["settings"]["allow_leak"]):
-        raise ValueError(
-            f"{flag}: {', '.join(seen)} held out here, but seen in its training; use its split (slices.csv)"
-        )
-    if seen:
-        print(f"warning: {flag}: {', '.join(seen)} held out here, but seen in its training")
-
-
 def load_evaluation(
     args: Any, state: dict[str, Any], flag: str, roles: tuple[str, ...]
 ) -> tuple[list[SliceData], list[SliceData]]:
     """Slices of --part, and the train and validation slices that the checkpoint (and so the cheap rows) learnt from.
 
-    Raises ValueError where they were seen in training, or genes or tiles are not those of the checkpoint.
+    Slices measured with another panel have the checkpoint's genes, those they lack as not measured. Raises ValueError
+    where they were seen in training, tiles are not those of the checkpoint, or too few of its genes were measured.
     """
     rows, warnings = read_split(args)
     for warning in warnings:
@@ -192,22 +167,14 @@ def load_evaluation(
         raise ValueError(f"no slice has part {args.part}: expected one at least in slices.csv; see --part")
     taught = [table.SliceRow(**row) for row in state["table"] if row["part"] in ("train", "val")]
     strip = state["settings"]["val_strip"]
-    slices = load_slices(chosen, args, roles, strip), load_slices(taught, args, roles, strip)
-    check_unseen(chosen, state, flag, args.allow_leak, counts_hashes(slices[0]))
-    role = roles[0]
+    slices = load_slices(chosen, args, roles, strip, state["genes"]), load_slices(taught, args, roles, strip)
+    leaks.check_unseen(chosen, state, flag, args.allow_leak, counts_hashes(slices[0]))
+    for one in slices[0]:
+        overlap.check(one.panels[roles[0]], roles[0], one.name, flag)
     for one in (*slices[0], *slices[1]):
-        panel = one.panels[role]
-        if panel.genes != state["genes"]:
-            shared = len(set(panel.genes) & set(state["genes"]))
-            raise ValueError(
-                f"{flag}: trained on {len(state['genes'])} {role} genes, of which {panel.path} has {shared} among its "
-                f"{len(panel.genes)}; make its panel with --{role}_genes, or use the panels it was trained on"
-            )
-        if list(tile_scale(one)) != list(state["tile_scale"]):
-            raise ValueError(
-                f"{flag}: trained on tiles of {tuple(state['tile_scale'])} (px, um per px), those of "
-                f"{one.pack.folder} are of {tile_scale(one)}; cut tiles of that scale with image_tilling.py"
-            )
+        one.equal_depth = state["settings"].get("equal_depth")
+        overlap.check_same(one.panels[roles[0]], roles[0], state["genes"], flag)
+        overlap.check_tiles(one.pack.folder, tile_scale(one), tuple(state["tile_scale"]), flag)
     return slices
 
 
@@ -243,18 +210,22 @@ class TileBatches:
 
 
 class EpochOrder:
-    """Whole batches in an order drawn from (seed, epoch); an incomplete last batch is dropped."""
+    """Whole batches in an order drawn from (seed, epoch), an incomplete last one is dropped; of each the part of this
+    process. `accumulate` batches make a step, of which there are whole ones only. `first` is the batch to begin at."""
 
-    def __init__(self, n_spots: int, batch_size: int, seed: int):
-        self.n_spots, self.batch_size, self.seed, self.epoch = n_spots, batch_size, seed, 0
+    def __init__(self, n_spots: int, batch_size: int, seed: int, accumulate: int = 1):
+        self.n_spots, self.batch_size, self.seed = n_spots, batch_size, seed
+        self.accumulate, self.epoch, self.first = accumulate, 0, 0
 
     def __len__(self) -> int:
-        return self.n_spots // self.batch_size
+        return self.n_spots // self.batch_size // self.accumulate * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_spots)
-        for i in range(len(self)):
-            yield order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
+        own = self.batch_size // distributed.n_processes()
+        for i in range(self.first, len(self)):
+            start = i * self.batch_size + distributed.rank() * own
+            yield order[start : start + own].tolist()
 
 
 def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -1,13 +1,22 @@
-"""Device, precision and processes, through accelerate. One process for now; what gathers comes here."""
+"""Device, precision and processes, through accelerate; what processes gather from each other.
+
+Of N processes each has an N-th of every batch. Losses and gradients are those of one process with the whole batch: what
+a loss needs of the other processes' spots comes by `gather`, whose backward pass adds up what all of them ask for, and
+the mean that is taken over the processes' gradients is the gradient of the mean of their losses. Letter: B rows.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from torch import Tensor
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
@@ -53,12 +62,132 @@ def start(device: str, precision: str) -> Accelerator:
         precision = "bf16" if bf16_is_fast(target) else "fp32"
     if precision == "fp16" and target.type == "cpu":
         raise ValueError("--precision fp16 needs a CUDA device; use bf16 or fp32")
-    accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="no" if precision == "fp32" else precision)
-    if accelerator.num_processes > 1:
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    alike = DistributedDataParallelKwargs(broadcast_buffers=False)  # queues and twins, the same in all processes
+    return Accelerator(
+        cpu=target.type == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        kwargs_handlers=[alike],
+    )
+
+
+def rank() -> int:
+    """Number of this process, 0 the first; also before torch is imported."""
+    return int(os.environ.get("RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def n_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_batch_size(batch_size: int) -> None:
+    if batch_size % n_processes():
         raise ValueError(
-            f"expected one process, found {accelerator.num_processes}; start the script without a launcher"
+            f"--batch_size {batch_size}: expected a multiple of the {n_processes()} processes, each has an equal part"
         )
-    return accelerator
+
+
+def gather(rows: Tensor, dim: int = 0) -> Tensor:
+    """Rows of all processes, in their order, put together along `dim`; all must have the same shape. Its gradient is
+    the sum of what all processes ask of this one's rows."""
+    return rows if n_processes() == 1 else _gather_function().apply(rows.transpose(0, dim)).transpose(0, dim)
+
+
+@cache
+def _gather_function() -> Any:
+    import torch
+    from torch import distributed
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, rows: Tensor) -> Tensor:
+            ctx.n_rows = len(rows)
+            found = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(n_processes())]
+            distributed.all_gather(found, rows.contiguous())
+            return torch.cat(found)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            total = gradients[0].float().contiguous()  # a sum in bf16 would lose digits
+            distributed.all_reduce(total)
+            return total[rank() * ctx.n_rows : (rank() + 1) * ctx.n_rows].to(gradients[0].dtype)
+
+    return Gather
+
+
+def mean(values: dict[str, float]) -> dict[str, float]:
+    """Of numbers that each process has, their mean over the processes."""
+    if n_processes() == 1:
+        return values
+    import torch
+
+    found = gather(_tensor([list(values.values())]).to(torch.float64)).mean(0)
+    return dict(zip(values, found.tolist(), strict=True))
+
+
+def any_true(asked: bool) -> bool:
+    """Does one process say so?"""
+    return asked if n_processes() == 1 else bool(gather(_tensor([[asked]])).any())
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    any_true(False)
+
+
+def go_on_alone() -> bool:
+    """What is left is for one process: True in the first, which from here on is the only one; the others may return."""
+    if n_processes() > 1:
+        from torch import distributed
+
+        wait()
+        distributed.destroy_process_group()
+        os.environ["WORLD_SIZE"] = "1"
+    return is_main()
+
+
+def _tensor(values: Any) -> Tensor:
+    """On the device that the processes talk by."""
+    import torch
+    from torch import distributed
+
+    return torch.tensor(values, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+
+
+def own_batches(batches: Sequence[list[int]]) -> list[list[int]]:
+    """Every N-th of the batches, the first one again where they do not come out even: what this process computes of
+    them, for `in_order`."""
+    rounds = -(-len(batches) // n_processes())
+    numbers = (i * n_processes() + rank() for i in range(rounds))
+    return [batches[i] if i < len(batches) else batches[0] for i in numbers]
+
+
+def in_order(found: Iterator[tuple[Tensor, ...]], batches: Sequence[list[int]]) -> Iterator[tuple[Tensor, ...]]:
+    """What all processes found for `own_batches`, in every one of them: tensors with a row per spot of each batch, the
+    batches in order, without the padding that made them even."""
+    if n_processes() == 1:
+        yield from found
+        return
+    size = max(map(len, batches))
+    for i, tensors in enumerate(found):
+        padded = [t.repeat_interleave(_padding(len(t), size, t), dim=0) for t in tensors]
+        gathered = [gather(t) for t in padded]
+        for k, batch in enumerate(batches[i * n_processes() : (i + 1) * n_processes()]):
+            yield tuple(t[k * size : k * size + len(batch)] for t in gathered)
+
+
+def _padding(n: int, size: int, like: Tensor) -> Tensor:
+    """How often each of n rows stands, so that there are `size` of them: the last one fills up."""
+    import torch
+
+    times = torch.ones(n, dtype=torch.long, device=like.device)
+    times[-1] += size - n
+    return times
 
 
 def decoder_autocast(accelerator: Accelerator, precision: str) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.slices.tiles import write_record
-from utils.training import augment, checkpoint, datasets
+from utils.training import augment, checkpoint, datasets, distributed
 from utils.training.augment import to_float
 from utils.training.loop import seed_everything
 from utils.training.spill import Spill
@@ -67,18 +68,21 @@ def encode_pairs(
     """
     spots = np.column_stack([np.zeros_like(rows), rows])
     batches = datasets.TileBatches([one], spots, {"bins": bins[rows]})
+    order = datasets.in_turn(len(rows), args.batch_size)
+
+    def own() -> Iterator[tuple[Tensor, ...]]:
+        for batch in datasets.loader(batches, distributed.own_batches(order), args.workers):
+            with accelerator.autocast():
+                tiles = to_float(batch["tiles"].to(accelerator.device), model.sizes.image_size)
+                image, image_tokens = model.encode_images(tiles)
+                gene, gene_tokens = model.encode_genes(batch["bins"].to(accelerator.device))
+            yield (image, gene) if spill is None else (image, gene, image_tokens, gene_tokens)
+
     kept: list[Tensor] = []
-    first = 0
-    for batch in datasets.loader(batches, datasets.in_turn(len(rows), args.batch_size), args.workers):
-        with accelerator.autocast():
-            tiles = to_float(batch["tiles"].to(accelerator.device), model.sizes.image_size)
-            image, image_tokens = model.encode_images(tiles)
-            gene, gene_tokens = model.encode_genes(batch["bins"].to(accelerator.device))
-        found = (image, gene) if spill is None else (image, gene, image_tokens, gene_tokens)
+    for found, numbers in zip(distributed.in_order(own(), order), order, strict=True):
         kept = kept or [room_for(len(rows), each, spill) for each in found]
         for room, new in zip(kept, found, strict=True):
-            room[first : first + len(new)] = new
-        first += len(image)
+            room[numbers] = new.to("cpu")
     image, gene, *tokens = kept
     return EncodedPairs(image.numpy(), gene.numpy(), *tokens)
 
@@ -115,12 +119,17 @@ def encode_slice(how: TileEncoder, one: datasets.SliceData, view: int = 0) -> It
     """Features of all tiles of a slice, in its order: (B, ...) float32, batch by batch."""
     batches = datasets.TileBatches([one], datasets.all_spots(one))
     order = datasets.in_turn(len(batches), how.batch_size)
+
+    def own() -> Iterator[tuple[Tensor, ...]]:
+        for batch in datasets.loader(batches, distributed.own_batches(order), how.workers):
+            tiles = how.look(batch["tiles"].to(how.device), one.name, batch["spot"].numpy(), view)
+            yield (how.encode(tiles).float(),)
+
     what = f"{one.name}: features" + (f" of view {view}" if view else "")
     with tqdm(total=len(batches), desc=what, unit="spot", disable=None) as bar:
-        for batch in datasets.loader(batches, order, how.workers):
-            tiles = how.look(batch["tiles"].to(how.device), one.name, batch["spot"].numpy(), view)
-            yield how.encode(tiles).float().cpu().numpy()
-            bar.update(len(tiles))
+        for (found,) in distributed.in_order(own(), order):
+            yield found.cpu().numpy()
+            bar.update(len(found))
 
 
 def in_budget(found: Iterator[np.ndarray], n_spots: int, spill: Spill) -> np.ndarray:
@@ -188,12 +197,16 @@ def kept_features(
     path, note = folder / f"{name}.npy", folder / f"{name}.json"
     record = {"key": key, "barcodes": one.barcodes.tolist()}
     kept = read_kept(path, note, record)
-    if kept is None:
+    if not distributed.any_true(kept is None) and kept is not None:
+        return kept
+    if distributed.is_main():
         note.unlink(missing_ok=True)  # old features never stand under a new key
         write_features(path, compute(), len(one.barcodes))
         write_record(note, record)
-        kept = np.load(path, mmap_mode="r")
-    return kept
+    else:
+        deque(compute(), maxlen=0)  # this process' part of them
+    distributed.wait()
+    return np.load(path, mmap_mode="r")
 
 
 def untouched_features(

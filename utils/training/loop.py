@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.training import distributed
 from utils.training.checkpoint import plain
 
 if TYPE_CHECKING:
@@ -45,15 +47,25 @@ def schedule(optimizer: torch.optim.Optimizer, n_steps: int, args: Any) -> torch
     return LambdaLR(optimizer, lambda step: rate_at(step, n_steps, args.lr_decay_type, lowest))
 
 
-def make_optimizer(parameters: Any, args: Any) -> torch.optim.AdamW:
-    """AdamW; norms, biases, temperatures and other vectors are not decayed."""
+def make_optimizer(
+    parameters: Any, args: Any, shares: Mapping[torch.nn.Parameter, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW; norms, biases, temperatures and other vectors are not decayed.
+
+    `shares` of the rate, at most 1, for parameters that learn more slowly; the groups at the whole rate come first.
+    """
     import torch
 
     trained = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    share_of = [(shares or {}).get(p, 1.0) for p in trained]
+    groups = []
+    for share in sorted({1.0, *share_of}, reverse=True):
+        same = [p for p, own in zip(trained, share_of, strict=True) if own == share]
+        rate = args.Init_lr * share
+        groups += [
+            {"params": [p for p in same if p.ndim > 1], "weight_decay": args.weight_decay, "lr": rate},
+            {"params": [p for p in same if p.ndim <= 1], "weight_decay": 0.0, "lr": rate},
+        ]
     return torch.optim.AdamW(groups, lr=args.Init_lr, betas=(args.momentum, 0.999))
 
 
@@ -66,17 +78,21 @@ def stop_if_not_finite(loss: float, epoch: int, step: int) -> None:
 
 
 class RunLog:
-    """logs/<stage>/<time>/: settings.json, log.jsonl, and TensorBoard events where tensorboard is installed."""
+    """logs/<stage>/<time>/: settings.json, log.jsonl, and TensorBoard events where tensorboard is installed; of several
+    processes the first one writes."""
 
     def __init__(self, folder: Path, stage: str, settings: dict[str, Any]):
+        self.rows: list[dict[str, Any]] = []
+        self.events: Any = None
         self.folder = folder / stage / time.strftime("%Y-%m-%d_%H-%M-%S")
+        if not distributed.is_main():
+            return
         n = 1
         while self.folder.exists():
             n += 1
             self.folder = self.folder.with_name(f"{self.folder.name.split('.')[0]}.{n}")
         self.folder.mkdir(parents=True)
         (self.folder / "settings.json").write_text(json.dumps(plain(settings), indent=1) + "\n")
-        self.rows: list[dict[str, Any]] = []
         self.events = self._tensorboard()
 
     def _tensorboard(self) -> Any:
@@ -89,6 +105,8 @@ class RunLog:
     def add(self, row: dict[str, Any]) -> None:
         """One epoch: a line of JSON, and scalars by name."""
         self.rows.append(row)
+        if not distributed.is_main():
+            return
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.events is not None:

@@ -1,0 +1,110 @@
+"""Several processes (gloo, on this machine) against one: gradients, whole trainings, evaluations."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import BEST, Work
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(n: int, *words) -> subprocess.CompletedProcess:
+    """parallel_run.py in n processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += [str(ROOT / "tests" / "parallel_run.py"), *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def step(n: int, out: Path, *words) -> dict:
+    done = launch(n, "gradients", out, *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(out, weights_only=True)
+
+
+def relative_error(found: dict, expected: dict) -> float:
+    """Of all gradients as one vector."""
+    assert found.keys() == expected.keys()
+    difference = sum((found[name] - expected[name]).square().sum() for name in expected)
+    return float((difference / sum(one.square().sum() for one in expected.values())).sqrt())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return step(1, tmp_path_factory.mktemp("alone") / "one.pt")
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_loss_gradients_and_queue_are_those_of_one_process(alone, tmp_path, n):
+    found = step(n, tmp_path / "found.pt")
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert relative_error(found["gradients"], alone["gradients"]) < 1e-5
+    for name, rows in alone["queue"].items():
+        torch.testing.assert_close(found["queue"][name], rows, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gather_without_gradient_would_be_noticed(alone, tmp_path):
+    found = step(2, tmp_path / "found.pt", "without")
+    assert relative_error(found["gradients"], alone["gradients"]) > 0.1
+
+
+@pytest.fixture(scope="module")
+def trained_by_two(trained, tmp_path_factory):
+    """Both stages, trained and evaluated by two processes with the flags of `trained`."""
+    work = Work(trained.data, trained.tiles, trained.panels, tmp_path_factory.mktemp("two"))
+    for script in ("train_mymodel", "train_decoder"):
+        done = launch(2, script, *work.argv(script, "--Epoch", 1, "--Init_lr", 1e-3))
+        assert done.returncode == 0, done.stderr[-2000:]
+    return work
+
+
+def test_training_by_two_processes_ends_near_that_of_one(trained, trained_by_two):
+    for folder in ("encoder_model", "decoder_model"):
+        one, two = (torch.load(work.out / folder / BEST, weights_only=True) for work in (trained, trained_by_two))
+        assert two["row"]["epoch"] == one["row"]["epoch"]
+        for name, tensor in one["model"].items():  # Adam's first steps have the size of the rate, whatever the gradient
+            torch.testing.assert_close(two["model"][name], tensor, rtol=0.05, atol=5e-3, msg=name)
+    assert len(list((trained_by_two.out / "logs").rglob("log.jsonl"))) == 2, "one writer"
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "folder"),
+    [("get_accuracy_image", "--encoder", "retrieval"), ("decoder_similarity", "--decoder", "similarity")],
+)
+def test_evaluation_by_two_processes_is_that_of_one(trained, tmp_path, script, flag, folder):
+    """70 spots in batches of 16: five batches for two processes, the last one of six spots."""
+    one, two = (Work(trained.data, trained.tiles, trained.panels, tmp_path / name) for name in ("one", "two"))
+    model = (flag, getattr(trained, flag[2:]), "--batch_size", 16)
+    one.run(script, *model)
+    done = launch(2, script, *two.argv(script, *model))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("results in") == 1
+    expected, found = (json.loads((w.out / "results" / folder / "metrics.json").read_text()) for w in (one, two))
+    assert_near(found, expected)
+
+
+def assert_near(found, expected):
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_near(found[key], expected[key])
+    elif isinstance(expected, list):
+        for a, b in zip(found, expected, strict=True):
+            assert_near(a, b)
+    elif isinstance(expected, float):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    else:
+        assert found == expected
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(trained, tmp_path):
+    work = Work(trained.data, trained.tiles, trained.panels, tmp_path)
+    done = launch(2, "train_mymodel", *work.argv("train_mymodel", "--batch_size", 15, "--Epoch", 1))
+    assert done.returncode != 0
+    assert "--batch_size 15: expected a multiple of the 2 processes" in done.stderr

@@ -1,0 +1,212 @@
+"""Interrupted trainings: stopped by a signal, killed, out of minutes or disk, two at once, and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import LAST, STAGES, Work, different, progress, state, stderr_line
+
+import train_decoder
+import train_mymodel
+from utils.training import checkpoint, datasets, folder
+from utils.training.progress import Progress
+
+ROOT = Path(__file__).resolve().parents[1]
+EPOCHS = ("--Epoch", 3, "--Init_lr", 1e-3, "--save_every", 1)  # of four steps each
+
+
+def flags_of(script, trained):
+    return EPOCHS if script == "train_mymodel" else ("--encoder", trained.encoder, "--views", 2, *EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def unbroken(trained, tmp_path_factory):
+    """`unbroken(script)`: a training of three epochs in one go."""
+    found = {}
+
+    def run(script):
+        if script not in found:
+            found[script] = Work(trained.data, trained.tiles, trained.panels, tmp_path_factory.mktemp("unbroken"))
+            found[script].run(script, *flags_of(script, trained))
+        return found[script]
+
+    return run
+
+
+@pytest.fixture
+def broken(trained, tmp_path):
+    return Work(trained.data, trained.tiles, trained.panels, tmp_path)
+
+
+def after_steps(monkeypatch, n, what):
+    """Do `what` in place of the n-th step's end, as seen from inside."""
+    left, after_step = [n], Progress.after_step
+
+    def watched(self, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            what()
+        after_step(self, *args)
+
+    monkeypatch.setattr(Progress, "after_step", watched)
+
+
+@pytest.mark.parametrize("script", STAGES)
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (7, signal.SIGINT), (8, signal.SIGTERM)])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(
+    script, step, number, unbroken, broken, trained, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        after_steps(patch, step, lambda: os.kill(os.getpid(), number))
+        assert broken.exit_code(script, *flags_of(script, trained)) == 128 + number
+    told = capsys.readouterr().out.splitlines()[-1]
+    epoch, done = divmod(step, 4)
+    where = f"epoch {epoch}, step {done}" if done else f"epoch {epoch - 1}, step 4"  # validation is still to do
+    assert told == f"stopped by {number.name} and saved before {where}: go on with the same command and --resume"
+    last = state(broken, script, LAST)
+    assert (last["next_epoch"], last["step"]) == ((epoch, done) if done else (epoch - 1, 4))
+    broken.run(script, *flags_of(script, trained), "--resume")
+    assert not different(progress(broken, script), progress(unbroken(script), script))
+
+
+@pytest.mark.parametrize(("script", "module"), [("train_mymodel", train_mymodel), ("train_decoder", train_decoder)])
+def test_a_signal_does_not_wait_for_a_validation(script, module, unbroken, broken, trained, monkeypatch):
+    def told(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("validation went on")
+
+    validate, calls = module.validate, []
+
+    def second(*args):
+        calls.append(1)
+        return told() if len(calls) == 2 else validate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "validate", second)
+        assert broken.exit_code(script, *flags_of(script, trained)) == 143
+    assert state(broken, script, LAST)["step"] == 4
+    broken.run(script, *flags_of(script, trained), "--resume")
+    assert not different(progress(broken, script), progress(unbroken(script), script))
+
+
+def test_signals_do_again_what_they_did(unbroken):
+    before = signal.getsignal(signal.SIGTERM)
+    unbroken("train_decoder")
+    assert signal.getsignal(signal.SIGTERM) == before == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_killed_and_gone_on_with(script, unbroken, broken, trained):
+    """SIGKILL in the 10th of the moments that count; tests/torture.py does it at many."""
+    command = [sys.executable, ROOT / "tests" / "killed_run.py", 10, script]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*map(str, command), *broken.argv(script, *flags_of(script, trained))], cwd=ROOT, env=env, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    broken.run(script, *flags_of(script, trained), "--resume")
+    assert not different(progress(broken, script), progress(unbroken(script), script))
+
+
+def test_an_epoch_without_interruption_is_saved_as_often_as_asked(broken, trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        checkpoint, "save_last", lambda out, kind, **state: seen.append((state["next_epoch"], state["step"]))
+    )
+    broken.run("train_mymodel", "--Epoch", 1, "--save_every", 3)
+    assert seen == [(0, 0), (0, 3), (1, 0)]
+
+
+def test_a_run_ends_with_its_minutes(broken, unbroken, trained, capsys):
+    script = "train_mymodel"
+    assert broken.exit_code(script, *flags_of(script, trained), "--max_minutes", 1e-9) == 0
+    assert "stopped by --max_minutes 1e-09 and saved before epoch 0, step 1" in capsys.readouterr().out
+    broken.run(script, *flags_of(script, trained), "--resume")
+    assert not different(progress(broken, script), progress(unbroken(script), script))
+
+
+def test_other_flags_are_said_at_resume(broken, trained, capsys):
+    broken.run("train_mymodel", "--Epoch", 1)
+    broken.run("train_mymodel", "--Epoch", 2, "--Init_lr", 2e-4, "--workers", 0, "--resume")
+    told = capsys.readouterr().out
+    assert "warning: --resume with --Epoch 2, not 1, --Init_lr 0.0002, not 0.0001, --Min_lr" in told
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_order_does_not_depend_on_the_readers(broken, trained, unbroken, workers):
+    broken.run("train_mymodel", *flags_of("train_mymodel", trained), "--workers", workers)
+    assert not different(progress(broken, "train_mymodel"), progress(unbroken("train_mymodel"), "train_mymodel"))
+
+
+# ---- accumulated gradients
+
+
+def test_gradients_of_several_batches_make_one_step(broken, trained, monkeypatch):
+    """Four batches of 16, two and two: two steps, each of the mean of two gradients."""
+    import torch
+
+    grads, step = [], torch.optim.AdamW.step
+
+    def recorded(self, *args, **more):
+        grads.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        return step(self, *args, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    backward, single = torch.Tensor.backward, []
+
+    def watched(self, *args, **more):
+        single.append(self.item())
+        return backward(self, *args, **more)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    broken.run("train_mymodel", "--Epoch", 1, "--accumulate", 2)
+    assert len(grads) == 2 and len(single) == 4
+    row = state(broken, "train_mymodel", LAST)["row"]
+    assert row["loss"] == pytest.approx(2 * sum(single) / 4, rel=1e-6), "half of each batch's loss, twice"
+
+
+def test_batches_that_make_no_whole_step_are_left_out():
+    order = datasets.EpochOrder(70, 10, 0, accumulate=3)
+    assert len(order) == 6 == len(list(order))
+    order.first = 4
+    assert list(order) == list(datasets.EpochOrder(70, 10, 0))[4:6]
+
+
+# ---- two runs in one folder
+
+
+def test_a_second_run_into_a_folder_is_refused(broken, capsys):
+    broken.encoder.parent.mkdir(parents=True)
+    with folder.held(broken.encoder.parent, "--out"):
+        assert broken.exit_code("train_mymodel", "--Epoch", 1) == 2
+        stderr_line(
+            capsys,
+            "--out: expected a folder of this run's own, found another run writing to .*encoder_model; wait for it",
+        )
+    assert broken.encoder.parent.exists() and not list(broken.encoder.parent.iterdir())
+    broken.run("train_mymodel", "--Epoch", 1)
+
+
+def test_a_killed_process_lets_go(tmp_path):
+    code = (
+        "import os, signal; from pathlib import Path; from utils.training import folder\n"
+        f"with folder.held(Path({str(tmp_path)!r}), '--out'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL and (tmp_path / folder.LOCK).exists()
+    with folder.held(tmp_path, "--out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_made_for_nothing_goes_again(tmp_path):
+    with pytest.raises(ValueError, match="bad input"), folder.held(tmp_path / "a" / "b", "--out"):
+        raise ValueError("bad input")
+    assert not list(tmp_path.iterdir())
+    with folder.held(tmp_path / "a" / "b", "--out"):
+        (tmp_path / "a" / "b" / "result.json").write_text(json.dumps({}))
+    assert (tmp_path / "a" / "b" / "result.json").exists() and not (tmp_path / "a" / "b" / folder.LOCK).exists()

@@ -1,0 +1,229 @@
+"""A folder of slices, looked through: table and split, counts, positions, pictures, tiles, gene files.
+
+Every look is by the functions that the scripts read with, so what passes here is what they take. Shapes: S spots.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils.slices import genes, reader, table, tiles
+
+if TYPE_CHECKING:
+    from utils.doctor import Findings
+
+TILE_BYTES = 200_000  # of the disk that a spot takes at 224 px: the packed tile and its JPEG
+GIB = 2**30
+
+
+@dataclass
+class Looked:
+    """What one slice is compared with the others by; None where it could not be found out."""
+
+    row: table.SliceRow
+    content: str | None = None  # hash of its counts
+    barcodes: np.ndarray | None = None  # (S,) that tiles are to be there for
+    tile_scale: tuple[int, float | None] | None = None
+    panels: dict[str, genes.Panel] = field(default_factory=dict)  # by role
+
+
+def check_slices(args: Any, findings: Findings) -> None:
+    """Print a few lines per slice, and what is to be mended."""
+    rows, is_split = read_rows(args, findings)
+    looked = [look_at(row, args, findings) for row in rows]
+    if is_split:
+        check_parts(rows, args, findings)
+        check_origin(looked, findings)
+    hashes = {one.row.slice: one.content for one in looked if one.content is not None}
+    with findings.caught("the split"):
+        for warning in table.check_identical(rows, hashes, args.allow_leak):
+            findings.note(warning)
+    check_alike(looked, findings)
+    check_room(looked, args, findings)
+
+
+def read_rows(args: Any, findings: Findings) -> tuple[list[table.SliceRow], bool]:
+    """Rows to look at, and whether they have parts. Where table or split are wrong, whatever can still be found."""
+    try:
+        flags = {"val_strip": args.val_strip, "allow_leak": args.allow_leak}
+        rows, warnings = table.read_table(args.data, args.slices, **flags)
+        for warning in warnings:
+            findings.note(warning)
+        for line in table.format_table(rows).splitlines():
+            findings.say(line)
+        return rows, True
+    except (ValueError, OSError) as error:
+        findings.failed("table and split", error)
+    with suppress(ValueError, OSError):
+        return table.read_table(args.data, args.slices, split=False)[0], False
+    folders = sorted(path for path in args.data.iterdir() if path.is_dir()) if args.data.is_dir() else []
+    names = [folder.name for folder in folders if reader.is_slice(folder)]
+    return [table.SliceRow(name, name, "", None, None) for name in names], False
+
+
+def look_at(row: table.SliceRow, args: Any, findings: Findings) -> Looked:
+    """One slice; each look goes on where the one before it failed."""
+    found = Looked(row)
+    findings.say(f"{row.slice} (patient {row.patient}{', ' + row.part if row.part else ''})")
+    looks: tuple[Callable[[Looked, Any, Findings], None], ...] = (look_at_counts, look_at_picture, look_at_tiles)
+    for look in (*looks, look_at_panels):
+        with findings.caught(row.slice):
+            look(found, args, findings)
+    return found
+
+
+def look_at_counts(found: Looked, args: Any, findings: Findings) -> None:
+    """Counts, their totals, and what has no partner."""
+    source = reader.read_slice(table.slice_folder(args.data, found.row), found.row.slice, args.memory * GIB)
+    spans = reader.spans(source.counts, args.memory * GIB)
+    totals = np.concatenate([np.asarray(source.counts[span].sum(1)).ravel() for span in spans])
+    findings.say(
+        f"  {len(totals):,} spots, {len(source.genes):,} genes, {totals.sum():,} counts, median "
+        f"{np.median(totals):,.0f} a spot; positions matched"
+    )
+    if reader.format_unmatched(source.unmatched):
+        findings.say(f"  left aside: {reader.format_unmatched(source.unmatched)}")
+    if (totals == 0).any():
+        findings.note(f"{found.row.slice}: {(totals == 0).sum()} spots have no count and will be dropped")
+    if not totals.any():
+        raise ValueError(f"{source.root}: expected counts, found none above zero; export the matrix again")
+    found.content = reader.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes, args.memory * GIB)
+
+
+def look_at_picture(found: Looked, args: Any, findings: Findings) -> None:
+    """Array, pitch, and the picture that tiles would be cut from."""
+    row = found.row
+    root = reader.find_root(table.slice_folder(args.data, row))
+    positions, factors = reader.read_positions(root), reader.read_scalefactors(root)
+    kind = "staggered" if reader.is_staggered(positions) else "square"
+    pitch_px, um_per_px = reader.pitch_fullres_px(positions), None
+    with findings.caught(row.slice):
+        pitch_um = reader.spot_pitch_um(root, positions, row.spot_pitch_um)
+        um_per_px = pitch_um / pitch_px
+        findings.say(f"  {kind} array, pitch {pitch_um:g} um = {pitch_px:.1f} px: {um_per_px:.3f} um per px")
+    fullres, scale, hires = table.image_file(args.data, row), 1.0, root / "spatial" / "tissue_hires_image.png"
+    if fullres is None:
+        fullres, scale = hires, factors["tissue_hires_scalef"]
+        if not hires.exists():
+            raise ValueError(
+                f"{root}: expected a picture, found none, not even {hires.name}; put the H&E picture there"
+            )
+        coarse = "" if um_per_px is None else f" ({um_per_px / scale:.2f} um per px)"
+        findings.note(
+            f"{row.slice}: only the hires picture{coarse}: add the full-resolution one, cells can be seen in it"
+        )
+    size = tiles.picture_size(fullres)
+    if fullres != hires:
+        tiles.check_scale(size, fullres, root, factors["tissue_hires_scalef"])
+        if not hires.exists():
+            findings.note(f"{row.slice}: no {hires.name}: the report will show spots without tissue behind them")
+    spots, _ = reader.tissue_spots(root)
+    centres = spots[["x_fullres_px", "y_fullres_px"]].to_numpy() * scale
+    inside: np.ndarray = ((centres >= 0) & (centres < size)).all(1)
+    findings.say(f"  picture {fullres.name}, {size[0]} x {size[1]} px, {inside.sum():,} of {len(inside):,} spots on it")
+    if not inside.any():
+        raise ValueError(
+            f"{fullres}: no spot lies on it, found {size[0]} x {size[1]} px; take the positions' own picture"
+        )
+    found.barcodes = spots.index.to_numpy(str)[inside]
+
+
+def look_at_tiles(found: Looked, args: Any, findings: Findings) -> None:
+    """Tiles as image_tilling.py left them."""
+    folder = args.tiles / found.row.slice
+    record = tiles.read_record(folder)
+    if record is None:
+        if (folder / tiles.STARTED).exists():
+            raise ValueError(f"{folder}: tiling was interrupted; run image_tilling.py again, it goes on from there")
+        findings.say(f"  no tiles in {folder}: image_tilling.py cuts them")
+        return
+    pack = tiles.TilePack(folder)
+    wanted = [] if found.barcodes is None else found.barcodes.tolist()
+    lacking = set(wanted) - set(pack.barcodes.tolist())
+    if lacking:
+        raise ValueError(
+            f"{folder}: {len(lacking)} of {len(wanted)} spots have no tile ({min(lacking)}); run image_tilling.py again"
+        )
+    um_per_px = record.get("um_per_px")
+    found.tile_scale = (pack.size, round(um_per_px, 3) if um_per_px is not None and record.get("resampled") else None)
+    side = "" if um_per_px is None else f" at {um_per_px:.3f} um per px, {pack.size * um_per_px:.0f} um wide"
+    findings.say(f"  {len(pack.barcodes):,} tiles of {pack.size} px{side}, from {record.get('image')}")
+
+
+def look_at_panels(found: Looked, args: Any, findings: Findings) -> None:
+    """Gene files as make_decoder_data.py left them."""
+    name = found.row.slice
+    paths = {role: genes.panel_path(args.data, args.panels, name, role) for role in genes.FILES}
+    there = {role: path for role, path in paths.items() if path.exists()}
+    if not there:
+        findings.say("  no gene files: make_decoder_data.py writes them")
+        return
+    for role in paths:
+        found.panels[role] = panel = genes.read_panel(paths[role])
+        if found.content is not None and panel.counts_hash != found.content:
+            raise ValueError(f"{panel.path}: made of other counts than those there now; run make_decoder_data.py again")
+        lacks = f" ({(~panel.measured).sum()} not in this slice)" if not panel.measured.all() else ""
+        findings.say(f"  {len(panel.genes)} {role} genes{lacks}, chosen on {', '.join(panel.train_slices)}")
+
+
+def check_parts(rows: list[table.SliceRow], args: Any, findings: Findings) -> None:
+    """Is there something to train, to validate and to test on?"""
+    for part in table.PARTS:
+        if table.of_part(rows, part) or (part == "val" and args.val_strip):
+            continue
+        if part == "test":
+            findings.note("no slice has part test: training works, the evaluations need --part val or a test slice")
+        else:
+            strip = ", or use --val_strip" if part == "val" else ""
+            findings.mend(f"in table and split: no slice of part {part}", f"give one in slices.csv{strip}")
+
+
+def check_origin(looked: list[Looked], findings: Findings) -> None:
+    """Genes that were chosen on a slice outside the train part have seen what they are tested on."""
+    train = {one.row.slice for one in looked if one.row.part == "train"}
+    for one in looked:
+        foreign = sorted({name for panel in one.panels.values() for name in panel.train_slices} - train)
+        if foreign:
+            findings.mend(
+                f"in {one.row.slice}: genes chosen on {', '.join(foreign)}, outside the train part",
+                "run make_decoder_data.py with this split",
+            )
+
+
+def check_alike(looked: list[Looked], findings: Findings) -> None:
+    """Training takes slices of one tile scale and one panel only."""
+    scales = {one.tile_scale for one in looked if one.tile_scale is not None}
+    if len(scales) > 1:
+        found = " and ".join(sorted(f"{px} px at {um or 'no stated'} um per px" for px, um in scales))
+        findings.mend(
+            f"in the tiles: {found}", "run image_tilling.py on all slices with the same --tile_um and --tile_px"
+        )
+    missing = [one.row.slice for one in looked if scales and one.tile_scale is None]
+    if missing:
+        findings.mend(f"in the tiles: {', '.join(missing)} have none, other slices have", "run image_tilling.py again")
+    for role in genes.FILES:
+        with_panel = {genes.panel_hash(one.panels[role].genes) for one in looked if role in one.panels}
+        without = [one.row.slice for one in looked if with_panel and role not in one.panels]
+        if len(with_panel) > 1:
+            findings.mend(f"in the {role} genes: {len(with_panel)} different panels", "run make_decoder_data.py again")
+        if without:
+            findings.mend(f"in the {role} genes: {', '.join(without)} have no file", "run make_decoder_data.py again")
+
+
+def check_room(looked: list[Looked], args: Any, findings: Findings) -> None:
+    """Is there room for the tiles that are still to be cut?"""
+    from utils.doctor import existing
+
+    n_spots = sum(len(one.barcodes) for one in looked if one.tile_scale is None and one.barcodes is not None)
+    free = shutil.disk_usage(existing(args.tiles)).free
+    if n_spots * TILE_BYTES > free:
+        findings.mend(
+            f"{free / GIB:.1f} GiB free for {args.tiles}, about {n_spots * TILE_BYTES / GIB:.1f} GiB of tiles to come",
+            "make room, or give another disk with --tiles",
+        )

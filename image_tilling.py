@@ -50,13 +50,22 @@ _blocks: np.ndarray  # (chunks under way, CHUNK, Z, Z, 3)
 def parse_args(argv=None):
     parser = arguments.shared(__doc__, part="all")
     group = parser.add_argument_group("tiles")
-    group.add_argument("--source", choices=["auto", "fullres", "hires"], default="auto", help="auto: fullres if there")
     group.add_argument(
-        "--tile_um", type=arguments.positive, default=112.0, help="side of the tissue square, micrometres"
+        "--source", choices=["auto", "fullres", "hires"], default="auto", help="picture: fullres if there, else hires"
     )
-    group.add_argument("--tile_px", type=arguments.count, default=224, help="side of the tile, pixels")
+    group.add_argument(
+        "--tile_um",
+        type=arguments.positive,
+        default=112.0,
+        help="side of the tissue square, um (112); more shows the surroundings: 310 in the benchmark of few spots",
+    )
+    group.add_argument("--tile_px", type=arguments.count, default=224, help="side of the tile, pixels (224)")
     group.add_argument("--crop_size", type=arguments.count, help="instead: a square of so many source pixels, unscaled")
-    group.add_argument("--spot_pitch_um", type=arguments.positive, help="centre to centre, where it is not known")
+    group.add_argument(
+        "--spot_pitch_um",
+        type=arguments.positive,
+        help="centre to centre, um, on square arrays (200 on legacy ST); slices.csv may say it slice by slice",
+    )
     return parser.parse_args(argv)
 
 

@@ -28,14 +28,15 @@ def parse_args(argv=None):
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help="what to import; docs/own_data.md says what it holds"
     )
-    parser.add_argument("--format", choices=FORMATS, required=True, help="what SOURCE is")
-    parser.add_argument("--out", type=Path, required=True, help="folder of slices, new or not; later given as --data")
-    parser.add_argument(
+    group = parser.add_argument_group("import")
+    group.add_argument("--format", choices=FORMATS, required=True, help="what SOURCE is")
+    group.add_argument("--out", type=Path, required=True, help="folder of slices, new or not; later given as --data")
+    group.add_argument(
         "--image", type=Path, help="full-resolution H&E of the only slice, where SOURCE does not hold it"
     )
-    parser.add_argument("--bin", type=arguments.count, help="Visium HD: bin size in um (default: 16)")
-    parser.add_argument("--spot_pitch_um", type=arguments.positive, help="centre to centre, where it is not known")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group.add_argument("--bin", type=arguments.count, help="Visium HD: bin size in um (default: 16)")
+    group.add_argument("--spot_pitch_um", type=arguments.positive, help="um centre to centre, where it is not known")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments.add_memory(parser)
     return parser.parse_args(argv)
 

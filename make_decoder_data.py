@@ -178,7 +178,7 @@ def write_panels(one: Surveyed, panels: dict[str, tuple[list[str], str]], train,
         genes.write_panel(genes.panel_path(args.data, args.panels, one.row.slice, role), adata, blocks)
 
 
-@alone_in("panels", "data")
+@alone_in("panels")
 def main(args):
     rows, warnings = table.read_table(args.data, args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)
     arguments.say(warnings)

@@ -39,9 +39,9 @@ def parse_args(argv=None):
     )
     group.add_argument("--positions", type=Path, help="Space Ranger positions of the spots, in place of a grid")
     group.add_argument("--mask", type=Path, help="picture of any size, bright where there is tissue, in place of ours")
-    group.add_argument("--pitch_um", type=arguments.positive, help="between spots (default: 100, a slice's its own)")
+    group.add_argument("--pitch_um", type=arguments.positive, help="um between spots (default: 100, a slice's its own)")
     group.add_argument("--huge", action="store_true", help="allow large pictures that are decoded as a whole")
-    group.add_argument("--grid", choices=["hexagonal", "square"], default="hexagonal")
+    group.add_argument("--grid", choices=["hexagonal", "square"], default="hexagonal", help="of the spots (hexagonal)")
     group = parser.add_argument_group("prediction")
     group.add_argument(
         "--decoder",

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from utils import targets
+from utils.decoder_scores import validate, widen
 from utils.slices import table
 from utils.training import arguments, checkpoint, datasets, leaks, overlap
 from utils.training.folder import alone_in
@@ -37,10 +37,16 @@ def parse_args(argv=None):
         "--target", choices=["lognorm", "residuals", "counts"], default="residuals", help="what is learnt"
     )
     group.add_argument("--context", type=arguments.count_or_zero, default=18, help="nearest spots the decoder sees")
-    group.add_argument("--decoder_layers", type=arguments.count_or_zero, default=6)
-    group.add_argument("--decoder_width", type=arguments.count, default=64)
+    group.add_argument("--decoder_layers", type=arguments.count_or_zero, default=6, help="0: ridge and expansion alone")
+    group.add_argument("--decoder_width", type=arguments.count, default=64, help="a multiple of 4, its heads")
     group.add_argument(
         "--turns", type=int, choices=[1, 2, 4, 8], default=1, help="of a tile that its features are averaged over"
+    )
+    group.add_argument(
+        "--keep_variance",
+        type=arguments.fraction,
+        default=0.0,
+        help="0: predictions of least error; 1: of the measured deviation, as far as validation spots tell",
     )
     group.add_argument("--views", type=arguments.count, default=1, help="kept of a train tile: itself, augmented ones")
     group.add_argument("--feature_budget", type=arguments.positive, default=20.0, help="GiB on disk for kept features")
@@ -164,24 +170,6 @@ def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator
     return total / len(order)
 
 
-def validate(model, bank, slices, truth: list[np.ndarray], accelerator, args) -> np.ndarray:
-    """PCC per gene against residuals on validation spots, mean over slices: (G,); an undefined one counts as 0."""
-    from utils.evaluation import metrics
-    from utils.training import distributed
-    from utils.training.feature_bank import predict
-
-    model.eval()
-    autocast, found = partial(distributed.decoder_autocast, accelerator, args.precision), []
-    for one, start, measured in zip(slices, bank.first, truth, strict=False):
-        if len(measured):
-            predicted = predict(model, bank, start + one.rows_of("val"), autocast, args.batch_size)
-            known = np.isfinite(measured).all(0)
-            pcc = metrics.scored_pearson_per_gene(predicted, np.nan_to_num(measured))
-            found.append(np.where(known, pcc, np.nan))
-    known = np.isfinite(found)
-    return np.nansum(found, axis=0) / np.maximum(known.sum(0), 1)
-
-
 def report(row: dict[str, float]) -> str:
     return (
         f"epoch {row['epoch']}: loss {row['loss']:.4f} (mean profile 1), validation PCC per gene against residuals "
@@ -264,6 +252,7 @@ def main(args):
     if not args.resume:
         print(start_from_ridge(model, bank, slices, target, truth, args))
         val_pcc = validate(model, bank, slices, truth, accelerator, args)
+        widen(model, bank, slices, target, sd, accelerator, args)
         row = {"epoch": args.Init_Epoch - 1, "val_pcc_residuals": float(val_pcc.mean())}
         progress.begin(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
     for epoch in range(progress.epoch, args.Epoch):
@@ -271,6 +260,7 @@ def main(args):
         loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, progress, args)
         with progress.looking():
             val_pcc = validate(model, bank, slices, truth, accelerator, args)
+            widen(model, bank, slices, target, sd, accelerator, args)
         row = {"epoch": epoch, "loss": loss, "val_pcc_residuals": float(val_pcc.mean())}
         row |= {"lr": schedule.get_last_lr()[0], "seconds": time.monotonic() - start}
         log.add(row)

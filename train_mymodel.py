@@ -43,7 +43,7 @@ def parse_args(argv=None):
     gene_weights.add_flags(parser)
     group = parser.add_argument_group("method")
     group.add_argument("--width", type=arguments.count, default=512, help="shared width of pictures and profiles")
-    group.add_argument("--fusion_blocks", type=arguments.count, default=3)
+    group.add_argument("--fusion_blocks", type=arguments.count, default=3, help="depth of the matching module")
     group.add_argument("--queue_size", type=arguments.count_or_zero, default=4096, help="earlier spots as negatives")
     group.add_argument("--alpha", type=arguments.fraction, default=0.4, help="share of the twin in the target; 0: none")
     group.add_argument("--expression_weight", type=arguments.not_negative, default=5.0, help="of the expression loss")

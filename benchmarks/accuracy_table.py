@@ -67,7 +67,45 @@ def fold_table(records: Sequence[Record]) -> dict[str, Any]:
         "best_baseline": best,
         "ratio": scores["magic"] / scores[best] if scores[best] > 0 else None,
         "difference_interval": difference(records, "magic", records, best),
+        "diagnostics": diagnostics_of(records),
     }
+
+
+def diagnostics_of(records: Sequence[Record]) -> dict[str, Any]:
+    """Means over seeds of what tells whether stage one learnt, collapsed, or learnt the slide."""
+    found = [record["diagnostics"] for record in records]
+
+    def mean(*path: str) -> float | None:
+        values: list[Any] = found
+        for key in path:
+            values = [one and one[key] for one in values]
+        return None if None in values else float(np.mean(values))
+
+    return {
+        "contrast_loss": mean("losses", "best", "contrast_loss"),
+        "contrast_chance": mean("losses", "best", "contrast_chance"),
+        "matching_loss": mean("losses", "best", "matching_loss"),
+        "matching_chance": mean("losses", "best", "matching_chance"),
+        "slice_before": mean("slice_classifier", "before", "accuracy"),
+        "slice_after": mean("slice_classifier", "after", "accuracy"),
+        "slice_chance": mean("slice_classifier", "after", "chance"),
+        "rank_image": mean("effective_rank", "image"),
+        "rank_gene": mean("effective_rank", "gene"),
+        "dead_units": mean("dead_units", "image"),
+        "calibration_error": mean("matching_calibration_error"),
+        "sd_ratio": mean("sd_ratio"),
+    }
+
+
+def diagnostics_markdown(told: Mapping[str, float | None]) -> str:
+    shown = {name: "-" if value is None else f"{value:.3g}" for name, value in told.items()}
+    return (
+        "Stage one: contrast {contrast_loss} (chance {contrast_chance}), matching {matching_loss} (chance "
+        "{matching_chance}) at the best epoch; a linear classifier tells the train slices apart at {slice_before} "
+        "before and {slice_after} after (chance {slice_chance}); effective rank of the test embeddings {rank_image} "
+        "(pictures), {rank_gene} (profiles); dead units {dead_units}; calibration error of matching "
+        "{calibration_error}. Predicted over measured deviation of a gene: {sd_ratio}."
+    ).format(**shown)
 
 
 def difference(ones: Sequence[Record], row: str, others: Sequence[Record], other_row: str) -> list[float]:
@@ -123,6 +161,7 @@ def fold_markdown(name: str, fold: Mapping[str, Any], n_seeds: int) -> list[str]
         f"{between(fold['difference_interval'], '+.3f')}.",
         f"Retrieval among a spot's neighbours (chance {chance:.3f}): {', '.join(gallery)}; whole slice, R@10 "
         f"{cell(magic['R@10'])} (chance {magic['R@10_chance']:.3f}).",
+        diagnostics_markdown(fold["diagnostics"]),
         "",
     ]
 

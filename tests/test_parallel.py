@@ -18,7 +18,7 @@ def launch(n: int, *words) -> subprocess.CompletedProcess:
     """parallel_run.py in n processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += [str(ROOT / "tests" / "parallel_run.py"), *map(str, words)]
+    command += ["--", str(ROOT / "tests" / "parallel_run.py"), *map(str, words)]  # torchrun takes --logs for its own
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 

@@ -125,8 +125,8 @@ def look_at_picture(found: Looked, args: Any, findings: Findings) -> None:
             findings.note(f"{row.slice}: no {hires.name}: the report will show spots without tissue behind them")
     spots, _ = reader.tissue_spots(root)
     centres = spots[["x_fullres_px", "y_fullres_px"]].to_numpy() * scale
-    inside: np.ndarray = ((centres >= 0) & (centres < size)).all(1)
-    findings.say(f"  picture {fullres.name}, {size[0]} x {size[1]} px, {inside.sum():,} of {len(inside):,} spots on it")
+    inside = np.all((centres >= 0) & (centres < size), axis=1)
+    findings.say(f"  picture {fullres.name}, {size[0]} x {size[1]} px, {inside.sum():,} of {len(spots):,} spots on it")
     if not inside.any():
         raise ValueError(
             f"{fullres}: no spot lies on it, found {size[0]} x {size[1]} px; take the positions' own picture"

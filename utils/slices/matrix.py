@@ -5,6 +5,8 @@ read by spans of spots: genes x barcodes by column are spots x genes by row, so 
 Whatever is wrong with a file is a ValueError of one line: the file, what was expected, what was found, how to mend it.
 """
 
+from __future__ import annotations
+
 import csv
 import math
 import zlib
@@ -12,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
-import pandas as pd
 from scipy.sparse import csr_matrix, vstack
 
 MATRICES = (
@@ -133,6 +135,8 @@ def listing(folder: Path) -> str:
 
 
 def check_once(path: Path, barcodes: np.ndarray) -> None:
+    import pandas as pd
+
     repeated = pd.Index(barcodes).duplicated()
     if repeated.any():
         raise ValueError(f"{path}: expected each barcode once, found {barcodes[repeated][0]} again; remove one of them")
@@ -169,7 +173,9 @@ def _h5_counts(path: Path, group: h5py.Group, memory: float) -> csr_matrix | Sto
     return StoredCounts(path, places[:-1], np.diff(places), np.ones(shape[1], bool), int(longest(memory)))
 
 
-def _read_tsv(path: Path) -> pd.DataFrame:
+def _read_tsv(path: Path) -> Any:
+    import pandas as pd
+
     with reading(path, "a table of text separated by tabs"):
         return pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
 

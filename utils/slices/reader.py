@@ -5,13 +5,15 @@ Ranger's pxl_col_in_fullres, y_fullres_px its pxl_row_in_fullres. Whatever is wr
 line: the file, what was expected, what was found, how to mend it.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from scipy.sparse import csr_matrix
 
 from utils.slices.content import counts_hash
@@ -28,6 +30,9 @@ from utils.slices.matrix import (
     slice_matrix,
     spans,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [  # with what utils.slices.matrix and content give, so that callers know one reader
     "CountMatrix",
@@ -113,6 +118,8 @@ def is_slice(folder: str | Path) -> bool:
 
 def _position_table(path: Path) -> pd.DataFrame:
     """The six columns of a positions file, by name, unchecked."""
+    import pandas as pd
+
     with reading(path, "a table of spot positions"):
         if path.suffix == ".parquet":
             table = pd.read_parquet(path, columns=list(POSITION_COLUMNS))
@@ -135,6 +142,8 @@ def read_positions(root: str | Path) -> pd.DataFrame:
     -------
     DataFrame, index barcode; columns in_tissue (bool), array_row, array_col (int), x_fullres_px, y_fullres_px (float64)
     """
+    import pandas as pd
+
     path = first_of(Path(root) / "spatial", POSITION_FILES)
     if path is None:
         raise ValueError(f"{Path(root) / 'spatial'}: expected one of {', '.join(POSITION_FILES)}, found none; add it")
@@ -172,6 +181,8 @@ def _match(
     root: Path, positions: pd.DataFrame, barcodes: np.ndarray
 ) -> tuple[pd.DataFrame, np.ndarray, dict[str, int]]:
     """Spots under tissue that have both sides, their rows (S,) in the matrix, and how many have not."""
+    import pandas as pd
+
     place = positions.index.get_indexer(pd.Index(barcodes))  # -1 without a position
     known = place >= 0
     if not known.any():

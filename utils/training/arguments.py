@@ -20,6 +20,16 @@ WHERE = (
 ).split()
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it is, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or "(default" in said:
+            return action.help
+        return f"{said} (default: %(default)s)".strip()
+
+
 class Parser(argparse.ArgumentParser):
     """A wrong flag gives one line, not the usage page."""
 
@@ -64,7 +74,7 @@ def not_negative(text: str) -> float:
 
 def shared(description: str | None, part: str | None = None) -> Parser:
     """A parser with the flags of every script; `part` is the default of --part, None where the script has none."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=Help, allow_abbrev=False)
     group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, default=Path("data/Breast_cancer"), help="folder of slices")
     group.add_argument(
@@ -73,12 +83,14 @@ def shared(description: str | None, part: str | None = None) -> Parser:
     group.add_argument("--panels", type=Path, help="gene files, a folder per slice (default: inside --data)")
     group.add_argument("--slices", type=Path, help="table of slices (default: slices.csv in --data, if there)")
     if part is not None:
-        group.add_argument("--part", choices=[*PARTS, "all"], default=part, help=f"slices to use (default: {part})")
+        group.add_argument("--part", choices=[*PARTS, "all"], default=part, help="slices to use")
     group.add_argument("--val_strip", action="store_true", help="a quarter of each train slice is the validation")
     group.add_argument("--allow_leak", action="store_true", help="go on where a patient is in test and elsewhere too")
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    group.add_argument("--seed", type=count_or_zero, default=0)
+    group.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one"
+    )
+    group.add_argument("--seed", type=count_or_zero, default=0, help="fixes every draw")
     group.add_argument(
         "--workers", type=count_or_zero, help="processes (default: 4 or as many as cores; none to read without a GPU)"
     )
@@ -91,15 +103,22 @@ def add_training(parser: Parser, out: str) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--out", type=Path, default=Path(out), help="checkpoints go here")
     group.add_argument("--logs", type=Path, default=Path("logs"), help="log.jsonl, loss picture, TensorBoard events")
-    group.add_argument("--batch_size", type=count, default=32, help="whole batch over all processes")
+    group.add_argument(
+        "--batch_size", type=count, default=32, help="whole batch over all processes; more negatives for more memory"
+    )
     group.add_argument("--Init_Epoch", type=count_or_zero, default=0, help="number of the first epoch")
     group.add_argument("--Epoch", type=count, default=100, help="number of the epoch to stop before")
     group.add_argument("--Init_lr", type=positive, default=1e-4, help="highest learning rate, not rescaled")
     group.add_argument("--Min_lr", type=not_negative, help="last learning rate (default: Init_lr * 0.01)")
     group.add_argument("--momentum", type=fraction, default=0.9, help="first beta of AdamW")
-    group.add_argument("--weight_decay", type=not_negative, default=1e-2)
-    group.add_argument("--lr_decay_type", choices=["cos", "step"], default="cos")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    group.add_argument("--weight_decay", type=not_negative, default=1e-2, help="of AdamW; norms and biases have none")
+    group.add_argument("--lr_decay_type", choices=["cos", "step"], default="cos", help="cosine, or ten stairs")
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="auto: bf16 where the hardware multiplies in it, else fp32",
+    )
     group.add_argument("--compile", action="store_true", help="torch.compile first: minutes, then faster steps")
     group.add_argument("--export", type=Path, help="new folder to share the best epoch by: see docs/sharing.md")
     group = parser.add_argument_group("interruptions")
@@ -132,7 +151,7 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--image_tokens", type=count, default=50, help="tokens of a tile the fusion sees, most")
     group = parser.add_argument_group("gene encoder")
     group.add_argument("--gene_depth", type=count, default=6, help="Performer blocks")
-    group.add_argument("--gene_width", type=count, default=200)
+    group.add_argument("--gene_width", type=count, default=200, help="width of the Performer")
     group.add_argument("--gene_heads", type=count, default=10, help="heads of 64")
     group.add_argument("--gene_tokens", type=count, default=64, help="tokens the genes are gathered into")
     group.add_argument("--equal_depth", type=count, help="thin each spot's counts to so many before binning")
@@ -151,7 +170,12 @@ def add_evaluation(parser: Parser, out: str) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--image_weights", help="of the untouched encoder (default: those stage one started from)")
     group.add_argument("--batch_size", type=count, default=32, help="spots encoded at a time")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="auto: bf16 where the hardware multiplies in it, else fp32",
+    )
     group.add_argument("--out", type=Path, default=Path(out), help="results go here")
     return group
 

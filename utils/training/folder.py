@@ -55,17 +55,17 @@ def held(folder: Path, flag: str) -> Iterator[None]:
                 one.rmdir()
 
 
-def alone_in(*names: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Decorator of a script's main(args): the folder of the first of these flags that is given is held while it runs;
-    of several processes the first one holds it for all."""
+def alone_in(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Decorator of a script's main(args): the folder that the flag --`name` gives, if it gives one, is held while it
+    runs; of several processes the first one holds it for all."""
 
     def decorate(main: Callable[[Any], None]) -> Callable[[Any], None]:
         @functools.wraps(main)
         def alone(args: Any) -> None:
-            if not distributed.is_main():
+            folder = getattr(args, name)
+            if folder is None or not distributed.is_main():
                 return main(args)
-            name = next(name for name in names if getattr(args, name) is not None)
-            with held(getattr(args, name), f"--{name}"):
+            with held(folder, f"--{name}"):
                 return main(args)
 
         return alone

@@ -1,0 +1,253 @@
+"""README and docs: commands have flags that exist, links lead somewhere, named functions and messages are in the code.
+
+The tutorial's commands are run, in their order, on simulated slices.
+"""
+
+import ast
+import contextlib
+import importlib
+import os
+import re
+import shlex
+import shutil
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from PIL import Image
+from tiny_runs import FLAGS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
+NOT_OURS = "not run here"  # a block that says so downloads something, by other programs
+
+
+def code_blocks(text: str) -> list[str]:
+    """Indented and fenced blocks of a page, without the fences; those that call other programs are left out."""
+    fenced = re.findall(r"(?ms)^```\w*\n(.*?)^```$", text)
+    rest = re.sub(r"(?ms)^```\w*\n.*?^```$", "", text)
+    indented = re.findall(r"(?m)(?:^    .*\n?)+", rest)
+    return [block for block in (*indented, *fenced) if NOT_OURS not in block]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of each line of a page's code blocks that runs something of this repository: [what, flags ...]."""
+    found = []
+    for block in code_blocks(text):
+        for line in re.sub(r"\\\n", " ", block).splitlines():
+            with contextlib.suppress(ValueError):  # a quotation mark without its partner: no command
+                words = shlex.split(line, comments=True)
+                starts = [i for i, word in enumerate(words) if re.fullmatch(r"(benchmarks/)?\w+\.py", word)]
+                modules = [
+                    i + 1 for i, word in enumerate(words[:-1]) if word == "-m" and words[i + 1].startswith("utils.")
+                ]
+                if any(word in ("python", "torchrun", "accelerate") for word in words[:1]) and (starts or modules):
+                    found.append(words[min(starts + modules) :])
+    return found
+
+
+def every_command() -> list:
+    return [
+        pytest.param(words, id=f"{page.stem}: {' '.join(words)[:70]}")
+        for page in PAGES
+        for words in commands(page.read_text())
+    ]
+
+
+def test_commands_are_found():
+    text = (
+        "    python a.py --b \\\n        1    # c\n\n```bash\npython -m utils.d x\n```\n`python e.py`\n    sed a.py\n"
+    )
+    assert commands(text) == [["a.py", "--b", "1"], ["utils.d", "x"]]
+    assert commands("```bash\n# not run here\npython a.py\n```\n") == []
+    names = {words[0] for page in PAGES for words in commands(page.read_text())}
+    assert {"train_mymodel.py", "train_decoder.py", "predict_slide.py", "utils.doctor"} <= names
+
+
+@pytest.mark.parametrize("words", every_command())
+def test_every_command_has_flags_that_exist(words, capsys):
+    parse = getattr(importlib.import_module(words[0].removesuffix(".py").replace("/", ".")), "parse_args", None)
+    if parse is None:
+        pytest.skip(f"{words[0]} has no parse_args to ask")
+    with mock.patch.dict(os.environ):  # predict_slide.py sets variables of its process there
+        parse(words[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_and_headings(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http:", "https:")):
+            path, _, heading = target.partition("#")
+            there = page.parent / path if path else page
+            assert there.exists(), target
+            if heading:
+                titles = re.findall(r"(?m)^#+ (.*)", there.read_text())
+                assert heading in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_make_targets_that_pages_name_exist():
+    targets = set(re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text()))
+    for page in PAGES:
+        named = re.findall(r"(?m)(?:`|^    )make (?:\w+=\S+ )?([\w-]+)", page.read_text())
+        assert set(named) <= targets, page
+
+
+# ---- docs/method.md: each equation and where it stands
+
+
+def defined(path: Path, dotted: str) -> bool:
+    """Whether a file defines a function, or a class and its method."""
+    body = ast.parse(path.read_text()).body
+    for name in dotted.split("."):
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        body = next((node.body for node in body if isinstance(node, kinds) and node.name == name), None)
+        if body is None:
+            return False
+    return True
+
+
+def test_every_place_that_method_md_names_exists():
+    places = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "docs/method.md").read_text())
+    assert len(places) > 50
+    assert [place for place in places if not defined(ROOT / place[0], place[1])] == []
+    assert defined(ROOT / "model/losses.py", "distilled_target") and not defined(ROOT / "model/losses.py", "target")
+
+
+def test_every_module_of_the_model_is_in_method_md():
+    text = (ROOT / "docs/method.md").read_text()
+    not_equations = {"__init__", "image_weights", "scbert"}  # files of weights, which other pages describe
+    modules = {path.stem for path in (ROOT / "model").glob("*.py")} - not_equations
+    assert {name for name in modules if f"model/{name}.py:" not in text} == set()
+
+
+def test_constants_that_method_md_states_are_those_of_the_code():
+    from model import gene_encoder, performer, stage_one
+    from utils import start
+    from utils.evaluation import ridge
+    from utils.training import augment, feature_bank
+
+    text = (ROOT / "docs/method.md").read_text()
+    assert (performer.N_FEATURES, performer.HEAD_WIDTH, performer.EPSILON) == (266, 64, 1e-4)
+    assert (stage_one.TWIN_MOMENTUM, gene_encoder.N_BINS, start.REST) == (0.995, 7, 0.02)
+    assert (feature_bank.MIN_SPOTS, feature_bank.MIN_SD, feature_bank.CONTEXT_PITCHES) == (64, 1e-3, 2.6)
+    assert (augment.SHIFT, augment.JITTER, ridge.RANKS) == (0.05, 0.15, (5, 10, 20, 40, None))
+    assert next(i for i in range(9999) if stage_one.twin_momentum(i) == 0.995) == 1790 and "step 1,790" in text
+
+
+# ---- docs/troubleshooting.md: messages as the code has them
+
+
+@cache
+def messages() -> str:
+    """Every string of the sources, one a line; what an f-string fills in is a tab."""
+    found = []
+    for path in [
+        *ROOT.glob("*.py"),
+        *(ROOT / "model").rglob("*.py"),
+        *(ROOT / "utils").rglob("*.py"),
+        ROOT / "Makefile",
+    ]:
+        if path.name == "Makefile":
+            found.append(path.read_text())
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\t" for part in node.values]
+                found.append("".join(map(str, parts)).replace("\n", " "))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value.replace("\n", " "))
+    return "\n".join(found).replace("`", "")
+
+
+def quoted(page: str) -> list[str]:
+    """What stands in backticks, or slanted, in the first column of the tables of symptoms."""
+    rows = re.findall(r"(?m)^\| (.+?) \| .+ \|$", page)
+    return [text for row in rows for text in re.findall(r"`([^`]+)`|(?<!\w)\*([^*]+)\*", row) for text in text if text]
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code():
+    texts = quoted((ROOT / "docs/troubleshooting.md").read_text())
+    assert len(texts) > 30
+    missing = [text for text in texts for part in text.split("...") if part.strip() not in messages()]
+    known = {"contrast", "matching", "Too many open files"}  # columns of the log, and the system's own message
+    assert [text for text in missing if text not in known] == []
+
+
+# ---- the tutorial, run
+
+
+def tiny(what: str) -> list[str]:
+    """Flags that make a command of the tutorial small."""
+    script = what.removesuffix(".py")
+    epochs = ["--Epoch", "1"] if script.startswith("train_") else []
+    return [*FLAGS.get(script, "").split(), *epochs, *(["--workers", "0"] if script in FLAGS else [])]
+
+
+@pytest.fixture(scope="module")
+def followed(simulated, tmp_path_factory):
+    """A folder in which the tutorial's commands were typed, one after the other; what each of them printed."""
+    home, printed = tmp_path_factory.mktemp("tutorial"), {}
+    shutil.copytree(simulated, home / "data" / "mine")
+    Image.open(simulated / "P03_1" / "P03_1_he.jpg").save(home / "slide.tif")
+    before = Path.cwd()
+    os.chdir(home)
+    try:
+        main_way = (ROOT / "docs/tutorial.md").read_text().split("## A few hundred spots")[0]
+        for words in commands(main_way):
+            module = importlib.import_module(words[0].removesuffix(".py"))
+            said = printed[" ".join(words)] = home / f"{len(printed)}.txt"
+            small = (
+                ["--um_per_px", "1", "--device", "cpu", "--precision", "fp32"]
+                if words[0] == "predict_slide.py"
+                else tiny(words[0])
+            )
+            with said.open("w") as file, contextlib.redirect_stdout(file), mock.patch.dict(os.environ):
+                code = module.main(module.parse_args([*words[1:], *small]))
+            assert not code, words
+    finally:
+        os.chdir(before)
+    return home, {command: path.read_text() for command, path in printed.items()}
+
+
+def test_the_tutorial_has_each_script_and_ends_with_its_reports(followed):
+    home, printed = followed
+    order = [command.split()[0] for command in printed]
+    scripts = ["image_tilling", "make_decoder_data", "train_mymodel", "train_decoder", "get_accuracy_image"]
+    assert order == ["utils.doctor"] * 2 + [f"{s}.py" for s in (*scripts, "decoder_similarity", "predict_slide")]
+    for report in ("results/retrieval", "results/similarity", "predicted"):
+        assert (home / report / "report.html").stat().st_size > 10_000
+    for written in ("encoder_model/best_epoch_weights.pth", "decoder_model/best_epoch_weights.pth", "data/mine_tiles"):
+        assert (home / written).exists()
+    assert list((home / "logs/stage_one").glob("*/epoch_loss.png"))
+    assert (home / "results/similarity/genes.csv").exists() and (home / "results/similarity/predictions.h5ad").exists()
+
+
+def test_what_the_tutorial_says_to_look_at_is_printed(followed):
+    printed = {command.split()[0]: text for command, text in followed[1].items()}
+    assert "All in order" in printed["utils.doctor"] and "spots on it" in printed["utils.doctor"]
+    assert re.search(
+        r"contrast [\d.]+ \(chance [\d.]+\), matching [\d.]+ \(chance 0\.637\)", printed["train_mymodel.py"]
+    )
+    assert "R@5" in printed["train_mymodel.py"]
+    assert re.search(r"ridge to start from: .*validation PCC per gene", printed["train_decoder.py"])
+    assert "reranked" in printed["get_accuracy_image.py"] and "ridge_neighbours" in printed["decoder_similarity.py"]
+
+
+def test_the_citation_names_the_paper_and_the_version():
+    text = (ROOT / "CITATION.cff").read_text()
+    version = re.search(r'(?m)^version = "(.*)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert re.search(rf"(?m)^version: {re.escape(version)}$", text) and "doi: 10.1093/bib/bbaf317" in text
+    for key in ("cff-version: 1.2.0", "message:", "title:", "authors:"):  # those that the format asks for
+        assert re.search(rf"(?m)^{key}", text)
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_figure_is_drawn_for_light_and_dark_and_describes_itself():
+    from xml.etree import ElementTree
+
+    root = ElementTree.parse(ROOT / "docs/method.svg").getroot()
+    names = {element.tag.split("}")[-1] for element in root.iter()}
+    assert {"title", "desc", "text", "style"} <= names and "image" not in names
+    assert "prefers-color-scheme: dark" in (ROOT / "docs/method.svg").read_text()

@@ -178,7 +178,13 @@ def test_features_on_disk_teach_as_those_in_memory(trained, tmp_path, flags):
 
 
 def different_files(out):
-    expected = {"best_epoch_weights.pth", "last_epoch_weights.pth", "slices.csv", "features"}
+    expected = {
+        "best_epoch_weights.pth",
+        "last_epoch_weights.pth",
+        "previous_epoch_weights.pth",
+        "slices.csv",
+        "features",
+    }
     return {path.name for path in (out / "decoder_model").iterdir()} - expected
 
 

@@ -65,7 +65,11 @@ def test_the_same_counts_in_two_parts_are_refused(work, capsys):
 
 
 def state_of(rows, **more):
-    kept = {"table": [dataclasses.asdict(r) for r in rows], "counts_hashes": {r.slice: f"h{r.slice}" for r in rows}}
+    kept = {
+        "table": [dataclasses.asdict(r) for r in rows],
+        "pretrain_hashes": {},
+        "counts_hashes": {r.slice: f"h{r.slice}" for r in rows},
+    }
     return kept | {"settings": {"allow_leak": False, "val_strip": False}} | more
 
 

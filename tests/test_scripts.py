@@ -12,7 +12,7 @@ import pytest
 import scanpy
 import torch
 from PIL import Image
-from tiny_runs import BEST, LAST, Work, snapshot
+from tiny_runs import BEST, LAST, PREVIOUS, Work, snapshot
 
 from model.image_encoder import ImageEncoder
 from utils.slices import genes, table
@@ -56,9 +56,9 @@ def numbers(tree):
 
 
 @pytest.mark.parametrize(("stage", "folder"), [("stage_one", "encoder_model"), ("stage_two", "decoder_model")])
-def test_training_writes_two_checkpoints_its_table_and_its_log(done, stage, folder):
+def test_training_writes_its_checkpoints_its_table_and_its_log(done, stage, folder):
     out, (log,) = done.out / folder, (done.out / "logs" / stage).iterdir()
-    assert {path.name for path in out.iterdir() if path.is_file()} == {BEST, LAST, "slices.csv"}
+    assert {path.name for path in out.iterdir() if path.is_file()} == {BEST, LAST, PREVIOUS, "slices.csv"}
     rows, _ = table.read_table(done.data, out / "slices.csv")
     assert [(row.slice, row.part) for row in rows] == [("P01_1", "train"), ("P02_1", "val"), ("P03_1", "test")]
     assert {"settings.json", "log.jsonl", "epoch_loss.png"} <= {path.name for path in log.iterdir()}

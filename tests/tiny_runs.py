@@ -31,6 +31,7 @@ TRAINING = ("train_mymodel", "train_decoder")
 EVALUATION = ("get_accuracy_image", "decoder_similarity")
 ONE_EPOCH = dict.fromkeys(TRAINING, ("--Epoch", 1))
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
+PREVIOUS = "previous_epoch_weights.pth"
 STAGES = {"train_mymodel": "encoder_model", "train_decoder": "decoder_model"}
 
 

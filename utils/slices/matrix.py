@@ -135,11 +135,9 @@ def listing(folder: Path) -> str:
 
 
 def check_once(path: Path, barcodes: np.ndarray) -> None:
-    import pandas as pd
-
-    repeated = pd.Index(barcodes).duplicated()
-    if repeated.any():
-        raise ValueError(f"{path}: expected each barcode once, found {barcodes[repeated][0]} again; remove one of them")
+    unique, number = np.unique(barcodes, return_counts=True)
+    if len(unique) < len(barcodes):
+        raise ValueError(f"{path}: expected each barcode once, found {unique[number > 1][0]} again; remove one of them")
 
 
 def _text(dataset: h5py.Dataset) -> np.ndarray:

@@ -209,12 +209,12 @@ def stage_two(setting: Setting) -> Work:
     model = StageTwo(StageTwoSizes(N_TARGETS, setting.image_encoder, 224, width=WIDTH))
     bank = feature_bank(setting, memory)
     optimizer = loop.make_optimizer(model.decoder.parameters(), args)
-    schedule = loop.schedule(optimizer, N_STEPS, args)
-    around = (target, accelerator.prepare(optimizer), schedule, accelerator)
+    around = (target, accelerator.prepare(optimizer), loop.schedule(optimizer, N_STEPS, args), accelerator)
 
     def train(n_steps: int) -> None:
         order = Steps(setting.n_spots, n_steps)
-        train_decoder.train_one_epoch(model, bank, np.arange(setting.n_spots), *around, order, 0, args)
+        start = SimpleNamespace(epoch=0, step=0, sums={}, after_step=lambda *_: None)  # as Progress, saves nothing
+        train_decoder.train_one_epoch(model, bank, np.arange(setting.n_spots), *around, order, start, args)
 
     train(1)
     return Work(partial(train, N_STEPS), N_STEPS, "steps")

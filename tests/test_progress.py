@@ -136,6 +136,12 @@ def test_other_flags_are_said_at_resume(broken, trained, capsys):
     assert "warning: --resume with --Epoch 2, not 1, --Init_lr 0.0002, not 0.0001, --Min_lr" in told
 
 
+def test_other_parameters_at_resume_are_refused(broken, capsys):
+    broken.run("train_mymodel", "--Epoch", 1)
+    assert broken.exit_code("train_mymodel", "--Epoch", 2, "--tune", "none", "--resume") == 2
+    stderr_line(capsys, "--resume: the flags --Epoch 2, not 1, --tune none, not all train other parameters")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_order_does_not_depend_on_the_readers(broken, trained, unbroken, workers):
     broken.run("train_mymodel", *flags_of("train_mymodel", trained), "--workers", workers)

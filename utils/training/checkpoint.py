@@ -10,7 +10,9 @@ from typing import Any
 
 from utils.training import distributed
 
-FORMAT = 2
+FORMAT = 3
+FIRST_READ = 2  # what came with 3 has values that say the same of a file of 2
+NEW_IN_3: dict[str, Any] = {"pretrain_hashes": {}, "step": 0, "sums": {}}
 SCRIPTS = {"stage_one": "train_mymodel.py", "stage_two": "train_decoder.py"}  # by the kind of what they write
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a folder that a model is shared by
@@ -95,10 +97,11 @@ def load(path: Path, kind: str | None, flag: str) -> dict[str, Any]:
 
         config = sharing.read_config(path, flag)
         check_made_by(config, kind, path, flag)
-        return sharing.state_of(config, path, flag)
-    state = read_tensors(path, flag)
-    check_made_by(state, kind, path, flag)
-    return state
+        state = sharing.state_of(config, path, flag)
+    else:
+        state = read_tensors(path, flag)
+        check_made_by(state, kind, path, flag)
+    return state if state["format"] == FORMAT else NEW_IN_3 | state
 
 
 def check_made_by(state: Any, kind: str | None, path: Path, flag: str) -> None:
@@ -111,10 +114,10 @@ def check_made_by(state: Any, kind: str | None, path: Path, flag: str) -> None:
         )
         raise ValueError(f"{flag}: expected {wanted}, found {found or 'another file'} in {path}")
     number = state.get("format")
-    if number != FORMAT:
+    if number not in range(FIRST_READ, FORMAT + 1):
         newer = isinstance(number, int) and number > FORMAT
         remedy = "a newer Magic made it: update this one" if newer else f"train it again with {SCRIPTS[found]}"
-        raise ValueError(f"{flag}: {path} has format {number}, this version reads {FORMAT}; {remedy}")
+        raise ValueError(f"{flag}: {path} has format {number}, this version reads {FIRST_READ} to {FORMAT}; {remedy}")
 
 
 def fit(model: Any, tensors: dict[str, Any], path: Path, flag: str) -> None:

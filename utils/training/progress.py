@@ -50,18 +50,20 @@ class Progress:
     def _resume(self) -> None:
         state = checkpoint.read_resumed(self.args.out, self.kind, self.about)
         checkpoint.fit(self.parts["model"], state["model"], self.args.out / checkpoint.LAST, "--resume")
-        for name in self.parts.keys() - {"model"}:
-            self.parts[name].load_state_dict(state[name])
+        now, then = self.about["settings"], state["settings"]
+        compared = [name for name in now.keys() & then.keys() if name not in arguments.WHERE]
+        changed = ", ".join(
+            f"--{name} {now[name]}, not {then[name]}" for name in sorted(compared) if now[name] != then[name]
+        )
+        if changed:
+            print(f"warning: --resume with {changed}: the run ends otherwise than it would have")
+        try:
+            for name in self.parts.keys() - {"model"}:
+                self.parts[name].load_state_dict(state[name])
+        except ValueError as error:  # torch's, of groups of parameters
+            raise ValueError(f"--resume: the flags {changed} train other parameters; use those of before") from error
         self.epoch, self.step, self.sums, self.best = (state[key] for key in ("next_epoch", "step", "sums", "best"))
         self.found = {key: state[key] for key in ("row", "val_pcc") if key in state}
-        said = {name: state["settings"].get(name) for name in self.about["settings"] if name not in arguments.WHERE}
-        changed = [
-            f"--{name} {self.about['settings'][name]}, not {old}"
-            for name, old in said.items()
-            if self.about["settings"][name] != old
-        ]
-        if changed:
-            print(f"warning: --resume with {', '.join(changed)}: the run ends otherwise than it would have")
         print(f"going on at epoch {self.epoch}, step {self.step}")
 
     def _take(self, number: int, frame: Any) -> None:

@@ -6,7 +6,7 @@ DEMO_ONE := --image_encoder test_vit --image_size 64 --image_weights none --gene
 	--gene_tokens 16 --fusion_blocks 1 --width 128 --queue_size 256 --Init_lr 1e-3 --Epoch 12
 DEMO_TWO := --decoder_layers 2 --decoder_width 32 --Init_lr 1e-3 --Epoch 15 --precision fp32
 
-.PHONY: demo test test-slow lint types format clean
+.PHONY: demo test test-slow torture lint types format clean
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Magic needs Python 3.11 or newer: make PYTHON=...")'
@@ -35,6 +35,10 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# Kills, faults and fuzzing, about half an hour; the table goes into docs/reliability.md.
+torture: .venv/installed
+	$(BIN)/python tests/torture.py --kills 20 --keep
 
 lint: .venv/installed
 	$(BIN)/ruff check .

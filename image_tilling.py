@@ -66,6 +66,7 @@ def parse_args(argv=None):
         type=arguments.positive,
         help="centre to centre, um, on square arrays (200 on legacy ST); slices.csv may say it slice by slice",
     )
+    group.add_argument("--huge", action="store_true", help="allow large pictures, which are decoded as a whole")
     return parser.parse_args(argv)
 
 
@@ -190,12 +191,16 @@ def tile_slice(row, args) -> int:
         tiles.check_scale(size, picture_file, root, hires_scale)
     centres, inside = spots_on_picture(spots, size, scale)
     if not inside.any():
-        raise ValueError(f"{picture_file}: {size[0]} x {size[1]} px, but no spot lies on it; are the axes swapped?")
+        raise ValueError(
+            f"{picture_file}: expected {len(spots)} spots on it, found none on its {size[0]} x {size[1]} px; take the "
+            "picture that the positions refer to, or swap their axes"
+        )
     spots, outside = spots[inside], spots.index[~inside].tolist()
     folder, record = args.tiles / row.slice, tiles.read_record(args.tiles / row.slice)
     files = tiles.tile_files(folder, spots.index)
     done = is_done(folder, cut, spots.index.to_numpy(str), files, record)
     if not done:
+        tiles.check_size(picture_file, *size, args.huge)
         picture = tiles.open_picture(picture_file)  # all that can be refused is, before a tile is removed or written
         begin(folder, cut, record)
         job = Job(picture, cut, centres[inside], files, are_there(folder, files))

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from tiny_runs import EVALUATION, ONE_EPOCH, PREPROCESSING, Work, snapshot, stderr_line
+
+settings.register_profile("default", deadline=None, max_examples=40)
+settings.register_profile("torture", deadline=None, max_examples=2000)
+settings.load_profile("default")
 
 
 @pytest.fixture

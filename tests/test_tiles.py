@@ -105,7 +105,7 @@ def test_spots_outside_the_picture_are_counted_and_have_no_tile(data, capsys):
 def test_positions_that_all_miss_the_picture_are_refused(data):
     lines = [line.replace("S", "T") for line in grid_lines([(20, 20), (21, 21), (22, 20)])]
     write_spatial(data / "slice", lines, scales=SCALES)
-    refused("he.png: 400 x 300 px, but no spot lies on it", cut, data)
+    refused("he.png: expected .* spots on it, found none on its 400 x 300 px", cut, data)
     assert not (data.parent / "tiles").exists()
 
 

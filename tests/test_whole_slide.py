@@ -228,7 +228,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"at most 536,870,912 pixels .* found 60,000 x 60,000; .* --huge \(13 GiB\)"):
         open_slide(path)
-    monkeypatch.setattr(whole_slide, "BOMB_PX", 50_000)
+    monkeypatch.setattr(tiles, "BOMB_PX", 50_000)
     for name in WRITERS:
         path = tmp_path / f"large.{name}"
         WRITERS[name](path, draw())

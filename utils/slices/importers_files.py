@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from utils.slices.importers import Source
 
 LONGEST_PX = {"hires": 2000, "lowres": 600}  # sides of Space Ranger's small pictures
-LARGEST_PX = whole_slide.BOMB_PX  # of a picture that is decoded whole
+LARGEST_PX = tiles.BOMB_PX  # of a picture that is decoded whole
 CHUNK = 2**16  # numbers of a compressed piece of the matrix
 
 

@@ -46,6 +46,8 @@ class Cut:
 
 
 SLIDES = (".svs", ".ndpi")
+BOMB_PX = 2**29  # decoded as a whole, 2 GiB in Pillow
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below the pictures of many slices; check_size stands for it
 
 
 @contextmanager
@@ -77,6 +79,15 @@ def picture_size(path: Path) -> tuple[int, int]:
                 return slide.dimensions
         with Image.open(path) as picture:
             return picture.size
+
+
+def check_size(path: Path, width: int, height: int, huge: bool) -> None:
+    """Raises ValueError for what would be decoded whole and is larger than any picture of a slice should be."""
+    if width * height > BOMB_PX and not huge:
+        raise ValueError(
+            f"{path}: expected at most {BOMB_PX:,} pixels to decode at once, found {width:,} x {height:,}; "
+            f"convert it to a tiled pyramidal TIFF, or allow it with --huge ({width * height * 4 / 2**30:.0f} GiB)"
+        )
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -28,7 +28,6 @@ from utils.slices import tiles
 
 FLAT, TIFF = (".jpg", ".jpeg", ".png"), (".tif", ".tiff")
 SCANS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi")  # openslide's
-BOMB_PX = 2**29  # decoded as a whole, 2 GiB in Pillow
 PLAUSIBLE_UM_PER_PX = (0.02, 20.0)  # beyond it, a resolution is a screen's or a printer's
 AS_FINE = 1.01  # levels of odd sides are a little coarser than they are meant to be
 CACHE_BYTES = 128 * 2**20  # decoded tiles of a row, which the next tiles of the row and the row below share
@@ -149,7 +148,7 @@ def open_slide(path: Path, um_per_px: float | None = None, huge: bool = False) -
     Parameters
     ----------
     um_per_px : micrometres per level-0 pixel, before what the file says of itself (`metadata_um_per_px`)
-    huge : allow pictures that are decoded whole to be of more than BOMB_PX pixels
+    huge : allow pictures that are decoded whole to be of more than tiles.BOMB_PX pixels
 
     Raises
     ------
@@ -167,17 +166,8 @@ def open_slide(path: Path, um_per_px: float | None = None, huge: bool = False) -
     return slide
 
 
-def check_size(path: Path, width: int, height: int, huge: bool) -> None:
-    """Raises ValueError for what would be decoded whole and is larger than any picture of a slice should be."""
-    if width * height > BOMB_PX and not huge:
-        raise ValueError(
-            f"{path}: expected at most {BOMB_PX:,} pixels to decode at once, found {width:,} x {height:,}; "
-            f"convert it to a tiled pyramidal TIFF, or allow it with --huge ({width * height * 4 / 2**30:.0f} GiB)"
-        )
-
-
 def _open_flat(path: Path, huge: bool) -> Slide:
-    check_size(path, *tiles.picture_size(path), huge)
+    tiles.check_size(path, *tiles.picture_size(path), huge)
     return Slide(path, [tiles.open_picture(path)])
 
 
@@ -195,7 +185,7 @@ def _open_tiff(path: Path, huge: bool) -> Slide:
     levels, um_per_px, close = tiff_levels.open_levels(path, CACHE_BYTES)
     try:
         for level in levels:
-            check_size(path, *level.decoded_at_once, huge)
+            tiles.check_size(path, *level.decoded_at_once, huge)
     except ValueError:
         close()
         raise

@@ -141,7 +141,10 @@ def ablate(args, all_folds: list[folds.Fold]) -> None:
     records = {name: done(Run(fold, folds.ABLATION_SEED, args, name)) for name in folds.ABLATIONS}
     result = about(args) | {"fold": fold.name, "seed": folds.ABLATION_SEED, "small": args.small}
     result["rows"] = accuracy_table.ablation_table(records)
-    write(args, "ablations", result, accuracy_table.ablation_markdown(result))
+    text = accuracy_table.ablation_markdown(result)
+    write(args, "ablations", result, text)
+    if args.runs == FOLDER / "runs":
+        put_into(FOLDER / "RESULTS.md", "ablations", text)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -89,7 +89,7 @@ def damage(folder, kind, how):
         return "do not fit this version"
     if how == "newer":
         config.write_text(json.dumps(known | {"format": checkpoint.FORMAT + 1}))
-        return rf"has format {checkpoint.FORMAT + 1}, this version reads .**; a newer Magic made it: update this one"
+        return rf"has format {checkpoint.FORMAT + 1}, this version reads .*; a newer Magic made it: update this one"
     if how == "older":
         config.write_text(json.dumps(known | {"format": 1}))
         return rf"has format 1, this version reads .*; train it again with {checkpoint.SCRIPTS[kind]}"

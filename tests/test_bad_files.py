@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_runs import BEST, EVALUATION, LAST, TRAINING, split_flag
+from tiny_runs import BEST, EVALUATION, LAST, PREVIOUS, TRAINING, split_flag
 
 from utils.slices import genes, tiles
 
@@ -93,9 +93,11 @@ def test_resume_from_what_does_not_fit(damaged, refused, script):
     refused(script, ["--resume", *size], f"--resume: .*{folder.name}/{LAST} was trained with other sizes")
     if script == "train_decoder":
         refused(script, ["--resume", "--target", "counts"], "was trained with other target")
-    (folder / LAST).write_bytes((folder / LAST).read_bytes()[:5000])
+    for name in (LAST, PREVIOUS):
+        (folder / name).write_bytes((folder / name).read_bytes()[:5000])
     refused(script, ["--resume"], f"--resume: .*{LAST} is torn")
-    (folder / LAST).unlink()
+    for name in (LAST, PREVIOUS):
+        (folder / name).unlink()
     refused(script, ["--resume"], f"--resume: expected the file .*{LAST}, found none; run without --resume first")
 
 

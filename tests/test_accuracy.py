@@ -209,12 +209,21 @@ def record_of(rng, seed, magic=0.2, ablation="default"):
             "R@10": 0.3,
             "R@10_chance": 0.1,
         },
+        "diagnostics": {
+            "losses": {"best": {f"{a}_{b}": 2.0 + seed for a in ("contrast", "matching") for b in ("loss", "chance")}},
+            "slice_classifier": {"before": {"accuracy": 0.8}, "after": {"accuracy": 0.5 + seed / 10, "chance": 0.5}},
+            "effective_rank": {"image": 30.0, "gene": 10.0},
+            "dead_units": {"image": 0.0, "gene": 0.0},
+            "matching_calibration_error": 0.01,
+            "sd_ratio": 0.3,
+        },
     }
 
 
 def test_a_fold_is_means_over_seeds_beside_the_best_cheap_row(rng):
     fold = accuracy_table.fold_table([record_of(rng, seed) for seed in (0, 1, 2)])
-    assert set(fold) == {"rows", "best_baseline", "ratio", "difference_interval"}
+    assert set(fold) == {"rows", "best_baseline", "ratio", "difference_interval", "diagnostics"}
+    assert fold["diagnostics"]["slice_after"] == pytest.approx(0.6) and fold["diagnostics"]["contrast_loss"] == 3.0
     assert tuple(fold["rows"]) == accuracy_table.ROWS
     for name, found in fold["rows"].items():
         assert set(found) == {"residuals", "lognorm", "given_depth", "top50", "retrieval"}

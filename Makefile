@@ -36,7 +36,7 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
-# Kills, faults and fuzzing, about half an hour; the table goes into docs/reliability.md.
+# Kills, faults and fuzzing, five minutes on a quiet machine; the table goes into docs/reliability.md.
 torture: .venv/installed
 	$(BIN)/python tests/torture.py --kills 20 --keep
 

@@ -1,4 +1,4 @@
-"""Does this picture belong to this profile? Fusion blocks, hard negatives, matching head.
+"""Does this picture belong to this profile? What the contrast says, fusion blocks, hard negatives, matching head.
 
 Li et al. 2021 (ALBEF), section 3.2. Both sides are sequences: attention over a single token would be a linear map.
 Letters: B batch, C candidates per picture, K gene tokens, P image tokens, D width.
@@ -6,6 +6,7 @@ Letters: B batch, C candidates per picture, K gene tokens, P image tokens, D wid
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,12 +14,46 @@ from torch import Tensor, nn
 
 from model.layers import CrossBlock
 
+LOG_ODDS = math.log(1 / 2)  # of a pair before anything is seen: two non-pairs are judged beside each
+RECENT = 0.1  # share of the newest batch in what is known of similarities
+
+
+class ContrastPrior(nn.Module):
+    """What the contrast already says of a pair, for the fusion to add to: similarities (...) -> log odds (...).
+
+    Without it the fusion would have to find out what aligns pictures and profiles a second time, from one bit per pair,
+    and does not in a few hundred steps. Similarities are standardised by their running mean and deviation over judged
+    pairs, of which `measure` is told: their scale changes with the temperature, faster than a weight could follow.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.n_seen: Tensor
+        self.mean: Tensor
+        self.variance: Tensor
+        self.register_buffer("n_seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("variance", torch.ones(()))
+
+    @torch.no_grad()
+    def measure(self, similarity: Tensor) -> None:
+        """Similarities of judged pairs and non-pairs, of all processes; of the first batches the plain mean counts."""
+        self.n_seen += 1
+        share = max(1 / int(self.n_seen), RECENT)
+        self.mean.lerp_(similarity.mean(), share)
+        self.variance.lerp_((similarity - self.mean).square().mean(), share)
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        return self.weight * (similarity - self.mean) / self.variance.clamp(min=1e-6).sqrt()
+
 
 class Fusion(nn.Module):
     """Gene tokens attend to themselves and to image tokens; the mean token gives one logit per pair.
 
-    Shapes: gene_tokens (B, K, D), image_tokens (B, P, D) -> (B,), above 0 where the two seem to belong together. Where
-    pairs share a side, what concerns that side alone is done once by `read_genes` and `read_images`, for `judge`.
+    Shapes: gene_tokens (B, K, D), image_tokens (B, P, D) -> (B,), to be added to what the contrast says. It begins at
+    the base rate of pairs. Where pairs share a side, what concerns that side alone is done once by `read_genes` and
+    `read_images`, for `judge`.
     """
 
     def __init__(self, width: int, blocks: int, heads: int = 8, hidden: int = 1024):
@@ -27,6 +62,8 @@ class Fusion(nn.Module):
         self.blocks: Any = nn.ModuleList(CrossBlock(width, heads, hidden) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.to_logit = nn.Linear(width, 1)
+        nn.init.zeros_(self.to_logit.weight)
+        nn.init.constant_(self.to_logit.bias, LOG_ODDS)
 
     def read_genes(self, gene_tokens: Tensor) -> Tensor:
         """What a profile's tokens do before they see a picture: (B, K, D) -> (B, K, D)."""
@@ -44,7 +81,8 @@ class Fusion(nn.Module):
             if i > 0:
                 genes = block.within(genes.flatten(0, 1)).unflatten(0, (-1, n_candidates))
             genes = block.across(genes.flatten(1, 2), keys_values).unflatten(1, (n_candidates, -1))
-        return self.to_logit(self.norm(genes).mean(2)).squeeze(-1)
+        with torch.autocast(genes.device.type, enabled=False):  # rounded to bf16, near-equal logits would tie
+            return self.to_logit(self.norm(genes.float()).mean(2)).squeeze(-1)
 
     def forward(self, gene_tokens: Tensor, image_tokens: Tensor) -> Tensor:
         genes = self.read_genes(gene_tokens).unsqueeze(1)

@@ -22,8 +22,11 @@ SMALL = {
 
 
 def stage_one(**sizes):
+    """Its fusion's last layer is not zero, as before the first step, so that all of it learns."""
     torch.manual_seed(0)
-    return StageOne(StageOneSizes(**SMALL | sizes)).train()
+    model = StageOne(StageOneSizes(**SMALL | sizes)).train()
+    torch.nn.init.normal_(model.fusion.to_logit.weight, std=0.1)
+    return model
 
 
 def batch_of(n=BATCH, seed=0):

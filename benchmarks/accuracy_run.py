@@ -32,7 +32,7 @@ from utils.slices.tiles import write_record, write_whole
 from utils.training import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-RULES = 3  # raised whenever a row or a figure comes to be computed otherwise: older runs are then repeated
+RULES = 4  # raised whenever a row or a figure comes to be computed otherwise: older runs are then repeated
 BEST = "best_epoch_weights.pth"
 UNTOUCHED = "_untouched"  # stage two on the encoder as stage one found it
 

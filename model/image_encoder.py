@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,6 +202,8 @@ class ImageEncoder(nn.Module):
         self.scales, self.side = scales, round(image_size * min(scales))
         self.trunk: Any
         self.trunk, self.weights_report = build_trunk(name, self.side, weights)
+        self.trunk.to(memory_format=torch.channels_last)  # in which convolutions are faster, and all else is as it was
+        self.depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in self.trunk.modules())
         self.pretrained = pretrained or weights is not None
         config = self.trunk.pretrained_cfg
         interpolation = config.get("interpolation")  # in training timm has "random" for some: not here
@@ -228,12 +231,20 @@ class ImageEncoder(nn.Module):
     def features(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """The trunk alone, as its authors left it: pooled features (B, scales * C'), tokens (B, P, C)."""
         seen = torch.cat([self._square(tiles, scale) for scale in self.scales])
-        raw = self.trunk.forward_features((seen - self.mean) / self.std)
-        pooled = self.trunk.forward_head(raw, pre_logits=True).unflatten(0, (len(self.scales), -1))
+        with self._precision(tiles):
+            raw = self.trunk.forward_features(
+                ((seen - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+            )
+            pooled = self.trunk.forward_head(raw, pre_logits=True).unflatten(0, (len(self.scales), -1))
         pooled, raw = pooled.transpose(0, 1).flatten(1), raw[: len(tiles)]
         if raw.ndim == 4:  # a feature map, NCHW or (swin) NHWC
             raw = raw.flatten(2).transpose(1, 2) if raw.shape[1] == self.trunk.num_features else raw.flatten(1, 2)
         return pooled, raw
+
+    def _precision(self, tiles: Tensor) -> AbstractContextManager[Any]:
+        """A trunk with depthwise convolutions is trained in fp32 on a CPU, whose bf16 gradients of these are slower."""
+        slow = self.depthwise and tiles.device.type == "cpu" and torch.is_grad_enabled()
+        return torch.autocast("cpu", enabled=False) if slow else nullcontext()
 
     def _square(self, tiles: Tensor, scale: float) -> Tensor:
         """The square around the tiles' centre with a share of their side, as the trunk takes it: (B, 3, side, side)."""

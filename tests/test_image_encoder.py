@@ -66,6 +66,33 @@ def test_vector_and_tokens_are_timms_own(name, layout):
         assert encoder.project_tokens(raw_tokens, 50).shape == (2, tokens.shape[1], WIDTH)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "test_vit.r160_in1k"])
+def test_only_depthwise_convolutions_are_trained_in_fp32_on_a_cpu(name):
+    """Their gradients are then those of timm's own model without autocast; without gradient all trunks are in bf16."""
+    size = {"img_size": SIDE} if "vit" in name else {}
+    state = weights_of(name, **size)
+    encoder, seen = ImageEncoder(name, SIDE, WIDTH, state).train(), set()
+    for module in encoder.trunk.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            encoder.features(tiles_of())
+        assert seen == {torch.bfloat16}
+        seen.clear()
+        pooled, _ = encoder.features(tiles_of())
+    assert seen == {torch.float32 if name == "tf_efficientnet_lite0" else torch.bfloat16}
+    if name == "tf_efficientnet_lite0":
+        reference = timm.create_model(name, pretrained=False).eval()
+        reference.load_state_dict(state)
+        raw = reference.forward_features((tiles_of() - encoder.mean) / encoder.std)
+        reference.forward_head(raw, pre_logits=True).sum().backward()
+        pooled.sum().backward()
+        theirs = dict(reference.named_parameters())
+        for own, ours in encoder.trunk.named_parameters():
+            torch.testing.assert_close(ours.grad, theirs[own].grad, rtol=1e-3, atol=1e-3)
+
+
 def whole_and_middle(tiles):
     """At half the resolution, and the middle half as it is."""
     quarter = tiles.shape[-1] // 4

@@ -41,16 +41,8 @@ def load_model(args, state: dict, device):
     return model.to(device).eval()
 
 
-def similarities(model, encoded, candidates: np.ndarray) -> np.ndarray:
-    """s = f . g / t of each spot's picture with each candidate's profile: (S, K)."""
-    image, gene = encoded.vectors()
-    scale = model.contrast.logit_scale.exp().item()
-    return np.stack([np.einsum("sd,sd->s", image, gene[column]) for column in candidates.T], axis=1) * scale
-
-
 def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndarray:
-    """Log odds that each spot's picture and each candidate's profile are one spot's, of the fusion and the contrast:
-    (S, K); 0 where it is padding."""
+    """Fusion logit of each spot's picture with each candidate's profile: (S, K); 0 where it is padding."""
     import torch
 
     from utils.training import distributed
@@ -67,9 +59,7 @@ def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndar
                 yield (model.fusion.judge(genes, images).float(),)
 
     logits = np.concatenate([found.cpu().numpy() for (found,) in distributed.in_order(own(), order)])
-    with torch.no_grad():
-        prior = model.prior(torch.from_numpy(similarities(model, encoded, candidates)).to(device)).cpu().numpy()
-    return np.where(candidates >= 0, logits + prior, 0)
+    return np.where(candidates >= 0, logits, 0)
 
 
 def nearest_profiles(encoded, device) -> np.ndarray:
@@ -87,7 +77,9 @@ def gallery_scores(model, encoded, predicted_depth, log_depth, candidates, accel
     """Scores (S, K) of all rows. `reranked` adds the log odds of matching to the log share of the contrast."""
     from utils.evaluation import retrieval
 
-    similarity = similarities(model, encoded, candidates)
+    image, gene = encoded.vectors()
+    scale = model.contrast.logit_scale.exp().item()
+    similarity = np.stack([np.einsum("sd,sd->s", image, gene[column]) for column in candidates.T], axis=1) * scale
     matching = match_scores(model, encoded, candidates, accelerator)
     shown = np.where(candidates >= 0, similarity, -np.inf)
     top = shown.max(1, keepdims=True)

@@ -89,9 +89,7 @@ def stage_one_loss(model: StageOne, tiles: Tensor, bins: Tensor, generator: torc
     contrast = (F.cross_entropy(logits, spots) + F.cross_entropy(logits.T, spots)) / 2
     wrong_gene = hard_negatives(logits.detach(), spots, generator)
     wrong_image = hard_negatives(logits.detach().T, spots, generator)
-    similarity = logits.detach()[torch.cat([spots, spots, wrong_image]), torch.cat([spots, wrong_gene, spots])]
-    model.prior.measure(similarity)
-    pairs = model.prior(similarity) + model.fusion(
+    pairs = model.fusion(
         torch.cat([gene_tokens, gene_tokens[wrong_gene], gene_tokens]),
         torch.cat([image_tokens, image_tokens, image_tokens[wrong_image]]),
     )
@@ -107,7 +105,7 @@ def retrieval_scores(model: StageOne, tiles: Tensor, bins: Tensor, candidates: T
         for column, candidate in enumerate(row):
             gene, gene_tokens = model.encode_genes(bins[candidate : candidate + 1])
             contrastive[spot, column] = (image * gene).sum() * model.contrast.logit_scale.exp()
-            matching[spot, column] = model.prior(contrastive[spot, column]) + model.fusion(gene_tokens, image_tokens)
+            matching[spot, column] = model.fusion(gene_tokens, image_tokens)
     return {
         "contrastive": contrastive,
         "matching": matching,

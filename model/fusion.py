@@ -1,4 +1,4 @@
-"""Does this picture belong to this profile? What the contrast says, fusion blocks, hard negatives, matching head.
+"""Does this picture belong to this profile? Fusion blocks, hard negatives, matching head.
 
 Li et al. 2021 (ALBEF), section 3.2. Both sides are sequences: attention over a single token would be a linear map.
 Letters: B batch, C candidates per picture, K gene tokens, P image tokens, D width.
@@ -15,45 +15,15 @@ from torch import Tensor, nn
 from model.layers import CrossBlock
 
 LOG_ODDS = math.log(1 / 2)  # of a pair before anything is seen: two non-pairs are judged beside each
-RECENT = 0.1  # share of the newest batch in what is known of similarities
-
-
-class ContrastPrior(nn.Module):
-    """What the contrast already says of a pair, for the fusion to add to: similarities (...) -> log odds (...).
-
-    Without it the fusion would have to find out what aligns pictures and profiles a second time, from one bit per pair,
-    and does not in a few hundred steps. Similarities are standardised by their running mean and deviation over judged
-    pairs, of which `measure` is told: their scale changes with the temperature, faster than a weight could follow.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.n_seen: Tensor
-        self.mean: Tensor
-        self.variance: Tensor
-        self.register_buffer("n_seen", torch.zeros((), dtype=torch.long))
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("variance", torch.ones(()))
-
-    @torch.no_grad()
-    def measure(self, similarity: Tensor) -> None:
-        """Similarities of judged pairs and non-pairs, of all processes; of the first batches the plain mean counts."""
-        self.n_seen += 1
-        share = max(1 / int(self.n_seen), RECENT)
-        self.mean.lerp_(similarity.mean(), share)
-        self.variance.lerp_((similarity - self.mean).square().mean(), share)
-
-    def forward(self, similarity: Tensor) -> Tensor:
-        return self.weight * (similarity - self.mean) / self.variance.clamp(min=1e-6).sqrt()
 
 
 class Fusion(nn.Module):
     """Gene tokens attend to themselves and to image tokens; the mean token gives one logit per pair.
 
-    Shapes: gene_tokens (B, K, D), image_tokens (B, P, D) -> (B,), to be added to what the contrast says. It begins at
-    the base rate of pairs. Where pairs share a side, what concerns that side alone is done once by `read_genes` and
-    `read_images`, for `judge`.
+    Shapes: gene_tokens (B, K, D), image_tokens (B, P, D) -> (B,), log odds that the two belong together, **among pairs
+    that the contrast finds alike**: where non-pairs are drawn with weight softmax(s), a well-taught s tells nothing
+    more. It begins at the base rate of pairs. Where pairs share a side, what concerns that side alone is done once by
+    `read_genes` and `read_images`, for `judge`.
     """
 
     def __init__(self, width: int, blocks: int, heads: int = 8, hidden: int = 1024):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model import losses
 from model.contrastive import ContrastiveHead, Pair
-from model.fusion import ContrastPrior, Fusion, hard_negatives
+from model.fusion import Fusion, hard_negatives
 from model.gene_encoder import GeneEncoder
 from model.image_encoder import ImageEncoder, Weights
 from model.momentum import FeatureQueue, make_twin, update_twin
@@ -83,7 +83,6 @@ class StageOne(nn.Module):
             self.gene_encoder.linear_path.requires_grad_(False)
         self.contrast = ContrastiveHead()
         self.fusion = Fusion(s.width, s.fusion_blocks)
-        self.prior = ContrastPrior()
         self.to_expression = nn.Linear(s.width, s.n_components) if s.n_components else None
         self.queue = FeatureQueue(s.queue_size, s.width)
         self.n_steps: Tensor
@@ -131,19 +130,14 @@ class StageOne(nn.Module):
         """
         n = len(gene_tokens)
         mine = slice(distributed.rank() * n, (distributed.rank() + 1) * n)
-        similarity = self.contrast.similarity(student.image, student.gene).detach()
-        wrong_gene = hard_negatives(similarity, student.spot, generator)
-        wrong_image = hard_negatives(similarity.T, student.spot, generator)
-        every = torch.arange(len(similarity), device=similarity.device)
-        judged = torch.stack([similarity.diagonal(), similarity[every, wrong_gene], similarity[wrong_image, every]])
-        if self.training:
-            self.prior.measure(judged)
-        wrong_gene, wrong_image = wrong_gene[mine], wrong_image[mine]
+        similarity = self.contrast.similarity(student.image.detach(), student.gene.detach())
+        wrong_gene = hard_negatives(similarity, student.spot, generator)[mine]
+        wrong_image = hard_negatives(similarity.T, student.spot, generator)[mine]
         genes, images = self.fusion.read_genes(gene_tokens), self.fusion.read_images(image_tokens)
         all_images = [distributed.gather(keys_values, dim=1) for keys_values in images]
         own = self.fusion.judge(torch.stack([genes, distributed.gather(genes)[wrong_gene]], dim=1), images)
         other = self.fusion.judge(genes[:, None], [keys_values[:, wrong_image] for keys_values in all_images])
-        logits = torch.cat([own.T.flatten(), other.flatten()]) + self.prior(judged)[:, mine].flatten()
+        logits = torch.cat([own.T.flatten(), other.flatten()])
         is_pair = torch.arange(len(logits), device=logits.device) < len(gene_tokens)
         right = ((logits > 0) == is_pair).float()
         accuracy = (right[is_pair].mean() + right[~is_pair].mean()) / 2

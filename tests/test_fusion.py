@@ -1,11 +1,10 @@
-"""fusion.py: it begins as what the contrast says; no token and no attention is dead; hard negatives are of other spots,
+"""fusion.py: it begins at the base rate; no token and no attention is dead; hard negatives are of other spots,
 drawn by their weight."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from model.fusion import ContrastPrior, Fusion, hard_negatives
+from model.fusion import Fusion, hard_negatives
 from model.layers import Attention
 
 WIDTH = 16
@@ -30,40 +29,6 @@ def test_close_logits_do_not_tie_in_half_precision():
         fusion.to_logit.weight.mul_(1e-3)
         logits = fusion(genes[:1] + 0.1 * torch.randn(200, 5, WIDTH), image[:1].expand(200, -1, -1))
     assert logits.dtype == torch.float32 and len(logits.unique()) > 190
-
-
-# ---- what the contrast says
-
-
-def test_the_prior_standardises_similarities_by_those_it_was_told_of():
-    """One batch: its mean and deviation; several: the plain mean at first, then the newest counts a tenth."""
-    prior, batches = ContrastPrior(), torch.randn(30, 3, 8, generator=torch.Generator().manual_seed(0)) * 4 + 9
-    prior.measure(batches[0])
-    z = prior(batches[0])
-    torch.testing.assert_close((z.mean(), z.std(correction=0)), (torch.tensor(0.0), torch.tensor(1.0)))
-    for batch in batches[1:5]:
-        prior.measure(batch)
-    torch.testing.assert_close(prior.mean, batches[:5].mean())
-    mean = batches[:10].mean()
-    for number, batch in enumerate(batches[5:], start=5):
-        prior.measure(batch)
-        mean = mean if number < 10 else 0.9 * mean + 0.1 * batch.mean()
-    torch.testing.assert_close(prior.mean, mean)
-    torch.testing.assert_close(prior(prior.mean + prior.variance.sqrt()), torch.tensor(1.0))
-
-
-def test_equal_similarities_say_nothing():
-    prior = ContrastPrior()
-    prior.measure(torch.full((3, 4), 5.0))
-    assert torch.isfinite(prior(torch.full((3, 4), 5.0))).all()
-    torch.testing.assert_close(prior(torch.full((2,), 5.0)), torch.zeros(2))
-
-
-def test_the_weight_of_the_prior_learns():
-    prior, similarity = ContrastPrior(), torch.tensor([3.0, 1.0, 1.5])
-    prior.measure(similarity)
-    F.binary_cross_entropy_with_logits(prior(similarity), torch.tensor([1.0, 0.0, 0.0])).backward()
-    assert prior.weight.grad < 0  # the pair is the likest: the weight is to grow
 
 
 # ---- tokens

@@ -12,7 +12,6 @@ from PIL import Image
 from tiny_runs import TRAINING, Work, rewrite_matrix, snapshot, split_flag
 
 from utils.slices import reader
-from utils.training import checkpoint
 
 
 def spatial(damaged, name="P01_1"):
@@ -159,8 +158,7 @@ class Code:
 def test_code_in_a_checkpoint_is_refused_and_never_run(damaged, refused, capsys, script):
     stage, flag = ("decoder", "--decoder") if script == "decoder_similarity" else ("encoder", "--encoder")
     path = getattr(damaged, stage)
-    kind = "stage_two" if stage == "decoder" else "stage_one"
-    torch.save({"format": checkpoint.FORMAT, "kind": kind, "model": Code()}, path)
+    torch.save({"format": 3, "kind": f"stage_{'two' if stage == 'decoder' else 'one'}", "model": Code()}, path)
     refused(script, [], f"{flag}: .*best_epoch_weights.pth")
     path.write_bytes(pickle.dumps(Code()))
     refused(script, [], f"{flag}: .*best_epoch_weights.pth")

@@ -34,11 +34,10 @@ class Recorder(torch.nn.Module):
         return (torch.cat([call[side].T.flatten() for call in self.calls]) for side in (0, 1))
 
 
-def matched(answer, spots, prior=0.0):
+def matched(answer, spots):
     """Loss, accuracy and what the fusion saw, for tokens that carry the number of their spot."""
     model = stage_one()
     model.fusion = Recorder(answer)
-    torch.nn.init.constant_(model.prior.weight, prior)
     tokens = spots.float()[:, None, None].expand(-1, 2, 32)
     student = Pair(
         F.normalize(torch.randn(len(spots), 32), dim=1), F.normalize(torch.randn(len(spots), 32), dim=1), spots
@@ -98,30 +97,6 @@ def test_matching_accuracy_weighs_pairs_and_non_pairs_alike(answer, accuracy, lo
     found, share, *_ = matched(answer, torch.tensor([3, 5, 6, 8]))
     assert share.item() == pytest.approx(accuracy)
     assert found.item() == pytest.approx(loss, rel=1e-4)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_contrast_speaks_for_the_pair_that_is_judged(training):
-    """Every pair's logit is the fusion's plus what the prior makes of that pair's own similarity; in training it first
-    learns how similar judged pairs are."""
-    model, spots, n = stage_one().train(training), torch.arange(6), 6
-    image, gene = (F.normalize(torch.randn(n, 32), dim=1) for _ in range(2))
-    similarity = model.contrast.similarity(image, gene).detach()
-    model.fusion = Recorder(lambda g, i: 0.5 * g - 0.25 * i)
-    tokens = spots.float()[:, None, None].expand(-1, 2, 32)
-    loss, _ = model.match(tokens, tokens, Pair(image, gene, spots), torch.Generator().manual_seed(0))
-    genes, images = model.fusion.given
-    judged = similarity[images, genes]
-    mean, sd = (judged.mean(), judged.std(correction=0)) if training else (0.0, 1.0)
-    logits = 0.5 * genes - 0.25 * images + (judged - mean) / sd
-    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(logits, (genes == images).float()))
-
-
-def test_matching_does_not_move_the_contrast():
-    model, batch = stage_one(), batch_of()
-    step_of(model, batch).matching.backward()
-    assert model.prior.weight.grad is not None
-    assert model.contrast.logit_scale.grad is None
 
 
 def test_hard_negatives_of_a_step_follow_its_generator():

@@ -10,10 +10,9 @@ from typing import Any
 
 from utils.training import distributed
 
-FORMAT = 4
-FIRST_READ = 2  # what came with 3 and 4 has values that say the same of a file of 2
+FORMAT = 3
+FIRST_READ = 2  # what came with 3 has values that say the same of a file of 2
 NEW_IN_3: dict[str, Any] = {"pretrain_hashes": {}, "step": 0, "sums": {}}
-PRIOR_IN_4 = {"weight": 0.0, "n_seen": 0, "mean": 0.0, "variance": 1.0}  # of stage one; this one says nothing
 SCRIPTS = {"stage_one": "train_mymodel.py", "stage_two": "train_decoder.py"}  # by the kind of what they write
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a folder that a model is shared by
@@ -102,19 +101,7 @@ def load(path: Path, kind: str | None, flag: str) -> dict[str, Any]:
     else:
         state = read_tensors(path, flag)
         check_made_by(state, kind, path, flag)
-    return brought_up(state)
-
-
-def brought_up(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of an older format with what it lacks."""
-    import torch
-
-    if state["format"] < 3:
-        state = NEW_IN_3 | state
-    if state["format"] < 4 and state["kind"] == "stage_one":
-        prior = {f"prior.{name}": torch.tensor(value) for name, value in PRIOR_IN_4.items()}
-        state = state | {"model": state["model"] | prior}
-    return state
+    return state if state["format"] == FORMAT else NEW_IN_3 | state
 
 
 def check_made_by(state: Any, kind: str | None, path: Path, flag: str) -> None:

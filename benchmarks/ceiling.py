@@ -1,0 +1,84 @@
+"""How well could any predictor do? The highest correlation per gene that counting noise leaves on each section.
+
+    python benchmarks/ceiling.py --data data/Breast_cancer
+
+A perfect prediction of a gene's expected count correlates with what was counted at the root of the count's
+reliability. That is measured by splitting the counts into two halves, count by count: residuals of the halves correlate
+at r, those of the whole with another such whole at 2 r / (1 + r) (Spearman 1910, Brown 1910). The root of the mean over
+genes is not below their mean ceiling, and takes no noise for signal. Halves share whatever is not chance of counting,
+so this is an upper bound: nobody promises that a picture shows all of it.
+
+Prints a table, for the genes of the highest total count in all slices of the folder; --keep puts it into
+benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.speed import machine_name, put_into
+from utils.evaluation import metrics
+from utils.slices import genes, reader, table
+from utils.training import arguments
+
+DRAWS = 20  # splits that r is a mean of
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of slices")
+    parser.add_argument("--n_top_genes", type=arguments.count, default=300, help="genes, highest total count first")
+    parser.add_argument("--seed", type=arguments.count_or_zero, default=0)
+    parser.add_argument("--keep", action="store_true", help="put the table into benchmarks/RESULTS.md")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def halves_correlation(counts: np.ndarray, total_counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """PCC per gene between Pearson residuals of two random halves of one slice's counts: (S, G), (S,) -> (G,)."""
+    first = rng.binomial(counts, 0.5)
+    total = first.sum(1) + rng.binomial(total_counts - counts.sum(1), 0.5)
+    one = metrics.pearson_residuals(first, total)
+    return metrics.scored_pearson_per_gene(one, metrics.pearson_residuals(counts - first, total_counts - total))
+
+
+def ceiling(counts: np.ndarray, total_counts: np.ndarray, seed: int) -> float:
+    """Highest PCC against the slice's residuals: counts (S, G) of some genes, (S,) of all."""
+    rng = np.random.default_rng(seed)
+    r = np.mean([halves_correlation(counts, total_counts, rng) for _ in range(DRAWS)], axis=0)
+    return float(np.sqrt(max(np.nanmean(2 * r / (1 + r)), 0.0)))
+
+
+def main(args: argparse.Namespace) -> None:
+    rows, warnings = table.read_table(args.data, split=False)
+    arguments.say(warnings)
+    slices = [reader.read_slice(table.slice_folder(args.data, row), row.slice) for row in rows]
+    panel = genes.highest_expressed([genes.profile(one.counts, one.genes) for one in slices], args.n_top_genes)
+    lines = [
+        f"`python benchmarks/ceiling.py --data {args.data.name}`, {date.today().isoformat()}, {machine_name('cpu')}, "
+        f"seed {args.seed}: highest mean correlation per gene against residuals that counting noise leaves, "
+        f"{len(panel)} genes, {DRAWS} splits.",
+        "",
+        "| slice | spots | counts a spot, median | ceiling |",
+        "| --- | --- | --- | --- |",
+    ]
+    for one in slices:
+        total = np.asarray(one.counts.sum(1)).ravel()
+        counts = (one.counts @ genes.gather(one.genes, panel)).toarray()
+        found = ceiling(counts, total, args.seed)
+        lines.append(f"| {one.name} | {len(total)} | {np.median(total):,.0f} | {found:.3f} |")
+    text = "\n".join(lines)
+    print(text)
+    if args.keep:
+        put_into(Path(__file__).parent / "RESULTS.md", "ceiling", text)
+
+
+if __name__ == "__main__":
+    arguments.run(main, parse_args())

@@ -94,7 +94,7 @@ def predict_cheap(args, state: dict, slices, taught, accelerator) -> dict[str, l
 
 
 def draw(out: Path, slices, rows: dict, measured: list[dict], genes: list[str], target: str, table) -> None:
-    """Histogram of the correlations per gene, and maps of each slice's best and median gene."""
+    """Histogram of the correlations per gene, and maps of each slice's best, median and worst gene."""
     from utils.evaluation import metrics, plotting
 
     scale = "residuals"
@@ -110,7 +110,7 @@ def draw(out: Path, slices, rows: dict, measured: list[dict], genes: list[str], 
         picture = export.small_picture(one.root)
         image, scale_px = picture if picture else (None, 1.0)
         um = datasets.um_per_fullres_px(one, reader.read_scalefactors(one.root)["tissue_hires_scalef"])
-        for kind, gene in (("best", order[-1]), ("median", order[len(order) // 2])):
+        for kind, gene in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0])):
             figure = plotting.gene_maps(
                 image,
                 what["xy"] * scale_px,

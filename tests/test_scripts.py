@@ -199,7 +199,7 @@ def test_expression_files(done):
     metrics = read_json(out / "metrics.json")
     mean = by_gene["pcc_residuals_model"].mean()
     assert mean == pytest.approx(metrics["residuals"]["model"]["pcc_gene_mean"], abs=1e-5)
-    pictures = {"pcc_histogram.png", "map_P03_1_best.png", "map_P03_1_median.png"}
+    pictures = {"pcc_histogram.png", *(f"map_P03_1_{kind}.png" for kind in ("best", "median", "worst"))}
     assert pictures <= {path.name for path in out.iterdir()}
     adata = anndata.read_h5ad(out / "predictions.h5ad")
     panel = genes.read_panel(genes.panel_path(done.data, done.panels, "P03_1", "target"))

@@ -92,7 +92,7 @@ def test_training_on_kept_outputs_ends_where_training_on_bins_does(prepared, tmp
         assert ("1 frozen blocks give" in capsys.readouterr().out) == (budget > 0)
         ends.append(torch.load(work.encoder, weights_only=True)["model"])
     for name, tensor in ends[0].items():
-        torch.testing.assert_close(ends[1][name].float(), tensor.float(), rtol=0.02, atol=2e-3)  # bf16 kept of fp32
+        torch.testing.assert_close(ends[1][name].float(), tensor.float(), rtol=0.02, atol=5e-3)  # bf16 kept of fp32
 
 
 @pytest.mark.slow

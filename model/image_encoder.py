@@ -203,7 +203,7 @@ class ImageEncoder(nn.Module):
         self.trunk: Any
         self.trunk, self.weights_report = build_trunk(name, self.side, weights)
         self.trunk.to(memory_format=torch.channels_last)  # in which convolutions are faster, and all else is as it was
-        self.depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in self.trunk.modules())
+        self.depthwise = any(isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels for m in self.trunk.modules())
         self.pretrained = pretrained or weights is not None
         config = self.trunk.pretrained_cfg
         interpolation = config.get("interpolation")  # in training timm has "random" for some: not here

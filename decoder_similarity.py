@@ -58,14 +58,14 @@ def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndar
         with accelerator.autocast():
             return model.encode(tiles)
 
-    device, context = accelerator.device, model.sizes.context
+    device, around = accelerator.device, (model.sizes.context, model.sizes.reaches)
     how = features.TileEncoder(encode, model.sizes.image_size, device, args.batch_size, args.workers)
     moments = feature_bank.Moments(*(state["feature_moments"][key].numpy() for key in ("mean", "sd")))
     autocast, predicted = partial(distributed.decoder_autocast, accelerator, args.precision), []
     for one in slices:
         memory = spill.Spill(args.memory, args.out)
         kept = features.in_budget(features.encode_slice(how, one), len(one.barcodes), memory)
-        bank = feature_bank.FeatureBank([one], [[kept]], moments, context, device, memory)
+        bank = feature_bank.FeatureBank([one], [[kept]], moments, *around, device, memory)
         spots = one.rows_of(args.part)
         predicted.append(feature_bank.predict(model, bank, spots, autocast, args.batch_size))
     return predicted

@@ -19,12 +19,10 @@ from tqdm import tqdm
 
 from utils import targets
 from utils.decoder_scores import validate, widen
+from utils.decoder_start import LANDMARKS, start_from_ridge
 from utils.slices import table
 from utils.training import arguments, checkpoint, datasets, leaks, overlap
 from utils.training.folder import alone_in
-
-START_SPOTS = 50_000  # of the train spots, drawn by the seed, serve to solve the ridge that the decoder starts from
-PARTS = ("train", "val")
 
 
 def parse_args(argv=None):
@@ -65,12 +63,14 @@ def load_data(args, encoder: dict):
     return slices, rows
 
 
-def build_model(args, encoder: dict, n_genes: int):
+def build_model(args, encoder: dict, n_genes: int, n_train_spots: int):
     """Stage two around the image encoder of a stage-one checkpoint."""
     from model.stage_two import StageTwo, StageTwoSizes
 
     sizes = StageTwoSizes(
         n_genes=n_genes,
+        landmarks=min(LANDMARKS, n_train_spots),
+        reaches=StageTwoSizes.reaches if args.context else (),
         **{name: encoder["sizes"][name] for name in ("image_encoder", "image_size", "scales", "width")},
         **{name: getattr(args, name) for name in ("decoder_layers", "decoder_width", "context", "turns")},
     )
@@ -108,35 +108,6 @@ def all_features(model, slices, accelerator, args) -> list[list[np.ndarray]]:
         [kept(one, view) if len(one.rows_of("train")) else own for one, own in zip(slices, plain, strict=True)]
         for view in range(1, n_views)
     ]
-
-
-def start_from_ridge(model, bank, slices, target, truth: list[np.ndarray], args) -> str:
-    """Solve the decoder's start: ridge on each spot and its rings, penalty and rank chosen on validation spots."""
-    import torch
-
-    from model.decoder import with_rings
-    from utils.evaluation import ridge
-
-    def seen(spots: np.ndarray) -> np.ndarray:
-        """(n,) spot numbers -> (n, 3 D)"""
-        batches = [bank.batch(spots[i : i + args.batch_size]) for i in range(0, len(spots), args.batch_size)]
-        for batch in batches:
-            del batch["tokens"]
-        return torch.cat([with_rings(**batch) for batch in batches]).cpu().numpy()
-
-    rng = np.random.default_rng(args.seed)
-    train, val = ([start + one.rows_of(part) for one, start in zip(slices, bank.first, strict=False)] for part in PARTS)
-    share = min(1.0, START_SPOTS / sum(map(len, train)))
-    train = [
-        np.sort(rng.choice(spots, int(np.ceil(share * len(spots))), replace=False)) for spots in train if len(spots)
-    ]
-    x_train, x_val = [seen(spots) for spots in train], [seen(spots) for spots in val if len(spots)]
-    y_train, y_val = [np.nan_to_num(target[spots]) for spots in train], [one for one in truth if len(one)]
-    found = ridge.fit_ridge(x_train, y_train, x_val, y_val, ranks=ridge.RANKS)
-    bias = found.y_mean - found.x_mean @ found.weights
-    model.decoder.start_from(torch.from_numpy(found.weights.T.copy()), torch.from_numpy(bias))
-    rank = "full rank" if found.rank is None else f"rank {found.rank}"
-    return f"ridge to start from: penalty {found.penalty:.3g}, {rank}, validation PCC per gene {found.val_pcc:.4f}"
 
 
 def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, progress, args) -> float:
@@ -227,15 +198,16 @@ def main(args):
     loop.seed_everything(args.seed)
     memory = spill.Spill(args.memory, args.out)
     target, mean, sd = targets.standardised(slices, args.target, memory)
-    model = build_model(args, encoder, len(mean)).to(accelerator.device)
+    chosen = datasets.spots_of(slices, "train")
+    model = build_model(args, encoder, len(mean), len(chosen)).to(accelerator.device)
     model.set_target_scale(torch.from_numpy(mean), torch.from_numpy(sd))
     views = all_features(model, slices, accelerator, args)
     if not distributed.go_on_alone():  # on kept features one process trains
         return
     moments = feature_bank.moments(views[0], model.n_vectors, [one.rows_of("train") for one in slices])
-    bank = feature_bank.FeatureBank(slices, views, moments, args.context, accelerator.device, memory)
+    around = (model.sizes.context, model.sizes.reaches)
+    bank = feature_bank.FeatureBank(slices, views, moments, *around, accelerator.device, memory)
     truth = targets.validation_residuals(slices)
-    chosen = datasets.spots_of(slices, "train")
     spots = bank.first[chosen[:, 0]] + chosen[:, 1]
     order = datasets.EpochOrder(len(spots), args.batch_size, args.seed)
     optimizer = loop.make_optimizer(model.decoder.parameters(), args)

@@ -1,7 +1,7 @@
 """One run of accuracy.py, a fold with a seed: the six scripts as a user calls them, then every row, into one JSON.
 
-A step is repeated only where its key has changed. The key of a step is a hash of the flags of its script that differ
-from their defaults, and of the keys of the steps that it reads from; that of the first is the data's.
+A step is repeated only where its key has changed. The key of a step is a hash of RULES, of the flags of its script that
+differ from their defaults, and of the keys of the steps that it reads from; that of the first is the data's.
 
 The JSON of a run holds: fold, seed, ablation, key, settings (flags by script), date, machine, seconds by step, `rows`
 (figures of each row, means over slices), `retrieval`, `diagnostics`, and `draws`: of magic, the cheap rows and
@@ -32,7 +32,7 @@ from utils.slices.tiles import write_record, write_whole
 from utils.training import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-RULES = 4  # raised whenever a row or a figure comes to be computed otherwise: older runs are then repeated
+RULES = 5  # raised whenever a step, row or figure comes to be computed otherwise: older ones are then repeated
 BEST = "best_epoch_weights.pth"
 UNTOUCHED = "_untouched"  # stage two on the encoder as stage one found it
 
@@ -66,7 +66,7 @@ class Step:
 
     @property
     def key(self) -> str:
-        return digest(self.name, self.settings, self.after)
+        return digest(RULES, self.name, self.settings, self.after)
 
     def run(self) -> float:
         """Seconds that the script took, now or when it was last run with this key. Raises ValueError where it fails."""

@@ -142,8 +142,10 @@ def stage_two_model(setting: Setting, machine: Machine, n: int) -> tuple[StageTw
     """The published sizes around a new encoder, and a context for n spots."""
     s = setting.sizes
     model = StageTwo(StageTwoSizes(N_TARGETS, s.image_encoder, s.image_size)).to(machine.device)
+    width = model.n_vectors * model.sizes.width
     around = {
-        "context": torch.randn(n, N_CONTEXT, model.n_vectors * model.sizes.width, device=machine.device),
+        "context": torch.randn(n, N_CONTEXT, width, device=machine.device),
+        "around": torch.randn(n, len(model.sizes.reaches), width, device=machine.device),
         "offsets": torch.randn(n, N_CONTEXT, 2, device=machine.device),
         "present": torch.ones(n, N_CONTEXT, dtype=torch.bool, device=machine.device),
     }

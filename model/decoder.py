@@ -1,7 +1,7 @@
 """Linear expansion and Transformer decoder: from a picture and its surroundings to the expression of the panel's genes.
 
 Letters: B batch, G genes, D width of a picture's tokens, V D that of its vector, N context spots, T tokens of the
-tile, W decoder width.
+tile, W decoder width, R reaches, M landmarks.
 """
 
 from __future__ import annotations
@@ -11,18 +11,51 @@ from torch import Tensor, nn
 
 from model.layers import CrossBlock
 
-RINGS = ((0.0, 1.2), (1.2, 2.3))  # distances in pitches: on a Visium array the 6 nearest spots and the 12 behind them
+OWN_SHARE = 2.0  # of a spot's own vector, where the means around it have 1 each
 
 
-def with_rings(vector: Tensor, context: Tensor, offsets: Tensor, present: Tensor) -> Tensor:
-    """A spot's vector beside the means over its two rings of neighbours, zero where a ring is empty: (B, D), (B, N, D),
-    (B, N, 2) in pitches, (B, N) bool -> (B, 3 D)."""
-    distance = offsets.norm(dim=-1)
-    parts = [vector]
-    for inner, outer in RINGS:
-        inside = (present & ((distance > inner) | (inner == 0)) & (distance <= outer)).to(context.dtype)
-        parts.append(torch.einsum("bn,bnd->bd", inside, context) / inside.sum(1, keepdim=True).clamp(min=1))
-    return torch.cat(parts, dim=1)
+class KernelRidge(nn.Module):
+    """Ridge regression with a Gaussian kernel on landmark spots, solved beforehand (utils/decoder_start.py).
+
+    What is seen of a spot has P parts: its vector, which weighs OWN_SHARE times, and the means around it at each reach,
+    which weigh once. The squared distance of two spots is the weighted mean over the parts of theirs there, in units of
+    that of two landmarks. The less `sharpness`, the closer to a linear map.
+    """
+
+    def __init__(self, n_landmarks: int, n_parts: int, width: int, n_genes: int):
+        super().__init__()
+        self.landmarks: Tensor
+        self.scale: Tensor
+        self.sharpness: Tensor
+        self.register_buffer("landmarks", torch.zeros(n_landmarks, n_parts, width))
+        self.register_buffer("scale", torch.ones(n_parts))  # by which a part enters the distance
+        self.register_buffer("sharpness", torch.ones(()))
+        self.read = nn.Linear(n_landmarks, n_genes).requires_grad_(False)
+        nn.init.zeros_(self.read.weight)
+        nn.init.zeros_(self.read.bias)
+
+    @torch.no_grad()
+    def look_from(self, landmarks: Tensor, n_parts: int) -> None:
+        """Spots (M, P, D) to measure distances to, by the first parts of what is seen; one that never varies is left
+        out. Two spots lie twice their variance apart."""
+        self.landmarks.copy_(landmarks)
+        share = (torch.arange(len(self.scale), device=landmarks.device) < n_parts).float()
+        share[0] = OWN_SHARE
+        variance = landmarks.var(0, correction=0).sum(-1)
+        self.scale.copy_((share / share.sum() / (2 * variance)).sqrt().where(variance > 1e-6, 0))
+
+    def distances(self, seen: Tensor) -> Tensor:
+        """Squared, to each landmark, about 1 on average: (B, P, D) -> (B, M). In single precision: near a linear map
+        large numbers cancel."""
+        with torch.autocast(seen.device.type, enabled=False):
+            own, others = ((x.float() * self.scale[:, None]).flatten(1) for x in (seen, self.landmarks))
+            squares = own.square().sum(1, keepdim=True) + others.square().sum(1)
+            return (squares - 2 * own @ others.T).clamp(min=0)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        """(B, P, D) -> (B, G)"""
+        with torch.autocast(seen.device.type, enabled=False):
+            return self.read((-self.sharpness * self.distances(seen)).exp())
 
 
 class LinearExpansion(nn.Sequential):
@@ -40,11 +73,11 @@ class LinearExpansion(nn.Sequential):
 class GeneDecoder(nn.Module):
     """Genes are the queries, the picture is the memory.
 
-    A gene's start value is a ridge regression on the vectors of the spot and of its two rings, solved beforehand
-    (`start_from`), plus the linear expansion. A query is the gene's learned embedding plus its start value along a
-    learned direction. The memory holds the vector of the spot, the tokens of its tile, and the vectors of the spots
-    around it with their offsets. The prediction is the start value plus what the decoder reads out: both learnt parts
-    begin at zero once the ridge is there, so that training starts from the ridge and not behind it.
+    A gene's start value is a kernel ridge regression on the vector of the spot and the means around it, solved
+    beforehand (`start_from`), plus the linear expansion. A query is the gene's learned embedding plus its start value
+    along a learned direction. The memory holds the vector of the spot, the tokens of its tile, and the vectors of the
+    spots around it with their offsets. The prediction is the start value plus what the decoder reads out: both learnt
+    parts begin at zero once the ridge is there, so that training starts from the ridge and not behind it.
     """
 
     def __init__(
@@ -55,11 +88,11 @@ class GeneDecoder(nn.Module):
         decoder_width: int = 64,
         dropout: float = 0.1,
         n_vectors: int = 1,
+        n_landmarks: int = 1,
+        n_reaches: int = 0,
     ):
         super().__init__()
-        self.ridge = nn.Linear(3 * n_vectors * width, n_genes).requires_grad_(False)
-        nn.init.zeros_(self.ridge.weight)
-        nn.init.zeros_(self.ridge.bias)
+        self.ridge = KernelRidge(n_landmarks, 1 + n_reaches, n_vectors * width, n_genes)
         self.expand = LinearExpansion(n_vectors * width, n_genes)
         self.gene = nn.Parameter(torch.randn(n_genes, decoder_width))
         self.start_direction = nn.Parameter(torch.randn(decoder_width))
@@ -75,10 +108,11 @@ class GeneDecoder(nn.Module):
         nn.init.zeros_(self.read_out.bias)
 
     @torch.no_grad()
-    def start_from(self, weight: Tensor, bias: Tensor) -> None:
-        """Begin as a linear map (G, 3 D), (G,) of the spot's vector and its rings' means."""
-        self.ridge.weight.copy_(weight)
-        self.ridge.bias.copy_(bias)
+    def start_from(self, sharpness: float, weight: Tensor, bias: Tensor) -> None:
+        """Begin as a kernel ridge (G, M), (G,) on the landmarks of `ridge`."""
+        self.ridge.sharpness.fill_(sharpness)
+        self.ridge.read.weight.copy_(weight)
+        self.ridge.read.bias.copy_(bias)
         for parameter in self.expand[-1].parameters():
             nn.init.zeros_(parameter)
 
@@ -91,10 +125,13 @@ class GeneDecoder(nn.Module):
         ]
         return self.norm_memory(torch.cat(parts, dim=1))
 
-    def forward(self, vector: Tensor, tokens: Tensor, context: Tensor, offsets: Tensor, present: Tensor) -> Tensor:
-        """Standardised features (B, V D), (B, T, D), (B, N, V D), offsets (B, N, 2) in pitches, present (B, N) bool ->
-        expression (B, G) in the units of the target the weights were trained on."""
-        start = self.ridge(with_rings(vector, context, offsets, present)) + self.expand(vector)
+    def forward(
+        self, vector: Tensor, tokens: Tensor, context: Tensor, offsets: Tensor, present: Tensor, around: Tensor
+    ) -> Tensor:
+        """Standardised features (B, V D), (B, T, D), (B, N, V D), offsets (B, N, 2) in pitches, present (B, N) bool,
+        means around the spot (B, R, V D) -> expression (B, G) in the units of the target the weights were trained on.
+        """
+        start = self.ridge(torch.cat([vector[:, None], around], dim=1)) + self.expand(vector)
         own = present.new_ones(len(present), 1 + tokens.shape[1])
         seen = torch.cat([own, present], dim=1)
         memory = self.memory(vector, tokens, context, offsets)

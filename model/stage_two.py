@@ -33,6 +33,8 @@ class StageTwoSizes:
     decoder_width: int = 64
     context: int = 18
     dropout: float = 0.1
+    reaches: Sequence[float] = (1.0, 2.0, 4.0)  # in pitches, of the means around a spot
+    landmarks: int = 2000  # spots that the decoder's start compares with
     turns: int = 1  # of a tile that its features are averaged over: 1, 2, 4, or 8 with the flips
 
 
@@ -45,7 +47,16 @@ class StageTwo(nn.Module):
         self.image_encoder = ImageEncoder(s.image_encoder, s.image_size, s.width, pretrained=True, scales=s.scales)
         self.image_encoder.requires_grad_(False).eval()
         self.n_vectors = -(-self.image_encoder.to_vector.in_features // s.width)
-        self.decoder = GeneDecoder(s.width, s.n_genes, s.decoder_layers, s.decoder_width, s.dropout, self.n_vectors)
+        self.decoder = GeneDecoder(
+            s.width,
+            s.n_genes,
+            s.decoder_layers,
+            s.decoder_width,
+            s.dropout,
+            self.n_vectors,
+            s.landmarks,
+            len(s.reaches),
+        )
         self.target_mean: Tensor
         self.target_sd: Tensor
         self.register_buffer("target_mean", torch.zeros(s.n_genes))

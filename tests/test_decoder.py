@@ -1,23 +1,19 @@
 """decoder.py: what the prediction starts from, what it looks at, and what a missing neighbour must not do."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from model import decoder as decoders
-from model.decoder import GeneDecoder, LinearExpansion, with_rings
+from model.decoder import OWN_SHARE, GeneDecoder, KernelRidge, LinearExpansion
 from model.layers import Attention
-from utils.evaluation import baselines
-from utils.training import feature_bank
 
-WIDTH, GENES, TOKENS, CONTEXT = 12, 9, 4, 5
+WIDTH, GENES, TOKENS, CONTEXT, REACHES, LANDMARKS = 12, 9, 4, 5, 3, 7
 
 
 def decoder(trained=True):
     """In evaluation mode; `trained`: the read-out has left its zero start."""
     torch.manual_seed(0)
-    model = GeneDecoder(WIDTH, GENES, layers=2, decoder_width=16).eval()
+    model = GeneDecoder(WIDTH, GENES, layers=2, decoder_width=16, n_landmarks=LANDMARKS, n_reaches=REACHES).eval()
     if trained:
         nn.init.normal_(model.read_out.weight)
     return model
@@ -31,7 +27,15 @@ def batch(n=3, context=CONTEXT):
         "context": torch.randn(n, context, WIDTH),
         "offsets": torch.randn(n, context, 2),
         "present": torch.ones(n, context, dtype=torch.bool),
+        "around": torch.randn(n, REACHES, WIDTH),
     }
+
+
+def begun(model, sharpness=0.7):
+    """Its ridge has landmarks and weights, drawn at random."""
+    model.ridge.look_from(torch.randn(LANDMARKS, 1 + REACHES, WIDTH), 1 + REACHES)
+    model.start_from(sharpness, torch.randn(GENES, LANDMARKS), torch.randn(GENES))
+    return model
 
 
 def smallest_change(model, before, **changed):
@@ -48,53 +52,84 @@ def test_prediction_starts_as_the_expansion():
 
 
 @torch.no_grad()
-def test_prediction_starts_as_the_ridge_on_the_spot_and_its_rings():
-    model, given = decoder(trained=False), batch(context=30)
-    weight, bias = torch.randn(GENES, 3 * WIDTH), torch.randn(GENES)
-    model.start_from(weight, bias)
-    seen = with_rings(**{name: rows for name, rows in given.items() if name != "tokens"})
-    torch.testing.assert_close(model(**given), seen @ weight.T + bias)
-    assert seen.abs().min() > 0, "both rings are filled"
+def test_prediction_starts_as_the_kernel_ridge_on_the_spot_and_what_is_around():
+    model, given = begun(decoder(trained=False)), batch()
+    seen = torch.cat([given["vector"][:, None], given["around"]], 1)
+    torch.testing.assert_close(model(**given), model.ridge(seen))
+    for name in ("vector", "around"):
+        assert smallest_change(model, given, **{name: torch.randn_like(given[name])}) > 1e-4
 
 
 def test_what_is_learnt_leaves_the_start_and_the_ridge_stays():
-    model, given = decoder(trained=False), batch()
-    model.start_from(torch.randn(GENES, 3 * WIDTH), torch.randn(GENES))
-    start, ridge = model(**given).detach(), model.ridge.weight.clone()
+    model, given = begun(decoder(trained=False)), batch()
+    start, ridge = model(**given).detach(), model.ridge.read.weight.clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     model(**given).square().mean().backward()
     optimizer.step()
     assert not torch.allclose(model(**given), start, atol=1e-3)
-    assert torch.equal(model.ridge.weight, ridge) and model.ridge.weight.grad is None
+    assert torch.equal(model.ridge.read.weight, ridge) and model.ridge.read.weight.grad is None
     for last in (model.expand[-1], model.read_out):
         assert last.weight.abs().max() > 0
 
 
-def hexagonal():
-    column, row = np.meshgrid(np.arange(9), np.arange(8))
-    return np.column_stack([(column + 0.5 * (row % 2)).ravel(), (row * np.sqrt(0.75)).ravel()])
+# ---- the kernel
 
 
-def square():
-    return np.column_stack([axis.ravel() for axis in np.meshgrid(np.arange(9), np.arange(8))]).astype(float)
+def slow_kernel_ridge(model, seen, n_parts):
+    """Spot by spot, landmark by landmark and part by part, in double precision."""
+    places = model.landmarks[:, :n_parts].double()
+    shares = [OWN_SHARE] + [1.0] * (n_parts - 1)
+    found = []
+    for spot in seen[:, :n_parts].double():
+        total = model.read.bias.double().clone()
+        for weight, landmark in zip(model.read.weight.double().T, places, strict=True):
+            parts = [
+                share * (a - b).square().sum() / (2 * places[:, i].var(0, correction=0).sum())
+                for i, (share, a, b) in enumerate(zip(shares, spot, landmark, strict=True))
+            ]
+            total += weight * torch.exp(-model.sharpness.double() * sum(parts) / sum(shares))
+        found.append(total)
+    return torch.stack(found)
 
 
-@pytest.mark.parametrize(("grid", "context"), [(hexagonal, 18), (square, 20)])
-def test_rings_of_the_context_are_the_rings_of_the_baselines(grid, context):
-    """Where the context holds both: 6 and 12 spots on a hexagonal grid, 4 and 16 on a square one."""
-    rng, pitch = np.random.default_rng(0), 137.0
-    xy = grid()
-    xy = np.concatenate([xy[rng.random(len(xy)) < 0.9], [[99, 99]]]) * pitch  # gaps, an edge, a spot alone
-    vectors = rng.normal(size=(len(xy), WIDTH)).astype(np.float32)
-    index, offsets, present = feature_bank.neighbours(xy, pitch, context)
-    whole = (torch.from_numpy(each) for each in (vectors, vectors[index], offsets, present))
-    expected = baselines.ring_features(vectors, xy, pitch)
-    np.testing.assert_allclose(with_rings(*whole), expected, rtol=1e-4, atol=1e-5)
-    assert np.abs(expected[:-1, WIDTH:]).min() > 0 and not expected[-1, WIDTH:].any()
+@torch.no_grad()
+@pytest.mark.parametrize("n_parts", [1, 3, 1 + REACHES])
+@pytest.mark.parametrize("sharpness", [0.03, 1.0])
+def test_kernel_is_that_of_a_slow_loop(sharpness, n_parts):
+    model = begun(decoder(), sharpness).ridge
+    model.landmarks[:, 1] *= 10  # a part of another size weighs no more
+    model.look_from(model.landmarks.clone(), n_parts)
+    seen = torch.randn(5, 1 + REACHES, WIDTH)
+    torch.testing.assert_close(model(seen).double(), slow_kernel_ridge(model, seen, n_parts), atol=1e-5, rtol=1e-5)
 
 
-def test_rings_are_written_alike_in_both_places():
-    assert decoders.RINGS == baselines.RINGS
+@torch.no_grad()
+def test_kernel_keeps_single_precision_under_autocast():
+    model, seen = begun(decoder()).ridge, torch.randn(5, 1 + REACHES, WIDTH)
+    expected = model(seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(seen), expected)
+        assert model.read(torch.ones(1, LANDMARKS)).dtype == torch.bfloat16, "the context is in force"
+
+
+@torch.no_grad()
+def test_distances_of_landmarks_are_0_to_themselves_and_1_on_average():
+    model = KernelRidge(200, 1 + REACHES, WIDTH, GENES)
+    model.look_from(torch.randn(200, 1 + REACHES, WIDTH), 1 + REACHES)
+    found = model.distances(model.landmarks)
+    torch.testing.assert_close(found.diagonal(), torch.zeros(200), atol=1e-5, rtol=0)
+    assert found.mean().item() == pytest.approx(1, abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_part_without_spread_is_not_seen():
+    """As the means around are where every spot is alone, or there is one landmark."""
+    model, landmarks = KernelRidge(6, 2, WIDTH, GENES), torch.randn(6, 2, WIDTH)
+    landmarks[:, 1] = 0
+    model.look_from(landmarks, 2)
+    seen = torch.randn(3, 2, WIDTH)
+    other = torch.stack([seen[:, 0], torch.randn(3, WIDTH)], 1)
+    assert torch.equal(model.distances(seen), model.distances(other)) and model.distances(seen).min() > 0
 
 
 def test_every_gene_changes_with_each_part_of_the_picture():
@@ -184,7 +219,7 @@ def test_every_parameter_learns_and_no_attention_is_dead():
     model, given = decoder().train(), batch(n=8)
     model(**given).square().sum().backward()
     for name, p in model.named_parameters():
-        if not name.startswith("ridge."):
+        if not name.startswith("ridge.read."):
             assert p.grad is not None and p.grad.abs().max() > 0, name
     attentions = [m for m in model.modules() if isinstance(m, Attention)]
     assert len(attentions) == 4
@@ -209,5 +244,5 @@ def test_expansion_has_the_published_widths():
 
 @pytest.mark.parametrize("layers", [0, 1])
 def test_depth_is_free(layers):
-    model = GeneDecoder(WIDTH, GENES, layers=layers, decoder_width=16)
+    model = GeneDecoder(WIDTH, GENES, layers=layers, decoder_width=16, n_reaches=REACHES)
     assert model(**batch()).shape == (3, GENES)

@@ -13,6 +13,7 @@ from tiny_runs import BEST, LAST, Work
 
 import train_decoder
 from model.image_encoder import ImageEncoder
+from utils import decoder_start
 from utils.training import checkpoint, distributed, feature_bank, features
 
 NO_MEMORY = ("--memory", 1e-9)
@@ -116,7 +117,8 @@ def test_the_best_epoch_never_falls_behind_the_ridge(trained, tmp_path, capsys, 
     assert last["best"] == best["row"]["val_pcc_residuals"] >= last["row"]["val_pcc_residuals"]
     if rate < 1e-9:
         torch.testing.assert_close(last["val_pcc"], best["val_pcc"], atol=1e-6, rtol=0)
-    assert torch.equal(last["model"]["decoder.ridge.weight"], best["model"]["decoder.ridge.weight"])
+    for name in ("landmarks", "scale", "sharpness", "read.weight"):
+        assert torch.equal(last["model"][f"decoder.ridge.{name}"], best["model"][f"decoder.ridge.{name}"]), name
 
 
 def test_the_start_is_numbered_before_the_first_epoch_and_is_not_solved_again(trained, tmp_path, monkeypatch):
@@ -134,9 +136,12 @@ def test_every_train_slice_has_a_spot_in_the_ridge_however_few_are_drawn(trained
     monkeypatch.setattr(
         feature_bank.FeatureBank, "batch", lambda bank, spots, *view: drawn.append(spots) or batch(bank, spots, *view)
     )
-    monkeypatch.setattr(train_decoder, "START_SPOTS", 1)
-    run_decoder(trained, tmp_path, "--slices", tmp_path / "slices.csv", "--val_strip", "--allow_leak")
-    assert [len(spots) for spots in drawn[:2]] == [1, 1] and drawn[0] < 70 <= drawn[1]
+    monkeypatch.setattr(decoder_start, "START_SPOTS", 1)
+    monkeypatch.setattr(train_decoder, "LANDMARKS", 2)
+    state = run_decoder(trained, tmp_path, "--slices", tmp_path / "slices.csv", "--val_strip", "--allow_leak")
+    landmarks, again, first, second = (spots.tolist() for spots in drawn[:4])
+    assert first[0] < 70 <= second[0] and landmarks == again == first + second
+    assert state["sizes"]["landmarks"] == len(state["model"]["decoder.ridge.landmarks"]) == 2
 
 
 @pytest.mark.parametrize("turns", [1, 8])

@@ -13,6 +13,7 @@ from utils.training import datasets, feature_bank
 from utils.training.spill import Spill
 
 PITCH_PX = 20.0
+REACHES = (1.0, 2.0, 4.0)
 GIB = {"in memory": 1.0, "vectors in memory": 20_000 / 2**30, "on disk": 1e-9}
 
 
@@ -55,6 +56,34 @@ def test_neighbours_are_those_of_a_double_loop(rng, n):
 def test_no_context(rng):
     index, offset, present = feature_bank.neighbours(rng.random((7, 2)), 1.0, 0)
     assert index.shape == present.shape == (7, 0) and offset.shape == (7, 0, 2)
+
+
+def slow_means_around(features, xy, pitch_px):
+    """Of every spot and reach: (S, R, ...), NaN for a spot alone; spot by spot."""
+    found = np.full((len(xy), len(REACHES), *features.shape[1:]), np.nan)
+    for i in range(len(xy)):
+        for k, reach in enumerate(REACHES):
+            far = np.hypot(*(xy - xy[i]).T) / pitch_px / reach
+            weight = {j: np.exp(-(d**2) / 2) for j, d in enumerate(far) if j != i and d <= 2.5}
+            if weight:
+                found[i, k] = sum(w * features[j].astype(float) for j, w in weight.items()) / sum(weight.values())
+    return found
+
+
+@pytest.mark.parametrize("at_once", [7, 1000])
+def test_means_around_are_those_of_a_double_loop(rng, monkeypatch, at_once):
+    """A gap, an edge, two spots in one place, one that has only the farthest reach, one alone."""
+    monkeypatch.setattr(feature_bank, "ROWS_AT_ONCE", at_once)
+    one, features = one_slice(rng, 130)
+    xy = np.concatenate([one.xy_fullres_px, one.xy_fullres_px[:1], [[-9 * PITCH_PX, 0], [1e4, 1e4]]])
+    features = np.concatenate([features, features[:3] + 1])
+    expected = slow_means_around(features, xy, PITCH_PX)
+    found = np.empty(expected.shape, np.float32)
+    for block, values in feature_bank.means_around(features, xy, PITCH_PX, REACHES):
+        found[block] = values
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    alone = np.isnan(expected).all((2, 3)).tolist()
+    assert alone[-2:] == [[True, True, False], [True] * 3] and not any(map(any, alone[:-2]))
 
 
 def test_a_lonely_spot_has_no_neighbour():
@@ -126,7 +155,7 @@ def test_a_slice_under_64_tiles_uses_the_train_statistics_and_says_so(rng, capsy
 def make_bank(made, tmp_path, kind="in memory", views=None):
     spill = Spill(GIB[kind], tmp_path)
     device = torch.device("cpu")
-    return feature_bank.FeatureBank(made.slices, views or [made.kept], made.train, 18, device, spill)
+    return feature_bank.FeatureBank(made.slices, views or [made.kept], made.train, 18, REACHES, device, spill)
 
 
 @pytest.fixture
@@ -148,9 +177,11 @@ def slow_batch(made, number, standard=None):
     kept = made.kept[i].astype(np.float32)
     own = feature_bank.moments([made.kept[0] if standard is None else standard], 1) if i == 0 else made.train
     one = made.slices[i]
-    around = slow_neighbours(one.xy_fullres_px, PITCH_PX, 18)[at]
+    nearest = slow_neighbours(one.xy_fullres_px, PITCH_PX, 18)[at]
+    plain = made.kept[i] if standard is None or i else standard  # means are taken over the tiles as they are
+    around = slow_means_around(plain[:, 0].astype(np.float32), one.xy_fullres_px, PITCH_PX)[at]
     context, offsets = np.zeros((18, 6)), np.zeros((18, 2))
-    for place, (_, j) in enumerate(around):
+    for place, (_, j) in enumerate(nearest):
         context[place] = (kept[j, 0] - own.mean[0]) / own.sd[0]
         offsets[place] = (one.xy_fullres_px[j] - one.xy_fullres_px[at]) / PITCH_PX
     return {
@@ -158,7 +189,8 @@ def slow_batch(made, number, standard=None):
         "tokens": (kept[at, 1:] - own.mean[1]) / own.sd[1],
         "context": context,
         "offsets": offsets,
-        "present": np.arange(18) < len(around),
+        "present": np.arange(18) < len(nearest),
+        "around": (around - own.mean[0]) / own.sd[0],
     }
 
 
@@ -170,7 +202,8 @@ def test_a_batch_is_what_a_slow_look_up_gives(made, bank):
         expected = slow_batch(made, number)
         assert set(found) == set(expected)
         for name, value in expected.items():
-            np.testing.assert_allclose(found[name][i].numpy(), value, atol=1e-5, err_msg=f"{name} of spot {number}")
+            atol = 1e-3 if name == "around" else 1e-5  # kept in half precision
+            np.testing.assert_allclose(found[name][i].numpy(), value, atol=atol, err_msg=f"{name} of spot {number}")
     assert found["vector"].dtype == torch.float32 and not found["present"].all()
 
 
@@ -210,9 +243,9 @@ def test_a_batch_from_disk_is_that_from_memory_bit_for_bit(made, rng, tmp_path, 
 
 def test_the_budget_is_shared_by_all_that_grows_with_the_spots(made, tmp_path):
     spill = Spill(1.0, tmp_path)
-    feature_bank.FeatureBank(made.slices, [made.kept], made.train, 18, torch.device("cpu"), spill)
-    around = 110 * 18 * (4 + 2 * 4 + 1)  # number, offsets, present
-    assert 2**30 - spill.left == 110 * 5 * 6 * 2 + around
+    feature_bank.FeatureBank(made.slices, [made.kept], made.train, 18, REACHES, torch.device("cpu"), spill)
+    nearest = 110 * 18 * (4 + 2 * 4 + 1)  # number, offsets, present
+    assert 2**30 - spill.left == 110 * (5 + len(REACHES)) * 6 * 2 + nearest
 
 
 def test_a_view_gives_its_vectors_tokens_and_context(made, bank, tmp_path):
@@ -226,14 +259,22 @@ def test_a_view_gives_its_vectors_tokens_and_context(made, bank, tmp_path):
     for i, (number, kept) in enumerate(((69, alone), (3, made), (100, made), (3, alone))):
         expected = slow_batch(SimpleNamespace(**vars(made) | {"kept": kept.kept}), number, made.kept[0])
         for name, value in expected.items():
-            np.testing.assert_allclose(found[name][i].numpy(), value, atol=1e-5, err_msg=f"{name} of spot {number}")
+            atol = 1e-3 if name == "around" else 1e-5  # kept in half precision
+            np.testing.assert_allclose(found[name][i].numpy(), value, atol=atol, err_msg=f"{name} of spot {number}")
 
 
 def test_no_context_at_all(made, tmp_path):
     found = feature_bank.FeatureBank(
-        made.slices, [made.kept], made.train, 0, torch.device("cpu"), Spill(1.0, tmp_path)
+        made.slices, [made.kept], made.train, 0, (), torch.device("cpu"), Spill(1.0, tmp_path)
     ).batch(np.arange(5))
     assert found["context"].shape == (5, 0, 6) and found["offsets"].shape == (5, 0, 2)
+    assert found["around"].shape == (5, 0, 6)
+
+
+def test_a_spot_alone_has_the_mean_of_its_slice_around(made, tmp_path):
+    made.slices[0].xy_fullres_px[0] = 1e5
+    found = make_bank(made, tmp_path).batch(np.array([0, 1]))
+    assert not found["around"][0].any() and found["around"][1].all()
 
 
 # ---- the score out of the domain, predictions

@@ -77,7 +77,9 @@ def stage_two():
     torch.manual_seed(0)
     model = StageTwo(StageTwoSizes(7, "test_vit", 32, width=32, decoder_layers=1, decoder_width=16, context=4))
     around = {"context": torch.randn(5, 4, 32 * model.n_vectors), "offsets": torch.randn(5, 4, 2)}
-    around["present"] = torch.ones(5, 4, dtype=torch.bool)
+    around |= {"present": torch.ones(5, 4, dtype=torch.bool), "around": torch.randn(5, 3, 32 * model.n_vectors)}
+    model.decoder.ridge.look_from(torch.randn(2000, 4, 32 * model.n_vectors), 4)
+    torch.nn.init.normal_(model.decoder.ridge.read.weight)
     return model, torch.rand(5, 3, 32, 32), around
 
 

@@ -28,6 +28,7 @@ def batch_of(n=5):
         "context": torch.randn(n, CONTEXT, VECTORS * WIDTH),
         "offsets": torch.randn(n, CONTEXT, 2),
         "present": torch.rand(n, CONTEXT) > 0.3,
+        "around": torch.randn(n, 3, VECTORS * WIDTH),
     }
 
 
@@ -120,7 +121,7 @@ def test_the_encoder_is_frozen_in_training_mode_too(image_encoder):
     assert torch.equal(model.encode(tiles), first)
     assert all(torch.equal(t, before[name]) for name, t in model.image_encoder.state_dict().items())
     frozen = {name for name, p in model.decoder.named_parameters() if not p.requires_grad}
-    assert frozen == {"ridge.weight", "ridge.bias"}, "solved, not trained"
+    assert frozen == {"ridge.read.weight", "ridge.read.bias"}, "solved, not trained"
 
 
 @torch.no_grad()
@@ -198,8 +199,8 @@ def test_one_step_at_the_published_size():
     model = StageTwo(StageTwoSizes(n_genes=300, image_encoder="deit_base_patch16_224.fb_in1k", image_size=224)).train()
     features = model.encode(torch.rand(2, 3, 224, 224))
     assert features.shape == (2, 2 + 16, 512)
-    around = {"context": torch.randn(2, 18, 1024), "offsets": torch.randn(2, 18, 2), "present": torch.ones(2, 18) > 0}
-    batch = model.split(features) | around
+    context = {"context": torch.randn(2, 18, 1024), "offsets": torch.randn(2, 18, 2), "present": torch.ones(2, 18) > 0}
+    batch = model.split(features) | context | {"around": torch.randn(2, 3, 1024)}
     optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=1e-4)
     loss = losses.expression_loss(model.decoder(**batch), torch.randn(2, 300))
     loss.backward()

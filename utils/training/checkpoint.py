@@ -10,8 +10,8 @@ from typing import Any
 
 from utils.training import distributed
 
-FORMAT = 3
-FIRST_READ = 2  # what came with 3 has values that say the same of a file of 2
+FORMAT = 4
+FIRST_READ = {"stage_one": 2, "stage_two": 4}  # what came with 3 has values that say the same of a file of 2
 NEW_IN_3: dict[str, Any] = {"pretrain_hashes": {}, "step": 0, "sums": {}}
 SCRIPTS = {"stage_one": "train_mymodel.py", "stage_two": "train_decoder.py"}  # by the kind of what they write
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
@@ -101,23 +101,23 @@ def load(path: Path, kind: str | None, flag: str) -> dict[str, Any]:
     else:
         state = read_tensors(path, flag)
         check_made_by(state, kind, path, flag)
-    return state if state["format"] == FORMAT else NEW_IN_3 | state
+    return NEW_IN_3 | state if state["format"] < 3 else state
 
 
 def check_made_by(state: Any, kind: str | None, path: Path, flag: str) -> None:
-    """A file of either stage says which, and by which format it was written. Format 1 cannot be brought into this one:
-    its models lack the linear parts that both stages now start from."""
+    """A file of either stage says which, and by which format it was written. Models of before the first format that is
+    read start from something else than this version's do."""
     found = state.get("kind") if isinstance(state, dict) else None
     if found not in ([kind] if kind else list(SCRIPTS)):
         wanted = (
             f"a {kind} checkpoint of {SCRIPTS[kind]}" if kind else f"a checkpoint of {' or '.join(SCRIPTS.values())}"
         )
         raise ValueError(f"{flag}: expected {wanted}, found {found or 'another file'} in {path}")
-    number = state.get("format")
-    if number not in range(FIRST_READ, FORMAT + 1):
+    number, read = state.get("format"), range(FIRST_READ[found], FORMAT + 1)
+    if number not in read:
         newer = isinstance(number, int) and number > FORMAT
         remedy = "a newer Magic made it: update this one" if newer else f"train it again with {SCRIPTS[found]}"
-        raise ValueError(f"{flag}: {path} has format {number}, this version reads {FIRST_READ} to {FORMAT}; {remedy}")
+        raise ValueError(f"{flag}: {path} has format {number}, this version reads {list(read)}; {remedy}")
 
 
 def fit(model: Any, tensors: dict[str, Any], path: Path, flag: str) -> None:

@@ -1,13 +1,13 @@
 """Kept features as the decoder takes them: standardised per slice, with the spots around, a batch at a time.
 
 The features lie on the device while they fit the budget, else they stay in the files that they are mapped from.
-Letters: S spots, T tokens of a tile, D feature width, N context spots, V views of a tile, B batch.
+Letters: S spots, T tokens of a tile, D feature width, N context spots, R reaches, V views of a tile, B batch.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from utils.training.spill import Spill
 MIN_SPOTS = 64  # under so many tiles a slice's own statistics are too rough
 MIN_SD = 1e-3
 CONTEXT_PITCHES = 2.6
+FARTHEST = 2.5  # in reaches: a weight of 0.04
 ROWS_AT_ONCE = 256  # 18 MB of the published features in float64
 DOMAIN_SPOTS = 20_000  # their D x D covariance is known well enough
 
@@ -90,6 +91,32 @@ def neighbours(xy_px: np.ndarray, pitch_px: float, n: int) -> tuple[np.ndarray, 
     return index, np.where(present[..., None], offset, 0).astype(np.float32), present
 
 
+def means_around(
+    features: np.ndarray, xy_px: np.ndarray, pitch_px: float, reaches: Sequence[float]
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Means of the other spots' features (S, V, D), by Gaussian weights whose deviations are the reaches, in pitches.
+
+    In pieces of the spots: (n, R, V, D) float32, NaN where no other spot lies within 2.5 reaches."""
+    from scipy.sparse import csr_array
+    from scipy.spatial import KDTree
+
+    everywhere, farthest = KDTree(xy_px), FARTHEST * max(reaches) * pitch_px
+    for block in blocks(len(features)):
+        pairs = KDTree(xy_px[block]).sparse_distance_matrix(everywhere, farthest, output_type="ndarray")
+        pairs = pairs[pairs["i"] + block.start != pairs["j"]]
+        seen, column = np.unique(pairs["j"], return_inverse=True)
+        near, shape = features[seen].reshape(len(seen), -1).astype(np.float32), (block.stop - block.start, len(seen))
+        found = []
+        for reach in reaches:
+            distance = pairs["v"] / (reach * pitch_px)
+            weight = np.where(distance <= FARTHEST, np.exp(-(distance**2) / 2), 0).astype(np.float32)
+            total = np.bincount(pairs["i"], weight, shape[0]).astype(np.float32)
+            with np.errstate(invalid="ignore"):
+                found.append((csr_array((weight, (pairs["i"], column)), shape) @ near) / total[:, None])
+        yield block, np.stack(found, 1).reshape(shape[0], len(reaches), *features.shape[1:])
+        let_go(features)
+
+
 def let_go(array: np.ndarray) -> None:
     """Take the pages read so far off this process's memory; those of a mapped file stay in the system's cache."""
     mapped = getattr(array, "_mmap", None)
@@ -138,6 +165,7 @@ class FeatureBank:
     ----------
     views : per view and slice (S, V + T, D) float16; a slice without augmented views repeats its view 0
     train : what stands in for the statistics of a small slice
+    context, reaches : how many of the nearest spots are given out, and over which distances the others are averaged
     spill : the budget of all that grows with the spots; vectors, which every batch reads N + 1 times, come first
     """
 
@@ -147,6 +175,7 @@ class FeatureBank:
         views: list[list[np.ndarray]],
         train: Moments,
         context: int,
+        reaches: Sequence[float],
         device: torch.device,
         spill: Spill,
     ):
@@ -155,6 +184,7 @@ class FeatureBank:
         self.mean, self.sd = self._put(np.stack([m.mean for m in own])), self._put(np.stack([m.sd for m in own]))
         self.first = np.cumsum([0, *map(len, views[0])])
         self._find_neighbours(slices, context, spill)
+        self._look_around(slices, views[0], own, reaches, spill)
         arrays = {id(f): f for view in views for f in view}
         self.vectors = Rows([f[:, : self.n_vectors] for f in arrays.values()], spill, device)
         self.tokens = Rows([f[:, self.n_vectors :] for f in arrays.values()], spill, device)
@@ -170,11 +200,28 @@ class FeatureBank:
             for all_spots, values in zip((self.index, self.offset, self.present), found, strict=True):
                 all_spots[start:stop] = values
 
+    def _look_around(
+        self,
+        slices: list[datasets.SliceData],
+        plain: list[np.ndarray],
+        own: list[Moments],
+        reaches: Sequence[float],
+        spill: Spill,
+    ) -> None:
+        """Of the tiles as they are, also for augmented views; 0, the slice's mean, where a spot is alone."""
+        self.around = spill.empty((int(self.first[-1]), len(reaches), *own[0].mean[:-1].shape), np.float16)
+        for one, features, standard, start in zip(slices if reaches else [], plain, own, self.first, strict=False):
+            vectors = features[:, : self.n_vectors]
+            for block, found in means_around(vectors, one.xy_fullres_px, one.pitch_fullres_px, reaches):
+                standardised = (found - standard.mean[:-1]) / standard.sd[:-1]
+                self.around[start + block.start : start + block.stop] = np.nan_to_num(standardised)
+
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def batch(self, spots: np.ndarray, view: np.ndarray | int = 0) -> dict[str, Tensor]:
-        """Spot numbers (B,), view of each (B,) -> what GeneDecoder takes: vector, tokens, context, offsets, present."""
+        """Spot numbers (B,), view of each (B,) -> what GeneDecoder takes: vector, tokens, context, offsets, present,
+        around."""
         of = np.searchsorted(self.first, spots, side="right") - 1
         start = self.start[view, of]
         rows = np.column_stack([spots - self.first[of], self.index[spots]]) + start[:, None]
@@ -187,6 +234,7 @@ class FeatureBank:
             "context": vectors[:, 1:] * present[..., None],
             "offsets": self._put(self.offset[spots]),
             "present": present,
+            "around": self._put(self.around[spots]).float().flatten(2),
         }
 
 

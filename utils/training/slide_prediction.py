@@ -112,7 +112,8 @@ def predict_view(run: Run, member: Member, kept: np.ndarray, spots: SlideSpots, 
     model, budget = member.model, Spill(memory.left / 2**30, memory.folder)
     moments = feature_bank.Moments(*(member.state["feature_moments"][key].numpy() for key in ("mean", "sd")))
     one: Any = spots  # has what is looked at of a slice
-    bank = feature_bank.FeatureBank([one], [[kept]], moments, model.sizes.context, run.accelerator.device, budget)
+    around = (model.sizes.context, model.sizes.reaches)
+    bank = feature_bank.FeatureBank([one], [[kept]], moments, *around, run.accelerator.device, budget)
     autocast = partial(distributed.decoder_autocast, run.accelerator, run.precision)
     return feature_bank.predict(model, bank, np.arange(len(spots.barcodes)), autocast, run.batch_size)
 

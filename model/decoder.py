@@ -27,7 +27,7 @@ class KernelRidge(nn.Module):
         self.landmarks: Tensor
         self.scale: Tensor
         self.sharpness: Tensor
-        self.register_buffer("landmarks", torch.zeros(n_landmarks, n_parts, width))
+        self.register_buffer("landmarks", torch.zeros(n_landmarks, n_parts * width))  # scaled
         self.register_buffer("scale", torch.ones(n_parts))  # by which a part enters the distance
         self.register_buffer("sharpness", torch.ones(()))
         self.read = nn.Linear(n_landmarks, n_genes).requires_grad_(False)
@@ -38,19 +38,23 @@ class KernelRidge(nn.Module):
     def look_from(self, landmarks: Tensor, n_parts: int) -> None:
         """Spots (M, P, D) to measure distances to, by the first parts of what is seen; one that never varies is left
         out. Two spots lie twice their variance apart."""
-        self.landmarks.copy_(landmarks)
         share = (torch.arange(len(self.scale), device=landmarks.device) < n_parts).float()
         share[0] = OWN_SHARE
         variance = landmarks.var(0, correction=0).sum(-1)
         self.scale.copy_((share / share.sum() / (2 * variance)).sqrt().where(variance > 1e-6, 0))
+        self.landmarks.copy_(self.scaled(landmarks))
+
+    def scaled(self, seen: Tensor) -> Tensor:
+        """(B, P, D) -> (B, P D), between which distances are Euclidean."""
+        return (seen.float() * self.scale[:, None]).flatten(1)
 
     def distances(self, seen: Tensor) -> Tensor:
         """Squared, to each landmark, about 1 on average: (B, P, D) -> (B, M). In single precision: near a linear map
         large numbers cancel."""
         with torch.autocast(seen.device.type, enabled=False):
-            own, others = ((x.float() * self.scale[:, None]).flatten(1) for x in (seen, self.landmarks))
-            squares = own.square().sum(1, keepdim=True) + others.square().sum(1)
-            return (squares - 2 * own @ others.T).clamp(min=0)
+            own = self.scaled(seen)
+            squares = own.square().sum(1, keepdim=True) + self.landmarks.square().sum(1)
+            return (squares - 2 * own @ self.landmarks.T).clamp(min=0)
 
     def forward(self, seen: Tensor) -> Tensor:
         """(B, P, D) -> (B, G)"""

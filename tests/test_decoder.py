@@ -31,9 +31,9 @@ def batch(n=3, context=CONTEXT):
     }
 
 
-def begun(model, sharpness=0.7):
-    """Its ridge has landmarks and weights, drawn at random."""
-    model.ridge.look_from(torch.randn(LANDMARKS, 1 + REACHES, WIDTH), 1 + REACHES)
+def begun(model, sharpness=0.7, places=None, n_parts=1 + REACHES):
+    """Its ridge has landmarks, at random `places` if not given, and random weights."""
+    model.ridge.look_from(torch.randn(LANDMARKS, 1 + REACHES, WIDTH) if places is None else places, n_parts)
     model.start_from(sharpness, torch.randn(GENES, LANDMARKS), torch.randn(GENES))
     return model
 
@@ -75,9 +75,9 @@ def test_what_is_learnt_leaves_the_start_and_the_ridge_stays():
 # ---- the kernel
 
 
-def slow_kernel_ridge(model, seen, n_parts):
+def slow_kernel_ridge(model, places, seen, n_parts):
     """Spot by spot, landmark by landmark and part by part, in double precision."""
-    places = model.landmarks[:, :n_parts].double()
+    places = places[:, :n_parts].double()
     shares = [OWN_SHARE] + [1.0] * (n_parts - 1)
     found = []
     for spot in seen[:, :n_parts].double():
@@ -96,11 +96,13 @@ def slow_kernel_ridge(model, seen, n_parts):
 @pytest.mark.parametrize("n_parts", [1, 3, 1 + REACHES])
 @pytest.mark.parametrize("sharpness", [0.03, 1.0])
 def test_kernel_is_that_of_a_slow_loop(sharpness, n_parts):
-    model = begun(decoder(), sharpness).ridge
-    model.landmarks[:, 1] *= 10  # a part of another size weighs no more
-    model.look_from(model.landmarks.clone(), n_parts)
+    places = torch.randn(LANDMARKS, 1 + REACHES, WIDTH)
+    places[:, 1] *= 10  # a part of another size weighs no more
+    model = begun(decoder(), sharpness, places, n_parts).ridge
     seen = torch.randn(5, 1 + REACHES, WIDTH)
-    torch.testing.assert_close(model(seen).double(), slow_kernel_ridge(model, seen, n_parts), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(seen).double(), slow_kernel_ridge(model, places, seen, n_parts), atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -115,8 +117,9 @@ def test_kernel_keeps_single_precision_under_autocast():
 @torch.no_grad()
 def test_distances_of_landmarks_are_0_to_themselves_and_1_on_average():
     model = KernelRidge(200, 1 + REACHES, WIDTH, GENES)
-    model.look_from(torch.randn(200, 1 + REACHES, WIDTH), 1 + REACHES)
-    found = model.distances(model.landmarks)
+    places = torch.randn(200, 1 + REACHES, WIDTH)
+    model.look_from(places, 1 + REACHES)
+    found = model.distances(places)
     torch.testing.assert_close(found.diagonal(), torch.zeros(200), atol=1e-5, rtol=0)
     assert found.mean().item() == pytest.approx(1, abs=1e-4)
 

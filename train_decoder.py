@@ -70,7 +70,7 @@ def build_model(args, encoder: dict, n_genes: int, n_train_spots: int):
     sizes = StageTwoSizes(
         n_genes=n_genes,
         landmarks=min(LANDMARKS, n_train_spots),
-        reaches=StageTwoSizes.reaches if args.context else (),
+        reaches=list(StageTwoSizes.reaches) if args.context else [],
         **{name: encoder["sizes"][name] for name in ("image_encoder", "image_size", "scales", "width")},
         **{name: getattr(args, name) for name in ("decoder_layers", "decoder_width", "context", "turns")},
     )

@@ -105,6 +105,15 @@ def test_a_bent_relation_asks_for_a_sharper_kernel(rng, linear):
     assert (ridge.sharpness.item() < 0.1) == linear
 
 
+@pytest.mark.parametrize(("gain", "chosen"), [(0.011, 1.0), (0.009, 0.03), (0.0, 0.03)])
+@pytest.mark.parametrize("linear", [0.4, -0.1])
+def test_a_sharp_kernel_must_be_clearly_better(linear, gain, chosen):
+    scores = [(linear - 0.2, 0.03), (linear, 0.03), (linear, 0.3), (linear + gain * abs(linear), 1.0)]
+    found = [(SimpleNamespace(val_pcc=score), 1, sharpness, None) for score, sharpness in scores]
+    best = decoder_start.clearly_best(found)
+    assert best[2] == chosen and best[0].val_pcc >= linear
+
+
 @pytest.mark.parametrize("n_parts", [1, 2, 3])
 def test_it_looks_as_far_around_as_validation_tells(rng, n_parts):
     ridge, said = solve(*made(rng, linear=True, n_parts=n_parts))

@@ -17,6 +17,7 @@ from utils.training.datasets import SliceData
 START_SPOTS = 20_000  # of the train spots, drawn by the seed, serve to solve it
 LANDMARKS = 2_000  # of those are what a spot is compared with; with no more train spots than that it is exact
 SHARPNESS = (0.03, 0.3, 1.0)  # of the kernel; the first is as good as linear
+CLEARLY = 0.01  # better on validation, as a share, must a sharp kernel be: a linear map carries over to more
 PENALTIES = tuple(np.logspace(-4, 3, 15))  # the kernel of a spot with itself is 1
 
 
@@ -24,7 +25,7 @@ def start_from_ridge(
     model: Any, bank: Any, slices: Sequence[SliceData], target: np.ndarray, truth: list[np.ndarray], args: Any
 ) -> str:
     """Solve the decoder's start. How far around a spot it looks, sharpness, penalty and rank are those with the best
-    PCC per gene on the validation spots. Returns what was found.
+    PCC per gene on the validation spots, or those of the best linear map where that is as good. Returns what was found.
 
     Parameters
     ----------
@@ -52,7 +53,7 @@ def start_from_ridge(
             x_train, x_val = ([np.exp(-sharpness * one) @ axes for one in part] for part in (of_train, of_val))
             fitted = ridge.fit_ridge(x_train, y_train, x_val, y_val, PENALTIES, ridge.RANKS)
             found.append((fitted, n_parts, sharpness, axes @ fitted.weights))
-    best, n_parts, sharpness, weights = max(found, key=lambda one: one[0].val_pcc)
+    best, n_parts, sharpness, weights = clearly_best(found)
     kernel.look_from(landmarks, n_parts)
     bias = best.y_mean - best.x_mean @ best.weights
     model.decoder.start_from(sharpness, torch.from_numpy(weights.T), torch.from_numpy(bias))
@@ -61,6 +62,15 @@ def start_from_ridge(
         f"ridge to start from: spot and {n_parts - 1} means around it, sharpness {sharpness}, "
         f"penalty {best.penalty:.3g}, {rank}, validation PCC per gene {best.val_pcc:.4f}"
     )
+
+
+def clearly_best(found: Sequence[tuple[ridge.Ridge, int, float, np.ndarray]]) -> tuple[ridge.Ridge, int, float, Any]:
+    """Of fits, parts seen, sharpness and weights: those of the best fit, if it is clearly better than the best linear
+    one."""
+    best = max(found, key=lambda one: one[0].val_pcc)
+    linear = max((one for one in found if one[2] == SHARPNESS[0]), key=lambda one: one[0].val_pcc)
+    gain = best[0].val_pcc - linear[0].val_pcc
+    return best if gain > CLEARLY * abs(linear[0].val_pcc) else linear
 
 
 def drawn(bank: Any, slices: Sequence[SliceData], seed: int) -> list[np.ndarray]:

@@ -184,9 +184,9 @@ class FeatureBank:
         self.mean, self.sd = self._put(np.stack([m.mean for m in own])), self._put(np.stack([m.sd for m in own]))
         self.first = np.cumsum([0, *map(len, views[0])])
         self._find_neighbours(slices, context, spill)
-        self._look_around(slices, views[0], own, reaches, spill)
         arrays = {id(f): f for view in views for f in view}
         self.vectors = Rows([f[:, : self.n_vectors] for f in arrays.values()], spill, device)
+        self._look_around(slices, views[0], own, reaches, spill)
         self.tokens = Rows([f[:, self.n_vectors :] for f in arrays.values()], spill, device)
         start = dict(zip(arrays, self.vectors.first, strict=False))
         self.start = np.array([[start[id(f)] for f in view] for view in views])  # (V, slices): row of the first spot

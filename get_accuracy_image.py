@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.files.atomic import write_record
 from utils.slices import export
-from utils.slices.tiles import write_record
 from utils.training import arguments, checkpoint, datasets
 from utils.training.folder import alone_in
 

@@ -24,7 +24,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.slices import reader, table, tiles
+from utils.files.atomic import write_record
+from utils.images import tiles
+from utils.slices import splits, visium
 from utils.training import arguments
 from utils.training.folder import alone_in
 
@@ -72,7 +74,7 @@ def parse_args(argv=None):
 
 def find_picture(row, args, root: Path) -> tuple[str, Path]:
     """Which picture to cut from: ("fullres" | "hires", file)."""
-    fullres = None if args.source == "hires" else table.image_file(args.data, row)
+    fullres = None if args.source == "hires" else splits.image_file(args.data, row)
     if fullres is not None:
         return "fullres", fullres
     hires = root / "spatial" / "tissue_hires_image.png"
@@ -84,10 +86,10 @@ def find_picture(row, args, root: Path) -> tuple[str, Path]:
 
 def plan_cut(row, args, root: Path, source: str, picture_file: Path, scale: float) -> tiles.Cut:
     """`scale`: pixels of the source picture per full-resolution pixel."""
-    positions = reader.read_positions(root)
+    positions = visium.read_positions(root)
     try:
-        pitch_um = reader.spot_pitch_um(root, positions, args.spot_pitch_um or row.spot_pitch_um)
-        um_per_source_px = pitch_um / (reader.pitch_fullres_px(positions) * scale)
+        pitch_um = visium.spot_pitch_um(root, positions, args.spot_pitch_um or row.spot_pitch_um)
+        um_per_source_px = pitch_um / (visium.pitch_fullres_px(positions) * scale)
     except ValueError:
         if args.crop_size is None:
             raise
@@ -175,15 +177,15 @@ def begin(folder: Path, cut: tiles.Cut, record: dict | None) -> None:
         print(f"{folder.name}: settings changed ({', '.join(changed)}): its tiles are cut anew")
         for old in [folder / tiles.RECORD, folder / tiles.PACK, *folder.glob("*.jpeg")]:
             old.unlink(missing_ok=True)
-    tiles.write_record(started, asdict(cut))
+    write_record(started, asdict(cut))
 
 
 def tile_slice(row, args) -> int:
     """All that is missing of one slice's tiles; returns how many spots have one."""
-    root = reader.find_root(table.slice_folder(args.data, row))
-    spots, unmatched = reader.tissue_spots(root)
+    root = visium.find_root(splits.slice_folder(args.data, row))
+    spots, unmatched = visium.tissue_spots(root)
     source, picture_file = find_picture(row, args, root)
-    hires_scale = reader.read_scalefactors(root)["tissue_hires_scalef"]
+    hires_scale = visium.read_scalefactors(root)["tissue_hires_scalef"]
     scale = hires_scale if source == "hires" else 1.0
     cut = plan_cut(row, args, root, source, picture_file, scale)
     size = tiles.picture_size(picture_file)
@@ -218,13 +220,13 @@ def cut_slice(folder: Path, job: Job, spots, outside: list[str], workers: int) -
     barcodes, xy_px = spots.index.to_numpy(str), spots[["x_fullres_px", "y_fullres_px"]].to_numpy()
     tiles.write_pack(folder, barcodes, xy_px, cut_all(job, workers, folder.name), job.cut.size)
     made = {"number": len(barcodes), "outside": outside, "software": f"magic image_tilling, Pillow {Image.__version__}"}
-    tiles.write_record(folder / tiles.RECORD, asdict(job.cut) | made)
+    write_record(folder / tiles.RECORD, asdict(job.cut) | made)
     (folder / tiles.STARTED).unlink()
 
 
 @alone_in("tiles")
 def main(args):
-    rows, warnings = table.read_table(args.data, args.slices, split=args.part != "all")
+    rows, warnings = splits.read_table(args.data, args.slices, split=args.part != "all")
     arguments.say(warnings)
     rows = arguments.chosen(rows, args.part)
     number = sum(tile_slice(row, args) for row in rows)

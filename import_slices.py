@@ -45,25 +45,26 @@ def sources(args) -> Iterator:
     """The slices of SOURCE one after the other; what its format does not need is not imported."""
     flags = (args.source, args.image, args.spot_pitch_um)
     if args.format == "legacy_st":
-        from utils.slices.importers_legacy_st import read_legacy_st
+        from utils.importers.legacy_st import read_legacy_st
 
         return read_legacy_st(*flags)
     if args.format == "visium_hd":
-        from utils.slices.importers_hd import read_visium_hd
+        from utils.importers.visium_hd import read_visium_hd
 
         return read_visium_hd(*flags, args.bin, args.memory * 2**30)
     if args.format == "h5ad":
-        from utils.slices.importers_h5ad import read_h5ad
+        from utils.importers.h5ad import read_h5ad
 
         return read_h5ad(*flags)
-    from utils.slices.importers_spatialdata import read_spatialdata
+    from utils.importers.spatialdata import read_spatialdata
 
     return read_spatialdata(*flags, args.bin)
 
 
 @folder.alone_in("out")
 def main(args):
-    from utils.slices import importers, importers_files
+    from utils.importers import base as importers
+    from utils.importers import files as importers_files
 
     if args.bin is not None and args.format not in BINNED:
         raise ValueError(

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.slices import gene_names, genes, reader, table
+from utils.genes import names as gene_names
+from utils.genes import panels as gene_panels
+from utils.slices import splits, visium
 from utils.training import arguments
 from utils.training.folder import alone_in
 
@@ -49,50 +51,50 @@ def parse_args(argv=None):
 class Surveyed:
     """What is kept of a slice between choosing the panels and writing them; its counts stay on disk."""
 
-    row: table.SliceRow
+    row: splits.SliceRow
     total: np.ndarray  # (S,) counts of every spot under tissue
     kept: np.ndarray  # (S,) bool: not empty, not below --min_counts
     pitch_px: float
     counts_hash: str
-    profile: genes.Profile  # of the kept train spots
+    profile: gene_panels.Profile  # of the kept train spots
 
 
-def read_slice(row, args) -> reader.Slice:
-    return reader.read_slice(table.slice_folder(args.data, row), row.slice, bytes_of(args))
+def read_slice(row, args) -> visium.Slice:
+    return visium.read_slice(splits.slice_folder(args.data, row), row.slice, bytes_of(args))
 
 
 def bytes_of(args) -> float:
     return args.memory * 2**30
 
 
-def train_spots(row, source: reader.Slice, pitch_px: float, args) -> np.ndarray:
+def train_spots(row, source: visium.Slice, pitch_px: float, args) -> np.ndarray:
     """Spots that the panels may be chosen on: (S,) bool."""
     if args.val_strip and row.part == "train":
-        return table.strip_parts(source.spots[["x_fullres_px", "y_fullres_px"]].to_numpy(), pitch_px) == "train"
+        return splits.strip_parts(source.spots[["x_fullres_px", "y_fullres_px"]].to_numpy(), pitch_px) == "train"
     return np.full(len(source.spots), row.part == "train")
 
 
 def survey(row, symbols: dict[str, str], args) -> Surveyed:
     """Duplicate names summed, spots without a count (or below --min_counts) dropped and counted."""
     source, least = read_slice(row, args), max(args.min_counts, 1)
-    mapped = genes.mapped_names(source.genes, symbols)
+    mapped = gene_panels.mapped_names(source.genes, symbols)
     names = list(dict.fromkeys(mapped.tolist()))
-    pitch_px = reader.pitch_fullres_px(source.spots)
+    pitch_px = visium.pitch_fullres_px(source.spots)
     total, train = np.zeros(len(source.spots), np.int64), train_spots(row, source, pitch_px, args)
-    gathering, profile = genes.gather(mapped, names), None
+    gathering, profile = gene_panels.gather(mapped, names), None
     shared = np.array([sys.intern(name) for name in names], object)  # hundreds of slices hold the same names once
-    for span in reader.spans(source.counts, bytes_of(args)):
+    for span in visium.spans(source.counts, bytes_of(args)):
         counts = source.counts[span]
         total[span] = np.asarray(counts.sum(1)).ravel()
-        part = genes.profile(counts[(total[span] >= least) & train[span]] @ gathering, shared)
-        profile = part if profile is None else genes.merged(profile, part)
+        part = gene_panels.profile(counts[(total[span] >= least) & train[span]] @ gathering, shared)
+        profile = part if profile is None else gene_panels.merged(profile, part)
     kept = total >= least
     tell(row, source, total, kept, len(names), least)
-    content = reader.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes, bytes_of(args))
+    content = visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes, bytes_of(args))
     return Surveyed(row, total, kept, pitch_px, content, profile)
 
 
-def tell(row, source: reader.Slice, total: np.ndarray, kept: np.ndarray, n_genes: int, least: int) -> None:
+def tell(row, source: visium.Slice, total: np.ndarray, kept: np.ndarray, n_genes: int, least: int) -> None:
     """A line per slice. Raises ValueError where no spot is left."""
     summed = len(source.genes) - n_genes
     notes = [f"{n} {what}" for what, n in source.unmatched.items() if n]
@@ -105,7 +107,7 @@ def tell(row, source: reader.Slice, total: np.ndarray, kept: np.ndarray, n_genes
 
 def listed(given: Path, train: list[Surveyed], known: gene_names.KnownNames, whole: bool) -> tuple[list[str], str]:
     """The panel that a file names. Of a `whole` vocabulary half its genes, of a list all must be in a train slice."""
-    panel, how = genes.read_vocabulary(given), {}
+    panel, how = gene_panels.read_vocabulary(given), {}
     for one in train:
         matches = gene_names.match_genes(one.profile.names, panel, known)
         how = {panel[place]: matches.how[name] for name, place in matches.places.items()} | how
@@ -131,7 +133,7 @@ def choose(role: str, train: list[Surveyed], known: gene_names.KnownNames, args)
     if not any(one.profile.n_spots for one in train):
         raise ValueError(f"{args.data}: expected train spots outside the strips, found none; lower --min_counts")
     wanted = args.n_top_genes if role == "target" else args.n_input_genes
-    rule = genes.highest_expressed if role == "target" else genes.highly_variable
+    rule = gene_panels.highest_expressed if role == "target" else gene_panels.highly_variable
     panel = rule([one.profile for one in train], wanted)
     if not panel:
         raise ValueError(f"{args.data}: the train slices have no gene name in common; are they of one species?")
@@ -153,7 +155,7 @@ def panel_file(one: Surveyed, spots, measured: np.ndarray, role: str, choice: tu
         "format": 1,
         "role": role,
         "panel": np.array(panel),
-        "panel_hash": genes.panel_hash(panel),
+        "panel_hash": gene_panels.panel_hash(panel),
         "how": how,
         "train_slices": np.array([t.row.slice for t in train]),
         "train_hashes": np.array([t.counts_hash for t in train]),
@@ -166,34 +168,34 @@ def panel_file(one: Surveyed, spots, measured: np.ndarray, role: str, choice: tu
 def write_panels(one: Surveyed, panels: dict[str, tuple[list[str], str]], train, symbols, known, args) -> None:
     """Both files of a slice; a gene that it lacks is a column of zeros, marked not measured."""
     source = read_slice(one.row, args)
-    mapped = genes.mapped_names(source.genes, symbols)
-    spans = reader.spans(source.counts, bytes_of(args))
+    mapped = gene_panels.mapped_names(source.genes, symbols)
+    spans = visium.spans(source.counts, bytes_of(args))
     for role, choice in panels.items():
         names = gene_names.renamed(mapped, choice[0], known)
-        measured, gathering = np.isin(choice[0], names), genes.gather(names, choice[0])
+        measured, gathering = np.isin(choice[0], names), gene_panels.gather(names, choice[0])
         if not measured.all():
             print(f"{one.row.slice}: {(~measured).sum()} of {len(measured)} {role} genes are not in this slice")
         adata = panel_file(one, source.spots.loc[one.kept], measured, role, choice, train)
         blocks = ((source.counts[span][one.kept[span]] @ gathering).sorted_indices() for span in spans)
-        genes.write_panel(genes.panel_path(args.data, args.panels, one.row.slice, role), adata, blocks)
+        gene_panels.write_panel(gene_panels.panel_path(args.data, args.panels, one.row.slice, role), adata, blocks)
 
 
 @alone_in("panels")
 def main(args):
-    rows, warnings = table.read_table(args.data, args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)
+    rows, warnings = splits.read_table(args.data, args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)
     arguments.say(warnings)
     rows = [row for row in rows if row.part]
-    print(table.format_table(rows))
+    print(splits.format_table(rows))
     if args.full_vocabulary and args.input_genes is None:
         raise ValueError("--full_vocabulary: expected --input_genes with the vocabulary, found none; give the file")
     for part in ("train", args.part):
         arguments.chosen(rows, part)
-    symbols = gene_names.slice_symbols(table.slice_folder(args.data, row) for row in rows)
+    symbols = gene_names.slice_symbols(visium.read_slice_genes(splits.slice_folder(args.data, row)) for row in rows)
     known = gene_names.known_names(args.gene_aliases, symbols)
     surveyed = [survey(row, symbols, args) for row in rows]
-    arguments.say(table.check_identical(rows, {one.row.slice: one.counts_hash for one in surveyed}, args.allow_leak))
+    arguments.say(splits.check_identical(rows, {one.row.slice: one.counts_hash for one in surveyed}, args.allow_leak))
     train = [one for one in surveyed if one.row.part == "train"]
-    panels = {role: choose(role, train, known, args) for role in genes.FILES}
+    panels = {role: choose(role, train, known, args) for role in gene_panels.FILES}
     wanted = [one for one in surveyed if args.part in ("all", one.row.part)]
     for one in tqdm(wanted, desc="slices", unit="slice", disable=None):
         write_panels(one, panels, train, symbols, known, args)

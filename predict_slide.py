@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import prediction_files
-from utils.slices import layout, measured, slide_list
-from utils.slices.tiles import write_record, write_whole
+from utils.files.atomic import write_record, write_whole
+from utils.prediction import layout, measured, outputs
+from utils.prediction import slides as slide_list
 from utils.training import arguments, checkpoint, folder
 
 SETTINGS, FEATURES = "settings.json", "features"
@@ -91,8 +91,8 @@ def load_run(args):
     """All models on the device, and how they are run."""
     states = read_checkpoints(args.decoder)
     from model.stage_two import StageTwo, StageTwoSizes, domain_score
+    from utils.prediction.predict import Member, Run
     from utils.training import distributed
-    from utils.training.slide_prediction import Member, Run
 
     accelerator, members = distributed.start(args.device, args.precision), []
     for path, state in zip(args.decoder, states, strict=True):
@@ -105,7 +105,7 @@ def load_run(args):
 
 def run_key(planned: layout.Plan, run, args) -> dict:
     """What the results of a slide depend on: where a record says the same, they are there."""
-    from utils.training.slide_features import fingerprint
+    from utils.prediction.slide_features import fingerprint
 
     request = planned.request
     given = {name: getattr(request, name) for name in ("um_per_px", "pitch_um")}
@@ -143,14 +143,14 @@ def compare(planned: layout.Plan, spots: layout.SlideSpots, predicted: np.ndarra
     return found, metrics
 
 
-def write_results(one: prediction_files.Prediction, metrics: dict | None, args, out: Path) -> None:
-    adata = prediction_files.write_anndata(out / "predictions.h5ad", one)
-    prediction_files.write_csv(out, one)
-    prediction_files.write_geojson(out / "predictions.geojson", one)
-    prediction_files.write_maps(out / "maps", one, one.best_genes(args.maps))
+def write_results(one: outputs.Prediction, metrics: dict | None, args, out: Path) -> None:
+    adata = outputs.write_anndata(out / "predictions.h5ad", one)
+    outputs.write_csv(out, one)
+    outputs.write_geojson(out / "predictions.geojson", one)
+    outputs.write_maps(out / "maps", one, one.best_genes(args.maps))
     if args.spatialdata:
-        prediction_files.write_spatialdata(out / "predictions.zarr", one, adata)
-    prediction_files.write_report(out / "report.html", one, metrics, checkpoint.plain(vars(args)) | one.about)
+        outputs.write_spatialdata(out / "predictions.zarr", one, adata)
+    outputs.write_report(out / "report.html", one, metrics, checkpoint.plain(vars(args)) | one.about)
 
 
 def describe(planned: layout.Plan, spots: layout.SlideSpots, slide, found, args) -> dict:
@@ -174,14 +174,14 @@ def describe(planned: layout.Plan, spots: layout.SlideSpots, slide, found, args)
 def predict_one(planned: layout.Plan, key: dict, run, args) -> None:
     """One slide, from its picture to all its files; the record that says that it is done comes last."""
     from utils.evaluation import metrics as scales
-    from utils.slices import whole_slide
-    from utils.training import slide_prediction
+    from utils.images import image as whole_slide
+    from utils.prediction import predict
 
     out, um_per_px = planned.request.out, planned.um_per_picture_px
     with whole_slide.open_slide(planned.picture, um_per_px, args.huge) as slide:
         picture, scale = slide.thumbnail()
         spots = layout.lay(planned, slide, picture, scale, args.grid)
-        found = slide_prediction.predict_slide(run, slide, spots, out / FEATURES)
+        found = predict.predict_slide(run, slide, spots, out / FEATURES)
         about = describe(planned, spots, slide, found, args)
     if about["unlike_training"]:
         print(
@@ -196,7 +196,7 @@ def predict_one(planned: layout.Plan, key: dict, run, args) -> None:
         extra = {"measured": np.where(known.measured, shown, np.nan), "counts": known.counts}
         extra["total_counts"] = known.total_counts
     val_pcc = np.mean([m.state["val_pcc"].numpy() for m in run.members], axis=0)
-    one = prediction_files.Prediction(
+    one = outputs.Prediction(
         spots=spots,
         genes=state["genes"],
         target=state["target"],

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from utils import targets
 from utils.decoder_scores import validate, widen
 from utils.decoder_start import LANDMARKS, start_from_ridge
-from utils.slices import table
+from utils.slices import splits
 from utils.training import arguments, checkpoint, datasets, leaks, overlap
 from utils.training.folder import alone_in
 
@@ -55,7 +55,7 @@ def load_data(args, encoder: dict):
     """Slices of the train and validation part, and the rows of the table."""
     rows, warnings = datasets.read_split(args)
     arguments.say(warnings)
-    print(table.format_table(rows))
+    print(splits.format_table(rows))
     slices = datasets.load_training(rows, args, ("target",))
     first = slices[0]
     overlap.check_tiles(first.pack.folder, datasets.tile_scale(first), tuple(encoder["tile_scale"]), "--encoder")
@@ -219,7 +219,7 @@ def main(args):
     if args.compile:
         model.decoder.compile()
     log = loop.RunLog(args.logs, "stage_two", vars(args) | {"n_train_spots": len(spots)})
-    table.write_table(rows, args.out / "slices.csv")
+    splits.write_table(rows, args.out / "slices.csv")
 
     if not args.resume:
         print(start_from_ridge(model, bank, slices, target, truth, args))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from model import tuning
 from utils import gene_weights, targets
-from utils.slices import table
+from utils.slices import splits
 from utils.start import start_from_ridge
 from utils.training import arguments, checkpoint, datasets
 from utils.training.folder import alone_in
@@ -66,7 +66,7 @@ def load_data(args):
     """Slices of the train and validation part, the rows of the table, and what the split left to say."""
     rows, warnings = datasets.read_split(args)
     arguments.say(warnings)
-    print(table.format_table(rows))
+    print(splits.format_table(rows))
     return datasets.load_training(rows, args, ("input", "target") if args.expression_weight else ("input",)), rows
 
 
@@ -268,7 +268,7 @@ def main(args):
         model.compile_encoders()
     log = loop.RunLog(args.logs, "stage_one", vars(args) | {"n_train_spots": len(spots)})
     if distributed.is_main():
-        table.write_table(rows, args.out / "slices.csv")
+        splits.write_table(rows, args.out / "slices.csv")
     if not args.resume:
         progress.begin()
     for epoch in range(progress.epoch, args.Epoch):

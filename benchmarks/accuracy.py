@@ -27,8 +27,8 @@ from benchmarks import accuracy_folds as folds
 from benchmarks import accuracy_table
 from benchmarks.accuracy_run import ROOT, Run, done
 from benchmarks.speed import machine_name, put_into
-from utils.slices import table
-from utils.slices.tiles import write_record, write_whole
+from utils.files.atomic import write_record, write_whole
+from utils.slices import splits
 from utils.training import arguments
 
 FOLDER = ROOT / "benchmarks"
@@ -149,7 +149,7 @@ def ablate(args, all_folds: list[folds.Fold]) -> None:
 
 def main(args: argparse.Namespace) -> None:
     check(args)
-    rows, warnings = table.read_table(args.data, split=False)
+    rows, warnings = splits.read_table(args.data, split=False)
     arguments.say(warnings)
     all_folds = folds.PROTOCOLS[args.protocol](rows)
     runs = chosen(args, all_folds)

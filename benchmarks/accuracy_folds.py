@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.slices import genes, table
-from utils.slices.table import SliceRow
+from utils.genes import panels as gene_panels
+from utils.slices import splits
+from utils.slices.splits import SliceRow
 
 # flags of each script; those of a later table are said after those of an earlier one, so that they win
 FULL = {
@@ -53,7 +54,7 @@ class Fold:
     def write(self, path: Path) -> Path:
         """As a slices.csv; returns its path."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        table.write_table(self.rows, path)
+        splits.write_table(self.rows, path)
         return path
 
 
@@ -98,7 +99,7 @@ def patient_folds(rows: Sequence[SliceRow]) -> list[Fold]:
 def given_folds(rows: Sequence[SliceRow]) -> list[Fold]:
     """The data's own split; without a validation slice, a strip."""
     held_out = any(row.part == "val" for row in rows) or not any(row.part for row in rows)
-    split = table.of_part(table.default_split(rows), *table.PARTS)
+    split = splits.of_part(splits.default_split(rows), *splits.PARTS)
     return [Fold("given", tuple(split), () if held_out else ("--val_strip",))]
 
 
@@ -135,8 +136,8 @@ def shuffle_panels(panels: Path, out: Path, names: Sequence[str]) -> None:
     import anndata
 
     for name in names:
-        for role in genes.FILES:
-            source, target = (genes.panel_path(folder, None, name, role) for folder in (panels, out))
+        for role in gene_panels.FILES:
+            source, target = (gene_panels.panel_path(folder, None, name, role) for folder in (panels, out))
             adata = anndata.read_h5ad(source)
             order = np.random.default_rng(zlib.crc32(name.encode())).permutation(adata.n_obs)
             adata.X = adata.X[order]

@@ -27,8 +27,8 @@ from typing import Any
 from benchmarks import accuracy_folds as folds
 from benchmarks.accuracy_folds import Fold
 from benchmarks.speed import machine_name
-from utils.slices import reader, table
-from utils.slices.tiles import write_record, write_whole
+from utils.files.atomic import write_record, write_whole
+from utils.slices import splits, visium
 from utils.training import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,8 +90,8 @@ class Step:
 @cache
 def content_of(folder: Path, name: str) -> str:
     """Hash of a slice's counts."""
-    source = reader.read_slice(folder, name)
-    return reader.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes)
+    source = visium.read_slice(folder, name)
+    return visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes)
 
 
 @cache
@@ -128,7 +128,7 @@ class Run:
         self.slices = args.out / fold.name / "slices.csv"
         self.encoder = self.home / "encoder_model" / BEST
         self.untouched_encoder = self.folder / f"encoder_model{UNTOUCHED}" / BEST
-        parts = [(r.slice, r.part, content_of(table.slice_folder(args.data, r), r.slice)) for r in fold.rows]
+        parts = [(r.slice, r.part, content_of(splits.slice_folder(args.data, r), r.slice)) for r in fold.rows]
         self.data_key = digest(parts, fold.flags, args.shuffled, weights_key(args.encoder_weights))
         self.prepare, self.steps = self.plan()
 

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed import machine_name, put_into
 from utils.evaluation import metrics
-from utils.slices import genes, reader, table
+from utils.genes import panels as gene_panels
+from utils.slices import splits, visium
 from utils.training import arguments
 
 DRAWS = 20  # splits that r is a mean of
@@ -57,10 +58,12 @@ def ceiling(counts: np.ndarray, total_counts: np.ndarray, seed: int) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
-    rows, warnings = table.read_table(args.data, split=False)
+    rows, warnings = splits.read_table(args.data, split=False)
     arguments.say(warnings)
-    slices = [reader.read_slice(table.slice_folder(args.data, row), row.slice) for row in rows]
-    panel = genes.highest_expressed([genes.profile(one.counts, one.genes) for one in slices], args.n_top_genes)
+    slices = [visium.read_slice(splits.slice_folder(args.data, row), row.slice) for row in rows]
+    panel = gene_panels.highest_expressed(
+        [gene_panels.profile(one.counts, one.genes) for one in slices], args.n_top_genes
+    )
     lines = [
         f"`python benchmarks/ceiling.py --data {args.data.name}`, {date.today().isoformat()}, {machine_name('cpu')}, "
         f"seed {args.seed}: highest mean correlation per gene against residuals that counting noise leaves, "
@@ -71,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     ]
     for one in slices:
         total = np.asarray(one.counts.sum(1)).ravel()
-        counts = (one.counts @ genes.gather(one.genes, panel)).toarray()
+        counts = (one.counts @ gene_panels.gather(one.genes, panel)).toarray()
         found = ceiling(counts, total, args.seed)
         lines.append(f"| {one.name} | {len(total)} | {np.median(total):,.0f} | {found:.3f} |")
     text = "\n".join(lines)

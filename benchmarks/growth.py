@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import growth_parts
 from benchmarks.speed import machine_name, put_into
 from utils.evaluation import plotting
-from utils.slices.tiles import write_record
+from utils.files.atomic import write_record
 from utils.training import arguments
 
 if TYPE_CHECKING:

@@ -108,7 +108,7 @@ def prepare_counts(setting: Setting) -> None:
     """A 10x matrix beside each picture, all alike but for one count, and slices.csv: 8 of 10 slices to train."""
     import h5py
 
-    from utils.slices import simulate_files, table
+    from utils.slices import simulate_files, splits
 
     prepare_pictures(setting)
     counts = some_counts(setting.slice_spots, np.random.default_rng(SEED))
@@ -122,8 +122,8 @@ def prepare_counts(setting: Setting) -> None:
             file["matrix/data"][0] = 1 + i
         share = i / len(setting.slices)
         part = "train" if share < 0.8 else "val" if share < 0.9 else "test"
-        rows.append(table.SliceRow(name, name, part, None, None))
-    table.write_table(rows, data / "slices.csv")
+        rows.append(splits.SliceRow(name, name, part, None, None))
+    splits.write_table(rows, data / "slices.csv")
 
 
 def panels(setting: Setting) -> Work:
@@ -136,7 +136,8 @@ def panels(setting: Setting) -> Work:
 
 def prepare_packs(setting: Setting) -> None:
     """Packed tiles of every slice, the same pixels again and again."""
-    from utils.slices import tiles
+    from utils.files.atomic import write_record
+    from utils.images import tiles
 
     n = setting.slice_spots
     pixels = np.random.default_rng(SEED).integers(60, 255, (BLOCK, LOADED_PX, LOADED_PX, 3), dtype=np.uint8)
@@ -145,12 +146,12 @@ def prepare_packs(setting: Setting) -> None:
         folder.mkdir()
         blocks = (pixels[: n - start] for start in range(0, n, BLOCK))
         tiles.write_pack(folder, barcodes, xy, blocks, LOADED_PX)
-        tiles.write_record(folder / tiles.RECORD, {"size": LOADED_PX})
+        write_record(folder / tiles.RECORD, {"size": LOADED_PX})
 
 
 def loading(setting: Setting) -> Work:
     """200 batches of 32 augmented tiles of 32 px, drawn from all slices."""
-    from utils.slices import tiles
+    from utils.images import tiles
     from utils.training import augment, distributed
 
     distributed.start("cpu", "auto")

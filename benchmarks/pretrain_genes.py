@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import accuracy_folds as folds
 from benchmarks.speed import machine_name
-from utils.slices import genes, table
-from utils.slices.tiles import write_record
+from utils.files.atomic import write_record
+from utils.genes import panels as gene_panels
+from utils.slices import splits
 from utils.training import arguments
 
 FOLD = "within_C"
@@ -58,17 +59,17 @@ class Section:
     name: str
     part: str
     total_counts: np.ndarray  # (S,)
-    panels: dict[str, genes.Panel]
+    panels: dict[str, gene_panels.Panel]
 
     def rows_of(self, part: str) -> np.ndarray:
         return np.arange(len(self.total_counts) if part in (self.part, "all") else 0)
 
 
-def prepare(args) -> list[table.SliceRow]:
+def prepare(args) -> list[splits.SliceRow]:
     """The split and the panels below --out; returns the rows of the split."""
     import make_decoder_data
 
-    given, _ = table.read_table(args.data, split=False)
+    given, _ = splits.read_table(args.data, split=False)
     fold = next(fold for fold in folds.default_folds(given) if fold.name == FOLD)
     fold.write(args.out / "slices.csv")
     flags = [*data_flags(args), *fold.flags, *folds.FULL["make_decoder_data"].split()]
@@ -82,12 +83,12 @@ def data_flags(args) -> list[str]:
     return [str(word) for flag, path in places.items() for word in (f"--{flag}", Path(path).resolve())]
 
 
-def load(rows: list[table.SliceRow], args) -> list[Section]:
+def load(rows: list[splits.SliceRow], args) -> list[Section]:
     found = []
-    for row in table.of_part(rows, "train", "val"):
+    for row in splits.of_part(rows, "train", "val"):
         panels = {
-            role: genes.read_panel(genes.panel_path(args.data, args.out / "panels", row.slice, role))
-            for role in genes.FILES
+            role: gene_panels.read_panel(gene_panels.panel_path(args.data, args.out / "panels", row.slice, role))
+            for role in gene_panels.FILES
         }
         found.append(Section(row.slice, row.part, panels["input"].total_counts, panels))
     return found
@@ -225,7 +226,7 @@ def main(args) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     rows = prepare(args)
     sections = load(rows, args)
-    bins = [genes.bin_tokens(one.panels["input"].counts, one.total_counts) for one in sections]
+    bins = [gene_panels.bin_tokens(one.panels["input"].counts, one.total_counts) for one in sections]
     validation = next(i for i, one in enumerate(sections) if one.part == "val")
     record: dict[str, Any] = {
         "date": date.today().isoformat(),

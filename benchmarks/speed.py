@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed_setting import SMALL, Machine, Setting, Sizes
-from utils.slices.tiles import write_record, write_whole
+from utils.files.atomic import write_record, write_whole
 from utils.training import arguments
 
 PARTS = {  # and where each is written down

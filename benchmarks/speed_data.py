@@ -64,7 +64,7 @@ def loading(setting: Setting) -> Work:
     """Augmented tiles of 224 px in batches of 32, as training reads them: plainly from JPEGs, ours from the pack."""
     from torch.utils.data import DataLoader
 
-    from utils.slices import tiles
+    from utils.images import tiles
     from utils.training import augment, datasets
 
     s, machine = setting.sizes, Machine(setting)
@@ -90,7 +90,8 @@ def loading(setting: Setting) -> Work:
 
 def write_tiles(folder: Path, n: int, size: int, seed: int) -> list[Path]:
     """Tiles as image_tilling.py leaves them: JPEGs, their pack, and the record of it."""
-    from utils.slices import tiles
+    from utils.files.atomic import write_record
+    from utils.images import tiles
 
     rng = np.random.default_rng(seed)
     picture = Image.fromarray(rng.integers(60, 255, (64, 64, 3), dtype=np.uint8)).resize((4 * size, 4 * size))
@@ -99,7 +100,7 @@ def write_tiles(folder: Path, n: int, size: int, seed: int) -> list[Path]:
     pixels = np.empty((n, size, size, 3), np.uint8)
     tiles.ensure_tiles(picture, centres, cut, [str(path) for path in paths], np.zeros(n, bool), out=pixels)
     tiles.write_pack(folder, np.array([path.stem for path in paths]), centres, [pixels], size)
-    tiles.write_record(folder / tiles.RECORD, asdict(cut))
+    write_record(folder / tiles.RECORD, asdict(cut))
     return paths
 
 

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed import FOLDER, machine_name, peak_mib, put_into
-from utils.slices.tiles import write_record
+from utils.files.atomic import write_record
 from utils.training import arguments
 
 PITCH_UM, TILE_UM, TILE_PX = 100.0, 112.0, 224
@@ -40,7 +40,7 @@ def parse_args(argv=None):
 
 def find_spots(slide: Any, n: int) -> Any:
     """The n spots on tissue in the middle of the grid's order, and how many there are."""
-    from utils.slices import tissue
+    from utils.images import tissue
 
     thumbnail, scale = slide.thumbnail()
     centres, _ = tissue.grid(slide.width, slide.height, PITCH_UM / slide.um_per_px)
@@ -70,7 +70,7 @@ def measure(part: str, path: Path, args: argparse.Namespace) -> dict[str, float]
     """One of `read`, `encode`, `both`: tiles, seconds, seconds waited for the reader, peak memory."""
     import numpy as np
 
-    from utils.slices.whole_slide import open_slide, stream_tiles
+    from utils.images.image import open_slide, stream_tiles
 
     with open_slide(path) as slide:
         n = args.n_read if part == "read" else args.n_encode

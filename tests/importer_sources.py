@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from utils.slices import reader
-from utils.slices.importers_legacy_st import read_counts, read_spots
+from utils.importers.legacy_st import read_counts, read_spots
+from utils.slices import visium
 
 
 def picture_of(folder: Path) -> Path:
@@ -22,7 +22,7 @@ def write_legacy(folder: Path, sections: dict[str, Path], unselected=True, gene_
     for name in ("ST-cnts", "ST-spotfiles"):
         (folder / name).mkdir(parents=True)
     for name, root in sections.items():
-        found = reader.read_slice(root)
+        found = visium.read_slice(root)
         counts = pd.DataFrame(found.counts.toarray(), columns=found.genes)
         counts.index = found.spots["array_col"].astype(str) + "x" + found.spots["array_row"].astype(str)
         spots = found.spots.rename(columns={"array_col": "x", "array_row": "y"})
@@ -66,10 +66,10 @@ def legacy_counts(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.n
 
 def write_hd(folder: Path, root: Path, sizes=(8, 16), pictures=("hires", "lowres")) -> Path:
     """A Visium HD run: a simulated slice's spots as bins on a square array, parquet positions of fractions of a px."""
-    found = reader.read_slice(root)
+    found = visium.read_slice(root)
     n = int(np.ceil(np.sqrt(len(found.spots))))
     place = np.arange(len(found.spots))
-    factors = reader.read_scalefactors(root)
+    factors = visium.read_scalefactors(root)
     for size in sizes:
         square = folder / "binned_outputs" / f"square_{size:03d}um"
         (square / "spatial").mkdir(parents=True)
@@ -87,7 +87,7 @@ def write_hd(folder: Path, root: Path, sizes=(8, 16), pictures=("hires", "lowres
 
 def to_anndata(root: Path, places=True) -> anndata.AnnData:
     """A simulated slice as scanpy would hold it, counts as float32."""
-    found = reader.read_slice(root)
+    found = visium.read_slice(root)
     obs = found.spots[["array_row", "array_col"]].copy() if places else pd.DataFrame(index=found.spots.index)
     var = pd.DataFrame({"gene_ids": found.gene_ids}, index=found.genes)
     adata = anndata.AnnData(found.counts.astype(np.float32), obs=obs, var=var)
@@ -151,9 +151,9 @@ def write_zarr(path: Path, root: Path, element="circles", scale=2.0, n_images=1)
     return path
 
 
-def assert_same_slice(out: Path, root: Path, barcodes=None, ids=True) -> reader.Slice:
+def assert_same_slice(out: Path, root: Path, barcodes=None, ids=True) -> visium.Slice:
     """A written slice holds the counts, genes, places and pixels of the slice that it was made from."""
-    found, source = reader.read_slice(out), reader.read_slice(root)
+    found, source = visium.read_slice(out), visium.read_slice(root)
     assert (found.counts != source.counts).nnz == 0 and found.counts.dtype == source.counts.dtype
     np.testing.assert_array_equal(found.genes, source.genes)
     np.testing.assert_array_equal(found.gene_ids, source.gene_ids if ids else source.genes)

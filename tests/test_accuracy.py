@@ -12,14 +12,15 @@ from tiny_runs import row
 
 from benchmarks import accuracy, accuracy_run, accuracy_table
 from benchmarks import accuracy_folds as folds
-from utils.slices import genes, table
-from utils.slices.table import SliceRow
+from utils.genes import panels as gene_panels
+from utils.slices import splits
+from utils.slices.splits import SliceRow
 
 SECTIONS = [SliceRow(name, name[0], "", 200.0, f"{name}.jpg") for name in ("C2", "C3", "C4", "C5", "B4", "C6")]
 
 
 def parts_of(fold):
-    return {part: [r.slice for r in fold.rows if r.part == part] for part in table.PARTS}
+    return {part: [r.slice for r in fold.rows if r.part == part] for part in splits.PARTS}
 
 
 def tiny(data, out, *flags):
@@ -37,7 +38,7 @@ def run(simulated, tmp_path):
 
     def make(*flags, ablation="default", **changed):
         args = tiny(simulated, tmp_path, *flags)
-        fold = folds.given_folds(table.read_table(simulated)[0])[0]
+        fold = folds.given_folds(splits.read_table(simulated)[0])[0]
         return accuracy_run.Run(replace(fold, **changed), 0, args, ablation)
 
     return make
@@ -173,8 +174,8 @@ def test_shuffling_moves_counts_with_their_totals_and_nothing_else(prepared, tmp
     folds.shuffle_panels(prepared.panels, tmp_path, names)
     orders = []
     for name in names:
-        for role in genes.FILES:
-            before, after = (genes.panel_path(p, None, name, role) for p in (prepared.panels, tmp_path))
+        for role in gene_panels.FILES:
+            before, after = (gene_panels.panel_path(p, None, name, role) for p in (prepared.panels, tmp_path))
             old, new = anndata.read_h5ad(before), anndata.read_h5ad(after)
             order = np.random.default_rng(folds.zlib.crc32(name.encode())).permutation(old.n_obs)
             np.testing.assert_array_equal(new.X.toarray(), old.X.toarray()[order])
@@ -182,7 +183,7 @@ def test_shuffling_moves_counts_with_their_totals_and_nothing_else(prepared, tmp
             pd.testing.assert_frame_equal(new.obs.drop(columns="total_counts"), old.obs.drop(columns="total_counts"))
             pd.testing.assert_frame_equal(new.var, old.var)
             np.testing.assert_array_equal(new.obsm["spatial"], old.obsm["spatial"])
-            assert genes.read_panel(after).counts_hash == genes.read_panel(before).counts_hash
+            assert gene_panels.read_panel(after).counts_hash == gene_panels.read_panel(before).counts_hash
         orders.append(order)
     assert (orders[0] != np.arange(len(orders[0]))).any() and (orders[0] != orders[1]).any()
 

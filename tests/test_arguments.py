@@ -12,7 +12,7 @@ from spaceranger_folders import refused
 from tiny_runs import FLAGS
 
 import train_mymodel
-from utils.slices.table import SliceRow
+from utils.slices.splits import SliceRow
 from utils.training import arguments
 
 ROOT = Path(__file__).parents[1]

@@ -8,14 +8,16 @@ import pytest
 import torch
 from tiny_runs import BEST, EVALUATION, LAST, PREVIOUS, TRAINING, split_flag
 
-from utils.slices import genes, tiles
+from utils.files.atomic import write_record
+from utils.genes import panels as gene_panels
+from utils.images import tiles
 
 # ---- panels and tiles
 
 
 def test_a_list_with_unknown_genes(damaged, refused):
     listed = damaged.out / "list.txt"
-    known = genes.read_panel(genes.panel_path(damaged.data, damaged.panels, "P01_1", "target")).genes
+    known = gene_panels.read_panel(gene_panels.panel_path(damaged.data, damaged.panels, "P01_1", "target")).genes
     listed.write_text("\n".join([*known, "NOSUCH"]))
     for flag in ("--target_genes", "--input_genes"):
         refused("make_decoder_data", [flag, listed], r"list.txt: 1 of 21 genes are in no train slice \(NOSUCH")
@@ -25,7 +27,7 @@ def test_a_list_with_unknown_genes(damaged, refused):
 @pytest.mark.parametrize("script", [*TRAINING, *EVALUATION])
 def test_panels_that_are_missing_or_torn(damaged, refused, script):
     role = "target" if script in ("train_decoder", "decoder_similarity") else "input"
-    path = genes.panel_path(damaged.data, damaged.panels, "P01_1", role)
+    path = gene_panels.panel_path(damaged.data, damaged.panels, "P01_1", role)
     path.write_bytes(path.read_bytes()[:2000])
     refused(script, [], f"P01_1/{path.name}: expected a file of make_decoder_data.py")
     path.unlink()
@@ -38,7 +40,7 @@ def test_tiles_that_are_missing(damaged, refused, script):
     pack, record = tiles.TilePack(folder), tiles.read_record(folder)
     rows = np.arange(3, 70)
     tiles.write_pack(folder, pack.barcodes[rows], np.zeros((67, 2)), pack.read(rows), pack.size)
-    tiles.write_record(folder / "tiles.json", record | {"number": 67})
+    write_record(folder / "tiles.json", record | {"number": 67})
     refused(script, [], "tiles/P01_1: expected a tile for each of 70 spots, 3 have none", "image_tilling.py")
     shutil.rmtree(folder)
     refused(script, [], "tiles/P01_1: expected tiles.json and tiles.h5, found none; run image_tilling.py first")
@@ -117,7 +119,7 @@ def test_foreign_gene_weights(damaged, refused):
     """Nothing in the file fits: the run stops, it does not train from random weights in silence."""
     vocabulary, weights = damaged.out / "genes.txt", damaged.out / "weights.pth"
     vocabulary.write_text(
-        "\n".join(genes.read_panel(genes.panel_path(damaged.data, damaged.panels, "P01_1", "input")).genes)
+        "\n".join(gene_panels.read_panel(gene_panels.panel_path(damaged.data, damaged.panels, "P01_1", "input")).genes)
     )
     torch.save({"model_state_dict": {"other.weight": torch.ones(3)}}, weights)
     flags = ["--gene_weights", weights, "--gene_vocab", vocabulary, "--tune_block", 0]
@@ -142,6 +144,6 @@ def test_a_device_that_is_not_there(damaged, refused):
 def test_tiles_of_another_scale_than_the_encoder(damaged, refused):
     for one in damaged.tiles.iterdir():
         record = json.loads((one / "tiles.json").read_text())
-        tiles.write_record(one / "tiles.json", record | {"um_per_px": 7.0})
+        write_record(one / "tiles.json", record | {"um_per_px": 7.0})
     for script in ("train_decoder", *EVALUATION):
         refused(script, [], r"tiles of \(32, ", r"\(32, 7.0\)", r"\(32, 3.5\)", "image_tilling.py")

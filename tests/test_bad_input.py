@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_runs import EVALUATION, FLAGS, PREPROCESSING, TRAINING, rewrite_matrix, split_flag, write_matrix
 
-from utils.slices import reader
+from utils.slices import visium
 
 MATRIX = "filtered_feature_bc_matrix.h5"
 
@@ -64,11 +64,11 @@ def test_missing_scale_factors(damaged, refused):
 @pytest.mark.parametrize("value", [0.5, -1, np.nan, np.inf])
 def test_counts_that_are_none(damaged, refused, value):
     path = damaged.data / "P01_1" / MATRIX
-    matrix = reader.read_matrix(path)
+    matrix = visium.read_matrix(path)
     counts = matrix.counts.toarray().astype(float)
     path.unlink()
     write_matrix(path, counts, matrix.barcodes, matrix.genes)
-    assert reader.read_matrix(path).counts.sum() == matrix.counts.sum(), "whole numbers as floats are counts"
+    assert visium.read_matrix(path).counts.sum() == matrix.counts.sum(), "whole numbers as floats are counts"
     counts[3, 5] = value
     path.unlink()
     write_matrix(path, counts, matrix.barcodes, matrix.genes)

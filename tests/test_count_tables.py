@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 from tiny_runs import data_flags, row
 
-from utils.slices import genes
+from utils.genes import panels as gene_panels
 from utils.training import datasets
 from utils.training.count_tables import read_tables
 
@@ -55,7 +55,7 @@ def test_genes_are_matched_by_name_and_those_absent_are_zero_and_counted(prepare
         if name in panel:
             expected[:, panel.index(name)] += counts[:, column]
     assert one.name == "MOB1"
-    np.testing.assert_array_equal(one.bins, genes.bin_tokens(expected, counts.sum(1)))
+    np.testing.assert_array_equal(one.bins, gene_panels.bin_tokens(expected, counts.sum(1)))
     assert one.measured.tolist() == [gene in names for gene in panel]
     assert "MOB1.h5ad: 8 spots, 31 input genes, 19 of 50 input genes absent, read as zero" in capsys.readouterr().out
 
@@ -67,7 +67,7 @@ def test_total_counts_of_obs_go_before_sums_and_empty_spots_are_left_out(prepare
     write(folder / "a.h5ad", counts, panel, total_counts=total)
     (one,) = read(prepared, slices, folder)
     kept = np.delete(np.arange(8), 2)
-    np.testing.assert_array_equal(one.bins, genes.bin_tokens(counts[kept], total[kept]))
+    np.testing.assert_array_equal(one.bins, gene_panels.bin_tokens(counts[kept], total[kept]))
     assert "1 spots without a count left out" in capsys.readouterr().out
 
 
@@ -96,18 +96,18 @@ def test_train_slices_are_welcome(prepared, slices, panel, folder):
 def test_what_is_held_out_is_refused_unless_a_leak_is_allowed(
     prepared, slices, panel, folder, capsys, how, place, name
 ):
-    path = genes.panel_path(prepared.data, prepared.panels, name, "input")
+    path = gene_panels.panel_path(prepared.data, prepared.panels, name, "input")
     if how == "name":
         write(folder / f"{name}.h5ad", some_counts(len(panel)), panel)
     elif how == "counts":
-        from utils.slices import reader, table
+        from utils.slices import splits, visium
 
-        whole = reader.read_slice(table.slice_folder(prepared.data, ROWS[place]), name)
+        whole = visium.read_slice(splits.slice_folder(prepared.data, ROWS[place]), name)
         adata = anndata.AnnData(whole.counts, var=pd.DataFrame(index=whole.genes))
         adata.obs_names = whole.spots.index.to_numpy(str)
         adata.write_h5ad(folder / "other.h5ad")
     else:  # some of its spots, under other barcodes and with fewer genes, among others
-        counts = np.concatenate([some_counts(len(panel)), genes.read_panel(path).counts[10:40]])
+        counts = np.concatenate([some_counts(len(panel)), gene_panels.read_panel(path).counts[10:40]])
         write(folder / "other.h5ad", counts[:, 5:], panel[5:])
     expected = {"name": "name of the slice", "counts": "has the counts of", "spots": r"has \d+ spots with the counts"}
     with pytest.raises(ValueError, match=rf"{expected[how]}.*{name}.*held out; take .*--pretrain_data"):
@@ -129,7 +129,7 @@ def test_a_validation_strip_is_held_out_too(prepared, folder, panel):
 
 def test_a_test_slice_without_its_panel_cannot_be_told_from(work, slices, folder, panel):
     write(folder / "a.h5ad", some_counts(len(panel)), panel)
-    genes.panel_path(work.data, work.panels, "P03_1", "input").unlink()
+    gene_panels.panel_path(work.data, work.panels, "P03_1", "input").unlink()
     with pytest.raises(ValueError, match=r"P03_1.*run make_decoder_data"):
         read(work, slices, folder)
 

@@ -10,7 +10,10 @@ from PIL import Image
 from spaceranger_folders import refused
 from tiny_runs import Work, data_flags, row
 
-from utils.slices import genes, table, tiles
+from utils.files.atomic import write_record
+from utils.genes import panels as gene_panels
+from utils.images import tiles
+from utils.slices import splits
 from utils.training import datasets
 
 ROLES = ("input", "target")
@@ -25,7 +28,7 @@ def repack(folder, rows, record=None):
     with h5py.File(folder / "tiles.h5") as file:
         barcodes, xy, img = file["barcode"].asstr()[:], file["coords"][:], file["img"][:]
     tiles.write_pack(folder, barcodes[rows], xy[rows], img[rows], img.shape[1])
-    tiles.write_record(folder / "tiles.json", tiles.read_record(folder) | (record or {}))
+    write_record(folder / "tiles.json", tiles.read_record(folder) | (record or {}))
     return barcodes
 
 
@@ -48,11 +51,11 @@ def test_every_spot_has_its_own_tile_whatever_the_order_of_the_pack(work):
 def test_a_slice_holds_what_its_panels_hold(work):
     one = load(work)
     for role in ROLES:
-        panel = genes.read_panel(genes.panel_path(work.data, work.panels, "P01_1", role))
+        panel = gene_panels.read_panel(gene_panels.panel_path(work.data, work.panels, "P01_1", role))
         np.testing.assert_array_equal(one.panels[role].counts, panel.counts)
         np.testing.assert_array_equal(one.total_counts, panel.total_counts)
         np.testing.assert_array_equal(one.xy_fullres_px, panel.xy_fullres_px)
-    expected = genes.bin_tokens(one.panels["input"].counts, one.total_counts)
+    expected = gene_panels.bin_tokens(one.panels["input"].counts, one.total_counts)
     np.testing.assert_array_equal(one.bins(), expected)
     assert expected.max() == 5 and (one.name, one.patient) == ("P01_1", "P01")
     assert one.root == work.data / "P01_1"
@@ -65,7 +68,7 @@ def test_spots_without_a_tile_are_refused(work):
 
 def test_spots_outside_the_picture_are_left_out_and_said(work, capsys):
     barcodes = repack(work.tiles / "P01_1", np.r_[0:4, 6:70])
-    tiles.write_record(
+    write_record(
         work.tiles / "P01_1" / "tiles.json",
         tiles.read_record(work.tiles / "P01_1") | {"outside": barcodes[4:6].tolist()},
     )
@@ -77,24 +80,22 @@ def test_spots_outside_the_picture_are_left_out_and_said(work, capsys):
 
 
 def test_panels_of_other_spots_are_refused(work):
-    path = genes.panel_path(work.data, work.panels, "P01_1", "target")
-    shutil.copy(genes.panel_path(work.data, work.panels, "P02_1", "target"), path)
+    path = gene_panels.panel_path(work.data, work.panels, "P01_1", "target")
+    shutil.copy(gene_panels.panel_path(work.data, work.panels, "P02_1", "target"), path)
     refused("filtered_feature_bc_matrix_decoder.h5ad: expected the spots of", load, work)
 
 
 def test_slices_of_another_panel_or_another_tile_scale_are_refused(work):
     rows = [row("P01_1"), row("P02_1", "val")]
     assert len(datasets.load_slices(rows, data_flags(work), ROLES, False)) == 2
-    tiles.write_record(
-        work.tiles / "P02_1" / "tiles.json", tiles.read_record(work.tiles / "P02_1") | {"um_per_px": 5.0}
-    )
+    write_record(work.tiles / "P02_1" / "tiles.json", tiles.read_record(work.tiles / "P02_1") | {"um_per_px": 5.0})
     refused(r"P02_1: tiles of \(32, 5.0\)", datasets.load_slices, rows, data_flags(work), ROLES, False)
     other = Work(work.data, work.tiles, work.out / "other", work.out)
     other.run("make_decoder_data", "--n_top_genes", 19)
-    for role in genes.FILES:
+    for role in gene_panels.FILES:
         shutil.copy(
-            genes.panel_path(other.data, other.panels, "P02_1", role),
-            genes.panel_path(work.data, work.panels, "P02_1", role),
+            gene_panels.panel_path(other.data, other.panels, "P02_1", role),
+            gene_panels.panel_path(work.data, work.panels, "P02_1", role),
         )
     refused("its target genes differ from those of P01_1", datasets.load_slices, rows, data_flags(work), ROLES, False)
     refused("tiles of", datasets.load_slices, rows, data_flags(work), ("input",), False)
@@ -124,7 +125,7 @@ def test_parts_of_a_slice(work):
 
 def test_the_strip_of_a_train_slice_and_of_no_other(work):
     one = load(work, val_strip=True)
-    np.testing.assert_array_equal(one.part, table.strip_parts(one.xy_fullres_px, one.pitch_fullres_px))
+    np.testing.assert_array_equal(one.part, splits.strip_parts(one.xy_fullres_px, one.pitch_fullres_px))
     assert [len(one.rows_of(part)) for part in ("val", "all")] == [17, 70]
     assert 0 < len(one.rows_of("train")) < 53 and "gap" in one.part
     assert set(load(work, part="test", val_strip=True).part) == {"test"}

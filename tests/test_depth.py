@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from spaceranger_folders import refused
 
-from utils.slices.depth import spot_seeds, thin_counts
-from utils.slices.genes import bin_tokens
+from utils.genes.downsampling import spot_seeds, thin_counts
+from utils.genes.panels import bin_tokens
 
 DRAWS = 4000
 

@@ -12,7 +12,8 @@ import pytest
 from tiny_runs import rewrite_matrix, snapshot
 
 from utils import doctor
-from utils.slices import genes, tiles
+from utils.genes import panels as gene_panels
+from utils.images import tiles
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,9 +76,9 @@ def test_a_folder_before_tiling_is_in_order_too(simulated, tmp_path, capsys):
 
 
 def test_the_totals_are_those_of_the_matrix_in_spans(simulated, tmp_path, capsys):
-    from utils.slices import reader
+    from utils.slices import visium
 
-    total = reader.read_slice(simulated / "P02_1").counts.sum()
+    total = visium.read_slice(simulated / "P02_1").counts.sum()
     whole = look(capsys, simulated, tmp_path / "t", tmp_path / "p")[1]
     in_spans = look(capsys, simulated, tmp_path / "t", tmp_path / "p", "--memory", 1e-4)[1]
     assert f"{total:,} counts" in whole
@@ -200,8 +201,8 @@ def test_tiles_missing_interrupted_or_of_another_scale(own, seen):
 def test_two_tile_scales_and_two_panels(own, seen):
     record = json.loads((own / "tiles/P03_1" / tiles.RECORD).read_text())
     (own / "tiles/P03_1" / tiles.RECORD).write_text(json.dumps(record | {"um_per_px": 1.0}))
-    path = own / "panels/P03_1" / genes.FILES["input"]
-    shutil.copy(own / "panels/P03_1" / genes.FILES["target"], path)
+    path = own / "panels/P03_1" / gene_panels.FILES["input"]
+    shutil.copy(own / "panels/P03_1" / gene_panels.FILES["target"], path)
     seen(expect=[r"in the tiles: 32 px at 1\.0 um per px and 32 px at 3\.5", r"in the input genes: 2 different panels"])
 
 

@@ -11,7 +11,7 @@ from tiny_runs import Work
 
 from model import scbert
 from model.gene_encoder import GeneEncoder
-from utils.slices import genes
+from utils.genes import panels as gene_panels
 from utils.training import frozen as frozen_blocks
 
 ACCELERATOR = SimpleNamespace(autocast=nullcontext, device=torch.device("cpu"))
@@ -81,7 +81,7 @@ def released_scbert(folder, genes):
 
 
 def test_training_on_kept_outputs_ends_where_training_on_bins_does(prepared, tmp_path, capsys):
-    panel = genes.read_panel(genes.panel_path(prepared.data, prepared.panels, "P01_1", "input")).genes
+    panel = gene_panels.read_panel(gene_panels.panel_path(prepared.data, prepared.panels, "P01_1", "input")).genes
     weights = released_scbert(tmp_path, panel)
     ends = []
     for budget in (0, 1):

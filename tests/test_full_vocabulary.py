@@ -8,7 +8,8 @@ import pytest
 from spaceranger_folders import refused
 from tiny_runs import Work, rewrite_matrix
 
-from utils.slices import genes, reader
+from utils.genes import panels as gene_panels
+from utils.slices import visium
 
 
 @pytest.fixture
@@ -21,16 +22,16 @@ def work(simulated, tmp_path):
 
 
 def input_panel(work, name):
-    return genes.read_panel(genes.panel_path(work.data, work.panels, name, "input"))
+    return gene_panels.read_panel(gene_panels.panel_path(work.data, work.panels, name, "input"))
 
 
 def counts_of(work, name):
-    source = reader.read_slice(work.data / name)
+    source = visium.read_slice(work.data / name)
     return dict(zip(source.genes, source.counts.toarray().T, strict=True))
 
 
 def test_a_whole_vocabulary_with_absent_genes_is_the_input(work, tmp_path, capsys):
-    own = reader.read_matrix(work.data / "P01_1").genes.tolist()
+    own = visium.read_matrix(work.data / "P01_1").genes.tolist()
     old = {own[4]: "C10orf10", own[9]: "FIG-1"}  # what the vocabulary calls two of the genes
     vocabulary = ["ABSENT1", *(old.get(name, name) for name in reversed(own)), "ABSENT2"]
     (tmp_path / "vocabulary.tsv").write_text("gene\n" + "\n".join(vocabulary))
@@ -53,7 +54,7 @@ def test_a_whole_vocabulary_with_absent_genes_is_the_input(work, tmp_path, capsy
 
 
 def test_a_whole_vocabulary_may_be_an_h5ad_but_must_be_of_this_species(work, tmp_path, capsys):
-    own = reader.read_matrix(work.data / "P01_1").genes.tolist()
+    own = visium.read_matrix(work.data / "P01_1").genes.tolist()
     for n_others, passes in ((60, True), (61, False)):
         adata = anndata.AnnData(np.zeros((1, 60 + n_others), np.float32))
         adata.var_names = [*own, *(f"other{i}" for i in range(n_others))]
@@ -68,7 +69,7 @@ def test_a_whole_vocabulary_may_be_an_h5ad_but_must_be_of_this_species(work, tmp
 
 
 def test_without_the_flag_an_absent_gene_is_an_error_as_before(work, tmp_path):
-    own = reader.read_matrix(work.data / "P01_1").genes.tolist()
+    own = visium.read_matrix(work.data / "P01_1").genes.tolist()
     (tmp_path / "list.txt").write_text("\n".join([*own, "ABSENT"]))
     refused(
         "1 of 61 genes are in no train slice", work.run, "make_decoder_data", "--input_genes", tmp_path / "list.txt"
@@ -83,7 +84,7 @@ def test_training_on_16906_genes(prepared, tmp_path, capsys):
     """All that scBERT was trained on, half of it in the slices: panels, then an epoch of the smallest model."""
     data = shutil.copytree(prepared.data, tmp_path / "data")
     work = Work(data, prepared.tiles, tmp_path / "panels", tmp_path)
-    own = reader.read_matrix(data / "P01_1" / "filtered_feature_bc_matrix.h5").genes.tolist()
+    own = visium.read_matrix(data / "P01_1" / "filtered_feature_bc_matrix.h5").genes.tolist()
     further = [f"further{i}" for i in range(16906 - len(own))]
     (tmp_path / "vocabulary.txt").write_text("\n".join([*own, *further]))
     half = further[: 8453 - len(own)]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from utils.evaluation import metrics
-from utils.slices import reader, table, tiles
+from utils.images import tiles
+from utils.slices import splits, visium
 
 CELL = st.one_of(
     st.integers(-5, 10**7).map(str), st.floats().map(str), st.sampled_from(["", "1", "0", "x", '"', "NaN", "1e999"])
@@ -46,20 +47,20 @@ def root(simulated, tmp_path_factory) -> Path:
 def test_positions(root, lines, junk, end):
     (path,) = (root / "spatial").glob("tissue_positions*.csv")
     path.write_bytes(end.join(lines).encode("utf-8", "surrogatepass") + junk)
-    read_or_refused(reader.read_positions, root)
+    read_or_refused(visium.read_positions, root)
 
 
 @given(found=VALUE, known=st.dictionaries(st.sampled_from(["tissue_hires_scalef", "tissue_lowres_scalef"]), VALUE))
 def test_scale_factors(root, found, known):
     path = root / "spatial" / "scalefactors_json.json"
     path.write_text(json.dumps(found | known if isinstance(found, dict) else found))
-    read_or_refused(reader.read_scalefactors, root)
+    read_or_refused(visium.read_scalefactors, root)
 
 
 @given(content=st.binary(max_size=80))
 def test_scale_factors_of_any_bytes(root, content):
     (root / "spatial" / "scalefactors_json.json").write_bytes(content)
-    read_or_refused(reader.read_scalefactors, root)
+    read_or_refused(visium.read_scalefactors, root)
 
 
 @given(
@@ -70,7 +71,7 @@ def test_scale_factors_of_any_bytes(root, content):
 def test_slices(simulated, tmp_path_factory, head, lines, junk):
     path = tmp_path_factory.getbasetemp() / "fuzz_slices.csv"
     path.write_bytes("\n".join([head, *lines]).encode("utf-8", "surrogatepass") + junk)
-    read_or_refused(table.read_table, simulated, path)
+    read_or_refused(splits.read_table, simulated, path)
 
 
 @given(data=st.data())
@@ -82,7 +83,7 @@ def test_counts_with_bytes_changed(simulated, tmp_path_factory, data):
     stop = data.draw(st.sampled_from([len(whole), len(whole) // 2, 2000]))
     path = tmp_path_factory.getbasetemp() / "fuzz.h5"
     path.write_bytes(bytes(whole[:stop]))
-    read_or_refused(reader.read_matrix, path)
+    read_or_refused(visium.read_matrix, path)
 
 
 @given(

@@ -9,27 +9,27 @@ import pytest
 import scanpy
 import scipy.sparse as sp
 
-from utils.slices import genes
+from utils.genes import panels as gene_panels
 
 
 def profiles(*slices):
     """Of dense or sparse counts (S, G) and names (G,)."""
-    return [genes.profile(sp.csr_matrix(counts), np.array(names)) for counts, names in slices]
+    return [gene_panels.profile(sp.csr_matrix(counts), np.array(names)) for counts, names in slices]
 
 
 def test_highest_expressed_by_hand():
     """Mean over slices of the slice's total: e has the most counts and is not common; ties in the first one's order."""
     first = [[1, 9, 0, 4], [2, 3, 3, 1]], ["a", "b", "c", "d"]  # totals 3, 12, 3, 5
     second = [[3, 90, 0, 0, 9], [2, 9, 1, 5, 0]], ["a", "e", "b", "c", "d"]  # 5, 99, 1, 5, 9
-    assert genes.highest_expressed(profiles(first, second), 4) == ["d", "b", "a", "c"]  # means 7, 6.5, 4, 4
-    assert genes.highest_expressed(profiles(first, second), 1) == ["d"]
-    assert genes.highest_expressed(profiles(second), 2) == ["e", "d"]
+    assert gene_panels.highest_expressed(profiles(first, second), 4) == ["d", "b", "a", "c"]  # means 7, 6.5, 4, 4
+    assert gene_panels.highest_expressed(profiles(first, second), 1) == ["d"]
+    assert gene_panels.highest_expressed(profiles(second), 2) == ["e", "d"]
 
 
 def test_each_slice_weighs_by_its_counts_not_by_its_spots():
     """One spot with a total of 10 beats a hundred spots with a total of 9."""
     few, many = ([[10, 0]], ["a", "b"]), (np.eye(100, 2, k=-50, dtype=int) * 9, ["a", "b"])
-    assert genes.highest_expressed(profiles(few, many), 1) == ["a"]
+    assert gene_panels.highest_expressed(profiles(few, many), 1) == ["a"]
 
 
 def noisy_slices(rng, n_genes=120, n_spots=(60, 80)):
@@ -108,10 +108,10 @@ ODD = {
 @pytest.mark.filterwarnings("ignore:`n_top_genes` > number")
 def test_highly_variable_genes_are_those_of_scanpy(kind, seed, rounded):
     slices = ODD[kind](np.random.default_rng(seed))
-    n_common = len(genes.common_genes([names for _, names in slices]))
+    n_common = len(gene_panels.common_genes([names for _, names in slices]))
     for n in {1, 5, 30, 50, 100, n_common - 1}:
         if n < n_common:
-            chosen = genes.highly_variable(profiles(*slices), n)
+            chosen = gene_panels.highly_variable(profiles(*slices), n)
             assert len(chosen) == n and chosen == chosen_by_scanpy(slices, n), n
             assert "only_here" not in chosen or len(slices) == 1
 
@@ -119,7 +119,7 @@ def test_highly_variable_genes_are_those_of_scanpy(kind, seed, rounded):
 def test_without_rounding_too_where_many_genes_are_to_choose_from(rng):
     slices = noisy_slices(rng, n_genes=1500, n_spots=(150, 100, 120))
     for n in (50, 300):
-        assert genes.highly_variable(profiles(*slices), n) == chosen_by_scanpy(slices, n)
+        assert gene_panels.highly_variable(profiles(*slices), n) == chosen_by_scanpy(slices, n)
 
 
 def test_a_slice_of_like_spots_has_no_say(rng):
@@ -127,16 +127,16 @@ def test_a_slice_of_like_spots_has_no_say(rng):
     names = np.arange(30).astype(str)
     flat = np.tile(rng.integers(1, 4, 30), (8, 1)), names
     other = rng.poisson(2, (20, 30)) * rng.poisson(1, (20, 1)) + 1, names
-    assert genes.highly_variable(profiles(flat, other), 7) == genes.highly_variable(profiles(other), 7)
+    assert gene_panels.highly_variable(profiles(flat, other), 7) == gene_panels.highly_variable(profiles(other), 7)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_choice_does_not_depend_on_spans_even_of_spots_so_few_that_dispersions_are_equal(seed):
     slices = noisy_slices(np.random.default_rng(seed), n_spots=(2, 4))
     parts = [[profiles((counts[i : i + 1], names))[0] for i in range(len(counts))] for counts, names in slices]
-    merged = [functools.reduce(genes.merged, each[::-1]) for each in parts]
+    merged = [functools.reduce(gene_panels.merged, each[::-1]) for each in parts]
     for n in (1, 5, 30, 100):
-        assert genes.highly_variable(merged, n) == genes.highly_variable(profiles(*slices), n)
+        assert gene_panels.highly_variable(merged, n) == gene_panels.highly_variable(profiles(*slices), n)
 
 
 def test_a_slice_without_a_train_spot_only_says_which_genes_it_has(rng):
@@ -144,24 +144,26 @@ def test_a_slice_without_a_train_spot_only_says_which_genes_it_has(rng):
     none = second[0][:0], second[1][5:]
     here = [i for i, name in enumerate(first[1]) if name in second[1][5:]]
     none = none[0][:, 5:], none[1]
-    expected = genes.highly_variable([columns(one, here) for one in profiles(first)], 20)
-    assert genes.highly_variable(profiles(first, none), 20) == expected
+    expected = gene_panels.highly_variable([columns(one, here) for one in profiles(first)], 20)
+    assert gene_panels.highly_variable(profiles(first, none), 20) == expected
 
 
 def columns(one, here):
     sums = {key: getattr(one, key)[here] for key in ("names", "totals", "mean", "squares")}
-    return genes.Profile(n_spots=one.n_spots, **sums)
+    return gene_panels.Profile(n_spots=one.n_spots, **sums)
 
 
 def test_fewer_common_genes_than_asked_for_are_all_taken(rng):
     slices = noisy_slices(rng)
-    assert genes.highly_variable(profiles(*slices), 120) == genes.common_genes([names for _, names in slices])
+    assert gene_panels.highly_variable(profiles(*slices), 120) == gene_panels.common_genes(
+        [names for _, names in slices]
+    )
 
 
 def test_an_empty_spot_does_no_harm(rng):
     counts, names = noisy_slices(rng)[0]
     counts[3] = 0
-    assert len(genes.highly_variable(profiles((counts, names)), 10)) == 10
+    assert len(gene_panels.highly_variable(profiles((counts, names)), 10)) == 10
     np.testing.assert_allclose(
         profiles((counts, names))[0].mean * 60 / 59, profiles((counts[counts.any(1)], names))[0].mean
     )
@@ -171,7 +173,7 @@ def test_an_empty_spot_does_no_harm(rng):
 def test_a_profile_is_that_of_dense_counts_also_when_merged_from_spans(rng, edges):
     counts, names = noisy_slices(rng)[0]
     parts = np.split(counts, edges)
-    found = functools.reduce(genes.merged, profiles(*((part, names) for part in parts)))
+    found = functools.reduce(gene_panels.merged, profiles(*((part, names) for part in parts)))
     per_10k = counts * (1e4 / counts.sum(1, keepdims=True))
     assert found.n_spots == 60 and found.totals.tolist() == counts.sum(0).tolist()
     np.testing.assert_allclose(found.mean, per_10k.mean(0), rtol=1e-12)

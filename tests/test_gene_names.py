@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from spaceranger_folders import IDS, refused, write_h5, write_spatial
 from tiny_runs import write_matrix
 
-from utils.slices import gene_names, genes, reader
+from utils.genes import names as gene_names
+from utils.genes import panels as gene_panels
+from utils.slices import visium
 
 HEADER = "hgnc_id\tsymbol\talias_symbol\tprev_symbol\tensembl_gene_id\n"
 TABLE = [
@@ -107,10 +109,10 @@ def test_ids_are_known_from_the_slices_own_tables(tmp_path):
         write_spatial(tmp_path / name)
         path = tmp_path / name / "filtered_feature_bc_matrix.h5"
         write_h5(path)
-        counts = reader.read_matrix(path)
+        counts = visium.read_matrix(path)
         path.unlink()
         write_matrix(path, counts.counts.toarray(), counts.barcodes, symbols, IDS)
-    symbols = gene_names.slice_symbols([tmp_path / "A", tmp_path / "B"])
+    symbols = gene_names.slice_symbols(map(visium.read_slice_genes, [tmp_path / "A", tmp_path / "B"]))
     assert symbols == dict(zip(IDS, ["NA", "TP53", "GAPDH", "FOURTH"], strict=True))
     own = gene_names.known_names(None, symbols)
     assert found(["GAPDH", "FOURTH", "ENSG1"], IDS, own) == {"GAPDH": IDS[2], "FOURTH": IDS[3], "ENSG1": IDS[1]}
@@ -224,9 +226,9 @@ def test_a_wrong_gene2vec_is_refused(tmp_path, name, write, words):
 @pytest.mark.filterwarnings("ignore:Variable names are not unique")
 def test_a_vocabulary_may_have_a_heading_and_must_have_genes_once(tmp_path):
     (tmp_path / "v.tsv").write_text("Gene\tindex\nB\t0\nA\t1\n")
-    assert genes.read_vocabulary(tmp_path / "v.tsv") == ["B", "A"]
+    assert gene_panels.read_vocabulary(tmp_path / "v.tsv") == ["B", "A"]
     for names, words in (([], "found none"), (["A", "B", "A"], r"1 genes stand twice \(first: A\)")):
         adata = anndata.AnnData(np.zeros((1, len(names)), np.float32))
         adata.var_names = names
         adata.write_h5ad(tmp_path / "v.h5ad")
-        refused(f"v.h5ad.*{words}", genes.read_vocabulary, tmp_path / "v.h5ad")
+        refused(f"v.h5ad.*{words}", gene_panels.read_vocabulary, tmp_path / "v.h5ad")

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import growth, growth_parts
 from benchmarks.growth_parts import PARTS, Setting, Steps
-from utils.slices import reader, table
-from utils.slices.tiles import TilePack
+from utils.images.tiles import TilePack
+from utils.slices import splits, visium
 
 
 @pytest.fixture
@@ -73,14 +73,14 @@ def test_tiling_cuts_a_tile_for_every_spot_of_every_slice(tiny):
 def test_panels_are_written_for_slices_that_differ(tiny):
     run("panels", tiny)
     assert len(list((tiny.folder / "panels").rglob("*.h5ad"))) == 2 * 3
-    slices = [reader.read_slice(tiny.folder / "data" / name) for name in tiny.slices]
-    assert len({reader.counts_hash(s.counts, s.spots.index.to_numpy(str), s.genes) for s in slices}) == 3
+    slices = [visium.read_slice(tiny.folder / "data" / name) for name in tiny.slices]
+    assert len({visium.counts_hash(s.counts, s.spots.index.to_numpy(str), s.genes) for s in slices}) == 3
 
 
 @pytest.mark.parametrize("n, train, val, test", [(1, 1, 0, 0), (10, 8, 1, 1)])
 def test_eight_of_ten_slices_are_for_training(tiny, n, train, val, test):
     growth_parts.prepare_counts(Setting(20 * n, tiny.folder))
-    parts = [one.part for one in table.read_table(tiny.folder / "data")[0]]
+    parts = [one.part for one in splits.read_table(tiny.folder / "data")[0]]
     assert [parts.count(part) for part in ("train", "val", "test")] == [train, val, test]
 
 

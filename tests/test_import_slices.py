@@ -10,7 +10,7 @@ from importer_sources import picture_of, to_anndata, write_hd, write_hest, write
 from tiny_runs import snapshot, stderr_line
 
 import import_slices
-from utils.slices import reader, table
+from utils.slices import splits, visium
 from utils.training import arguments
 
 ROOT = Path(__file__).parents[1]
@@ -48,9 +48,9 @@ def test_every_format_becomes_slices_that_the_next_scripts_read(formats, simulat
     assert "1 slices in" in capsys.readouterr().out
     assert snapshot(*[path for path in [formats[form][0]] if path.is_dir()]) == before
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
-    rows, warnings = table.read_table(out, split=False)
-    found = reader.read_slice(out / rows[0].slice)
-    true = reader.read_slice(simulated / "P01_1")
+    rows, warnings = splits.read_table(out, split=False)
+    found = visium.read_slice(out / rows[0].slice)
+    true = visium.read_slice(simulated / "P01_1")
     n_bins = 67 if form == "visium_hd" else 70
     assert found.counts.shape == (n_bins, 60) and not warnings
     assert found.counts.sum() == (true.counts.sum() if n_bins == 70 else true.counts[3:].sum())
@@ -112,8 +112,8 @@ def test_the_real_samples_share_a_folder(tmp_path):
     for name, form in samples.items():
         bins = ["--bin", 2] if name.endswith("VisiumIO_visium_hd") else []
         run("--format", form, Path(REAL) / name, "--out", tmp_path, *bins)
-    rows, _ = table.read_table(tmp_path, split=False)
-    total = {row.slice: int(reader.read_slice(tmp_path / row.slice).counts.sum()) for row in rows}
+    rows, _ = splits.read_table(tmp_path, split=False)
+    total = {row.slice: int(visium.read_slice(tmp_path / row.slice).counts.sum()) for row in rows}
     assert total == {
         "MOB1": 958111,
         "legacy_st_xfuse_MOB": 92636,

@@ -10,8 +10,10 @@ from importer_sources import assert_same_slice, picture_of
 from PIL import Image
 from spaceranger_folders import refused
 
-from utils.slices import importers, importers_files, reader, table
-from utils.slices.importers import Source, import_slice, whole_counts
+from utils.importers import base as importers
+from utils.importers import files as importers_files
+from utils.importers.base import Source, import_slice, whole_counts
+from utils.slices import splits, visium
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def root(simulated):
 
 @pytest.fixture
 def source(root):
-    found = reader.read_slice(root)
+    found = visium.read_slice(root)
     names = (found.genes, found.gene_ids)
     return Source("S1", "P1", root, found.counts, *names, found.spots, 100.0, 55.0, picture_of(root))
 
@@ -40,7 +42,7 @@ def test_a_slice_is_written_as_space_ranger_writes_it(source, root, tmp_path):
     assert names == sorted([source.picture.name, *pictures, *others])
     with Image.open(tmp_path / "S1" / pictures[1]) as small:
         assert max(small.size) == 600
-    assert reader.read_scalefactors(found.root)["spot_diameter_fullres"] == 55
+    assert visium.read_scalefactors(found.root)["spot_diameter_fullres"] == 55
 
 
 @pytest.mark.parametrize("memory", [1, 64 * 200, np.inf])
@@ -50,7 +52,7 @@ def test_counts_written_by_spans_are_those_written_at_once(source, root, tmp_pat
     with h5py.File(tmp_path / "one.h5") as one, h5py.File(tmp_path / "spans.h5") as spans:
         for name in ("data", "indices", "indptr", "shape", "barcodes", "features/name"):
             np.testing.assert_array_equal(one["matrix"][name][:], spans["matrix"][name][:])
-    stored = reader.read_slice(root, memory=memory)
+    stored = visium.read_slice(root, memory=memory)
     import_slice(replace(source, counts=stored.counts), tmp_path / "out", memory)
     assert_same_slice(tmp_path / "out" / "S1", root)
 
@@ -85,7 +87,7 @@ def test_what_is_read_back_is_compared(source, tmp_path, monkeypatch, what):
 
 def test_what_a_killed_run_left_is_no_slice_and_is_replaced(source, root, tmp_path):
     (tmp_path / ".S1.part" / "spatial").mkdir(parents=True)
-    refused("found 0 other folders", table.read_table, tmp_path)
+    refused("found 0 other folders", splits.read_table, tmp_path)
     import_slice(source, tmp_path)
     assert_same_slice(tmp_path / "S1", root)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["S1", "slices.csv"]
@@ -134,7 +136,7 @@ def test_whole_floats_are_counts():
 
 
 def row(name="S1", pitch=200.0, image="a.jpg"):
-    return table.SliceRow(name, "P", "", pitch, image)
+    return splits.SliceRow(name, "P", "", pitch, image)
 
 
 @pytest.fixture
@@ -164,7 +166,7 @@ def test_lines_of_a_table_stay_as_they_are(listed, before, after):
     (listed / "slices.csv").write_bytes(before.encode())
     importers_files.add_row(listed, row())
     assert (listed / "slices.csv").read_bytes().decode() == after
-    rows, _ = table.read_table(listed, split=False)
+    rows, _ = splits.read_table(listed, split=False)
     assert rows[-1].slice == "S1" and len(rows) == ("A" in before) + 1
 
 

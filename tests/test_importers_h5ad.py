@@ -12,10 +12,10 @@ from scipy.sparse import csc_matrix
 from scipy.spatial import KDTree
 from spaceranger_folders import refused
 
-from utils.slices import reader, table
-from utils.slices.importers import import_slice
-from utils.slices.importers_grid import array_places
-from utils.slices.importers_h5ad import read_h5ad
+from utils.importers.base import import_slice
+from utils.importers.h5ad import read_h5ad
+from utils.slices import splits, visium
+from utils.slices.lattice import array_places
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def test_an_h5ad_comes_back_exactly(root, tmp_path):
     source = only(saved(to_anndata(root), tmp_path), picture_of(root))
     lines = import_slice(source, tmp_path / "out")
     assert_same_slice(tmp_path / "out" / "sample", root)
-    assert lines == [f"sample: 70 spots, 60 genes, {int(reader.read_slice(root).counts.sum()):,} counts, 1 um per px"]
-    (row,), _ = table.read_table(tmp_path / "out", split=False)
+    assert lines == [f"sample: 70 spots, 60 genes, {int(visium.read_slice(root).counts.sum()):,} counts, 1 um per px"]
+    (row,), _ = splits.read_table(tmp_path / "out", split=False)
     assert (row.patient, row.spot_pitch_um, row.image) == ("sample", 100, picture_of(root).name)
 
 
@@ -48,16 +48,16 @@ def test_a_hest_folder_comes_back_exactly(simulated, tmp_path):
     for source, (name, root) in zip(read_h5ad(folder), samples.items(), strict=True):
         assert len(import_slice(source, tmp_path / "out")) == 1  # no warning
         assert source.notes == ["50 patches, not imported"]
-        found, true = reader.read_slice(tmp_path / "out" / name), reader.read_slice(root)
+        found, true = visium.read_slice(tmp_path / "out" / name), visium.read_slice(root)
         assert (found.counts != true.counts).nnz == 0
         px = ["x_fullres_px", "y_fullres_px"]
         np.testing.assert_array_equal(found.spots[px], true.spots[px])
-        assert reader.is_staggered(found.spots)
+        assert visium.is_staggered(found.spots)
         shift = found.spots[["array_row", "array_col"]] - true.spots[["array_row", "array_col"]]
         assert (shift.nunique() == 1).all()  # the array itself, but for where it begins
-        factors = reader.read_scalefactors(found.root)
+        factors = visium.read_scalefactors(found.root)
         assert factors["spot_diameter_fullres"] == pytest.approx(55, rel=0.01)
-    rows, _ = table.read_table(tmp_path / "out", split=False)
+    rows, _ = splits.read_table(tmp_path / "out", split=False)
     assert [(row.patient, row.image) for row in rows] == [(f"Patient {n}", f"{n}.tif") for n in samples]
 
 
@@ -113,7 +113,7 @@ def test_without_a_file_the_small_picture_serves(root, tmp_path):
     from PIL import Image
 
     np.testing.assert_array_equal(np.asarray(Image.open(found.root / "spatial" / "tissue_hires_image.png")), hires)
-    written = reader.read_scalefactors(found.root)
+    written = visium.read_scalefactors(found.root)
     assert written["tissue_hires_scalef"] == 0.25 and written["spot_diameter_fullres"] == 60
     assert written["tissue_lowres_scalef"] == 0.5  # 600 px of 1200
     adata.uns["spatial"]["second"] = {}
@@ -204,7 +204,7 @@ def test_metadata_that_is_no_json(root, tmp_path):
 def test_stated_sizes_of_pictures(root, tmp_path):
     from PIL import Image
 
-    from utils.slices.importers_pixel_size import stated_um_per_px
+    from utils.images.pixel_size import stated_um_per_px
 
     assert stated_um_per_px(write_tiff(tmp_path / "a.tif", picture_of(root), 0.5)) == pytest.approx(0.5, rel=1e-3)
     picture = Image.new("RGB", (32, 32))

@@ -10,9 +10,9 @@ import pytest
 from importer_sources import picture_of, write_hd
 from spaceranger_folders import refused
 
-from utils.slices import reader, table
-from utils.slices.importers import import_slice
-from utils.slices.importers_hd import find_bin, read_visium_hd
+from utils.importers.base import import_slice
+from utils.importers.visium_hd import find_bin, read_visium_hd
+from utils.slices import splits, visium
 
 REAL = os.environ.get("MAGIC_REAL_DATA")
 real = [pytest.mark.realdata, pytest.mark.skipif(not REAL, reason="MAGIC_REAL_DATA does not name the data folder")]
@@ -31,12 +31,12 @@ def imported(source, out, **flags):
 
 def assert_bins(out: Path, square: Path) -> None:
     """All that read_slice reads of the bins is what is written, and no bin outside tissue."""
-    found, true = reader.read_slice(out), reader.read_slice(square)
+    found, true = visium.read_slice(out), visium.read_slice(square)
     assert (found.counts != true.counts).nnz == 0 and not any(found.unmatched.values())
     for key in ("genes", "gene_ids"):
         np.testing.assert_array_equal(getattr(found, key), getattr(true, key))
     pd.testing.assert_frame_equal(found.spots, true.spots, rtol=1e-12)
-    assert reader.read_positions(out)["in_tissue"].all()
+    assert visium.read_positions(out)["in_tissue"].all()
     names = ("scalefactors_json.json", *(path.name for path in (square / "spatial").glob("*.png")))
     texts = [(folder / "spatial" / "scalefactors_json.json").read_text() for folder in (out, square)]
     assert json.loads(texts[0]) == json.loads(texts[1])
@@ -51,19 +51,19 @@ def test_bins_come_back_exactly(run, tmp_path, bin_um, memory):
     out = imported(run, tmp_path, bin_um=bin_um, memory=memory)
     assert out.name == f"my_run_{size:03d}um"
     assert_bins(out, run / "binned_outputs" / f"square_{size:03d}um")
-    (row,), _ = table.read_table(tmp_path, split=False)
+    (row,), _ = splits.read_table(tmp_path, split=False)
     assert (row.patient, row.spot_pitch_um, row.part, row.image) == ("my_run", size, "", None)
 
 
 def test_fractions_of_a_pixel_are_kept(run, tmp_path):
-    spots = reader.read_slice(imported(run, tmp_path)).spots
+    spots = visium.read_slice(imported(run, tmp_path)).spots
     assert spots["x_fullres_px"].iloc[0] % 1 == pytest.approx(2 / 3, abs=1e-9) or spots["x_fullres_px"].iloc[0] % 1 > 0
 
 
 def test_several_bin_sizes_stand_side_by_side(run, tmp_path):
     for size in (8, 16):
         imported(run, tmp_path, bin_um=size)
-    rows, _ = table.read_table(tmp_path, split=False)
+    rows, _ = splits.read_table(tmp_path, split=False)
     assert [(row.slice, row.patient) for row in rows] == [("my_run_008um", "my_run"), ("my_run_016um", "my_run")]
 
 
@@ -91,8 +91,8 @@ def test_a_picture_is_copied_and_the_others_made_of_it(simulated, tmp_path):
     assert json.loads(factors[0].read_text()) == json.loads(factors[1].read_text())
     for kind in ("hires", "lowres"):
         name = f"spatial/tissue_{kind}_image.png"
-        assert (out / name).read_bytes() != b"" and table.image_file(
-            tmp_path / "out", table.read_table(tmp_path / "out", split=False)[0][0]
+        assert (out / name).read_bytes() != b"" and splits.image_file(
+            tmp_path / "out", splits.read_table(tmp_path / "out", split=False)[0][0]
         )
     refused("expected an H&E picture, found none; name it with --image", imported, run, tmp_path / "none")
     assert not list((tmp_path / "none").glob("*"))
@@ -121,5 +121,5 @@ CASES = [("seurat_visium_hd", 8, 1368), ("seurat_visium_hd", 16, 336), ("VisiumI
 def test_the_real_bins(name, size, n_bins, tmp_path):
     source = Path(REAL) / "spaceranger_samples" / name
     out = imported(source, tmp_path, bin_um=size)
-    assert len(reader.read_slice(out).spots) == n_bins
+    assert len(visium.read_slice(out).spots) == n_bins
     assert_bins(out, source / "binned_outputs" / f"square_{size:03d}um")

@@ -11,9 +11,9 @@ from importer_sources import legacy_counts, write_legacy, write_square_legacy
 from PIL import Image
 from spaceranger_folders import refused
 
-from utils.slices import reader
-from utils.slices.importers import import_slice
-from utils.slices.importers_legacy_st import STAGGERED_PITCH_UM, read_legacy_st
+from utils.importers.base import import_slice
+from utils.importers.legacy_st import STAGGERED_PITCH_UM, read_legacy_st
+from utils.slices import visium
 
 REAL = os.environ.get("MAGIC_REAL_DATA")
 real = [pytest.mark.realdata, pytest.mark.skipif(not REAL, reason="MAGIC_REAL_DATA does not name the data folder")]
@@ -35,7 +35,7 @@ def test_all_sections_of_a_folder(her2st):
     sources = list(read_legacy_st(folder))
     assert [(s.name, s.patient) for s in sources] == [("A1", "A"), ("A2", "A"), ("MOB1", "MOB1")]
     for source, root in zip(sources, sections.values(), strict=True):
-        true = reader.read_slice(root)
+        true = visium.read_slice(root)
         assert (source.counts != true.counts).nnz == 0
         np.testing.assert_array_equal(source.genes, true.genes)
         np.testing.assert_array_equal(source.spots.to_numpy(), true.spots.to_numpy())
@@ -145,13 +145,13 @@ def test_the_real_sections_equal_their_published_conversion(name, tmp_path):
     source = only(Path(REAL) / "her2st" / "ST-cnts" / f"{name}.tsv.gz")
     (line,) = import_slice(source, tmp_path)
     assert line.startswith(f"{name}: ") and source.patient == name[0]
-    found, true = (reader.read_slice(folder / name) for folder in (tmp_path, Path(REAL) / "Breast_cancer"))
+    found, true = (visium.read_slice(folder / name) for folder in (tmp_path, Path(REAL) / "Breast_cancer"))
     assert (found.counts != true.counts).nnz == 0
     pd.testing.assert_frame_equal(found.spots, true.spots)
     for key in ("genes", "gene_ids"):
         np.testing.assert_array_equal(getattr(found, key), getattr(true, key))
-    factors = reader.read_scalefactors(true.root)
-    assert reader.read_scalefactors(found.root) == pytest.approx(factors, rel=1e-12)
+    factors = visium.read_scalefactors(true.root)
+    assert visium.read_scalefactors(found.root) == pytest.approx(factors, rel=1e-12)
     for kind in ("hires", "lowres"):
         files = [one.root / "spatial" / f"tissue_{kind}_image.png" for one in (found, true)]
         pixels = [np.asarray(Image.open(file)).astype(int) for file in files]
@@ -172,7 +172,7 @@ def test_the_real_mouse_sections(folder, expected, tmp_path):
     source = only(Path(REAL) / folder)
     assert (source.name, sum(source.left_out.values())) == (name, left_out)
     import_slice(source, tmp_path)
-    found = reader.read_slice(tmp_path / name)
+    found = visium.read_slice(tmp_path / name)
     assert (*found.counts.shape, found.counts.sum()) == (n_spots, n_genes, total)
     assert source.um_per_px == pytest.approx(um_per_px, abs=0.01)
     table = pd.read_csv(source.origin, sep="\t", index_col=0)  # read once more, as plainly as can be

@@ -8,9 +8,9 @@ from importer_sources import assert_same_slice, picture_of, write_zarr
 from PIL import Image
 from spaceranger_folders import refused
 
-from utils.slices import reader
-from utils.slices.importers import import_slice
-from utils.slices.importers_spatialdata import read_spatialdata
+from utils.importers.base import import_slice
+from utils.importers.spatialdata import read_spatialdata
+from utils.slices import visium
 
 pytest.importorskip("spatialdata")
 
@@ -32,7 +32,7 @@ def test_a_zarr_comes_back_exactly(root, tmp_path, element):
     found = assert_same_slice(tmp_path / "out" / "sample", root)
     pixels = np.asarray(Image.open(picture_of(root)).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(Image.open(found.root / "sample.tif")), pixels)
-    diameter = reader.read_scalefactors(found.root)["spot_diameter_fullres"]
+    diameter = visium.read_scalefactors(found.root)["spot_diameter_fullres"]
     assert diameter == pytest.approx(27.5 if element == "circles" else 55, rel=0.01)  # radius 27.5 um at 2 um per px
 
 

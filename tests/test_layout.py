@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.slices import layout, measured, reader
-from utils.slices.slide_list import Request
+from utils.prediction import layout, measured
+from utils.prediction.slides import Request
+from utils.slices import visium
 
 GLASS, STAINED = 240, (190, 90, 160)
 
@@ -90,10 +91,10 @@ def test_a_hires_picture_is_smaller_than_the_positions_mean(folder):
     assert planned.picture_scale == 0.5 and planned.um_per_picture_px == pytest.approx(2, rel=1e-3)
     width, height = Image.open(planned.picture).size
     spots = layout.lay(planned, opened(width, height), thumbnail(height, width), 1.0, "hexagonal")
-    expected = reader.tissue_spots(folder)[0]
+    expected = visium.tissue_spots(folder)[0]
     assert spots.barcodes.tolist() == expected.index.tolist()
     np.testing.assert_array_equal(spots.xy_picture_px * 2, expected[["x_fullres_px", "y_fullres_px"]])
-    assert spots.pitch_fullres_px == reader.pitch_fullres_px(expected)
+    assert spots.pitch_fullres_px == visium.pitch_fullres_px(expected)
     assert {path.name for path in planned.files} > {"tissue_hires_image.png", "filtered_feature_bc_matrix.h5"}
 
 
@@ -109,7 +110,7 @@ def test_spots_outside_the_picture_are_counted_and_left_out(folder, capsys):
 def test_a_positions_file_may_have_any_name(folder, tmp_path, name):
     original = next((folder / "spatial").glob("tissue_positions*"))
     shutil.copy(original, tmp_path / name)
-    assert layout.read_position_file(tmp_path / name).equals(reader.read_positions(folder))
+    assert layout.read_position_file(tmp_path / name).equals(visium.read_positions(folder))
 
 
 def test_a_folder_without_a_picture_is_refused(folder):
@@ -119,7 +120,7 @@ def test_a_folder_without_a_picture_is_refused(folder):
 
 
 def test_what_was_measured_follows_the_spots_asked_for(folder):
-    source = reader.read_slice(folder)
+    source = visium.read_slice(folder)
     spots, wanted = source.spots.index.to_numpy(str)[::-2], [source.genes[3], "NO_GENE", source.genes[0]]
     found = measured.read_measured(folder, wanted, spots, 1e9)
     dense = source.counts.toarray()[::-2]

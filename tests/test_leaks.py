@@ -7,7 +7,7 @@ import pytest
 from spaceranger_folders import refused
 from tiny_runs import Work, data_flags, row
 
-from utils.slices import genes
+from utils.genes import panels as gene_panels
 from utils.training import checkpoint, datasets, leaks
 
 ROLES = ("input", "target")
@@ -48,10 +48,10 @@ def test_a_batch_larger_than_the_train_set_is_refused(work):
 
 
 def test_the_same_counts_in_two_parts_are_refused(work, capsys):
-    for role in genes.FILES:
+    for role in gene_panels.FILES:
         shutil.copy(
-            genes.panel_path(work.data, work.panels, "P01_1", role),
-            genes.panel_path(work.data, work.panels, "P02_1", role),
+            gene_panels.panel_path(work.data, work.panels, "P01_1", role),
+            gene_panels.panel_path(work.data, work.panels, "P02_1", role),
         )
     shutil.rmtree(work.tiles / "P02_1")
     shutil.copytree(work.tiles / "P01_1", work.tiles / "P02_1")

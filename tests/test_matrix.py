@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 from spaceranger_folders import BARCODES, COUNTS, GENES, IDS, refused, write_folder, write_h5, write_spatial
 
-from utils.slices import reader
+from utils.slices import visium
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def slice_dir(tmp_path):
 
 @pytest.mark.parametrize(("columns", "ids"), [(1, GENES), (2, IDS), (3, IDS)])
 def test_features_of_one_to_three_columns(tmp_path, columns, ids):
-    matrix = reader.read_matrix(write_folder(tmp_path / "m", zipped=False, columns=columns))
+    matrix = visium.read_matrix(write_folder(tmp_path / "m", zipped=False, columns=columns))
     assert (matrix.genes.tolist(), matrix.gene_ids.tolist()) == (GENES, ids)
 
 
@@ -32,7 +32,7 @@ def test_cell_ranger_2_keeps_genes_beside_the_counts(tmp_path):
     with h5py.File(path, "a") as file:
         file["mm10/gene_names"], file["mm10/genes"] = file["mm10/features/name"][:], file["mm10/features/id"][:]
         del file["mm10/features"]
-    matrix = reader.read_matrix(path)
+    matrix = visium.read_matrix(path)
     np.testing.assert_array_equal(matrix.counts.toarray(), COUNTS)
     assert (matrix.genes.tolist(), matrix.gene_ids.tolist()) == (GENES, IDS)
 
@@ -40,35 +40,35 @@ def test_cell_ranger_2_keeps_genes_beside_the_counts(tmp_path):
 def test_order_of_the_preferred_matrix(tmp_path):
     """Each form comes to lie beside the ones it is preferred to; their totals tell them apart."""
     write_folder(tmp_path / "raw_feature_bc_matrix", zipped=False)
-    assert reader.read_matrix(tmp_path).counts.sum() == COUNTS.sum()
+    assert visium.read_matrix(tmp_path).counts.sum() == COUNTS.sum()
     write_h5(tmp_path / "raw_feature_bc_matrix.h5", counts=np.eye(4, dtype=int))
-    assert reader.read_matrix(tmp_path).counts.sum() == 4
+    assert visium.read_matrix(tmp_path).counts.sum() == 4
     write_folder(tmp_path / "filtered_feature_bc_matrix", zipped=True)
-    assert reader.read_matrix(tmp_path).counts.sum() == COUNTS.sum()
+    assert visium.read_matrix(tmp_path).counts.sum() == COUNTS.sum()
     write_h5(tmp_path / "filtered_feature_bc_matrix.h5", counts=2 * np.eye(4, dtype=int))
-    assert reader.read_matrix(tmp_path).counts.sum() == 8
+    assert visium.read_matrix(tmp_path).counts.sum() == 8
 
 
 def test_antibodies_are_dropped(slice_dir):
     kinds = ["Gene Expression", "Antibody Capture", "Gene Expression", "Gene Expression"]
     write_h5(slice_dir / "filtered_feature_bc_matrix.h5", kinds=kinds)
-    found = reader.read_slice(slice_dir)
+    found = visium.read_slice(slice_dir)
     np.testing.assert_array_equal(found.counts.toarray(), COUNTS[:, [0, 2, 3]])
     assert found.genes.tolist() == ["NA", "GAPDH", "TP53"]
     path = write_h5(slice_dir / "only.h5", kinds=["Antibody Capture"] * 4)
-    refused("Gene Expression, found .*Antibody Capture", reader.read_matrix, path)
+    refused("Gene Expression, found .*Antibody Capture", visium.read_matrix, path)
 
 
 def test_an_empty_matrix_is_read(slice_dir):
     write_h5(slice_dir / "filtered_feature_bc_matrix.h5", counts=np.zeros((4, 4), int))
-    found = reader.read_slice(slice_dir)
+    found = visium.read_slice(slice_dir)
     assert found.counts.shape == (4, 4) and found.counts.sum() == 0
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_barcodes_alone(tmp_path, zipped):
     write_folder(tmp_path / "filtered_feature_bc_matrix", zipped)
-    barcodes = reader.read_barcodes(tmp_path)
+    barcodes = visium.read_barcodes(tmp_path)
     assert barcodes is not None and barcodes.tolist() == BARCODES
 
 
@@ -76,8 +76,8 @@ def test_a_probe_level_matrix_is_read_but_is_no_slice(slice_dir):
     path = slice_dir / "filtered_feature_bc_matrix.h5"
     with h5py.File(path, "a") as file:
         file["matrix/features/probe_region"] = np.array([b"spliced"] * 4)
-    assert reader.read_matrix(path).counts.sum() == COUNTS.sum()
-    refused("probe-level", reader.read_slice, slice_dir)
+    assert visium.read_matrix(path).counts.sum() == COUNTS.sum()
+    refused("probe-level", visium.read_slice, slice_dir)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_a_probe_level_matrix_is_read_but_is_no_slice(slice_dir):
     [([0.5, 1, 2, 3], "0.5"), ([1, -1, 2, 3], "-1"), ([1, np.nan, 2, 3], "nan"), ([3e9, 1, 1, 1], "3000000000")],
 )
 def test_counts_that_are_no_counts(tmp_path, values, found):
-    good = reader.read_matrix(write_h5(tmp_path / "good.h5", counts=np.diag([1.0, 2.0, 3.0, 4.0])))
+    good = visium.read_matrix(write_h5(tmp_path / "good.h5", counts=np.diag([1.0, 2.0, 3.0, 4.0])))
     assert good.counts.data.tolist() == [1, 2, 3, 4]
-    message = refused("raw counts", reader.read_matrix, write_h5(tmp_path / "bad.h5", counts=np.diag(values)))
+    message = refused("raw counts", visium.read_matrix, write_h5(tmp_path / "bad.h5", counts=np.diag(values)))
     assert "bad.h5" in message and found in message
 
 
@@ -96,22 +96,22 @@ def test_damaged_matrices(slice_dir):
     whole = path.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"not an HDF5 file"):
         path.write_bytes(broken)
-        for function in (reader.read_matrix, reader.read_slice, reader.read_barcodes):
+        for function in (visium.read_matrix, visium.read_slice, visium.read_barcodes):
             assert path.name in refused("expected a 10x matrix in HDF5, found", function, slice_dir)
     path.write_bytes(whole)
     with h5py.File(path, "a") as file:
         del file["matrix/indptr"]
-    refused("indptr", reader.read_matrix, slice_dir)
+    refused("indptr", visium.read_matrix, slice_dir)
 
 
 @pytest.mark.parametrize(("key", "value"), [("indices", [9] * 9), ("indptr", [0, 9, 1, 2, 9]), ("shape", [4, 7])])
 def test_matrices_that_contradict_themselves(tmp_path, key, value):
     path = write_h5(tmp_path / "m.h5")
-    assert reader.read_matrix(path).counts.shape == (4, 4)
+    assert visium.read_matrix(path).counts.shape == (4, 4)
     with h5py.File(path, "a") as file:
         del file[f"matrix/{key}"]
         file[f"matrix/{key}"] = np.array(value)
-    refused("m.h5", reader.read_matrix, path)
+    refused("m.h5", visium.read_matrix, path)
 
 
 @pytest.mark.parametrize("line", ["9 9 2", "1 1 -1", "1 1 99999999999", "1 1 99999999999999999999", "1 1 x", "1 1", ""])
@@ -119,27 +119,27 @@ def test_bad_lines_of_a_matrix_market_file(tmp_path, line):
     path = write_folder(tmp_path / "m", zipped=False) / "matrix.mtx"
     head = "%%MatrixMarket matrix coordinate integer general\n4 4 1\n"
     path.write_text(head + "1 1 3\n")
-    assert reader.read_matrix(path.parent).counts.sum() == 3
+    assert visium.read_matrix(path.parent).counts.sum() == 3
     path.write_text(head + line + "\n")
-    refused("m.*: expected", reader.read_matrix, path.parent)
+    refused("m.*: expected", visium.read_matrix, path.parent)
 
 
 def test_damaged_folders(tmp_path):
     folder = write_folder(tmp_path / "m", zipped=True)
-    assert reader.read_matrix(folder).counts.sum() == COUNTS.sum()
+    assert visium.read_matrix(folder).counts.sum() == COUNTS.sum()
     for name in ("matrix.mtx.gz", "features.tsv.gz", "barcodes.tsv.gz"):
         whole = (folder / name).read_bytes()
         for broken in (whole[: len(whole) // 2], b"", b"plain text"):
             (folder / name).write_bytes(broken)
-            refused("m", reader.read_matrix, folder)
+            refused("m", visium.read_matrix, folder)
         (folder / name).unlink()
         if name != "matrix.mtx.gz":
-            refused(f"expected {name[:-3]} or {name}, found", reader.read_matrix, folder)
+            refused(f"expected {name[:-3]} or {name}, found", visium.read_matrix, folder)
         (folder / name).write_bytes(whole)
 
 
 def test_lengths_must_agree(tmp_path):
-    message = refused("one size", reader.read_matrix, write_folder(tmp_path / "m", False, barcodes=BARCODES[:3]))
+    message = refused("one size", visium.read_matrix, write_folder(tmp_path / "m", False, barcodes=BARCODES[:3]))
     assert "4 x 4 counts, 3 barcodes, 4 features" in message
 
 
@@ -154,19 +154,19 @@ def test_hash_ignores_order_and_sees_every_change(seed):
     genes = np.char.add("g", genes.astype(str))  # some repeat
     counts[0, 0] = 1
     rows, cols = rng.permutation(30), rng.permutation(20)
-    known = reader.counts_hash(sp.csr_matrix(counts), barcodes, genes)
-    assert known == reader.counts_hash(sp.csr_matrix(counts[rows][:, cols]), barcodes[rows], genes[cols])
-    assert known == reader.counts_hash(sp.csr_matrix(counts.astype(np.int32)), barcodes.astype(object), genes)
+    known = visium.counts_hash(sp.csr_matrix(counts), barcodes, genes)
+    assert known == visium.counts_hash(sp.csr_matrix(counts[rows][:, cols]), barcodes[rows], genes[cols])
+    assert known == visium.counts_hash(sp.csr_matrix(counts.astype(np.int32)), barcodes.astype(object), genes)
     wider = np.column_stack([np.zeros(30, int), counts])
-    assert known == reader.counts_hash(sp.csr_matrix(wider), barcodes, np.array(["never", *genes]))
+    assert known == visium.counts_hash(sp.csr_matrix(wider), barcodes, np.array(["never", *genes]))
     with_zero = sp.csr_matrix(counts + (counts == 0))
     with_zero.data[counts.ravel() == 0] = 0  # zeros that are stored
-    assert known == reader.counts_hash(with_zero, barcodes, genes)
+    assert known == visium.counts_hash(with_zero, barcodes, genes)
     more = counts.copy()
     more[0, 0] += 1
-    other = {reader.counts_hash(sp.csr_matrix(more), barcodes, genes)}
-    other.add(reader.counts_hash(sp.csr_matrix(counts), np.array(["new", *barcodes[1:]]), genes))
-    other.add(reader.counts_hash(sp.csr_matrix(counts), barcodes, np.array(["new", *genes[1:]])))
+    other = {visium.counts_hash(sp.csr_matrix(more), barcodes, genes)}
+    other.add(visium.counts_hash(sp.csr_matrix(counts), np.array(["new", *barcodes[1:]]), genes))
+    other.add(visium.counts_hash(sp.csr_matrix(counts), barcodes, np.array(["new", *genes[1:]])))
     assert known not in other and len(other) == 3
 
 
@@ -175,7 +175,7 @@ def test_hash_known_by_hand():
     text = b"a\nb\n\ng\nh\n"
     numbers = np.array([0, 1, 3, 1, 0, 1, 5, 2, 3], dtype="<i8").tobytes()
     counts = sp.csr_matrix([[3, 2], [5, 0]])  # spots b, a; genes h, g
-    found = reader.counts_hash(counts, np.array(["b", "a"]), np.array(["h", "g"]))
+    found = visium.counts_hash(counts, np.array(["b", "a"]), np.array(["h", "g"]))
     assert found == hashlib.sha256(text + numbers).hexdigest()
 
 
@@ -183,5 +183,5 @@ def test_hash_of_a_whole_slice_takes_seconds():
     genes = np.random.default_rng(0).integers(0, 30000, 5000 * 300)  # 300 of 30000 genes in each of 5000 spots
     counts = sp.csr_matrix((np.ones(len(genes), np.int32), genes, np.arange(0, len(genes) + 1, 300)), (5000, 30000))
     start = time.perf_counter()
-    reader.counts_hash(counts, np.arange(5000).astype(str), np.arange(30000).astype(str))
+    visium.counts_hash(counts, np.arange(5000).astype(str), np.arange(30000).astype(str))
     assert time.perf_counter() - start < 10

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny_runs import TRAINING, Work, rewrite_matrix, snapshot, split_flag
 
-from utils.slices import reader
+from utils.slices import visium
 
 
 def spatial(damaged, name="P01_1"):
@@ -53,7 +53,7 @@ def test_a_picture_too_small_for_its_spots(damaged, refused, size):
 
 
 def test_a_decompression_bomb(damaged, refused, monkeypatch):
-    from utils.slices import tiles
+    from utils.images import tiles
 
     with monkeypatch.context() as patch:
         patch.setattr(tiles, "BOMB_PX", 100_000)
@@ -259,12 +259,12 @@ def test_names_with_spaces_and_other_letters(damaged):
 
 def test_genes_that_stand_twice_are_summed(damaged):
     rewrite_matrix(damaged.data / "P01_1", lambda counts, barcodes, names: (counts, barcodes, [names[1], *names[1:]]))
-    counts = reader.read_slice(damaged.data / "P01_1").counts.toarray()
+    counts = visium.read_slice(damaged.data / "P01_1").counts.toarray()
     damaged.run("make_decoder_data")
     import anndata
 
     panel = anndata.read_h5ad(damaged.panels / "P01_1" / "filtered_feature_bc_matrix_one.h5ad")
-    names = reader.read_matrix(damaged.data / "P01_1" / "filtered_feature_bc_matrix.h5").genes
+    names = visium.read_matrix(damaged.data / "P01_1" / "filtered_feature_bc_matrix.h5").genes
     if names[1] in panel.var_names:
         np.testing.assert_array_equal(panel[:, names[1]].X.toarray()[:, 0], counts[:, :2].sum(1))
 

@@ -10,12 +10,12 @@ import pytest
 from spaceranger_folders import refused
 from tiny_runs import data_flags, stderr_line
 
-from utils.slices import genes
+from utils.genes import panels as gene_panels
 from utils.training import checkpoint, datasets, overlap
 
 
 def target_panel(work, name="P03_1", role="target"):
-    return genes.read_panel(genes.panel_path(work.data, work.panels, name, role))
+    return gene_panels.read_panel(gene_panels.panel_path(work.data, work.panels, name, role))
 
 
 # ---- a panel onto other genes
@@ -54,7 +54,7 @@ def test_a_panel_onto_its_own_genes_is_itself(prepared):
 
 def panel_with(n, measured):
     known = np.arange(n) < measured
-    return genes.Panel(
+    return gene_panels.Panel(
         Path("p.h5ad"), np.zeros(0), [f"g{i}" for i in range(n)], known, *[np.zeros(0)] * 3, 1.0, [], "h"
     )
 
@@ -140,7 +140,7 @@ def test_stage_one_reads_genes_that_a_slice_lacks_as_zero(trained, work, tmp_pat
     read = anndata.read_h5ad(tmp_path / "results" / "predictions.h5ad")
     own = checkpoint.load(trained.encoder, "stage_one", "--encoder")["genes"]
     panel = target_panel(trained, role="input")
-    expected = genes.bin_tokens(panel.counts, panel.total_counts) * np.isin(own, kept)
+    expected = gene_panels.bin_tokens(panel.counts, panel.total_counts) * np.isin(own, kept)
     assert read.var_names.tolist() == own and np.array_equal(read.X, expected)
 
 

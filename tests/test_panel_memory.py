@@ -12,7 +12,8 @@ import scipy.sparse as sp
 from spaceranger_folders import refused, write_folder
 from tiny_runs import Work, rewrite_matrix, write_matrix
 
-from utils.slices import genes, matrix, reader
+from utils.genes import panels as gene_panels
+from utils.slices import matrix, visium
 
 SMALL = [1, 64, 64 * 40, 64 * 300]  # bytes: of one number and less, of a spot, of a few
 
@@ -41,8 +42,8 @@ def changed(path, **datasets):
 
 @pytest.mark.parametrize("memory", SMALL)
 def test_spots_read_from_the_file_are_those_of_the_matrix_in_memory(stored, memory, rng):
-    whole, left = reader.read_matrix(stored), reader.read_matrix(stored, memory)
-    assert isinstance(left.counts, reader.StoredCounts) and left.counts.shape == whole.counts.shape
+    whole, left = visium.read_matrix(stored), visium.read_matrix(stored, memory)
+    assert isinstance(left.counts, visium.StoredCounts) and left.counts.shape == whole.counts.shape
     np.testing.assert_array_equal(left.counts.indptr, whole.counts.indptr)
     for spots in (slice(0, 50), slice(3, 4), slice(7, 9), rng.permutation(50), rng.permutation(50)[:9], np.array([8])):
         found = left.counts[spots]
@@ -59,7 +60,7 @@ def test_features_of_other_kinds_and_zeros_in_the_file_are_left_out(stored):
         data = file["matrix/data"][:]
     data[::3] = 0
     changed(stored, data=data.astype(float), **{"features/feature_type": kinds})
-    whole, left = reader.read_matrix(stored), reader.read_matrix(stored, 640)
+    whole, left = visium.read_matrix(stored), visium.read_matrix(stored, 640)
     found = left.counts[slice(0, 50)]
     np.testing.assert_array_equal(found.toarray(), whole.counts.toarray())
     assert found.shape == (50, 15) and found.nnz == whole.counts.nnz
@@ -73,18 +74,18 @@ def test_genes_alone_of_a_folder(tmp_path):
 
 
 def test_what_fits_is_read_at_once(stored):
-    numbers = reader.read_matrix(stored).counts.nnz
-    assert isinstance(reader.read_matrix(stored, numbers * 64 - 1).counts, reader.StoredCounts)
-    assert sp.issparse(reader.read_matrix(stored, numbers * 64).counts)
+    numbers = visium.read_matrix(stored).counts.nnz
+    assert isinstance(visium.read_matrix(stored, numbers * 64 - 1).counts, visium.StoredCounts)
+    assert sp.issparse(visium.read_matrix(stored, numbers * 64).counts)
 
 
 @pytest.mark.parametrize("memory", SMALL)
 def test_spans_hold_all_spots_once_and_what_they_may(stored, memory):
-    counts = reader.read_matrix(stored).counts
-    spans = reader.spans(counts, memory)
+    counts = visium.read_matrix(stored).counts
+    spans = visium.spans(counts, memory)
     assert np.concatenate([np.arange(50)[span] for span in spans]).tolist() == list(range(50))
     assert all(counts[span].nnz * 64 <= memory or span.stop - span.start == 1 for span in spans)
-    assert reader.spans(counts, np.inf) == [slice(0, 50)] and reader.spans(counts[:0], 64) == []
+    assert visium.spans(counts, np.inf) == [slice(0, 50)] and visium.spans(counts[:0], 64) == []
 
 
 @pytest.mark.parametrize("value", [0.5, -1, np.nan, 3e9])
@@ -92,8 +93,8 @@ def test_counts_that_are_no_counts_are_refused_when_they_are_read(stored, value)
     with h5py.File(stored) as file:
         data = file["matrix/data"][:].astype(float)
     data[100] = value
-    counts = reader.read_matrix(changed(stored, data=data), 64 * 40).counts
-    refused("m.h5: expected raw counts", lambda: [counts[span] for span in reader.spans(counts, 64 * 40)])
+    counts = visium.read_matrix(changed(stored, data=data), 64 * 40).counts
+    refused("m.h5: expected raw counts", lambda: [counts[span] for span in visium.spans(counts, 64 * 40)])
 
 
 def test_matrices_that_contradict_themselves_are_refused(stored):
@@ -101,12 +102,12 @@ def test_matrices_that_contradict_themselves_are_refused(stored):
         indices, indptr = file["matrix/indices"][:], file["matrix/indptr"][:]
     far = indices.copy()
     far[9] = 30
-    counts = reader.read_matrix(changed(stored, indices=far), 640).counts
+    counts = visium.read_matrix(changed(stored, indices=far), 640).counts
     refused("m.h5: expected a 10x matrix in HDF5", lambda: counts[slice(0, 50)])
     for places in (indptr[:-1], indptr + 1, np.where(np.arange(51) == 9, 999, indptr)):
         path = changed(stored, indices=indices, indptr=places)
-        refused("m.h5: expected a 10x matrix in HDF5", reader.read_matrix, path, 640)
-    refused("m.h5: expected a 10x", reader.read_matrix, changed(stored, indptr=indptr, indices=indices[:-1]), 640)
+        refused("m.h5: expected a 10x matrix in HDF5", visium.read_matrix, path, 640)
+    refused("m.h5: expected a 10x", visium.read_matrix, changed(stored, indptr=indptr, indices=indices[:-1]), 640)
 
 
 # ---- the hash
@@ -127,10 +128,10 @@ def slow_hash(counts, barcodes, names):
 
 @pytest.mark.parametrize("memory", [*SMALL, np.inf])
 def test_the_hash_does_not_depend_on_spans(stored, memory):
-    whole, left = reader.read_matrix(stored), reader.read_matrix(stored, memory)
+    whole, left = visium.read_matrix(stored), visium.read_matrix(stored, memory)
     expected = slow_hash(whole.counts.toarray(), whole.barcodes, whole.genes)
-    assert reader.counts_hash(left.counts, left.barcodes, left.genes, memory) == expected
-    assert reader.counts_hash(whole.counts, whole.barcodes, whole.genes, memory) == expected
+    assert visium.counts_hash(left.counts, left.barcodes, left.genes, memory) == expected
+    assert visium.counts_hash(whole.counts, whole.barcodes, whole.genes, memory) == expected
 
 
 # ---- the panel files
@@ -185,9 +186,9 @@ def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path):
         raise OSError("no room")
 
     path = tmp_path / "new" / "panel.h5ad"
-    genes.write_panel(path, adata, iter([sp.csr_matrix([[5]]), sp.csr_matrix([[7]])]))
+    gene_panels.write_panel(path, adata, iter([sp.csr_matrix([[5]]), sp.csr_matrix([[7]])]))
     with pytest.raises(OSError, match="no room"):
-        genes.write_panel(path, adata, torn())
+        gene_panels.write_panel(path, adata, torn())
     assert anndata.read_h5ad(path).X.toarray().tolist() == [[5], [7]]
 
 
@@ -210,10 +211,10 @@ def test_a_matrix_larger_than_the_budget_is_never_in_memory(tmp_path, rng):
     write_matrix(tmp_path / "m.h5", counts.toarray(), barcodes, names)
 
     def survey(memory):
-        found = reader.read_matrix(tmp_path / "m.h5", memory)
-        for span in reader.spans(found.counts, memory):
-            genes.profile(found.counts[span], found.genes)
-        reader.counts_hash(found.counts, np.sort(found.barcodes), found.genes, memory)
+        found = visium.read_matrix(tmp_path / "m.h5", memory)
+        for span in visium.spans(found.counts, memory):
+            gene_panels.profile(found.counts[span], found.genes)
+        visium.counts_hash(found.counts, np.sort(found.barcodes), found.genes, memory)
 
     assert peak_bytes(survey, np.inf) > 8e6, "the control: all in memory"
     assert peak_bytes(survey, 2**20) < 4e6
@@ -221,4 +222,4 @@ def test_a_matrix_larger_than_the_budget_is_never_in_memory(tmp_path, rng):
 
 def test_bins_need_little_beyond_the_tokens():
     counts, total = np.ones((20000, 200), np.int32), np.full(20000, 300.0)
-    assert peak_bytes(genes.bin_tokens, counts, total) < counts.size + 10e6 < counts.size * 8
+    assert peak_bytes(gene_panels.bin_tokens, counts, total) < counts.size + 10e6 < counts.size * 8

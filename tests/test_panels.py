@@ -10,7 +10,8 @@ from spaceranger_folders import refused
 from tiny_runs import Work, rewrite_matrix
 
 import make_decoder_data
-from utils.slices import genes, reader, table
+from utils.genes import panels as gene_panels
+from utils.slices import splits, visium
 
 PARTS = "slice,patient,part\nP01_1,P01,train\nP02_1,P02,train\nP03_1,P03,test\n"
 NAMES = ("P01_1", "P02_1", "P03_1")
@@ -26,7 +27,7 @@ def work(simulated, tmp_path):
 
 
 def panel(work, name, role="target"):
-    return genes.read_panel(genes.panel_path(work.data, work.panels, name, role))
+    return gene_panels.read_panel(gene_panels.panel_path(work.data, work.panels, name, role))
 
 
 def chosen(work, *flags):
@@ -62,9 +63,9 @@ def test_panels_depend_on_train_slices(work):
 
 def test_the_validation_strip_has_no_say(work):
     """Counts of the strip's spots are moved to other genes: with --val_strip the panels stay, without they change."""
-    found = reader.read_slice(work.data / "P01_1")
+    found = visium.read_slice(work.data / "P01_1")
     xy = found.spots[["x_fullres_px", "y_fullres_px"]].to_numpy()
-    strip = found.spots.index[table.strip_parts(xy, reader.pitch_fullres_px(found.spots)) != "train"]
+    strip = found.spots.index[splits.strip_parts(xy, visium.pitch_fullres_px(found.spots)) != "train"]
     assert 0 < len(strip) < len(xy)
     with_strip, without = chosen(work, "--val_strip"), chosen(work)
 
@@ -80,14 +81,14 @@ def test_the_validation_strip_has_no_say(work):
 def test_the_target_panel_is_the_rule_of_highest_mean_total(work):
     totals = []
     for name in NAMES[:2]:
-        found = reader.read_slice(work.data / name)
+        found = visium.read_slice(work.data / name)
         totals.append(dict(zip(found.genes, np.asarray(found.counts.sum(0)).ravel(), strict=True)))
     mean = {gene: (totals[0][gene] + totals[1][gene]) / 2 for gene in totals[0]}
     assert chosen(work)[1] == sorted(mean, key=mean.get, reverse=True)[:20]
 
 
 def test_lists_replace_the_rules(work, tmp_path, capsys):
-    some = reader.read_matrix(work.data / "P01_1").genes[[7, 3, 5]].tolist()
+    some = visium.read_matrix(work.data / "P01_1").genes[[7, 3, 5]].tolist()
     (tmp_path / "list.txt").write_text("\n".join(some))
     rules = chosen(work)
     assert chosen(work, "--target_genes", tmp_path / "list.txt") == [rules[0], some]
@@ -130,7 +131,7 @@ def test_without_a_train_slice_there_is_no_panel(work):
 def test_the_files_hold_the_raw_counts_of_the_named_genes(work):
     work.run("make_decoder_data")
     for name in NAMES:
-        found = reader.read_slice(work.data / name)
+        found = visium.read_slice(work.data / name)
         for role, n in (("input", 50), ("target", 20)):
             one = panel(work, name, role)
             place = [found.genes.tolist().index(gene) for gene in one.genes]
@@ -140,15 +141,15 @@ def test_the_files_hold_the_raw_counts_of_the_named_genes(work):
             np.testing.assert_array_equal(one.total_counts, found.counts.toarray().sum(1), "over all genes")
             np.testing.assert_array_equal(one.xy_fullres_px, found.spots[["x_fullres_px", "y_fullres_px"]])
             assert one.pitch_fullres_px == pytest.approx(100, abs=1) and one.train_slices == list(NAMES[:2])
-            assert one.counts_hash == reader.counts_hash(found.counts, one.barcodes, found.genes)
+            assert one.counts_hash == visium.counts_hash(found.counts, one.barcodes, found.genes)
 
 
 def test_the_files_say_how_their_panel_was_chosen(work):
     work.run("make_decoder_data")
-    adata = anndata.read_h5ad(genes.panel_path(work.data, work.panels, "P03_1", "target"))
+    adata = anndata.read_h5ad(gene_panels.panel_path(work.data, work.panels, "P03_1", "target"))
     note = adata.uns["magic"]
     assert note["panel"].tolist() == adata.var_names.tolist() and note["role"] == "target"
-    assert note["panel_hash"] == genes.panel_hash(adata.var_names.tolist())
+    assert note["panel_hash"] == gene_panels.panel_hash(adata.var_names.tolist())
     assert note["how"] == "20 genes by highest_expressed on train spots"
     assert note["train_hashes"].tolist() == [panel(work, name).counts_hash for name in NAMES[:2]]
     assert {"array_row", "array_col", "total_counts"} <= set(adata.obs)
@@ -157,13 +158,13 @@ def test_the_files_say_how_their_panel_was_chosen(work):
 def test_a_gene_that_a_slice_lacks_is_zero_and_not_measured(work, capsys):
     lost = chosen(work)[1][4]
     rewrite_matrix(work.data / "P03_1", lambda c, b, names: (c[:, names != lost], b, names[names != lost]))
-    before = {role: panel(work, "P03_1", role) for role in genes.FILES}
+    before = {role: panel(work, "P03_1", role) for role in gene_panels.FILES}
     counts = {role: one.counts for role, one in before.items()}  # read now: the files are about to be replaced
     work.run("make_decoder_data")
     said = capsys.readouterr().out
     assert "P03_1: 1 of 20 target genes are not in this slice" in said
     assert "P03_1: 1 of 50 input genes are not in this slice" in said
-    for role in genes.FILES:
+    for role in gene_panels.FILES:
         after = panel(work, "P03_1", role)
         column = after.genes.index(lost)
         assert not after.measured[column] and after.measured.sum() == len(after.genes) - 1
@@ -203,13 +204,13 @@ def test_a_spot_without_a_count_is_dropped_and_counted(work, capsys):
     rewrite_matrix(work.data / "P01_1", thin)
     work.run("make_decoder_data")
     assert "P01_1: 69 spots, 60 genes" in (said := capsys.readouterr().out) and "1 spots below 1 counts dropped" in said
-    barcodes = reader.read_slice(work.data / "P01_1").spots.index
+    barcodes = visium.read_slice(work.data / "P01_1").spots.index
     assert panel(work, "P01_1").barcodes.tolist() == barcodes[1:].tolist()
     assert len(panel(work, "P02_1").barcodes) == 70, "no spot is dropped by default"
 
 
 def test_min_counts(work, capsys):
-    total = np.asarray(reader.read_slice(work.data / "P02_1").counts.sum(1)).ravel()
+    total = np.asarray(visium.read_slice(work.data / "P02_1").counts.sum(1)).ravel()
     least = int(np.sort(total)[30])
     work.run("make_decoder_data", "--min_counts", least)
     kept = panel(work, "P02_1").total_counts
@@ -229,7 +230,7 @@ def test_dropped_spots_do_not_choose(work):
 
     for name in NAMES[:2]:
         rewrite_matrix(work.data / name, loud)
-    last = reader.read_matrix(work.data / "P01_1").genes[-1]
+    last = visium.read_matrix(work.data / "P01_1").genes[-1]
     assert last in chosen(work)[1]
     assert last not in chosen(work, "--min_counts", 70)[1]
 
@@ -240,7 +241,7 @@ def test_dropped_spots_do_not_choose(work):
 def test_files_lie_beside_the_counts_unless_told(work):
     make_decoder_data.main(make_decoder_data.parse_args(["--data", str(work.data)]))
     assert (work.data / "P01_1" / "filtered_feature_bc_matrix_one.h5ad").exists() and not work.panels.exists()
-    assert genes.read_panel(genes.panel_path(work.data, None, "P03_1", "target")).genes
+    assert gene_panels.read_panel(gene_panels.panel_path(work.data, None, "P03_1", "target")).genes
 
 
 def test_read_only_data_is_not_written(work):

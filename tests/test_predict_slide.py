@@ -14,9 +14,10 @@ from slide_runs import predict, read, record, strict
 from test_geojson import check_qupath
 from tiny_runs import snapshot
 
-from utils import prediction_files
-from utils.slices import tiles, whole_slide
-from utils.training import checkpoint, slide_features
+from utils.images import image as whole_slide
+from utils.images import tiles
+from utils.prediction import outputs, slide_features
+from utils.training import checkpoint
 from utils.training.spill import Spill
 
 
@@ -194,25 +195,23 @@ def test_metrics_are_json_and_beside_the_mean_profile(measured):
 def test_a_large_table_is_compressed(measured, tmp_path, monkeypatch):
     adata = read(measured)
     one = by_hand(adata)
-    small = prediction_files.write_csv(tmp_path, one)
-    monkeypatch.setattr(prediction_files, "CSV_BYTES", 100)
-    large = prediction_files.write_csv(tmp_path, one)
-    assert (small.name, large.name) == prediction_files.CSV_NAMES
+    small = outputs.write_csv(tmp_path, one)
+    monkeypatch.setattr(outputs, "CSV_BYTES", 100)
+    large = outputs.write_csv(tmp_path, one)
+    assert (small.name, large.name) == outputs.CSV_NAMES
     assert [path.name for path in tmp_path.iterdir()] == [large.name]
     np.testing.assert_allclose(pd.read_csv(large)[adata.var_names], adata.X, rtol=1e-4, atol=1e-4)
 
 
 def by_hand(adata):
-    from utils.slices.layout import SlideSpots
+    from utils.prediction.layout import SlideSpots
 
     place = adata.obs[["array_row", "array_col"]].to_numpy()
     spots = SlideSpots("P03_1", adata.obs_names.to_numpy(str), adata.obsm["spatial"], place, 100, 55, 1, 1)
     library = adata.uns["spatial"]["P03_1"]
     scale = library["scalefactors"]["tissue_hires_scalef"]
     values = adata.X, None, adata.obs["domain_score"].to_numpy(), 2.0, adata.var["val_pcc"].to_numpy()
-    return prediction_files.Prediction(
-        spots, adata.var_names.tolist(), "lognorm", *values, library["images"]["hires"], scale
-    )
+    return outputs.Prediction(spots, adata.var_names.tolist(), "lognorm", *values, library["images"]["hires"], scale)
 
 
 @pytest.mark.slow
@@ -220,7 +219,7 @@ def test_the_spatialdata_file_is_read_again(measured, tmp_path):
     spatialdata = pytest.importorskip("spatialdata")
     one = by_hand(read(measured))
     for _ in range(2):  # over an earlier one
-        prediction_files.write_spatialdata(tmp_path / "a.zarr", one, prediction_files.as_anndata(one))
+        outputs.write_spatialdata(tmp_path / "a.zarr", one, outputs.as_anndata(one))
     found = spatialdata.read_zarr(tmp_path / "a.zarr")
     np.testing.assert_allclose(found.tables["predicted"].X, one.predicted, rtol=1e-6)
     centres = np.array([[p.x, p.y] for p in found.shapes["spots"].geometry])

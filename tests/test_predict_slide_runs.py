@@ -9,7 +9,7 @@ import pytest
 from slide_runs import exit_code, predict, read, record
 from tiny_runs import snapshot, stderr_line
 
-from utils.slices import whole_slide
+from utils.images import image as whole_slide
 from utils.training import checkpoint, feature_bank
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from tiny_runs import data_flags, row
 from benchmarks import pretrain_genes
 from model.gene_encoder import GeneEncoder
 from model.masked_bins import MaskedBins
-from utils.slices.genes import N_BINS
+from utils.genes.panels import N_BINS
 from utils.training import datasets, pretrain
 from utils.training.count_tables import CountTable
 from utils.training.pretrain import Spots

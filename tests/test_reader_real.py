@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from spaceranger_folders import refused
 
-from utils.slices import reader, table
+from utils.slices import splits, visium
 
 REAL = os.environ.get("MAGIC_REAL_DATA")
 real = [pytest.mark.realdata, pytest.mark.skipif(not REAL, reason="MAGIC_REAL_DATA does not name the data folder")]
@@ -44,66 +44,66 @@ def marked(cases):
 @pytest.mark.parametrize(("name", "expected"), marked(SECTIONS))
 def test_the_five_sections(name, expected):
     spots, genes, umis, *pitches_px = expected
-    found = reader.read_slice(Path(REAL) / "Breast_cancer" / name)
+    found = visium.read_slice(Path(REAL) / "Breast_cancer" / name)
     assert (*found.counts.shape, found.counts.sum()) == (spots, genes, umis)
-    assert set(found.unmatched.values()) == {0} and not reader.is_staggered(found.spots)
-    assert reader.pitch_fullres_px(found.spots) == pytest.approx(np.mean(pitches_px), abs=1.5)
-    refused("--spot_pitch_um", reader.spot_pitch_um, found.root, found.spots)
+    assert set(found.unmatched.values()) == {0} and not visium.is_staggered(found.spots)
+    assert visium.pitch_fullres_px(found.spots) == pytest.approx(np.mean(pitches_px), abs=1.5)
+    refused("--spot_pitch_um", visium.spot_pitch_um, found.root, found.spots)
 
 
 @pytest.mark.parametrize(("folder", "expected"), marked(SAMPLES))
 def test_every_sample_is_read(folder, expected):
     matrix_is, positions_are, n_spots, pitch_um = expected
     folder = Path(REAL) / "spaceranger_samples" / folder
-    root = reader.find_root(folder)
-    matrix, positions, found = reader.read_matrix(root), reader.read_positions(root), reader.read_slice(folder)
+    root = visium.find_root(folder)
+    matrix, positions, found = visium.read_matrix(root), visium.read_positions(root), visium.read_slice(folder)
     assert (*matrix.counts.shape, matrix.counts.sum()) == matrix_is
     assert (len(positions), positions["in_tissue"].sum()) == positions_are
     assert found.counts.shape == (n_spots, matrix_is[1]) and len(found.spots) == n_spots
-    pd.testing.assert_frame_equal(reader.tissue_spots(root)[0], found.spots)
-    assert reader.spot_pitch_um(root, positions) == pitch_um and reader.pitch_fullres_px(positions) > 0
-    assert reader.read_scalefactors(root)["tissue_hires_scalef"] > 0
+    pd.testing.assert_frame_equal(visium.tissue_spots(root)[0], found.spots)
+    assert visium.spot_pitch_um(root, positions) == pitch_um and visium.pitch_fullres_px(positions) > 0
+    assert visium.read_scalefactors(root)["tissue_hires_scalef"] > 0
 
 
 @pytest.mark.parametrize(
     ("name", "match"), marked({"scanpy_probe_2.1.0": "no slice", "seurat_visium_hd": "one bin size"})
 )
 def test_samples_that_are_refused(name, match):
-    refused(match, reader.read_slice, Path(REAL) / "spaceranger_samples" / name)
+    refused(match, visium.read_slice, Path(REAL) / "spaceranger_samples" / name)
 
 
 @pytest.mark.parametrize("name", [pytest.param("scanpy_probe_2.1.0/raw_probe_bc_matrix.h5", marks=real)])
 def test_the_probe_matrix_is_read_as_a_matrix(name):
-    matrix = reader.read_matrix(Path(REAL) / "spaceranger_samples" / name)
+    matrix = visium.read_matrix(Path(REAL) / "spaceranger_samples" / name)
     assert (*matrix.counts.shape, matrix.counts.sum()) == (4987, 1000, 3372)
 
 
 @pytest.mark.parametrize("name", [pytest.param("visium_1142243F", marks=real)])
 def test_a_slice_without_counts_can_be_tiled(name):
     root = Path(REAL) / name
-    assert len(reader.tissue_spots(root)[0]) == 4784
-    refused("expected counts", reader.read_slice, root)
+    assert len(visium.tissue_spots(root)[0]) == 4784
+    refused("expected counts", visium.read_slice, root)
 
 
 @pytest.mark.parametrize("name", [pytest.param("SpatialExperiment_10xVisium", marks=real)])
 def test_the_same_counts_twice_have_one_hash(name):
     matrices = [
-        reader.read_matrix(reader.find_root(Path(REAL) / "spaceranger_samples" / name / s))
+        visium.read_matrix(visium.find_root(Path(REAL) / "spaceranger_samples" / name / s))
         for s in ("section1", "section2")
     ]
-    hashes = {reader.counts_hash(m.counts, m.barcodes, m.genes) for m in matrices}
+    hashes = {visium.counts_hash(m.counts, m.barcodes, m.genes) for m in matrices}
     assert len(hashes) == 1
 
 
 @pytest.mark.parametrize("name", [pytest.param("Breast_cancer", marks=real)])
 def test_the_table_of_the_five_sections(name):
     data = Path(REAL) / name
-    rows, warnings = table.read_table(data)
+    rows, warnings = splits.read_table(data)
     assert [(row.slice, row.part) for row in rows] == [
         *(("C2", "train"), ("C3", "train"), ("C4", "train"), ("C5", "val"), ("B4", "test")),
     ]
     assert warnings == ["patients in train and in val: C"] and {row.spot_pitch_um for row in rows} == {200.0}
     for row in rows:
-        found = table.image_file(data, row)
+        found = splits.image_file(data, row)
         assert found is not None and found.name == row.image
-        assert table.image_file(data, dataclasses.replace(row, image=None)) == found
+        assert splits.image_file(data, dataclasses.replace(row, image=None)) == found

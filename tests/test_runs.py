@@ -12,7 +12,9 @@ import pytest
 import torch
 from tiny_runs import BEST, LAST, STAGES, Work, data_flags, different, progress, rewrite_matrix, row, snapshot, state
 
-from utils.slices import genes, table, tiles
+from utils.genes import panels as gene_panels
+from utils.images import tiles
+from utils.slices import splits
 from utils.training import augment, checkpoint, datasets
 
 TWO_EPOCHS = ("--Epoch", 2, "--Init_lr", 1e-3)
@@ -134,7 +136,7 @@ def test_a_gene_is_neither_learnt_nor_judged_where_it_was_not_measured(trained, 
         shutil.copytree(trained.data, tmp_path / "data", ignore=unread), trained.tiles, tmp_path / "p", tmp_path
     )
     (work.data / "slices.csv").write_text("slice,patient,part\nP01_1,A,train\nP02_1,B,train\nP03_1,C,test\n")
-    names = genes.read_panel(genes.panel_path(trained.data, trained.panels, "P01_1", "target")).genes
+    names = gene_panels.read_panel(gene_panels.panel_path(trained.data, trained.panels, "P01_1", "target")).genes
     (tmp_path / "list.txt").write_text("\n".join(names))
     for name, lost in (("P02_1", names[2]), ("P03_1", names[5])):
         rewrite_matrix(work.data / name, lambda c, b, n, lost=lost: (c[:, n != lost], b, n[n != lost]))
@@ -190,12 +192,12 @@ def test_all_spots_and_all_counts_of_the_real_sections(real_data, tmp_path):
     work = Work(data, tmp_path / "tiles", tmp_path / "panels", tmp_path)
     work.run("image_tilling")
     work.run("make_decoder_data", "--n_input_genes", 500, "--n_top_genes", 300)
-    rows, _ = table.read_table(data)
+    rows, _ = splits.read_table(data)
     assert sorted(one.slice for one in rows) == ["B4", "C2", "C3", "C4", "C5"]
     spots, umis = 0, 0
     for one in rows:
         for role, n in (("input", 500), ("target", 300)):
-            panel = genes.read_panel(genes.panel_path(data, work.panels, one.slice, role))
+            panel = gene_panels.read_panel(gene_panels.panel_path(data, work.panels, one.slice, role))
             assert len(panel.genes) == n and panel.train_slices == ["C2", "C3", "C4"]
         pack = tiles.TilePack(work.tiles / one.slice)
         assert set(pack.barcodes) == set(panel.barcodes) and pack.record["um_per_px"] == 3.5

@@ -15,7 +15,8 @@ from PIL import Image
 from tiny_runs import BEST, LAST, PREVIOUS, Work, snapshot
 
 from model.image_encoder import ImageEncoder
-from utils.slices import genes, table
+from utils.genes import panels as gene_panels
+from utils.slices import splits
 from utils.training import checkpoint, features, loop
 
 ACCURACY = ("depth", "contrastive", "matching", "reranked")
@@ -59,7 +60,7 @@ def numbers(tree):
 def test_training_writes_its_checkpoints_its_table_and_its_log(done, stage, folder):
     out, (log,) = done.out / folder, (done.out / "logs" / stage).iterdir()
     assert {path.name for path in out.iterdir() if path.is_file()} == {BEST, LAST, PREVIOUS, "slices.csv"}
-    rows, _ = table.read_table(done.data, out / "slices.csv")
+    rows, _ = splits.read_table(done.data, out / "slices.csv")
     assert [(row.slice, row.part) for row in rows] == [("P01_1", "train"), ("P02_1", "val"), ("P03_1", "test")]
     assert {"settings.json", "log.jsonl", "epoch_loss.png"} <= {path.name for path in log.iterdir()}
     assert Image.open(log / "epoch_loss.png").format == "PNG"
@@ -85,7 +86,7 @@ def test_a_checkpoint_holds_what_is_needed_elsewhere(done):
     one = checkpoint.load(done.encoder, "stage_one", "--encoder")
     two = checkpoint.load(done.decoder, "stage_two", "--decoder")
     for role, state in (("input", one), ("target", two)):
-        panel = genes.read_panel(genes.panel_path(done.data, done.panels, "P01_1", role))
+        panel = gene_panels.read_panel(gene_panels.panel_path(done.data, done.panels, "P01_1", role))
         assert state["genes"] == panel.genes and state["tile_scale"] == [32, 3.5]
         assert state["counts_hashes"]["P01_1"] == panel.counts_hash and state["settings"]["seed"] == 0
     assert two["val_pcc"].shape == (20,) and two["target"] == "lognorm"
@@ -161,8 +162,8 @@ def test_retrieval_files(done):
     similarity = adata.obsm["X_image"] @ adata.obsm["X_gene"].T
     ranks = (similarity >= np.diag(similarity)[:, None]).sum(1)
     np.testing.assert_array_equal(adata.obs["rank_image_to_gene"], ranks)
-    panel = genes.read_panel(genes.panel_path(done.data, done.panels, "P03_1", "input"))
-    np.testing.assert_array_equal(adata.X, genes.bin_tokens(panel.counts, panel.total_counts))
+    panel = gene_panels.read_panel(gene_panels.panel_path(done.data, done.panels, "P03_1", "input"))
+    np.testing.assert_array_equal(adata.X, gene_panels.bin_tokens(panel.counts, panel.total_counts))
 
 
 # ---- expression
@@ -202,7 +203,7 @@ def test_expression_files(done):
     pictures = {"pcc_histogram.png", *(f"map_P03_1_{kind}.png" for kind in ("best", "median", "worst"))}
     assert pictures <= {path.name for path in out.iterdir()}
     adata = anndata.read_h5ad(out / "predictions.h5ad")
-    panel = genes.read_panel(genes.panel_path(done.data, done.panels, "P03_1", "target"))
+    panel = gene_panels.read_panel(gene_panels.panel_path(done.data, done.panels, "P03_1", "target"))
     assert adata.obs_names.tolist() == panel.barcodes.tolist() and adata.var_names.tolist() == panel.genes
     np.testing.assert_array_equal(adata.layers["counts"], panel.counts)
     np.testing.assert_array_equal(adata.obs["total_counts"], panel.total_counts)

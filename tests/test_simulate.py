@@ -17,9 +17,9 @@ from scipy.spatial import cKDTree
 
 from utils.slices import simulate
 from utils.slices import simulate_counts as counting
-from utils.slices.reader import read_slice
 from utils.slices.simulate_picture import Scene, measure_tiles
 from utils.slices.simulate_tissue import FIBROBLAST, LYMPHOCYTE, TUMOUR, push_apart, smooth_field
+from utils.slices.visium import read_slice
 
 SIZE = {"n_patients": 3, "n_spots": 60, "n_genes": 80, "seed": 3}
 

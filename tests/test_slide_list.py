@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from utils.slices import slide_list
-from utils.slices.slide_list import Request
+from utils.prediction import slides as slide_list
+from utils.prediction.slides import Request
 
 
 @pytest.fixture

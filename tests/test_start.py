@@ -13,7 +13,7 @@ from tiny_runs import LAST, Work, data_flags, row, stderr_line
 
 from utils import start, targets
 from utils.evaluation import ridge
-from utils.slices import genes
+from utils.genes import panels as gene_panels
 from utils.training import checkpoint, datasets
 from utils.training.augment import to_float
 
@@ -171,7 +171,7 @@ def last_epoch(work):
 
 
 def test_without_expression_stage_one_needs_no_target_genes(work):
-    for path in work.panels.rglob(genes.FILES["target"]):
+    for path in work.panels.rglob(gene_panels.FILES["target"]):
         path.unlink()
     work.run("train_mymodel", "--Epoch", 1, "--expression_weight", 0)
     found = last_epoch(work)

@@ -12,8 +12,8 @@ import tifffile
 from big_slide import write_big_slide
 from slide_files import WRITERS
 
-from utils.slices import tiff_levels
-from utils.slices.whole_slide import open_slide, stream_tiles
+from utils.images import tiff
+from utils.images.image import open_slide, stream_tiles
 
 pytest.importorskip("openslide", reason="the extra `slides` is not installed")
 
@@ -103,7 +103,7 @@ def test_damage_in_the_middle_is_an_error_where_it_is_read(name, tmp_path):
 
 
 def test_segments_are_decoded_once_and_kept_within_bounds():
-    cache, made = tiff_levels.SegmentCache(1000), []
+    cache, made = tiff.SegmentCache(1000), []
 
     def decode():
         time.sleep(0.05)
@@ -127,8 +127,8 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import numpy as np, openslide, tifffile
-from utils.slices.whole_slide import open_slide, stream_tiles
-from utils.slices.tissue import grid
+from utils.images.image import open_slide, stream_tiles
+from utils.images.tissue import grid
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 before = peak()
 with open_slide(Path(sys.argv[1])) as slide:

@@ -7,7 +7,7 @@ from tiny_runs import data_flags, row
 
 from utils import targets
 from utils.evaluation import metrics
-from utils.slices import genes
+from utils.genes import panels as gene_panels
 from utils.training import datasets
 from utils.training.spill import Spill
 
@@ -19,9 +19,9 @@ def slices(prepared, monkeypatch):
     rows = row("P01_1"), row("P02_1"), row("P03_1", "val")
     found = [datasets.load_slice(one, data_flags(prepared), ("target",), one.slice == "P01_1") for one in rows]
     found[1].panels["target"].measured[4] = False
-    as_read = genes.Panel.counts.fget
+    as_read = gene_panels.Panel.counts.fget
     without_17 = property(lambda panel: as_read(panel) * (np.arange(20) != 17))
-    monkeypatch.setattr(genes.Panel, "counts", without_17)
+    monkeypatch.setattr(gene_panels.Panel, "counts", without_17)
     return found
 
 

@@ -14,7 +14,8 @@ from spaceranger_folders import refused
 from tile_slices import SIZE, cut, pixels, ramps, times, write_slice
 
 import image_tilling
-from utils.slices import tiles
+from utils.files.atomic import write_record
+from utils.images import tiles
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def pack(tmp_path, rng):
     """Twelve packed tiles of 4 px, and their pixels."""
     pixels = rng.integers(0, 255, (12, 4, 4, 3), dtype=np.uint8)
     tiles.write_pack(tmp_path, np.array([f"b{i}" for i in range(12)]), rng.random((12, 2)), list(pixels), 4)
-    tiles.write_record(tmp_path / "tiles.json", {"outside": []})
+    write_record(tmp_path / "tiles.json", {"outside": []})
     return SimpleNamespace(tiles=tiles.TilePack(tmp_path), pixels=pixels, folder=tmp_path)
 
 

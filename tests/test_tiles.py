@@ -11,7 +11,8 @@ from tile_slices import HIRES, INSIDE, PITCH_PX, SCALES, cut, grid_lines, pixels
 from tiny_runs import write_matrix
 
 import image_tilling
-from utils.slices import tiles
+from utils.files.atomic import write_record
+from utils.images import tiles
 
 
 @pytest.fixture
@@ -243,7 +244,7 @@ def test_an_interrupted_run_of_other_settings_is_not_mixed_in(data, capsys):
     folder = data.parent / "tiles" / "slice"
     folder.mkdir(parents=True)
     old = tiles.Cut("fullres", "he.png", 8.0, 56.0, 14, True)
-    tiles.write_record(folder / "started.json", old.__dict__)
+    write_record(folder / "started.json", old.__dict__)
     Image.new("RGB", (14, 14)).save(folder / "S0x0-1.jpeg")
     cut(data)
     assert "settings changed" in capsys.readouterr().out

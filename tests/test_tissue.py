@@ -1,4 +1,4 @@
-"""utils.slices.tissue: the mask on drawn slides and on real ones, masks from files, grids, spots on tissue."""
+"""utils.images.tissue: the mask on drawn slides and on real ones, masks from files, grids, spots on tissue."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,9 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import KDTree
 
-from utils.slices import reader
-from utils.slices.tissue import MOST_SPOTS, grid, on_tissue, read_mask, tissue_mask
-from utils.slices.whole_slide import open_slide
+from utils.images.image import open_slide
+from utils.images.tissue import MOST_SPOTS, grid, on_tissue, read_mask, tissue_mask
+from utils.slices import visium
 
 GLASS, PINK, PURPLE = (238, 234, 236), (214, 160, 196), (110, 104, 160)
 INKS = {"blue": (35, 60, 175), "green": (30, 140, 80), "black": (28, 26, 30)}
@@ -93,12 +93,12 @@ def test_thumbnails_of_any_shape(shape):
 
 def check_spots_are_on_the_mask(folder) -> None:
     """At least 95 % of the spots in tissue, on less than half of the picture."""
-    positions = reader.read_positions(folder)
+    positions = visium.read_positions(folder)
     spots = positions[positions["in_tissue"] == 1][["x_fullres_px", "y_fullres_px"]].to_numpy()
     with open_slide(next(path for path in sorted(folder.iterdir()) if path.suffix in (".jpg", ".png"))) as slide:
         thumbnail, scale = slide.thumbnail()
     mask = tissue_mask(thumbnail)
-    found = on_tissue(spots, mask, scale, reader.read_scalefactors(folder)["spot_diameter_fullres"] / 2)
+    found = on_tissue(spots, mask, scale, visium.read_scalefactors(folder)["spot_diameter_fullres"] / 2)
     assert found.mean() >= 0.95
     assert mask.mean() < 0.5
 
@@ -189,10 +189,10 @@ def test_a_hexagonal_grid_is_read_as_visiums():
     centres, places = grid(5000, 4000, 137.0)
     names = ["array_row", "array_col", "x_fullres_px", "y_fullres_px"]
     table = pd.DataFrame(np.column_stack([places, centres]), columns=names).astype({"array_row": int, "array_col": int})
-    assert reader.is_staggered(table) and reader.pitch_fullres_px(table) == pytest.approx(137.0)
+    assert visium.is_staggered(table) and visium.pitch_fullres_px(table) == pytest.approx(137.0)
     centres, places = grid(5000, 4000, 137.0, "square")
     table = pd.DataFrame(np.column_stack([places, centres]), columns=names).astype({"array_row": int, "array_col": int})
-    assert not reader.is_staggered(table) and reader.pitch_fullres_px(table) == pytest.approx(137.0)
+    assert not visium.is_staggered(table) and visium.pitch_fullres_px(table) == pytest.approx(137.0)
 
 
 def test_a_small_slide_has_one_spot_and_a_senseless_pitch_is_refused():

@@ -1,4 +1,4 @@
-"""utils.slices.whole_slide and tiff_levels: every format against a slow twin, files that must be refused."""
+"""utils.images.image and tiff_levels: every format against a slow twin, files that must be refused."""
 
 import sys
 import zlib
@@ -12,8 +12,9 @@ from big_slide import paint_kinds, write_big_slide
 from PIL import Image
 from slide_files import WRITERS, draw, furthest, twin, write_ome
 
-from utils.slices import tiles, whole_slide
-from utils.slices.whole_slide import open_slide
+from utils.images import image as whole_slide
+from utils.images import tiles
+from utils.images.image import open_slide
 
 pytest.importorskip("openslide", reason="the extra `slides` is not installed")
 PLACES = [  # x, y, side, out_px: inside, enlarged, across each edge and corner, around the whole, beyond

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.sparse import csc_matrix
 
-from utils.slices import reader, table
+from utils.slices import splits, visium
 from utils.training import arguments, checkpoint
 
 FLAGS = {
@@ -90,9 +90,9 @@ def data_flags(work: Work, **changed) -> SimpleNamespace:
     )
 
 
-def row(name: str, part: str = "train", patient: str | None = None) -> table.SliceRow:
+def row(name: str, part: str = "train", patient: str | None = None) -> splits.SliceRow:
     """A line of slices.csv: the patient is the first three letters of the slice."""
-    return table.SliceRow(name, patient or name[:3], part, 100.0, None)
+    return splits.SliceRow(name, patient or name[:3], part, 100.0, None)
 
 
 def stderr_line(capsys, *expected: str) -> str:
@@ -114,7 +114,7 @@ def snapshot(*folders: Path) -> dict[Path, bytes | None]:
 def rewrite_matrix(folder: Path, edit) -> None:
     """Change a slice's counts: `edit` takes and gives counts (S, G) as a dense array, barcodes, gene names."""
     path = folder / "filtered_feature_bc_matrix.h5"
-    matrix = reader.read_matrix(path)
+    matrix = visium.read_matrix(path)
     counts, barcodes, names = edit(matrix.counts.toarray(), matrix.barcodes, matrix.genes)
     path.unlink()
     write_matrix(path, counts, barcodes, names)

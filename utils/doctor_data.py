@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.slices import genes, reader, table, tiles
+from utils.genes import panels as gene_panels
+from utils.images import tiles
+from utils.slices import splits, visium
 
 if TYPE_CHECKING:
     from utils.doctor import Findings
@@ -26,11 +28,11 @@ GIB = 2**30
 class Looked:
     """What one slice is compared with the others by; None where it could not be found out."""
 
-    row: table.SliceRow
+    row: splits.SliceRow
     content: str | None = None  # hash of its counts
     barcodes: np.ndarray | None = None  # (S,) that tiles are to be there for
     tile_scale: tuple[int, float | None] | None = None
-    panels: dict[str, genes.Panel] = field(default_factory=dict)  # by role
+    panels: dict[str, gene_panels.Panel] = field(default_factory=dict)  # by role
 
 
 def check_slices(args: Any, findings: Findings) -> None:
@@ -42,32 +44,32 @@ def check_slices(args: Any, findings: Findings) -> None:
         check_origin(looked, findings)
     hashes = {one.row.slice: one.content for one in looked if one.content is not None}
     with findings.caught("the split"):
-        for warning in table.check_identical(rows, hashes, args.allow_leak):
+        for warning in splits.check_identical(rows, hashes, args.allow_leak):
             findings.note(warning)
     check_alike(looked, findings)
     check_room(looked, args, findings)
 
 
-def read_rows(args: Any, findings: Findings) -> tuple[list[table.SliceRow], bool]:
+def read_rows(args: Any, findings: Findings) -> tuple[list[splits.SliceRow], bool]:
     """Rows to look at, and whether they have parts. Where table or split are wrong, whatever can still be found."""
     try:
         flags = {"val_strip": args.val_strip, "allow_leak": args.allow_leak}
-        rows, warnings = table.read_table(args.data, args.slices, **flags)
+        rows, warnings = splits.read_table(args.data, args.slices, **flags)
         for warning in warnings:
             findings.note(warning)
-        for line in table.format_table(rows).splitlines():
+        for line in splits.format_table(rows).splitlines():
             findings.say(line)
         return rows, True
     except (ValueError, OSError) as error:
         findings.failed("table and split", error)
     with suppress(ValueError, OSError):
-        return table.read_table(args.data, args.slices, split=False)[0], False
+        return splits.read_table(args.data, args.slices, split=False)[0], False
     folders = sorted(path for path in args.data.iterdir() if path.is_dir()) if args.data.is_dir() else []
-    names = [folder.name for folder in folders if reader.is_slice(folder)]
-    return [table.SliceRow(name, name, "", None, None) for name in names], False
+    names = [folder.name for folder in folders if visium.is_slice(folder)]
+    return [splits.SliceRow(name, name, "", None, None) for name in names], False
 
 
-def look_at(row: table.SliceRow, args: Any, findings: Findings) -> Looked:
+def look_at(row: splits.SliceRow, args: Any, findings: Findings) -> Looked:
     """One slice; each look goes on where the one before it failed."""
     found = Looked(row)
     findings.say(f"{row.slice} (patient {row.patient}{', ' + row.part if row.part else ''})")
@@ -80,34 +82,34 @@ def look_at(row: table.SliceRow, args: Any, findings: Findings) -> Looked:
 
 def look_at_counts(found: Looked, args: Any, findings: Findings) -> None:
     """Counts, their totals, and what has no partner."""
-    source = reader.read_slice(table.slice_folder(args.data, found.row), found.row.slice, args.memory * GIB)
-    spans = reader.spans(source.counts, args.memory * GIB)
+    source = visium.read_slice(splits.slice_folder(args.data, found.row), found.row.slice, args.memory * GIB)
+    spans = visium.spans(source.counts, args.memory * GIB)
     totals = np.concatenate([np.asarray(source.counts[span].sum(1)).ravel() for span in spans])
     findings.say(
         f"  {len(totals):,} spots, {len(source.genes):,} genes, {totals.sum():,} counts, median "
         f"{np.median(totals):,.0f} a spot; positions matched"
     )
-    if reader.format_unmatched(source.unmatched):
-        findings.say(f"  left aside: {reader.format_unmatched(source.unmatched)}")
+    if visium.format_unmatched(source.unmatched):
+        findings.say(f"  left aside: {visium.format_unmatched(source.unmatched)}")
     if (totals == 0).any():
         findings.note(f"{found.row.slice}: {(totals == 0).sum()} spots have no count and will be dropped")
     if not totals.any():
         raise ValueError(f"{source.root}: expected counts, found none above zero; export the matrix again")
-    found.content = reader.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes, args.memory * GIB)
+    found.content = visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes, args.memory * GIB)
 
 
 def look_at_picture(found: Looked, args: Any, findings: Findings) -> None:
     """Array, pitch, and the picture that tiles would be cut from."""
     row = found.row
-    root = reader.find_root(table.slice_folder(args.data, row))
-    positions, factors = reader.read_positions(root), reader.read_scalefactors(root)
-    kind = "staggered" if reader.is_staggered(positions) else "square"
-    pitch_px, um_per_px = reader.pitch_fullres_px(positions), None
+    root = visium.find_root(splits.slice_folder(args.data, row))
+    positions, factors = visium.read_positions(root), visium.read_scalefactors(root)
+    kind = "staggered" if visium.is_staggered(positions) else "square"
+    pitch_px, um_per_px = visium.pitch_fullres_px(positions), None
     with findings.caught(row.slice):
-        pitch_um = reader.spot_pitch_um(root, positions, row.spot_pitch_um)
+        pitch_um = visium.spot_pitch_um(root, positions, row.spot_pitch_um)
         um_per_px = pitch_um / pitch_px
         findings.say(f"  {kind} array, pitch {pitch_um:g} um = {pitch_px:.1f} px: {um_per_px:.3f} um per px")
-    fullres, scale, hires = table.image_file(args.data, row), 1.0, root / "spatial" / "tissue_hires_image.png"
+    fullres, scale, hires = splits.image_file(args.data, row), 1.0, root / "spatial" / "tissue_hires_image.png"
     if fullres is None:
         fullres, scale = hires, factors["tissue_hires_scalef"]
         if not hires.exists():
@@ -123,7 +125,7 @@ def look_at_picture(found: Looked, args: Any, findings: Findings) -> None:
         tiles.check_scale(size, fullres, root, factors["tissue_hires_scalef"])
         if not hires.exists():
             findings.note(f"{row.slice}: no {hires.name}: the report will show spots without tissue behind them")
-    spots, _ = reader.tissue_spots(root)
+    spots, _ = visium.tissue_spots(root)
     centres = spots[["x_fullres_px", "y_fullres_px"]].to_numpy() * scale
     inside = np.all((centres >= 0) & (centres < size), axis=1)
     findings.say(f"  picture {fullres.name}, {size[0]} x {size[1]} px, {inside.sum():,} of {len(spots):,} spots on it")
@@ -159,23 +161,23 @@ def look_at_tiles(found: Looked, args: Any, findings: Findings) -> None:
 def look_at_panels(found: Looked, args: Any, findings: Findings) -> None:
     """Gene files as make_decoder_data.py left them."""
     name = found.row.slice
-    paths = {role: genes.panel_path(args.data, args.panels, name, role) for role in genes.FILES}
+    paths = {role: gene_panels.panel_path(args.data, args.panels, name, role) for role in gene_panels.FILES}
     there = {role: path for role, path in paths.items() if path.exists()}
     if not there:
         findings.say("  no gene files: make_decoder_data.py writes them")
         return
     for role in paths:
-        found.panels[role] = panel = genes.read_panel(paths[role])
+        found.panels[role] = panel = gene_panels.read_panel(paths[role])
         if found.content is not None and panel.counts_hash != found.content:
             raise ValueError(f"{panel.path}: made of other counts than those there now; run make_decoder_data.py again")
         lacks = f" ({(~panel.measured).sum()} not in this slice)" if not panel.measured.all() else ""
         findings.say(f"  {len(panel.genes)} {role} genes{lacks}, chosen on {', '.join(panel.train_slices)}")
 
 
-def check_parts(rows: list[table.SliceRow], args: Any, findings: Findings) -> None:
+def check_parts(rows: list[splits.SliceRow], args: Any, findings: Findings) -> None:
     """Is there something to train, to validate and to test on?"""
-    for part in table.PARTS:
-        if table.of_part(rows, part) or (part == "val" and args.val_strip):
+    for part in splits.PARTS:
+        if splits.of_part(rows, part) or (part == "val" and args.val_strip):
             continue
         if part == "test":
             findings.note("no slice has part test: training works, the evaluations need --part val or a test slice")
@@ -207,8 +209,8 @@ def check_alike(looked: list[Looked], findings: Findings) -> None:
     missing = [one.row.slice for one in looked if scales and one.tile_scale is None]
     if missing:
         findings.mend(f"in the tiles: {', '.join(missing)} have none, other slices have", "run image_tilling.py again")
-    for role in genes.FILES:
-        with_panel = {genes.panel_hash(one.panels[role].genes) for one in looked if role in one.panels}
+    for role in gene_panels.FILES:
+        with_panel = {gene_panels.panel_hash(one.panels[role].genes) for one in looked if role in one.panels}
         without = [one.row.slice for one in looked if with_panel and role not in one.panels]
         if len(with_panel) > 1:
             findings.mend(f"in the {role} genes: {len(with_panel)} different panels", "run make_decoder_data.py again")

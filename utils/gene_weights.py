@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.slices import gene_names, genes
+from utils.genes import names as gene_names
+from utils.genes import panels as gene_panels
+from utils.slices import visium
 from utils.training import arguments, checkpoint
 
 
@@ -56,7 +58,7 @@ def load(encoder: Any, scbert: Any, args: Any, panel: list[str], folders: Sequen
     if not (args.gene_weights or args.gene2vec):
         return
     names, table = gene_names.read_gene2vec(args.gene2vec) if args.gene2vec else (None, None)
-    vocabulary = names or genes.read_vocabulary(args.gene_vocab)
+    vocabulary = names or gene_panels.read_vocabulary(args.gene_vocab)
     if args.gene_weights:
         tensors = checkpoint.read_weights(args.gene_weights, "--gene_weights")
         found = scbert.load_scbert(encoder, tensors)
@@ -89,8 +91,10 @@ def check_table(table: np.ndarray, vocabulary: list[str], args: Any) -> None:
 
 def find(panel: list[str], vocabulary: list[str], args: Any, folders: Sequence[Path]) -> dict[str, int]:
     """Panel gene -> its place in the vocabulary; says how many were found, and by what."""
-    by_id = any(genes.is_ensembl(name) for name in (*panel, *vocabulary))
-    known = gene_names.known_names(args.gene_aliases, gene_names.slice_symbols(folders) if by_id else {})
+    by_id = any(gene_panels.is_ensembl(name) for name in (*panel, *vocabulary))
+    known = gene_names.known_names(
+        args.gene_aliases, gene_names.slice_symbols(map(visium.read_slice_genes, folders)) if by_id else {}
+    )
     matches = gene_names.match_genes(panel, vocabulary, known)
     source = args.gene_vocab or args.gene2vec
     what = f"{'--gene_vocab' if args.gene_vocab else '--gene2vec'} {source}"

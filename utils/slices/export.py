@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from utils.slices import reader
-from utils.slices.tiles import open_picture
+from utils.images.tiles import open_picture
+from utils.slices import visium
 
 
 def small_picture(root: Path) -> tuple[np.ndarray, float] | None:
     """The hires picture (height, width, 3) uint8, else the lowres one, and its pixels per full-resolution pixel."""
-    factors = reader.read_scalefactors(root)
+    factors = visium.read_scalefactors(root)
     for name in ("hires", "lowres"):
         path = root / "spatial" / f"tissue_{name}_image.png"
         if path.exists():
@@ -26,7 +26,7 @@ def small_picture(root: Path) -> tuple[np.ndarray, float] | None:
 
 def spatial_entry(root: Path) -> dict[str, Any]:
     """What belongs under uns["spatial"][slice]: images and scalefactors, with the names that Space Ranger uses."""
-    factors = reader.read_scalefactors(root)
+    factors = visium.read_scalefactors(root)
     picture = small_picture(root)
     if picture is None:
         return {"images": {}, "scalefactors": factors}

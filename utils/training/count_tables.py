@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from utils.slices import content, depth, genes, table
+from utils.genes import downsampling
+from utils.genes import panels as gene_panels
+from utils.slices import content, splits
 from utils.training.datasets import SliceData
 
 LEAST_SEEN = 10  # genes of the panel that a spot must show before another of the same counts is taken for itself
@@ -40,7 +42,7 @@ class HeldOut:
 
 
 def read_tables(
-    folder: Path, slices: list[SliceData], rows: list[table.SliceRow], args: Any, equal_depth: int | None = None
+    folder: Path, slices: list[SliceData], rows: list[splits.SliceRow], args: Any, equal_depth: int | None = None
 ) -> list[CountTable]:
     """Every `*.h5ad` of a folder, a line of print each.
 
@@ -56,7 +58,7 @@ def read_tables(
     return [read_one(path, panel, held_out, args.allow_leak, equal_depth) for path in paths]
 
 
-def find_held_out(slices: list[SliceData], rows: list[table.SliceRow], args: Any) -> HeldOut:
+def find_held_out(slices: list[SliceData], rows: list[splits.SliceRow], args: Any) -> HeldOut:
     """Spots of the validation part, also where it is a strip, and of the test slices, read from their panel files."""
     names = {row.slice for row in rows if row.part != "train"}
     hashes, counts = {}, []
@@ -65,8 +67,8 @@ def find_held_out(slices: list[SliceData], rows: list[table.SliceRow], args: Any
         if len(kept):
             hashes[panel.counts_hash] = one.name
             counts.append((one.name, panel.counts[kept]))
-    for row in table.of_part(rows, "test"):
-        panel = genes.read_panel(genes.panel_path(args.data, args.panels, row.slice, "input"))
+    for row in splits.of_part(rows, "test"):
+        panel = gene_panels.read_panel(gene_panels.panel_path(args.data, args.panels, row.slice, "input"))
         if panel.genes != slices[0].panels["input"].genes:
             raise ValueError(
                 f"{panel.path}: its genes differ from those of {slices[0].name}, and --pretrain_data cannot be told "
@@ -85,7 +87,7 @@ def read_one(path: Path, panel: list[str], held_out: HeldOut, allow_leak: bool, 
             f"{path}: expected at least half of the {len(panel)} input genes by name in var, found {measured.sum()} "
             f"(it has {names[0]}, ..., they are {panel[0]}, ...); rename its genes, or take the file away"
         )
-    of_panel = (counts @ genes.gather(names, panel)).toarray().astype(np.int32)
+    of_panel = (counts @ gene_panels.gather(names, panel)).toarray().astype(np.int32)
     counts_hash = content.counts_hash(counts, barcodes, names)
     for leak in leaks(path, of_panel, measured, counts_hash, held_out):
         if not allow_leak:
@@ -97,9 +99,9 @@ def read_one(path: Path, panel: list[str], held_out: HeldOut, allow_leak: bool, 
     print(", ".join([f"{path.name}: {len(kept)} spots", f"{measured.sum()} input genes", *notes]))
     of_panel, total = of_panel[kept], total[kept]
     if equal_depth:
-        seeds = depth.spot_seeds(path.stem, barcodes[kept])
-        of_panel, total = depth.thin_counts(of_panel, total, equal_depth, seeds)
-    return CountTable(path.stem, genes.bin_tokens(of_panel, total), measured, counts_hash)
+        seeds = downsampling.spot_seeds(path.stem, barcodes[kept])
+        of_panel, total = downsampling.thin_counts(of_panel, total, equal_depth, seeds)
+    return CountTable(path.stem, gene_panels.bin_tokens(of_panel, total), measured, counts_hash)
 
 
 def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix, np.ndarray]:

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from utils.slices import depth, genes, reader, table
-from utils.slices.tiles import TilePack
+from utils.genes import downsampling
+from utils.genes import panels as gene_panels
+from utils.images.tiles import TilePack
+from utils.slices import splits, visium
 from utils.training import distributed, leaks, overlap
 
 
@@ -34,7 +36,7 @@ class SliceData:
     total_counts: np.ndarray  # (S,)
     pack: TilePack
     tile_rows: np.ndarray  # (S,) rows of `pack`
-    panels: dict[str, genes.Panel]  # "input", "target": spots in the order of `barcodes`
+    panels: dict[str, gene_panels.Panel]  # "input", "target": spots in the order of `barcodes`
     root: Path  # the folder that holds spatial/
     equal_depth: int | None = None  # counts per spot that bins are made of at most, that of training
 
@@ -42,18 +44,20 @@ class SliceData:
         """Input tokens of stage one: (S, G) uint8, in `out` if given."""
         counts, totals = self.panels["input"].counts, self.total_counts
         if self.equal_depth:
-            seeds = depth.spot_seeds(self.name, self.barcodes)
-            counts, totals = depth.thin_counts(counts, totals, self.equal_depth, seeds)
-        return genes.bin_tokens(counts, totals, out)
+            seeds = downsampling.spot_seeds(self.name, self.barcodes)
+            counts, totals = downsampling.thin_counts(counts, totals, self.equal_depth, seeds)
+        return gene_panels.bin_tokens(counts, totals, out)
 
     def rows_of(self, part: str) -> np.ndarray:
         """Spots of a part, of all parts for "all": (n,) rows."""
         return np.flatnonzero((self.part == part) | (part == "all"))
 
 
-def load_slice(row: table.SliceRow, args: Any, roles: tuple[str, ...], val_strip: bool) -> SliceData:
+def load_slice(row: splits.SliceRow, args: Any, roles: tuple[str, ...], val_strip: bool) -> SliceData:
     """One slice's tiles and panels. Raises ValueError where files are missing or spots have no tile."""
-    panels = {role: genes.read_panel(genes.panel_path(args.data, args.panels, row.slice, role)) for role in roles}
+    panels = {
+        role: gene_panels.read_panel(gene_panels.panel_path(args.data, args.panels, row.slice, role)) for role in roles
+    }
     first = panels[roles[0]]
     for panel in panels.values():
         if not np.array_equal(panel.barcodes, first.barcodes):
@@ -79,18 +83,18 @@ def load_slice(row: table.SliceRow, args: Any, roles: tuple[str, ...], val_strip
         barcodes=first.barcodes[kept],
         xy_fullres_px=xy,
         pitch_fullres_px=first.pitch_fullres_px,
-        part=table.strip_parts(xy, first.pitch_fullres_px) if strip else np.full(len(kept), row.part),
+        part=splits.strip_parts(xy, first.pitch_fullres_px) if strip else np.full(len(kept), row.part),
         total_counts=first.total_counts[kept],
         pack=pack,
         tile_rows=tile_rows[kept],
         panels={role: panel.of(kept) for role, panel in panels.items()},
-        root=reader.find_root(table.slice_folder(args.data, row)),
+        root=visium.find_root(splits.slice_folder(args.data, row)),
         equal_depth=getattr(args, "equal_depth", None),
     )
 
 
 def load_slices(
-    rows: list[table.SliceRow], args: Any, roles: tuple[str, ...], val_strip: bool, onto: list[str] | None = None
+    rows: list[splits.SliceRow], args: Any, roles: tuple[str, ...], val_strip: bool, onto: list[str] | None = None
 ) -> list[SliceData]:
     """Slices of one panel (that of the first role brought onto these genes) and one tile size. Raises ValueError where
     they differ."""
@@ -129,19 +133,19 @@ def tile_scale(one: SliceData) -> tuple[int, float | None]:
     return one.pack.size, None if um_per_px is None else round(um_per_px, 3)
 
 
-def load_training(rows: list[table.SliceRow], args: Any, roles: tuple[str, ...]) -> list[SliceData]:
+def load_training(rows: list[splits.SliceRow], args: Any, roles: tuple[str, ...]) -> list[SliceData]:
     """Slices of the train and validation part. Raises ValueError where a part is empty, the panels were chosen on other
     slices, two parts hold the same counts, or the batch is larger than the train set."""
-    used = table.of_part(rows, "train", "val")
+    used = splits.of_part(rows, "train", "val")
     for part in ("train", "val"):
-        if not table.of_part(used, part) and not (part == "val" and args.val_strip):
+        if not splits.of_part(used, part) and not (part == "val" and args.val_strip):
             raise ValueError(
                 f"no slice has part {part}: expected one at least in slices.csv"
                 + (", or use --val_strip" if part == "val" else "")
             )
     slices = load_slices(used, args, roles, args.val_strip)
     leaks.check_panel_origin(slices, [row.slice for row in used if row.part == "train"])
-    for warning in table.check_identical(used, counts_hashes(slices), args.allow_leak):
+    for warning in splits.check_identical(used, counts_hashes(slices), args.allow_leak):
         print(f"warning: {warning}")
     n_train = len(spots_of(slices, "train"))
     if args.batch_size > n_train:
@@ -162,10 +166,10 @@ def load_evaluation(
         print(f"warning: {warning}")
     chosen = [row for row in rows if args.part in ("all", row.part)]
     if args.part == "val" and state["settings"]["val_strip"]:
-        chosen = table.of_part(rows, "train")
+        chosen = splits.of_part(rows, "train")
     if not chosen:
         raise ValueError(f"no slice has part {args.part}: expected one at least in slices.csv; see --part")
-    taught = [table.SliceRow(**row) for row in state["table"] if row["part"] in ("train", "val")]
+    taught = [splits.SliceRow(**row) for row in state["table"] if row["part"] in ("train", "val")]
     strip = state["settings"]["val_strip"]
     slices = load_slices(chosen, args, roles, strip, state["genes"]), load_slices(taught, args, roles, strip)
     leaks.check_unseen(chosen, state, flag, args.allow_leak, counts_hashes(slices[0]))
@@ -264,6 +268,6 @@ def counts_hashes(slices: list[SliceData]) -> dict[str, str]:
     return {one.name: next(iter(one.panels.values())).counts_hash for one in slices}
 
 
-def read_split(args: Any) -> tuple[list[table.SliceRow], list[str]]:
+def read_split(args: Any) -> tuple[list[splits.SliceRow], list[str]]:
     """The table of --data and --slices with the split, as every script after preprocessing uses it."""
-    return table.read_table(Path(args.data), args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)
+    return splits.read_table(Path(args.data), args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)

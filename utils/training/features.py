@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.slices.tiles import write_record
+from utils.files.atomic import write_record
 from utils.training import augment, checkpoint, datasets, distributed
 from utils.training.augment import to_float
 from utils.training.loop import seed_everything

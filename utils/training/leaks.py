@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from utils.slices import table
+from utils.slices import splits
 
 
 def check_panel_origin(slices: list[Any], train: list[str]) -> None:
@@ -20,7 +20,11 @@ def check_panel_origin(slices: list[Any], train: list[str]) -> None:
 
 
 def check_unseen(
-    rows: list[table.SliceRow], state: dict[str, Any], flag: str, allow_leak: bool, hashes: dict[str, str] | None = None
+    rows: list[splits.SliceRow],
+    state: dict[str, Any],
+    flag: str,
+    allow_leak: bool,
+    hashes: dict[str, str] | None = None,
 ) -> None:
     """What is held out now must not have taught the checkpoint: test patients not at all, val slices not as train.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utils.slices import genes
+from utils.genes import panels as gene_panels
 
 LEAST_TARGETS = 10  # genes: a mean over fewer says little of the model
 LEAST_INPUTS = 0.5  # share: of a profile with more zeros than genes the gene encoder has learnt nothing
 
 
-def check(panel: genes.Panel, role: str, name: str, flag: str) -> None:
+def check(panel: gene_panels.Panel, role: str, name: str, flag: str) -> None:
     """Says how many of a model's genes a slice has, where it lacks some; `panel` is in the model's genes (Panel.onto).
 
     Raises ValueError where too few are left: of the targets 10 (all, where the model has fewer), of the inputs half.
@@ -28,7 +28,7 @@ def check(panel: genes.Panel, role: str, name: str, flag: str) -> None:
         print(f"{name}: has {shared} of the model's {n} input genes; the {n - shared} it lacks are read as zero")
 
 
-def check_same(panel: genes.Panel, role: str, wanted: list[str], flag: str) -> None:
+def check_same(panel: gene_panels.Panel, role: str, wanted: list[str], flag: str) -> None:
     """The slices that a model was trained on are read with its own panel: the cheap rows learn from them."""
     if panel.genes != wanted:
         shared = len(set(panel.genes) & set(wanted))

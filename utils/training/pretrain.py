@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from utils.slices.genes import N_BINS
+from utils.genes.panels import N_BINS
 from utils.training import datasets, loop
 from utils.training.count_tables import CountTable
 

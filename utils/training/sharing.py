@@ -25,8 +25,8 @@ from typing import Any
 
 from huggingface_hub import ModelHubMixin, snapshot_download
 
-from utils.slices import table
-from utils.slices.tiles import write_record, write_whole
+from utils.files.atomic import write_record, write_whole
+from utils.slices import splits
 from utils.training import arguments, checkpoint
 from utils.training.checkpoint import CONFIG, WEIGHTS
 from utils.training.model_card import LIBRARY, model_card
@@ -108,7 +108,7 @@ def describe(rest: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("torch", "timm", "safetensors")}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slices.csv"
-        table.write_table([table.SliceRow(**row) for row in rest["table"]], path)
+        splits.write_table([splits.SliceRow(**row) for row in rest["table"]], path)
         table_hash = checkpoint.file_hash(path)
     return {
         "library_name": LIBRARY,

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.slices import reader, table, tiles, tissue
+from utils.images import tiles, tissue
+from utils.prediction.slides import Request
+from utils.slices import splits, visium
 from utils.slices.matrix import slice_matrix
-from utils.slices.slide_list import Request
 
 SPOT_SHARE = 0.55  # diameter of a Visium spot in pitches
 SCALE_APART = 0.05  # two statements of um per px that differ by more are worth a warning
@@ -70,14 +71,14 @@ class SlideSpots:
 
 
 def read_position_file(path: Path) -> pd.DataFrame:
-    """A positions table of any name, as reader.read_positions gives it; by its content and .parquet or not."""
+    """A positions table of any name, as visium.read_positions gives it; by its content and .parquet or not."""
     kind = ".parquet" if path.suffix.lower() == ".parquet" else ".csv"
     with tempfile.TemporaryDirectory() as folder:
         stand_in = Path(folder) / "spatial" / f"tissue_positions{kind}"
         stand_in.parent.mkdir()
         stand_in.symlink_to(path.absolute())
         try:
-            return reader.read_positions(folder)
+            return visium.read_positions(folder)
         except ValueError as error:
             raise ValueError(f"--positions: {str(error).replace(str(stand_in), str(path))}") from error
 
@@ -85,7 +86,7 @@ def read_position_file(path: Path) -> pd.DataFrame:
 def _folder_picture(folder: Path, root: Path, hires_scale: float) -> tuple[Path, float]:
     """The picture that the tiles come from, full-resolution or else hires, and its pixels per full-resolution pixel."""
     folder = folder.resolve()
-    fullres = table.image_file(folder.parent, table.SliceRow(folder.name, folder.name, "", None, None))
+    fullres = splits.image_file(folder.parent, splits.SliceRow(folder.name, folder.name, "", None, None))
     if fullres is not None:
         tiles.check_scale(tiles.picture_size(fullres), fullres, root, hires_scale)
         return fullres, 1.0
@@ -97,17 +98,17 @@ def _folder_picture(folder: Path, root: Path, hires_scale: float) -> tuple[Path,
 
 def _pitch_um(root: Path | None, positions: pd.DataFrame, given: float | None) -> float | None:
     """None where neither flag, array nor bin size tell."""
-    if given is not None or reader.is_staggered(positions):
-        return given or reader.VISIUM_PITCH_UM
-    return None if root is None else reader.read_scalefactors(root).get("bin_size_um")
+    if given is not None or visium.is_staggered(positions):
+        return given or visium.VISIUM_PITCH_UM
+    return None if root is None else visium.read_scalefactors(root).get("bin_size_um")
 
 
 def plan(request: Request) -> Plan:
     """Find picture, positions and scale of a slide. Raises ValueError where they do not fit."""
     root, picture, scale, diameter = None, request.slide, 1.0, None
     if request.slide.is_dir():
-        root = reader.find_root(request.slide)
-        factors = reader.read_scalefactors(root)
+        root = visium.find_root(request.slide)
+        factors = visium.read_scalefactors(root)
         picture, scale = _folder_picture(request.slide, root, factors["tissue_hires_scalef"])
         diameter = factors["spot_diameter_fullres"]
     positions = None
@@ -117,14 +118,14 @@ def plan(request: Request) -> Plan:
         if not len(spots):
             raise ValueError(f"--positions: {request.positions} has no position in tissue; mend its column in_tissue")
     elif root is not None:
-        positions, spots = reader.read_positions(root), reader.tissue_spots(root)[0]
+        positions, spots = visium.read_positions(root), visium.tissue_spots(root)[0]
     um_per_px = request.um_per_px
     if positions is None:
-        pitch_um = request.pitch_um or reader.VISIUM_PITCH_UM
+        pitch_um = request.pitch_um or visium.VISIUM_PITCH_UM
         return Plan(request, picture, scale, root, None, um_per_px, pitch_um, diameter)
     known_um = _pitch_um(root, positions, request.pitch_um)
     if um_per_px is None and known_um is not None:
-        um_per_px = known_um / reader.pitch_fullres_px(positions)
+        um_per_px = known_um / visium.pitch_fullres_px(positions)
     return Plan(request, picture, scale, root, spots, um_per_px, known_um, diameter)
 
 
@@ -170,13 +171,13 @@ def lay(planned: Plan, slide: Any, thumbnail: np.ndarray, thumbnail_scale: float
 def _context_pitch(planned: Plan, um_per_px: float) -> float:
     """Pixels between neighbours, by which the model's context is measured, as its panels state it."""
     if planned.spots is not None and len(planned.spots) > 1:
-        return reader.pitch_fullres_px(planned.spots)
-    return (planned.pitch_um or reader.VISIUM_PITCH_UM) / um_per_px
+        return visium.pitch_fullres_px(planned.spots)
+    return (planned.pitch_um or visium.VISIUM_PITCH_UM) / um_per_px
 
 
 def _grid(planned: Plan, slide: Any, um_per_px: float, thumbnail: np.ndarray, thumbnail_scale: float, kind: str):
     """Places `<row>x<column>` of a grid over the tissue: names (S,), centres (S, 2), array (S, 2), pitch in pixels."""
-    pitch = (planned.pitch_um or reader.VISIUM_PITCH_UM) / um_per_px
+    pitch = (planned.pitch_um or visium.VISIUM_PITCH_UM) / um_per_px
     xy, array = tissue.grid(slide.width, slide.height, pitch, kind)
     if planned.request.mask is None:
         mask, remedy = tissue.tissue_mask(thumbnail), "draw it and give it as --mask"

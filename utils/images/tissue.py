@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.slices import tiles
+from utils.images import tiles
 
 # Saturation, (max - min) / max of red, green, blue: clear glass is below 0.05, pale connective tissue from 0.12
 UNSTAINED, STAINED = 0.06, 0.12

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.slices import genes, reader
+from utils.genes import panels as gene_panels
+from utils.slices import visium
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,17 @@ def read_measured(folder: Path, wanted: list[str], barcodes: np.ndarray, memory:
     ----------
     memory : bytes that the whole matrix may take; more of it is read by spans of spots
     """
-    if reader.read_barcodes(reader.find_root(folder)) is None:
+    if visium.read_barcodes(visium.find_root(folder)) is None:
         return None
-    source = reader.read_slice(folder, memory=memory)
-    names = genes.mapped_names(source.genes, genes.symbols_by_id(source.genes, source.gene_ids))
-    gathering = genes.gather(names, wanted)
+    source = visium.read_slice(folder, memory=memory)
+    names = gene_panels.mapped_names(source.genes, gene_panels.symbols_by_id(source.genes, source.gene_ids))
+    gathering = gene_panels.gather(names, wanted)
     counts, total = np.zeros((len(source.spots), len(wanted)), np.int32), np.zeros(len(source.spots), np.int64)
-    for span in reader.spans(source.counts, memory):
+    for span in visium.spans(source.counts, memory):
         part = source.counts[span]
         counts[span], total[span] = (part @ gathering).toarray(), np.asarray(part.sum(1)).ravel()
     names_of_spots = source.spots.index.to_numpy(str)
     place = {barcode: i for i, barcode in enumerate(names_of_spots)}
     rows = np.array([place[barcode] for barcode in barcodes])
-    content = reader.counts_hash(source.counts, names_of_spots, source.genes, memory)
+    content = visium.counts_hash(source.counts, names_of_spots, source.genes, memory)
     return MeasuredGenes(counts[rows], total[rows], np.isin(wanted, names), content)

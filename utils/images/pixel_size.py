@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.slices.whole_slide import open_slide
+from utils.images.image import open_slide
 
 UM_PER_INCH = 25400.0
 LEAST_DPI = 1000.0  # 72 or 300 dots per inch is what a program wrote that knew nothing of the microscope

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.slices.importers import Source
-from utils.slices.importers_files import size_of
-from utils.slices.importers_h5ad import from_anndata
+from utils.importers.base import Source
+from utils.importers.files import size_of
+from utils.importers.h5ad import from_anndata
 from utils.slices.matrix import reading
 
 

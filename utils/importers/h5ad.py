@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from utils.slices import reader
-from utils.slices.importers import Source, only_picture, pictures_in, whole_counts
-from utils.slices.importers_grid import array_places
+from utils.importers.base import Source, only_picture, pictures_in, whole_counts
+from utils.slices import visium
+from utils.slices.lattice import array_places
 from utils.slices.matrix import check_once, reading
 
 ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id")
@@ -162,7 +162,7 @@ def from_anndata(
     stated = stated_sizes(adata, metadata)
     if "microns_per_pixel" in factors:
         stated["microns_per_pixel of its scale factors"] = factors["microns_per_pixel"]
-    staggered, pitch_px = reader.is_staggered(spots), reader.pitch_fullres_px(spots)
+    staggered, pitch_px = visium.is_staggered(spots), visium.pitch_fullres_px(spots)
     pitch_um = _pitch_um(where, spots, pitch_um or _number(metadata.get("inter_spot_dist")), factors, stated)
     spot_um, patient = _number(metadata.get("spot_diameter")), metadata.get("patient")
     own_px = factors.get("spot_diameter_fullres") or (spot_um * pitch_px / pitch_um if spot_um else None)
@@ -216,15 +216,15 @@ def _pitch_um(
     """As given, else Visium's on a staggered array, the bin size, or what the stated size of a pixel makes of it."""
     if given is not None:
         return given
-    if reader.is_staggered(spots):
-        return reader.VISIUM_PITCH_UM
+    if visium.is_staggered(spots):
+        return visium.VISIUM_PITCH_UM
     if "bin_size_um" in factors:
         return factors["bin_size_um"]
     if not stated:
         raise ValueError(
             f"{where}: expected a staggered array or a stated pixel size, found neither; use --spot_pitch_um"
         )
-    return next(iter(stated.values())) * reader.pitch_fullres_px(spots)
+    return next(iter(stated.values())) * visium.pitch_fullres_px(spots)
 
 
 def read_sample(sample: Sample, pitch_um: float | None = None) -> Source:

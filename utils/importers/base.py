@@ -19,8 +19,10 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from utils.slices import importers_files, reader, table, tiles
-from utils.slices.importers_pixel_size import stated_um_per_px
+from utils.images import tiles
+from utils.images.pixel_size import stated_um_per_px
+from utils.importers import files as importers_files
+from utils.slices import splits, visium
 from utils.slices.matrix import check_once
 
 SPOT_COLUMNS = ["array_row", "array_col", "x_fullres_px", "y_fullres_px"]
@@ -38,7 +40,7 @@ class Source:
     origin : Path, what messages name
     counts : csr_matrix (S, G) int32, or StoredCounts where they are left in their file
     genes, gene_ids : ndarray (G,) str
-    spots : DataFrame (S, 4), index barcode, columns as in reader.Slice
+    spots : DataFrame (S, 4), index barcode, columns as in visium.Slice
     pitch_um : float, as image_tilling.py is to read it from slices.csv
     spot_diameter_px : float
     picture : the full-resolution H&E, a file or pixels (height, width, 3) uint8; None without
@@ -52,7 +54,7 @@ class Source:
     name: str
     patient: str
     origin: Path
-    counts: csr_matrix | reader.StoredCounts
+    counts: csr_matrix | visium.StoredCounts
     genes: np.ndarray
     gene_ids: np.ndarray
     spots: pd.DataFrame
@@ -68,7 +70,7 @@ class Source:
     @property
     def um_per_px(self) -> float:
         """Size of a full-resolution pixel, measured from the spots."""
-        return self.pitch_um / reader.pitch_fullres_px(self.spots)
+        return self.pitch_um / visium.pitch_fullres_px(self.spots)
 
 
 def whole_counts(where: str, values: np.ndarray) -> np.ndarray:
@@ -83,9 +85,9 @@ def whole_counts(where: str, values: np.ndarray) -> np.ndarray:
 
 def check_picture(image: Path | None) -> Path | None:
     """A file for --image. Raises ValueError where there is none, or one of a kind that no script reads."""
-    if image is not None and (not image.is_file() or image.suffix.lower() not in table.IMAGE_SUFFIXES):
+    if image is not None and (not image.is_file() or image.suffix.lower() not in splits.IMAGE_SUFFIXES):
         found = f"a file {image.suffix or 'without suffix'}" if image.is_file() else "no such file"
-        raise ValueError(f"--image {image}: expected a picture ({', '.join(table.IMAGE_SUFFIXES)}), found {found}")
+        raise ValueError(f"--image {image}: expected a picture ({', '.join(splits.IMAGE_SUFFIXES)}), found {found}")
     return image
 
 
@@ -102,7 +104,7 @@ def only_picture(where: Path, pictures: list[Path], image: Path | None, what: st
 def pictures_in(folder: Path) -> list[Path]:
     """The pictures that lie directly in a folder, hidden files aside."""
     files = folder.iterdir() if folder.is_dir() else []
-    wanted = (path for path in files if path.suffix.lower() in table.IMAGE_SUFFIXES and path.name[0] != ".")
+    wanted = (path for path in files if path.suffix.lower() in splits.IMAGE_SUFFIXES and path.name[0] != ".")
     return sorted(path for path in wanted if path.is_file())
 
 
@@ -135,7 +137,7 @@ def _on_picture(spots: pd.DataFrame, size: tuple[int, int]) -> np.ndarray:
 
 def check_written(folder: Path, source: Source, memory: float = math.inf) -> None:
     """Read a written slice as every script will. Raises ValueError unless it is what was read from the source."""
-    found = reader.read_slice(folder, source.name, memory)
+    found = visium.read_slice(folder, source.name, memory)
     same = [
         ("barcodes", np.array_equal(found.spots.index, source.spots.index)),
         ("genes", np.array_equal(found.genes, source.genes) and np.array_equal(found.gene_ids, source.gene_ids)),
@@ -150,8 +152,8 @@ def check_written(folder: Path, source: Source, memory: float = math.inf) -> Non
         raise ValueError(f"{folder}: expected the {what} of {source.origin}, found others; is the disk full or broken?")
 
 
-def _same_counts(found: reader.Slice, source: Source, memory: float) -> bool:
-    spans = reader.spans(source.counts, memory)
+def _same_counts(found: visium.Slice, source: Source, memory: float) -> bool:
+    spans = visium.spans(source.counts, memory)
     return all((found.counts[span] != source.counts[span]).nnz == 0 for span in spans)
 
 
@@ -187,18 +189,18 @@ def import_slice(source: Source, out: Path, memory: float = math.inf) -> list[st
             part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    importers_files.add_row(out, table.SliceRow(source.name, source.patient, "", source.pitch_um, image))
+    importers_files.add_row(out, splits.SliceRow(source.name, source.patient, "", source.pitch_um, image))
     return lines
 
 
 def _left_out(source: Source) -> str:
-    notes = reader.format_unmatched(source.left_out)
+    notes = visium.format_unmatched(source.left_out)
     return f"left out: {notes}" if notes else ""
 
 
 def summary(source: Source, memory: float = math.inf) -> str:
     """What was imported and what was left out, on one line."""
-    total = sum(int(source.counts[span].sum()) for span in reader.spans(source.counts, memory))
+    total = sum(int(source.counts[span].sum()) for span in visium.spans(source.counts, memory))
     n_spots, n_genes = source.counts.shape
     parts = [f"{n_spots:,} spots", f"{n_genes:,} genes", f"{total:,} counts", f"{source.um_per_px:.4g} um per px"]
     if source.picture is not None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from utils.slices import whole_slide
-from utils.slices.layout import SlideSpots
-from utils.training import distributed, feature_bank, features, slide_features
+from utils.images import image as whole_slide
+from utils.prediction import slide_features
+from utils.prediction.layout import SlideSpots
+from utils.training import distributed, feature_bank, features
 from utils.training.spill import Spill
 
 ALIKE = 1.02  # a picture that is coarser than the model's tiles by more is enlarged with a warning

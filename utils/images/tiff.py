@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from utils.slices import tiles
+from utils.images import tiles
 
 GREY, RGB, YCBCR = 1, 2, 6  # tag PhotometricInterpretation
 JPEG, NO_ALPHA, PREMULTIPLIED = 7, 0, 1  # tags Compression and ExtraSamples

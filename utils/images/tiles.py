@@ -188,17 +188,6 @@ def _encoder_settings(quality: int) -> tuple[Any, ...]:
     return ("RGB", *probe.encoderconfig)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write to `<name>.part` and rename: a file that exists is whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
-
-
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What `tiles.json` says, None where there is none. Raises ValueError where it is not JSON."""
     path = folder / RECORD

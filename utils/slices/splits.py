@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from utils.slices.reader import find_root, is_slice
+from utils.slices.visium import find_root, is_slice
 
 PARTS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png", ".svs", ".ndpi")

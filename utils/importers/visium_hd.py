@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.slices import reader
-from utils.slices.importers import Source
+from utils.importers.base import Source
+from utils.slices import visium
 from utils.slices.matrix import listing
 
 DEFAULT_BIN_UM = 16
@@ -60,8 +60,8 @@ def read_visium_hd(
     Small pictures and scale factors are those of the run; counts that take more than `memory` bytes stay in their file.
     """
     run, size_um, root = find_bin(source, bin_um)
-    found = reader.read_slice(root, run, memory)
-    scalefactors = reader.read_scalefactors(root)  # checked; what is written keeps every key of the file
+    found = visium.read_slice(root, run, memory)
+    scalefactors = visium.read_scalefactors(root)  # checked; what is written keeps every key of the file
     scalefactors_json = json.loads((root / "spatial" / "scalefactors_json.json").read_text(encoding="utf-8-sig"))
     small = {kind: root / "spatial" / f"tissue_{kind}_image.png" for kind in ("hires", "lowres")}
     stated = {"microns_per_pixel of its scale factors": scalefactors.get("microns_per_pixel")}

@@ -17,10 +17,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from utils.slices import reader, table, tiles, whole_slide
+from utils.files.atomic import write_whole
+from utils.images import image as whole_slide
+from utils.images import tiles
+from utils.slices import splits, visium
 
 if TYPE_CHECKING:
-    from utils.slices.importers import Source
+    from utils.importers.base import Source
 
 LONGEST_PX = {"hires": 2000, "lowres": 600}  # sides of Space Ranger's small pictures
 LARGEST_PX = tiles.BOMB_PX  # of a picture that is decoded whole
@@ -144,7 +147,7 @@ def write_matrix(path: Path, source: Source, memory: float) -> None:
             for name, kind in (("data", "int32"), ("indices", "int64"))
         }
         lengths = [np.zeros(1, np.int64)]
-        for span in reader.spans(source.counts, memory):
+        for span in visium.spans(source.counts, memory):
             counts = source.counts[span]
             counts.sort_indices()
             for name, values in (("data", counts.data), ("indices", counts.indices)):
@@ -154,21 +157,21 @@ def write_matrix(path: Path, source: Source, memory: float) -> None:
         group.create_dataset("indptr", data=np.cumsum(np.concatenate(lengths)), compression="gzip")
 
 
-def add_row(out: Path, row: table.SliceRow) -> None:
+def add_row(out: Path, row: splits.SliceRow) -> None:
     """Add a line to slices.csv; the lines that are there stay as they are, and one of this slice is kept.
 
     Where there is no table yet, slices that lie there already are listed too: a table leaves out what it does not list.
     """
     path = out / "slices.csv"
     if not path.exists():
-        others = [other for other in table.read_table(out, split=False)[0] if other.slice != row.slice]
-        table.write_table([*others, row], path)
+        others = [other for other in splits.read_table(out, split=False)[0] if other.slice != row.slice]
+        splits.write_table([*others, row], path)
         return
     lines = path.read_bytes().decode("utf-8").splitlines(keepends=True)
     first, header = _header(path, lines)
     if any(_cells(line)[header.index("slice") :][:1] == [row.slice] for line in lines[first + 1 :]):
         return
-    missing = [name for name in table.COLUMNS if name not in header]
+    missing = [name for name in splits.COLUMNS if name not in header]
     end = "\r\n" if lines[first].endswith("\r\n") else "\n"
     lines[first] = ",".join([lines[first].rstrip("\r\n"), *missing]) + end
     lines[-1] = lines[-1].rstrip("\r\n") + end
@@ -176,7 +179,7 @@ def add_row(out: Path, row: table.SliceRow) -> None:
     values["spot_pitch_um"] = "" if row.spot_pitch_um is None else f"{row.spot_pitch_um:.12g}"
     added = io.StringIO()
     csv.writer(added, lineterminator=end).writerow([values.get(name, "") for name in [*header, *missing]])
-    tiles.write_whole(path, "".join([*lines, added.getvalue()]).encode())
+    write_whole(path, "".join([*lines, added.getvalue()]).encode())
 
 
 def check_table(out: Path) -> None:
@@ -192,7 +195,7 @@ def _header(path: Path, lines: list[str]) -> tuple[int, list[str]]:
     header = _cells(lines[first].lstrip("\ufeff")) if lines else []
     if "slice" not in header:
         found = ",".join(header) or "an empty file"
-        raise ValueError(f"{path}: expected the header {','.join(table.COLUMNS)}, found {found}; mend it")
+        raise ValueError(f"{path}: expected the header {','.join(splits.COLUMNS)}, found {found}; mend it")
     return first, header
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.slices import genes, reader
+from utils.genes import panels as gene_panels
 
 NAMED = (".txt", ".tsv")  # gene2vec files whose lines begin with the gene
 COLUMNS = ("alias_symbol", "prev_symbol", "ensembl_gene_id")  # of HGNC's complete set, beside `symbol`
@@ -29,7 +29,7 @@ class KnownNames:
 
     def of(self, name: str) -> list[str]:
         """The names under which a gene is looked up, the surest first."""
-        if not genes.is_ensembl(name):
+        if not gene_panels.is_ensembl(name):
             return [self.approved.get(name, name)]
         gene_id = name.split(".")[0]
         return [gene_id, *(self.approved.get(symbol, symbol) for symbol in self.by_id.get(gene_id, ()))]
@@ -73,11 +73,11 @@ def _read_table(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def slice_symbols(folders: Iterable[Path]) -> dict[str, str]:
-    """Ensembl id -> symbol, as far as the feature tables of slices tell."""
+def slice_symbols(features: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, str]:
+    """Ensembl id -> symbol, as far as the names and ids (G,) of the slices' features say."""
     symbols: dict[str, str] = {}
-    for folder in folders:
-        symbols |= genes.symbols_by_id(*reader.read_slice_genes(folder))
+    for names, ids in features:
+        symbols |= gene_panels.symbols_by_id(names, ids)
     return symbols
 
 
@@ -134,7 +134,9 @@ def match_genes(wanted: Sequence[str], vocabulary: Sequence[str], known: KnownNa
             unclear.update(names)
             continue
         places[names[0]] = row
-        how[names[0]] = "by id" if genes.is_ensembl(names[0]) or genes.is_ensembl(vocabulary[row]) else "by alias"
+        how[names[0]] = (
+            "by id" if gene_panels.is_ensembl(names[0]) or gene_panels.is_ensembl(vocabulary[row]) else "by alias"
+        )
     return Matches(places, how, [name for name in wanted if name not in places], len(unclear))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.slices.layout import SlideSpots
+from utils.prediction.layout import SlideSpots
 from utils.training.features import TileEncoder
 from utils.training.spill import Spill
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from utils.prediction.layout import SlideSpots
 from utils.slices import export, geojson
-from utils.slices.layout import SlideSpots
 
 UNITS = {"lognorm": "log1p counts per 10,000", "residuals": "Pearson residual", "counts": "counts per 10,000"}
 RELIABLE_PCC = 0.1  # validation PCC below which a gene's prediction says little
@@ -113,7 +113,7 @@ def write_geojson(path: Path, one: Prediction) -> None:
 def write_maps(folder: Path, one: Prediction, genes: np.ndarray) -> None:
     """A map per gene, and one of the out-of-domain score; those of an earlier run are removed."""
     from utils.evaluation import plotting, slide_maps
-    from utils.slices.slide_list import file_name
+    from utils.prediction.slides import file_name
 
     for old in folder.glob("*.png"):
         old.unlink()

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from utils.slices import tiles
+from utils.images import tiles
 
 FLAT, TIFF = (".jpg", ".jpeg", ".png"), (".tif", ".tiff")
 SCANS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi")  # openslide's
@@ -172,9 +172,9 @@ def _open_flat(path: Path, huge: bool) -> Slide:
 
 
 def _open_tiff(path: Path, huge: bool) -> Slide:
-    from utils.slices import tiff_levels
+    from utils.images import tiff
 
-    if not tiff_levels.check_file(path):
+    if not tiff.check_file(path):
         try:
             import openslide
         except ImportError:  # tifffile reads these, too, as long as no scanner wrote them
@@ -182,7 +182,7 @@ def _open_tiff(path: Path, huge: bool) -> Slide:
         else:
             if openslide.OpenSlide.detect_format(path):
                 return _open_scan(path)
-    levels, um_per_px, close = tiff_levels.open_levels(path, CACHE_BYTES)
+    levels, um_per_px, close = tiff.open_levels(path, CACHE_BYTES)
     try:
         for level in levels:
             tiles.check_size(path, *level.decoded_at_once, huge)

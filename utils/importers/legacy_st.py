@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from utils.slices import reader, table
-from utils.slices.importers import Source, only_picture, pictures_in, whole_counts
+from utils.importers.base import Source, only_picture, pictures_in, whole_counts
+from utils.slices import splits, visium
 from utils.slices.matrix import check_once, listing, reading
 
 PITCH_UM, SPOT_UM = 200.0, 100.0
@@ -88,7 +88,7 @@ def _her2st_section(folder: Path, counts: Path, image: Path | None) -> Section:
     spots = next((path for path in wanted if path.is_file()), None)
     if spots is None:
         raise ValueError(f"{counts}: expected the spot file {wanted[0]}, found no such file; add it")
-    pictures = [path for path in (folder / "ST-imgs").rglob("*") if path.suffix.lower() in table.IMAGE_SUFFIXES]
+    pictures = [path for path in (folder / "ST-imgs").rglob("*") if path.suffix.lower() in splits.IMAGE_SUFFIXES]
     own = [path for path in pictures if name in (path.parent.name, path.stem) and path.name[0] != "."]
     return Section(name, counts, spots, only_picture(folder / "ST-imgs", own, image, name))
 
@@ -170,7 +170,7 @@ def read_section(section: Section, pitch_um: float | None = None) -> Source:
     columns = {"array_row": spots["y"], "array_col": spots["x"]}
     columns |= {"x_fullres_px": spots["pixel_x"].round(), "y_fullres_px": spots["pixel_y"].round()}
     table_of = pd.DataFrame(columns).set_index(pd.Index([f"{name}-1" for name in spots.index], name="barcode"))
-    staggered = reader.is_staggered(table_of)
+    staggered = visium.is_staggered(table_of)
     usual_um, place_um = (STAGGERED_PITCH_UM, STAGGERED_PLACE_UM) if staggered else (PITCH_UM, PITCH_UM)
     note = (
         f"staggered array, spot_pitch_um {STAGGERED_PITCH_UM:.2f}: that of a hexagonal one with as many spots per area"

@@ -23,6 +23,7 @@ from utils.images import tiles
 from utils.images.pixel_size import stated_um_per_px
 from utils.importers import files as importers_files
 from utils.slices import splits, visium
+from utils.slices.lattice import pitch_px
 from utils.slices.matrix import check_once
 
 SPOT_COLUMNS = ["array_row", "array_col", "x_fullres_px", "y_fullres_px"]
@@ -70,7 +71,9 @@ class Source:
     @property
     def um_per_px(self) -> float:
         """Size of a full-resolution pixel, measured from the spots."""
-        return self.pitch_um / visium.pitch_fullres_px(self.spots)
+        return self.pitch_um / pitch_px(
+            self.spots[SPOT_COLUMNS[2:]].to_numpy(float), self.spots[SPOT_COLUMNS[:2]].to_numpy()
+        )
 
 
 def whole_counts(where: str, values: np.ndarray) -> np.ndarray:
@@ -152,7 +155,7 @@ def check_written(folder: Path, source: Source, memory: float = math.inf) -> Non
         raise ValueError(f"{folder}: expected the {what} of {source.origin}, found others; is the disk full or broken?")
 
 
-def _same_counts(found: visium.Slice, source: Source, memory: float) -> bool:
+def _same_counts(found: visium.CountedSlice, source: Source, memory: float) -> bool:
     spans = visium.spans(source.counts, memory)
     return all((found.counts[span] != source.counts[span]).nnz == 0 for span in spans)
 

@@ -21,7 +21,8 @@ from scipy.sparse import csr_matrix
 
 from utils.importers.base import Source, only_picture, pictures_in, whole_counts
 from utils.slices import visium
-from utils.slices.lattice import array_places
+from utils.slices.lattice import array_places, is_staggered
+from utils.slices.lattice import pitch_px as measured_pitch_px
 from utils.slices.matrix import check_once, reading
 
 ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id")
@@ -162,7 +163,7 @@ def from_anndata(
     stated = stated_sizes(adata, metadata)
     if "microns_per_pixel" in factors:
         stated["microns_per_pixel of its scale factors"] = factors["microns_per_pixel"]
-    staggered, pitch_px = visium.is_staggered(spots), visium.pitch_fullres_px(spots)
+    staggered, pitch_px = is_staggered(array), measured_pitch_px(xy_px[kept], array)
     pitch_um = _pitch_um(where, spots, pitch_um or _number(metadata.get("inter_spot_dist")), factors, stated)
     spot_um, patient = _number(metadata.get("spot_diameter")), metadata.get("patient")
     own_px = factors.get("spot_diameter_fullres") or (spot_um * pitch_px / pitch_um if spot_um else None)
@@ -216,7 +217,7 @@ def _pitch_um(
     """As given, else Visium's on a staggered array, the bin size, or what the stated size of a pixel makes of it."""
     if given is not None:
         return given
-    if visium.is_staggered(spots):
+    if is_staggered(spots[["array_row", "array_col"]].to_numpy()):
         return visium.VISIUM_PITCH_UM
     if "bin_size_um" in factors:
         return factors["bin_size_um"]
@@ -224,7 +225,9 @@ def _pitch_um(
         raise ValueError(
             f"{where}: expected a staggered array or a stated pixel size, found neither; use --spot_pitch_um"
         )
-    return next(iter(stated.values())) * visium.pitch_fullres_px(spots)
+    return next(iter(stated.values())) * measured_pitch_px(
+        spots[["x_fullres_px", "y_fullres_px"]].to_numpy(float), spots[["array_row", "array_col"]].to_numpy()
+    )
 
 
 def read_sample(sample: Sample, pitch_um: float | None = None) -> Source:

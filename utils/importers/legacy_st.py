@@ -20,7 +20,8 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from utils.importers.base import Source, only_picture, pictures_in, whole_counts
-from utils.slices import splits, visium
+from utils.slices import splits
+from utils.slices.lattice import is_staggered
 from utils.slices.matrix import check_once, listing, reading
 
 PITCH_UM, SPOT_UM = 200.0, 100.0
@@ -170,7 +171,7 @@ def read_section(section: Section, pitch_um: float | None = None) -> Source:
     columns = {"array_row": spots["y"], "array_col": spots["x"]}
     columns |= {"x_fullres_px": spots["pixel_x"].round(), "y_fullres_px": spots["pixel_y"].round()}
     table_of = pd.DataFrame(columns).set_index(pd.Index([f"{name}-1" for name in spots.index], name="barcode"))
-    staggered = visium.is_staggered(table_of)
+    staggered = is_staggered(table_of[["array_row", "array_col"]].to_numpy())
     usual_um, place_um = (STAGGERED_PITCH_UM, STAGGERED_PLACE_UM) if staggered else (PITCH_UM, PITCH_UM)
     note = (
         f"staggered array, spot_pitch_um {STAGGERED_PITCH_UM:.2f}: that of a hexagonal one with as many spots per area"

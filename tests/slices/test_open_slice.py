@@ -165,6 +165,14 @@ def test_folders_that_are_something_else_are_named(folder, change, words):
         assert words in refused(str(folder), splits.read_table, folder.parent, split=False)
 
 
+def test_files_of_several_sections_beside_each_other_are_named(folder, tmp_path):
+    geo(folder)
+    for path in list(folder.iterdir()):
+        path.rename(tmp_path / path.name)
+    folder.rmdir()
+    assert str(tmp_path) in refused("as in a GEO download", splits.read_table, tmp_path, split=False)
+
+
 def test_one_packed_file_among_good_ones_is_not_passed_over(folder):
     (folder / "spatial" / "tissue_hires_image.png.gz").write_bytes(b"")
     refused(r"found tissue_hires_image.png.gz; gunzip", visium.open_slice, folder)

@@ -1,52 +1,31 @@
-"""Cut one tile per spot from the H&E picture of each slice.
+"""Cut one tile per spot from the H&E image of each slice.
 
     python image_tilling.py --data data/Breast_cancer --tiles data/Breast_cancer_image_process
     python image_tilling.py --source hires --crop_size 40        # the published tiles
 
-Reads slice folders (`spatial/`, the picture, barcodes of the counts where there are any); writes per slice
-`<barcode>.jpeg`, `tiles.json` and the packed copy `tiles.h5`. A second run does only what is missing.
+Reads slice folders (`spatial/`, the image, barcodes of the counts where there are any); writes per slice `tiles.h5` and
+`tiles.json`, with --jpeg or --crop_size `<barcode>.jpeg` too. A slice whose image, spots and settings are those of its
+record is skipped.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import mmap
-import multiprocessing
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.files.atomic import write_record
+from utils.files.hashing import content_hash
 from utils.images import tiles
+from utils.images.image import TissueImage, image_size, open_image
 from utils.slices import splits, visium
 from utils.training import arguments
 from utils.training.folder import alone_in
 
-CHUNK = 64  # spots handed to a process at a time
-
-
-@dataclass(frozen=True)
-class Job:
-    """The tiles of one slice: `centres_px` (S, 2) of the source picture, `files` that may be `there` (S,) already."""
-
-    picture: Image.Image
-    cut: tiles.Cut
-    centres_px: np.ndarray
-    files: list[str]
-    there: np.ndarray
-
-
-# set before the processes fork, which then share both: what there is to do, and where each chunk's tiles go
-_job: Job
-_blocks: np.ndarray  # (chunks under way, CHUNK, Z, Z, 3)
+BATCH = 64  # tiles handed over at a time
 
 
 def parse_args(argv=None):
@@ -68,7 +47,8 @@ def parse_args(argv=None):
         type=arguments.positive,
         help="centre to centre, um, on square arrays (200 on legacy ST); slices.csv may say it slice by slice",
     )
-    group.add_argument("--huge", action="store_true", help="allow large pictures, which are decoded as a whole")
+    group.add_argument("--huge", action="store_true", help="allow large images, which are decoded as a whole")
+    group.add_argument("--jpeg", action="store_true", help="write <barcode>.jpeg too, as --crop_size always does")
     return parser.parse_args(argv)
 
 
@@ -106,122 +86,73 @@ def plan_cut(row, args, root: Path, source: str, picture_file: Path, scale: floa
     )
 
 
-def cut_chunk(number: int) -> int:
-    """Cut a chunk of spots into its block, which the next chunks use again; gives its number back."""
-    rows = slice(number * CHUNK, (number + 1) * CHUNK)
-    files = _job.files[rows]
-    block = _blocks[number % len(_blocks)][: len(files)]
-    tiles.ensure_tiles(_job.picture, _job.centres_px[rows], _job.cut, files, _job.there[rows], out=block)
-    return number
-
-
-def shared_blocks(n: int, size: int) -> np.ndarray:
-    """Room for n chunks of tiles that forked processes write and this one reads: (n, CHUNK, Z, Z, 3) uint8."""
-    shape = (n, CHUNK, size, size, 3)
-    return np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
-
-
-def in_order(pool: Executor, work: Callable, tasks: Iterable, ahead: int) -> Iterator:
-    """Results in the order of the tasks. At most `ahead` are under way or waiting, so that memory stays bounded."""
-    waiting: deque = deque()
-    for task in tasks:
-        if len(waiting) == ahead:
-            yield waiting.popleft().result()
-        waiting.append(pool.submit(work, task))
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def cut_all(job: Job, workers: int, name: str) -> Iterator[np.ndarray]:
-    """All tiles of a job in order, in blocks (n, Z, Z, 3), from `workers` processes; each is used before the next."""
-    global _job, _blocks
-    workers = max(workers, 1)
-    _job, _blocks = job, shared_blocks(2 * workers, job.cut.size)
-    n_chunks = -(-len(job.files) // CHUNK)
-    with (
-        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool,
-        tqdm(total=len(job.files), desc=f"{name}: tiles", unit="spot", disable=None) as bar,
-    ):
-        for number in in_order(pool, cut_chunk, range(n_chunks), ahead=len(_blocks)):
-            block = _blocks[number % len(_blocks)][: len(job.files) - number * CHUNK]
-            bar.update(len(block))
-            yield block
-
-
-def spots_on_picture(spots, size: tuple[int, int], scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Spot centres (S, 2) in source pixels, and which of them lie on the picture."""
+def spots_on_image(spots, size: tuple[int, int], scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Spot centres (S, 2) in source pixels, and which of them lie on the image."""
     centres = spots[["x_fullres_px", "y_fullres_px"]].to_numpy() * scale
     return centres, ((centres >= 0) & (centres < size)).all(1)
 
 
-def is_done(folder: Path, cut: tiles.Cut, barcodes: np.ndarray, files: list[str], record: dict | None) -> bool:
-    if record is None or not tiles.same_cut(record, cut) or not (folder / tiles.PACK).exists():
-        return False
-    return np.array_equal(tiles.TilePack(folder).barcodes, barcodes) and are_there(folder, files).all()
-
-
-def are_there(folder: Path, files: list[str]) -> np.ndarray:
-    """Which of the files the folder holds: (S,) bool, by one listing of it."""
-    there = {str(path) for path in folder.iterdir()}
-    return np.array([file in there for file in files])
-
-
-def begin(folder: Path, cut: tiles.Cut, record: dict | None) -> None:
-    """Make the folder ready: tiles of another cut are removed, those of this one kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    started = folder / tiles.STARTED  # left by a run that was stopped half way
-    if record is None and started.exists():
-        record = json.loads(started.read_text())
-    if record is not None and not tiles.same_cut(record, cut):
-        changed = [f"{k} {record.get(k)} -> {v}" for k, v in asdict(cut).items() if record.get(k) != v]
-        print(f"{folder.name}: settings changed ({', '.join(changed)}): its tiles are cut anew")
-        for old in [folder / tiles.RECORD, folder / tiles.PACK, *folder.glob("*.jpeg")]:
-            old.unlink(missing_ok=True)
-    write_record(started, asdict(cut))
-
-
 def tile_slice(row, args) -> int:
-    """All that is missing of one slice's tiles; returns how many spots have one."""
+    """The tiles of one slice, unless they are there; returns how many spots have one."""
     root = visium.find_root(splits.slice_folder(args.data, row))
     spots, unmatched = visium.tissue_spots(root)
     source, picture_file = find_picture(row, args, root)
     hires_scale = visium.read_scalefactors(root)["tissue_hires_scalef"]
     scale = hires_scale if source == "hires" else 1.0
     cut = plan_cut(row, args, root, source, picture_file, scale)
-    size = tiles.picture_size(picture_file)
+    size = image_size(picture_file)
     if source == "fullres":
         tiles.check_scale(size, picture_file, root, hires_scale)
-    centres, inside = spots_on_picture(spots, size, scale)
+    centres, inside = spots_on_image(spots, size, scale)
     if not inside.any():
         raise ValueError(
             f"{picture_file}: expected {len(spots)} spots on it, found none on its {size[0]} x {size[1]} px; take the "
-            "picture that the positions refer to, or swap their axes"
+            "image that the positions refer to, or swap their axes"
         )
     spots, outside = spots[inside], spots.index[~inside].tolist()
-    folder, record = args.tiles / row.slice, tiles.read_record(args.tiles / row.slice)
-    files = tiles.tile_files(folder, spots.index)
-    done = is_done(folder, cut, spots.index.to_numpy(str), files, record)
-    if not done:
-        tiles.check_size(picture_file, *size, args.huge)
-        picture = tiles.open_picture(picture_file)  # all that can be refused is, before a tile is removed or written
-        begin(folder, cut, record)
-        job = Job(picture, cut, centres[inside], files, are_there(folder, files))
-        workers = min(4, os.cpu_count() or 1) if args.workers is None else args.workers
-        cut_slice(folder, job, spots, outside, workers)
+    done = not cut_slice(row.slice, picture_file, cut, centres[inside], spots, outside, args)
     notes = [f"{n} {what}" for what, n in unmatched.items() if n]
-    notes += [f"{len(outside)} outside the picture"] if outside else []
+    notes += [f"{len(outside)} outside the image"] if outside else []
     what = "are there" if done else f"of {cut.size} px from {picture_file.name}"
     print(f"{row.slice}: {len(spots)} tiles {what}" + "".join(f", {note}" for note in notes))
     return len(spots)
 
 
-def cut_slice(folder: Path, job: Job, spots, outside: list[str], workers: int) -> None:
-    """Cut what is missing, pack all, and write the record last: a folder with a record is whole."""
+def cut_slice(name: str, image_file: Path, cut: tiles.Cut, centres, spots, outside: list[str], args) -> bool:
+    """Cut a slice as a whole, unless its folder holds just these tiles; whether anything was cut."""
+    folder, jpeg = args.tiles / name, args.jpeg or not cut.resampled
     barcodes, xy_px = spots.index.to_numpy(str), spots[["x_fullres_px", "y_fullres_px"]].to_numpy()
-    tiles.write_pack(folder, barcodes, xy_px, cut_all(job, workers, folder.name), job.cut.size)
-    made = {"number": len(barcodes), "outside": outside, "software": f"magic image_tilling, Pillow {Image.__version__}"}
-    write_record(folder / tiles.RECORD, asdict(job.cut) | made)
-    (folder / tiles.STARTED).unlink()
+    tiles.tile_files(folder, barcodes)  # refuses barcodes that cannot be file names
+    image_hash = content_hash(image_file)
+    if tiles.is_whole(folder, cut, image_hash, barcodes, xy_px, jpeg):
+        return False
+    about = {"number": len(barcodes), "outside": outside, "image_hash": image_hash}
+    about["software"] = f"magic image_tilling, Pillow {Image.__version__}"
+    with open_image(image_file, huge=args.huge) as image:  # all that can be refused is, before anything is written
+        for note in image.notes:
+            print(f"{name}: {image_file.name}: {note}")
+        report_changes(folder, cut, image_hash)
+        order = tiles.reading_order(centres, cut)
+        blocks = with_bar(image, centres[order], cut, args.workers, name)
+        tiles.write_tiles(folder, blocks, cut, barcodes, xy_px, about, order, jpeg)
+    return True
+
+
+def report_changes(folder: Path, cut: tiles.Cut, image_hash: str) -> None:
+    """Print what differs from the tiles that are there."""
+    with suppress(ValueError):  # a damaged record goes with its tiles
+        record = tiles.read_record(folder)
+        changed = [] if record is None else tiles.changes(record, cut, image_hash)
+        if changed:
+            print(f"{folder.name}: settings changed ({', '.join(changed)}): its tiles are cut anew")
+
+
+def with_bar(image: TissueImage, centres, cut: tiles.Cut, workers: int | None, name: str) -> Iterator[np.ndarray]:
+    """Tiles (n, Z, Z, 3) in the order of the centres, counted by a progress bar."""
+    with tqdm(total=len(centres), desc=f"{name}: tiles", unit="spot", disable=None) as bar:
+        for block in tiles.cut_tiles(image, centres, cut, BATCH, workers):
+            bar.update(len(block))
+            yield block
 
 
 @alone_in("tiles")

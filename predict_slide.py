@@ -174,11 +174,13 @@ def describe(planned: layout.Plan, spots: layout.SlideSpots, slide, found, args)
 def predict_one(planned: layout.Plan, key: dict, run, args) -> None:
     """One slide, from its picture to all its files; the record that says that it is done comes last."""
     from utils.evaluation import metrics as scales
-    from utils.images import image as whole_slide
+    from utils.images.image import open_image
     from utils.prediction import predict
 
     out, um_per_px = planned.request.out, planned.um_per_picture_px
-    with whole_slide.open_slide(planned.picture, um_per_px, args.huge) as slide:
+    with open_image(planned.picture, um_per_px, args.huge) as slide:
+        for note in slide.notes:
+            print(f"{planned.request.name}: {planned.picture.name}: {note}")
         picture, scale = slide.thumbnail()
         spots = layout.lay(planned, slide, picture, scale, args.grid)
         found = predict.predict_slide(run, slide, spots, out / FEATURES)

@@ -15,12 +15,13 @@ import numpy as np
 
 from utils.genes import panels as gene_panels
 from utils.images import tiles
+from utils.images.image import open_image
 from utils.slices import splits, visium
 
 if TYPE_CHECKING:
     from utils.doctor import Findings
 
-TILE_BYTES = 200_000  # of the disk that a spot takes at 224 px: the packed tile and its JPEG
+TILE_BYTES = 151_000  # of the disk that a spot takes at 224 px
 GIB = 2**30
 
 
@@ -120,7 +121,10 @@ def look_at_picture(found: Looked, args: Any, findings: Findings) -> None:
         findings.note(
             f"{row.slice}: only the hires picture{coarse}: add the full-resolution one, cells can be seen in it"
         )
-    size = tiles.picture_size(fullres)
+    with open_image(fullres) as image:  # as it is opened to be cut
+        size = image.width, image.height
+        for note in image.notes:
+            findings.say(f"  {fullres.name}: {note}")
     if fullres != hires:
         tiles.check_scale(size, fullres, root, factors["tissue_hires_scalef"])
         if not hires.exists():
@@ -141,8 +145,6 @@ def look_at_tiles(found: Looked, args: Any, findings: Findings) -> None:
     folder = args.tiles / found.row.slice
     record = tiles.read_record(folder)
     if record is None:
-        if (folder / tiles.STARTED).exists():
-            raise ValueError(f"{folder}: tiling was interrupted; run image_tilling.py again, it goes on from there")
         findings.say(f"  no tiles in {folder}: image_tilling.py cuts them")
         return
     pack = tiles.TilePack(folder)

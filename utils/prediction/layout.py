@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from utils.images import tiles, tissue
+from utils.images.image import image_size
 from utils.prediction.slides import Request
 from utils.slices import splits, visium
 from utils.slices.matrix import slice_matrix
@@ -88,7 +89,7 @@ def _folder_picture(folder: Path, root: Path, hires_scale: float) -> tuple[Path,
     folder = folder.resolve()
     fullres = splits.image_file(folder.parent, splits.SliceRow(folder.name, folder.name, "", None, None))
     if fullres is not None:
-        tiles.check_scale(tiles.picture_size(fullres), fullres, root, hires_scale)
+        tiles.check_scale(image_size(fullres), fullres, root, hires_scale)
         return fullres, 1.0
     hires = root / "spatial" / "tissue_hires_image.png"
     if not hires.exists():
@@ -134,7 +135,7 @@ def lay(planned: Plan, slide: Any, thumbnail: np.ndarray, thumbnail_scale: float
 
     Parameters
     ----------
-    slide : whole_slide.Slide, or anything with width, height, um_per_px and metadata_um_per_px
+    slide : image.TissueImage, or anything with width, height, um_per_px and metadata_um_per_px
     thumbnail : (height, width, 3) uint8, of `thumbnail_scale` of its pixels to one of the picture
     kind : "hexagonal" or "square", of the grid where there are no positions
     """

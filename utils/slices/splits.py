@@ -13,10 +13,10 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
+from utils.images.image import SUFFIXES as IMAGE_SUFFIXES
 from utils.slices.visium import find_root, is_slice
 
 PARTS = ("train", "val", "test")
-IMAGE_SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png", ".svs", ".ndpi")
 
 
 @dataclass(frozen=True)

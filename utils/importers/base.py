@@ -20,7 +20,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from utils.images import tiles
-from utils.images.pixel_size import stated_um_per_px
+from utils.images.image import stated_um_per_px
 from utils.importers import files as importers_files
 from utils.slices import splits, visium
 from utils.slices.lattice import pitch_px

@@ -18,22 +18,22 @@ import pandas as pd
 from PIL import Image
 
 from utils.files.atomic import write_whole
-from utils.images import image as whole_slide
-from utils.images import tiles
+from utils.images import checks, tiles
+from utils.images.image import image_size, open_image
 from utils.slices import splits, visium
 
 if TYPE_CHECKING:
     from utils.importers.base import Source
 
 LONGEST_PX = {"hires": 2000, "lowres": 600}  # sides of Space Ranger's small pictures
-LARGEST_PX = tiles.BOMB_PX  # of a picture that is decoded whole
+LARGEST_PX = checks.BOMB_PX  # of a picture that is decoded whole
 CHUNK = 2**16  # numbers of a compressed piece of the matrix
 
 
 def size_of(picture: Path | np.ndarray) -> tuple[int, int]:
     """Width and height in pixels."""
     if isinstance(picture, Path):
-        return tiles.picture_size(picture)
+        return image_size(picture)
     return picture.shape[1], picture.shape[0]
 
 
@@ -69,10 +69,10 @@ def _pixels(picture: Path | np.ndarray, longest: int) -> Image.Image:
     """The picture, or, of one too large to be decoded whole, an image of `longest` px at the most."""
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
-    if np.prod(size_of(picture)) <= LARGEST_PX:
-        return tiles.open_picture(picture)
-    with whole_slide.open_slide(picture) as slide:
-        return Image.fromarray(slide.thumbnail(longest)[0])
+    with open_image(picture) as image:
+        if image.width * image.height <= LARGEST_PX:
+            return Image.fromarray(image.crop(0, 0, image.width, image.height))
+        return Image.fromarray(image.thumbnail(longest)[0])
 
 
 def _write_small(folder: Path, source: Source) -> dict[str, float]:

@@ -120,7 +120,7 @@ def why_no_counts(values: np.ndarray) -> str | None:
     if values.dtype.kind not in "iuf":
         return f"values of the kind {values.dtype}"
     for kind, bad in (
-        ("no number", np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)),
+        ("NaN", np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)),
         ("negative numbers", values < 0),
         ("fractions", values != np.rint(values)),
         ("numbers too large for counts", values > np.iinfo(np.int32).max),
@@ -216,7 +216,7 @@ def gene_names(where: str, var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"{where}: expected gene names in var, found the numbers 0, 1, 2, ...; name the genes")
         if ids is None or not all(text.isdigit() for text in index):  # else the column has better ids than the index
             ids = symbols if running else index
-        names = ids if symbols is None else symbols
+        names = symbols if symbols is not None else index if ids is None else ids
     ids = index if ids is None else ids
     ids = np.where(ids == "", index, ids).astype(str)
     names = np.where(names == "", ids, names).astype(str)

@@ -198,12 +198,11 @@ def _file_affine(source: Path, image: Path, candidates: list[Candidate]) -> np.n
     left = [one for one in candidates if not one.words & OTHERS] or candidates
     for one in sorted(left, key=lambda one: (one.size != (width, height), -one.scale)):
         ratio = width / height * one.size[1] / one.size[0]
-        if one.size == (width, height) or abs(ratio - 1) <= SAME_RATIO:
+        if one.size == (width, height) or (width > one.size[0] and abs(ratio - 1) <= SAME_RATIO):
             return np.diag([width / one.size[0], height / one.size[1], 1.0]) @ one.affine
     wanted = " or ".join(f"{one.size[0]} x {one.size[1]}" for one in left)
     raise ValueError(
-        f"--image {image}: expected the sides or the ratio of an image in {source} ({wanted} px), found {width} x "
-        f"{height} px"
+        f"--image {image}: expected {wanted} px, as in {source}, or larger in that ratio, found {width} x {height} px"
     )
 
 

@@ -59,7 +59,7 @@ class Surveyed:
     profile: gene_panels.Profile  # of the kept train spots
 
 
-def read_slice(row, args) -> visium.Slice:
+def read_slice(row, args) -> visium.CountedSlice:
     return visium.read_slice(splits.slice_folder(args.data, row), row.slice, bytes_of(args))
 
 
@@ -67,7 +67,7 @@ def bytes_of(args) -> float:
     return args.memory * 2**30
 
 
-def train_spots(row, source: visium.Slice, pitch_px: float, args) -> np.ndarray:
+def train_spots(row, source: visium.CountedSlice, pitch_px: float, args) -> np.ndarray:
     """Spots that the panels may be chosen on: (S,) bool."""
     if args.val_strip and row.part == "train":
         return splits.strip_parts(source.spots[["x_fullres_px", "y_fullres_px"]].to_numpy(), pitch_px) == "train"
@@ -79,7 +79,7 @@ def survey(row, symbols: dict[str, str], args) -> Surveyed:
     source, least = read_slice(row, args), max(args.min_counts, 1)
     mapped = gene_panels.mapped_names(source.genes, symbols)
     names = list(dict.fromkeys(mapped.tolist()))
-    pitch_px = visium.pitch_fullres_px(source.spots)
+    pitch_px = source.pitch_px
     total, train = np.zeros(len(source.spots), np.int64), train_spots(row, source, pitch_px, args)
     gathering, profile = gene_panels.gather(mapped, names), None
     shared = np.array([sys.intern(name) for name in names], object)  # hundreds of slices hold the same names once
@@ -94,7 +94,7 @@ def survey(row, symbols: dict[str, str], args) -> Surveyed:
     return Surveyed(row, total, kept, pitch_px, content, profile)
 
 
-def tell(row, source: visium.Slice, total: np.ndarray, kept: np.ndarray, n_genes: int, least: int) -> None:
+def tell(row, source: visium.CountedSlice, total: np.ndarray, kept: np.ndarray, n_genes: int, least: int) -> None:
     """A line per slice. Raises ValueError where no spot is left."""
     summed = len(source.genes) - n_genes
     notes = [f"{n} {what}" for what, n in source.unmatched.items() if n]

@@ -59,7 +59,7 @@ def test_a_table_of_slides_is_worked_off_and_a_torn_one_does_not_stop_it(trained
     (tmp_path / "torn.png").write_bytes(b"no picture")
     (tmp_path / "P03_1").symlink_to(section[0])
     table = tmp_path / "cohort.csv"
-    table.write_text(f"slide,um_per_px,pitch_um\ntorn.png,1,\nP03_1,,\n\n{section[1]},1,150\n")
+    table.write_text(f"slide,um_per_px,spot_pitch_um\ntorn.png,1,\nP03_1,,\n\n{section[1]},1,150\n")
     out = tmp_path / "out"
     assert exit_code(table, trained.decoder, out) == 2
     stderr_line(capsys, "1 of 3 slides could not be predicted: torn .*torn.png")
@@ -83,7 +83,7 @@ def test_help_and_checks_come_before_torch():
         ((), "P03_1_he.jpg: its scale is not known .*; give --um_per_px$"),
         (("--um_per_px", 1, "--positions", "nothing.csv"), "--positions: expected the file nothing.csv"),
         (("--um_per_px", 1, "--mask", "nothing.png"), "--mask: expected the file nothing.png"),
-        (("--um_per_px", 1, "--pitch_um", 1e-3), "spot pitch"),
+        (("--um_per_px", 1, "--spot_pitch_um", 1e-3), "spot pitch"),
         (("--um_per_px", 1, "--decoder", "nothing.pth"), "--decoder: expected the file nothing.pth"),
     ],
 )
@@ -119,10 +119,10 @@ def test_positions_of_another_picture_and_torn_ones(trained, section, tmp_path, 
 @pytest.mark.realdata
 def test_a_real_section_with_counts_and_its_picture_alone(trained, real_data, tmp_path):
     folder = real_data / "Breast_cancer" / "B4"
-    out = predict(folder, trained.decoder, tmp_path / "slice", "--pitch_um", 200)
+    out = predict(folder, trained.decoder, tmp_path / "slice", "--spot_pitch_um", 200)
     adata = read(out)
     assert adata.n_obs == 283 and np.isfinite(adata.X).all()
     assert np.isfinite(adata.layers["measured"]).any(0).sum() > 5
-    flags = ("--pitch_um", 200, "--um_per_px", record(out)["um_per_fullres_px"])
+    flags = ("--spot_pitch_um", 200, "--um_per_px", record(out)["um_per_fullres_px"])
     alone = read(predict(next(folder.glob("*.jpg")), trained.decoder, tmp_path / "alone", *flags))
     assert 250 < alone.n_obs < 450

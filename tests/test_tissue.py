@@ -9,6 +9,7 @@ from scipy.spatial import KDTree
 from utils.images.image import open_slide
 from utils.images.tissue import MOST_SPOTS, grid, on_tissue, read_mask, tissue_mask
 from utils.slices import visium
+from utils.slices.lattice import fit_lattice
 
 GLASS, PINK, PURPLE = (238, 234, 236), (214, 160, 196), (110, 104, 160)
 INKS = {"blue": (35, 60, 175), "green": (30, 140, 80), "black": (28, 26, 30)}
@@ -184,15 +185,11 @@ def test_a_grid_has_the_pitch_and_covers_the_slide(kind, width, height, pitch):
 
 def test_a_hexagonal_grid_is_read_as_visiums():
     """The pitch and the stagger that the reader measures on Space Ranger's positions are those of the grid."""
-    import pandas as pd
-
-    centres, places = grid(5000, 4000, 137.0)
-    names = ["array_row", "array_col", "x_fullres_px", "y_fullres_px"]
-    table = pd.DataFrame(np.column_stack([places, centres]), columns=names).astype({"array_row": int, "array_col": int})
-    assert visium.is_staggered(table) and visium.pitch_fullres_px(table) == pytest.approx(137.0)
-    centres, places = grid(5000, 4000, 137.0, "square")
-    table = pd.DataFrame(np.column_stack([places, centres]), columns=names).astype({"array_row": int, "array_col": int})
-    assert not visium.is_staggered(table) and visium.pitch_fullres_px(table) == pytest.approx(137.0)
+    for kind in ("hexagonal", "square"):
+        centres, places = grid(5000, 4000, 137.0, kind)
+        found = fit_lattice("grid", centres, places)
+        assert found.staggered == (kind == "hexagonal") and found.pitch_px == pytest.approx(137.0)
+        assert not found.measured and not found.mirrored
 
 
 def test_a_small_slide_has_one_spot_and_a_senseless_pitch_is_refused():

@@ -29,6 +29,7 @@ from utils.images import tiles
 FLAT, TIFF = (".jpg", ".jpeg", ".png"), (".tif", ".tiff")
 SCANS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi")  # openslide's
 PLAUSIBLE_UM_PER_PX = (0.02, 20.0)  # beyond it, a resolution is a screen's or a printer's
+SUFFIXES = (".tif", ".tiff", ".btf", ".jpg", ".jpeg", ".png", ".svs", ".ndpi")
 AS_FINE = 1.01  # levels of odd sides are a little coarser than they are meant to be
 CACHE_BYTES = 128 * 2**20  # decoded tiles of a row, which the next tiles of the row and the row below share
 BLOCK_PX = 1024  # of a level, read at a time for the thumbnail
@@ -96,6 +97,7 @@ class Slide:
         known = metadata_um_per_px is not None and low <= metadata_um_per_px <= high
         self.metadata_um_per_px = metadata_um_per_px if known else None
         self.um_per_px = self.metadata_um_per_px
+        self.notes: tuple[str, ...] = ()
 
     def __enter__(self) -> Slide:
         return self
@@ -260,3 +262,8 @@ def _stream(
             yield finished()
     finally:  # also where the consumer stops early
         pool.shutdown(cancel_futures=True)
+
+
+TissueImage = Slide
+open_image = open_slide
+image_size = tiles.picture_size

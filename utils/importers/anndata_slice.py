@@ -5,6 +5,7 @@ Shapes: S spots, G genes. Coordinates are full-resolution pixels of the H&E.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 from utils.importers import anndata_sections as sections
 from utils.importers import pitch
 from utils.importers.anndata_counts import read_counts
-from utils.importers.base import Source, place_spots, too_many_outside
+from utils.importers.base import Source, lie_on, place_spots
 from utils.importers.images import stated_um_per_px, to_rgb
 from utils.slices.lattice import Lattice
 from utils.slices.matrix import check_once
@@ -91,10 +92,11 @@ def from_anndata(
     counts = read_counts(where, adata)
     entry = _library(where, adata.obs, found, xy_px, image is None)
     factors = _factors(entry)
-    small: dict[str, Path | np.ndarray] = {}
-    if image is None:
-        image, small, image_notes = _uns_images(where, entry, factors)
-        notes += image_notes
+    if "bin_size_um" in factors:
+        lattice = replace(lattice, mirrored=False)  # the array of Visium HD is a mirror image of the pixels by itself
+    fullres, small, image_notes = _uns_images(where, entry, factors, image is None)
+    image = fullres if image is None else image
+    notes += image_notes
     stated = _stated(adata, metadata, factors, image, lattice.pitch_px)
     pitch_um = pitch.choose_pitch_um(where, lattice, pitch_um, stated)
     diameter_px = diameter_px or _diameter_px(factors, metadata, lattice, pitch_um)
@@ -133,10 +135,10 @@ def _library(where: str, obs: pd.DataFrame, found: dict[str, Any], xy_px: np.nda
 def _fits(entry: dict[str, Any], xy_px: np.ndarray) -> bool:
     """Whether a library has an image that all but a few spots lie on."""
     factors = _factors(entry)
-    for kind, pixels in _small_pixels(entry).items():
-        shape = pixels.shape[-2:] if pixels.ndim == 3 and pixels.shape[2] > 4 else pixels.shape[:2]
+    for kind, pixels in _small_pixels(entry, SMALL).items():
+        height, width = pixels.shape[-2:] if pixels.ndim == 3 and pixels.shape[2] > 4 else pixels.shape[:2]
         scale = factors.get(f"tissue_{kind}_scalef")
-        if scale is not None and not too_many_outside(xy_px, (shape[1] / scale, shape[0] / scale)):
+        if scale is not None and lie_on(xy_px * scale, (width, height)):
             return True
     return False
 
@@ -150,28 +152,35 @@ def _factors(entry: dict[str, Any]) -> dict[str, float]:
     return factors
 
 
-def _small_pixels(entry: dict[str, Any]) -> dict[str, np.ndarray]:
+def _small_pixels(entry: dict[str, Any], names: dict[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
     """The small images of a library as they are kept, by Space Ranger's names of them."""
     images = entry.get("images") or {}
-    found = {kind: next((images[name] for name in names if name in images), None) for kind, names in SMALL.items()}
+    found = {kind: next((images[name] for name in own if name in images), None) for kind, own in names.items()}
     return {kind: np.asarray(pixels) for kind, pixels in found.items() if pixels is not None}
 
 
 def _uns_images(
-    where: str, entry: dict[str, Any], factors: dict[str, float]
+    where: str, entry: dict[str, Any], factors: dict[str, float], needed: bool
 ) -> tuple[np.ndarray | None, dict[str, Path | np.ndarray], list[str]]:
-    """The image in full resolution where a library keeps it, else its small images that have a scale; and notes."""
+    """Images of a library: the one in full resolution, the small ones that have a scale; and notes on them.
+
+    Where they are not `needed`, because the image is a file, Space Ranger's own small ones serve to check that file,
+    as far as they can be read.
+    """
     fullres = (entry.get("images") or {}).get("fullres")
-    if fullres is not None:
-        pixels, note = to_rgb(f"{where}: uns['spatial'] fullres", fullres)
-        return pixels, {}, [note] if note else []
-    small: dict[str, Path | np.ndarray] = {}
+    small: dict[str, np.ndarray] = {}
     notes = []
-    for kind, pixels in _small_pixels(entry).items():
-        if f"tissue_{kind}_scalef" in factors:
-            small[kind], note = to_rgb(f"{where}: uns['spatial'] {kind}", pixels)
-            notes += [f"{kind}: {note}"] if note else []
-    return None, small, notes
+    names = {kind: own if needed else own[:1] for kind, own in SMALL.items()}
+    found = {kind: pixels for kind, pixels in _small_pixels(entry, names).items() if f"tissue_{kind}_scalef" in factors}
+    for kind, pixels in (found | ({"fullres": fullres} if fullres is not None and needed else {})).items():
+        try:
+            small[kind], note = to_rgb(f"{where}: {kind} of uns['spatial']", pixels)
+        except ValueError:
+            if needed:
+                raise
+            note = "of uns['spatial'] cannot be read"
+        notes += [f"{kind}: {note}"] if note else []
+    return small.pop("fullres", None), {**small}, notes
 
 
 def _stated(

@@ -22,15 +22,14 @@ from scipy.sparse import csr_matrix
 
 from utils.images import tiles
 from utils.importers import slice_folder
-from utils.importers.images import image_size, stated_um_per_px
-from utils.slices import splits, visium
+from utils.importers.images import image_size, stated_um_per_px, thumbnail
+from utils.slices import checks, splits, visium
 from utils.slices.lattice import Lattice, fit_lattice
 from utils.slices.matrix import check_once, listing
 
 SPOT_COLUMNS = ["array_row", "array_col", "x_fullres_px", "y_fullres_px"]
 DISAGREE = 0.05  # of the measured size of a pixel
 SAME_PX = 1e-6  # decimal text is not always read back to the last bit
-FEW, FEW_OF = 3, 0.02  # spots that may lie outside the image: this many, or this fraction
 OF_GEO = re.compile(r"GSM\d+[_.-]")
 
 
@@ -125,8 +124,8 @@ def found_in(folder: Path) -> str:
     return listing(folder)
 
 
-def _check(source: Source) -> None:
-    """Raises ValueError for what no script could work with, before anything is written."""
+def check(source: Source) -> list[str]:
+    """Warnings about a slice. Raises ValueError for what no script could work with, before anything is written."""
     if len(source.spots) < 2:  # no pitch
         found = f"{len(source.spots)}; {_left_out(source) or 'check the file'}"
         raise ValueError(f"{source.origin}: expected two spots to import or more, found {found}")
@@ -136,43 +135,52 @@ def _check(source: Source) -> None:
         raise ValueError(f"{source.origin}: expected finite spot positions, found NaN or infinity; fix the positions")
     if source.image is None and not source.small:
         raise ValueError(f"{source.origin}: expected an H&E image, found none; name it with --image")
-    name = source.image if isinstance(source.image, Path) else source.origin
-    check_inside(str(name), source.spots[SPOT_COLUMNS[2:]].to_numpy(), fullres_size(source))
+    return [*source.warnings, *_pixel_sizes(source), *_check_spots(source)]
 
 
-def fullres_size(source: Source) -> tuple[float, float] | None:
-    """Width and height of the full-resolution image in px, by a small image where there is no other; None without."""
+def _check_spots(source: Source) -> list[str]:
+    """Warnings about where spots lie on the best image there is. Raises ValueError where they cannot be its spots."""
+    shown, scale = shown_image(source)
+    if shown is None:
+        return []
+    where = str(shown if isinstance(shown, Path) else source.origin)
+    xy_px, size = source.spots[SPOT_COLUMNS[2:]].to_numpy(float) * scale, image_size(shown)
+    inside = checks.spots_on_image(where, xy_px, size)
+    small = thumbnail(shown, checks.THUMBNAIL_PX)
+    radius_px = source.spot_diameter_px / 2 * scale
+    return checks.check_axes(where, xy_px[inside], size, radius_px, small, source.lattice.mirrored)
+
+
+def lie_on(xy_px: np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether all but a few spots (S, 2) have their centre on an image of that width and height."""
+    try:
+        checks.spots_on_image("", xy_px, size)
+    except ValueError:
+        return False
+    return True
+
+
+def shown_image(source: Source) -> tuple[Path | np.ndarray | None, float]:
+    """The image in full resolution, else hires, else lowres, and its pixels per full-resolution pixel."""
     if source.image is not None:
-        return image_size(source.image)
-    kind = next((kind for kind in ("hires", "lowres") if kind in source.small), None)
+        return source.image, 1.0
+    kind = next((kind for kind in ("hires", "lowres") if kind in source.small), "hires")
     scale = source.scalefactors.get(f"tissue_{kind}_scalef")
-    if kind is None or scale is None:
-        return None
-    width, height = image_size(source.small[kind])
-    return width / scale, height / scale
+    return (None, 1.0) if scale is None else (source.small.get(kind), float(scale))
 
 
-def outside(xy_px: np.ndarray, size: tuple[float, float]) -> np.ndarray:
-    """Which spots (S,) have their centre outside an image of that width and height."""
-    return np.asarray(((xy_px < 0) | (xy_px >= size)).any(axis=1))
-
-
-def too_many_outside(xy_px: np.ndarray, size: tuple[float, float]) -> bool:
-    """Whether more than a few spots lie outside an image."""
-    number = outside(xy_px, size).sum()
-    return bool(number > max(FEW, FEW_OF * len(xy_px)) or 2 * number > len(xy_px))
-
-
-def check_inside(where: str, xy_px: np.ndarray, size: tuple[float, float] | None) -> None:
-    """Raises ValueError where more than a few spots lie outside the image, saying if swapped axes would be inside."""
-    if size is None or not too_many_outside(xy_px, size):
-        return
-    swapped = "" if too_many_outside(xy_px[:, ::-1], size) else " (x and y swapped, they are inside)"
-    number = outside(xy_px, size).sum()
-    raise ValueError(
-        f"{where}: expected the image that the spots refer to, found {number} of {len(xy_px)} spots outside its "
-        f"{size[0]:.0f} x {size[1]:.0f} px{swapped}; check the positions and --image"
-    )
+def check_small(folder: Path, source: Source) -> list[str]:
+    """Warnings about the small images that came with an image. Raises ValueError where they were made of another."""
+    if source.image is None or not source.small:
+        return []
+    name = source.image if isinstance(source.image, Path) else source.origin
+    pixels, _ = thumbnail(source.image, checks.THUMBNAIL_PX)
+    warnings = []
+    for kind in source.small:
+        path, scale = folder / "spatial" / f"tissue_{kind}_image.png", source.scalefactors[f"tissue_{kind}_scalef"]
+        checks.check_size(name, [float(side) for side in image_size(source.image)], path, scale)
+        warnings += checks.check_content(name, pixels, path)
+    return warnings
 
 
 def check_written(folder: Path, source: Source, memory: float = math.inf) -> None:
@@ -192,7 +200,7 @@ def check_written(folder: Path, source: Source, memory: float = math.inf) -> Non
         raise ValueError(f"{folder}: expected the {what} of {source.origin}, found others; is the disk full or broken?")
 
 
-def _same_counts(found: visium.Slice, source: Source, memory: float) -> bool:
+def _same_counts(found: visium.CountedSlice, source: Source, memory: float) -> bool:
     spans = visium.spans(source.counts, memory)
     return all((found.counts[span] != source.counts[span]).nnz == 0 for span in spans)
 
@@ -211,12 +219,12 @@ def import_slice(source: Source, out: Path, memory: float = math.inf) -> list[st
 
     Raises ValueError where the source cannot be a slice, or where another slice of that name is there already.
     """
-    _check(source)
-    lines = [summary(source, memory), *_warnings(source)]
+    warnings = check(source)
     part, folder = out / f".{source.name}.part", out / source.name  # hidden: never taken for a slice
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
         image = slice_folder.write_folder(part, source, memory)
+        warnings += check_small(part, source)
         check_written(part, source, memory)
         if folder.exists():
             other = _first_difference(part, folder)
@@ -230,7 +238,7 @@ def import_slice(source: Source, out: Path, memory: float = math.inf) -> list[st
     finally:
         shutil.rmtree(part, ignore_errors=True)
     slice_folder.add_row(out, splits.SliceRow(source.name, source.patient, "", source.pitch_um, image))
-    return lines
+    return [summary(source, memory), *(f"warning: {source.name}: {line}" for line in warnings)]
 
 
 def _left_out(source: Source) -> str:
@@ -243,9 +251,10 @@ def summary(source: Source, memory: float = math.inf) -> str:
     total = sum(int(source.counts[span].sum()) for span in visium.spans(source.counts, memory))
     n_spots, n_genes = source.counts.shape
     parts = [f"{n_spots:,} spots", f"{n_genes:,} genes", f"{total:,} counts", f"{source.um_per_px:.4g} um per px"]
-    size = fullres_size(source)
-    if size is not None:
-        number = int(outside(source.spots[SPOT_COLUMNS[2:]].to_numpy(), size).sum())
+    shown, scale = shown_image(source)
+    if shown is not None:
+        xy_px = source.spots[SPOT_COLUMNS[2:]].to_numpy(float) * scale
+        number = int((~checks.spots_on_image(str(source.origin), xy_px, image_size(shown))).sum())
         parts += [f"{number} outside the image"] if number else []
     if source.image is None and "hires" not in source.small:
         parts.append("no image to cut tiles from (see --image)")
@@ -253,32 +262,14 @@ def summary(source: Source, memory: float = math.inf) -> str:
     return f"{source.name}: {'; '.join([', '.join(parts), *source.notes])}"
 
 
-def _warnings(source: Source) -> list[str]:
-    """Lines on what contradicts the spots: sizes of a pixel, the direction of the axes, and what the format noted."""
+def _pixel_sizes(source: Source) -> list[str]:
+    """A line on the sizes of a pixel that are stated and that the spots contradict."""
     stated = dict(source.stated_um_per_px)
     if isinstance(source.image, Path):
         own = stated_um_per_px(source.image)
         stated |= {source.image.name: own} if own is not None else {}
     measured = source.um_per_px
     others = [f"{um:.4g} um by {where}" for where, um in stated.items() if abs(um - measured) > DISAGREE * measured]
-    lines = list(source.warnings)
-    if others:
-        lines.append(
-            f"a pixel has {measured:.4g} um by the spots ({source.pitch_um:.4g} um from spot to spot) but "
-            f"{', '.join(others)}; check --image and --spot_pitch_um"
-        )
-    if source.lattice.mirrored:
-        lines.append(_mirrored(source))
-    return [f"warning: {source.name}: {line}" for line in lines]
-
-
-def _mirrored(source: Source) -> str:
-    """Names what is wrong with the axes of spots that are a mirror image of their array."""
-    array, px = (source.spots[columns].to_numpy(float) for columns in (SPOT_COLUMNS[1::-1], SPOT_COLUMNS[2:]))
-    slopes = np.linalg.lstsq(array - array.mean(0), px - px.mean(0), rcond=None)[0]  # rows: column, row; columns: x, y
-    along, across = np.abs(np.diag(slopes)).sum(), np.abs(slopes).sum() - np.abs(np.diag(slopes)).sum()
-    how = "swapped: x grows with the array's rows and y with its columns" if across > along else "mirrored"
-    return (
-        f"the axes of the spots are {how}, as seen from the array; right for a flipped scan only, else every tile is "
-        "cut from another place: check that x comes before y"
-    )
+    spots = f"the spots ({source.pitch_um:.4g} um from spot to spot)"
+    check = "check --image and --spot_pitch_um"
+    return [f"a pixel has {measured:.4g} um by {spots} but {', '.join(others)}; {check}"] if others else []

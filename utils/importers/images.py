@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.images import image as whole_slide
+from utils.images import image as image_files
 from utils.images import pixel_size, tiles
-from utils.slices import splits
+from utils.images.image import SUFFIXES, open_image
 
-SUFFIXES = splits.IMAGE_SUFFIXES
-LARGEST_PX = tiles.BOMB_PX  # of an image that is decoded whole
 stated_um_per_px = pixel_size.stated_um_per_px
+LARGEST_PX = 2**27  # of an image that is decoded whole, 400 MB
 # Resampling and compression leave values a little beyond the ends of the scale.
 UNIT_RANGE, BYTE_RANGE = (-0.1, 1.1), (-26.0, 281.0)
 DARKEST_WHITE = 32.0  # of 255: an H&E image has bright glass, so a smaller maximum belongs to another scale
@@ -26,7 +25,7 @@ DEPTHS = (10, 12, 14, 16)  # bits of cameras
 def image_size(image: Path | np.ndarray) -> tuple[int, int]:
     """Width and height in pixels, of a file or of pixels (h, w, 3)."""
     if isinstance(image, Path):
-        return tiles.picture_size(image)
+        return image_files.image_size(image)
     return image.shape[1], image.shape[0]
 
 
@@ -36,8 +35,18 @@ def reduced_image(image: Path | np.ndarray, longest: int) -> Image.Image:
         return Image.fromarray(image)
     if np.prod(image_size(image)) <= LARGEST_PX:
         return tiles.open_picture(image)
-    with whole_slide.open_slide(image) as slide:
-        return Image.fromarray(slide.thumbnail(longest)[0])
+    return Image.fromarray(thumbnail(image, longest)[0])
+
+
+def thumbnail(image: Path | np.ndarray, longest: int) -> tuple[np.ndarray, float]:
+    """The image at most `longest` px long (h, w, 3) uint8, and its pixels per pixel of the image."""
+    if isinstance(image, Path):
+        with open_image(image) as opened:
+            return opened.thumbnail(longest)
+    width, height = image_size(image)
+    scale = min(1.0, longest / max(width, height))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)), scale
 
 
 def images_in(folder: Path) -> list[Path]:

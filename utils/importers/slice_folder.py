@@ -18,7 +18,6 @@ import pandas as pd
 from PIL import Image
 
 from utils.files.atomic import write_whole
-from utils.images import tiles
 from utils.importers.images import image_size, reduced_image
 from utils.slices import splits, visium
 
@@ -40,9 +39,6 @@ def write_folder(folder: Path, source: Source, memory: float) -> str | None:
     for key in ("fiducial_diameter_fullres", "spot_diameter_fullres"):  # the first is there because readers expect it
         factors.setdefault(key, source.spot_diameter_px)
     (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(factors, indent=1) + "\n")
-    if isinstance(source.image, Path):
-        hires_scale = factors["tissue_hires_scalef"]
-        tiles.check_scale(image_size(source.image), source.image, folder, hires_scale)
     return image
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.importers import anndata_sections as sections
 from utils.importers.anndata_slice import from_anndata
-from utils.importers.base import Source, found_in, too_many_outside
+from utils.importers.base import Source, found_in, lie_on
 from utils.importers.images import image_size, to_rgb
 from utils.slices.matrix import reading
 
@@ -148,7 +148,7 @@ def find_candidates(data: Any, element: Any, centres: np.ndarray) -> list[Candid
         except (ValueError, RuntimeError, KeyError):  # in no system with the spots
             continue
         candidate = Candidate(name, pixels, np.asarray(affine, float))
-        if not too_many_outside(moved(centres, candidate.affine), candidate.size):
+        if lie_on(moved(centres, candidate.affine), candidate.size):
             found.append(candidate)
     return found
 
@@ -206,8 +206,10 @@ def _file_affine(source: Path, image: Path, candidates: list[Candidate]) -> np.n
     )
 
 
-def read_part(source: Path, data: Any, table: Any, name: str, image: Path | None, pitch_um: float | None) -> Source:
-    """The slice of the rows of a table that annotate one element."""
+def read_part(
+    source: Path, data: Any, table: Any, name: str, image: Path | None, pitch_um: float | None, is_hd: bool
+) -> Source:
+    """The slice of the rows of a table that annotate one element; `is_hd` for bins of Visium HD."""
     element, centres, diameter = _centres(source, data, table)
     with reading(source, "images of SpatialData"):
         candidates = find_candidates(data, element, centres)
@@ -226,6 +228,8 @@ def read_part(source: Path, data: Any, table: Any, name: str, image: Path | None
     diameter_px = None if diameter is None else diameter * scale
     slice_ = from_anndata(table, name, source, moved(centres, affine), pixels, pitch_um, diameter_px=diameter_px)
     slice_.notes += notes
+    if is_hd:
+        slice_.lattice = replace(slice_.lattice, mirrored=False)  # that array is a mirror image of the pixels by itself
     return slice_
 
 
@@ -256,5 +260,6 @@ def read_spatialdata(
         found = f"{len(parts)} in obs['{library_key}']"
         raise ValueError(f"--image {image}: expected the image of one section, found {found}; import without --image")
     yield from [
-        read_part(source, data, table if rows.all() else table[rows], own, image, pitch_um) for own, rows in parts
+        read_part(source, data, table if rows.all() else table[rows], own, image, pitch_um, of_bins is not None)
+        for own, rows in parts
     ]

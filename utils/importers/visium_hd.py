@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from utils.importers.base import SPOT_COLUMNS, Source, found_in, place_spots
@@ -65,6 +66,7 @@ def read_visium_hd(
     stated = {"microns_per_pixel of its scale factors": scalefactors.get("microns_per_pixel")}
     xy_px, array = (found.spots[columns].to_numpy() for columns in (SPOT_COLUMNS[2:], SPOT_COLUMNS[:2]))
     spots, lattice, notes = place_spots(str(root), found.spots.index, xy_px, array)
+    lattice = replace(lattice, mirrored=False)  # the array of Visium HD is a mirror image of the pixels by itself
     yield Source(
         name=f"{run}_{size_um:03d}um",
         patient=run,

@@ -69,7 +69,7 @@ class Found:
 
 def tile_side(member: Member, spots: SlideSpots) -> float:
     """Side of a tile in pixels of the picture."""
-    return member.tile_px * member.um_per_px * spots.picture_scale / spots.um_per_fullres_px
+    return member.tile_px * member.um_per_px * spots.image_scale / spots.um_per_fullres_px
 
 
 def warn_if_coarse(member: Member, spots: SlideSpots) -> None:
@@ -97,7 +97,7 @@ def kept_features(run: Run, member: Member, slide: whole_slide.Slide, spots: Sli
     def compute() -> Any:
         warn_if_coarse(member, spots)
         batches = whole_slide.stream_tiles(
-            slide, spots.xy_picture_px, side_px, member.tile_px, run.batch_size, run.workers
+            slide, spots.xy_image_px, side_px, member.tile_px, run.batch_size, run.workers
         )
         return slide_features.encode_stream(how, batches, len(spots.barcodes), spots.name)
 

@@ -30,8 +30,8 @@ def test_a_table_says_of_each_slide_what_flags_say_of_all(slides, tmp_path):
     (tmp_path / "m.png").touch()
     table = tmp_path / "t.CSV"
     table.write_text("﻿um_per_px,slide,mask\n0.5,a.svs,\n, b.tif ,m.png\n\n", encoding="utf-8")
-    first, second = listed([table], um_per_px=0.25, pitch_um=200.0)
-    assert (first.um_per_px, first.mask, first.pitch_um) == (0.5, None, 200.0)
+    first, second = listed([table], um_per_px=0.25, spot_pitch_um=200.0)
+    assert (first.um_per_px, first.mask, first.spot_pitch_um) == (0.5, None, 200.0)
     assert (second.um_per_px, second.mask, second.slide) == (0.25, tmp_path / "m.png", tmp_path / "b.tif")
 
 

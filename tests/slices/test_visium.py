@@ -87,14 +87,16 @@ def test_spots_follow_the_matrix_and_what_is_left_aside_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_tissue_spots_are_those_of_read_slice(tmp_path, seed):
+def test_an_opened_slice_has_the_spots_of_its_counts(tmp_path, seed):
     rng = np.random.default_rng(seed)
     lines = rng.permutation(position_lines(rng.permutation(BARCODES), in_tissue=rng.permutation([1, 1, 1, 0])))
     write_spatial(tmp_path, list(lines))
     write_h5(tmp_path / "filtered_feature_bc_matrix.h5", counts=COUNTS[:3], barcodes=BARCODES[:3])
-    found, (spots, unmatched) = visium.read_slice(tmp_path), visium.tissue_spots(tmp_path)
+    found, opened = visium.read_slice(tmp_path), visium.open_slice(tmp_path)
+    spots = opened.spots
     pd.testing.assert_frame_equal(spots, found.spots)
-    assert unmatched == found.unmatched
+    assert opened.unmatched == found.unmatched
+    np.testing.assert_array_equal(visium.read_matrix(tmp_path).barcodes[opened.rows], spots.index)
     place = visium.read_positions(tmp_path).loc[spots.index]
     assert place["in_tissue"].all() and place["x_fullres_px"].equals(spots["x_fullres_px"])
 
@@ -102,8 +104,9 @@ def test_tissue_spots_are_those_of_read_slice(tmp_path, seed):
 def test_tiling_works_without_counts(tmp_path):
     write_spatial(tmp_path, position_lines(in_tissue=(1, 0, 1, 1)))
     assert visium.read_barcodes(tmp_path) is None
-    spots, unmatched = visium.tissue_spots(tmp_path)
-    assert spots.index.tolist() == [BARCODES[0], BARCODES[2], BARCODES[3]] and unmatched["not in tissue"] == 1
+    found = visium.open_slice(tmp_path)
+    assert found.spots.index.tolist() == [BARCODES[0], BARCODES[2], BARCODES[3]] and found.matrix is None
+    assert found.unmatched["not in tissue"] == 1
     refused("expected counts .* found spatial", visium.read_slice, tmp_path)
 
 
@@ -142,17 +145,15 @@ def test_repeated_barcodes(slice_dir, tmp_path):
 
 def test_no_barcode_in_common(slice_dir):
     write_spatial(slice_dir, position_lines(["a-1", "b-1", "c-1", "d-1"]))
-    for function in (visium.read_slice, visium.tissue_spots):
-        message = refused("expected barcodes in common", function, slice_dir)
-        assert "a-1" in message and BARCODES[0] in message
+    message = refused("expected barcodes in common", visium.open_slice, slice_dir)
+    assert "a-1" in message and BARCODES[0] in message
 
 
 def test_no_spot_in_tissue(slice_dir):
     write_spatial(slice_dir, position_lines(in_tissue=(0, 0, 0, 0)))
-    for function in (visium.read_slice, visium.tissue_spots):
-        refused("expected spots in tissue, found 0 of 4", function, slice_dir)
+    refused("expected spots in tissue, found 0 of 4", visium.open_slice, slice_dir)
     (slice_dir / "filtered_feature_bc_matrix.h5").unlink()
-    refused("expected spots in tissue", visium.tissue_spots, slice_dir)
+    refused("expected spots in tissue", visium.open_slice, slice_dir)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_missing_and_damaged_position_files(tmp_path):
     spatial = write_spatial(tmp_path)
     (spatial / "tissue_positions_list.csv").unlink()
     refused("expected one of tissue_positions.csv", visium.read_positions, tmp_path)
-    refused("expected one of tissue_positions.csv", visium.tissue_spots, tmp_path)
+    refused("expected one of tissue_positions.csv", visium.open_slice, tmp_path)
     write_spatial(tmp_path, form="parquet")
     whole = (spatial / "tissue_positions.parquet").read_bytes()
     (spatial / "tissue_positions.parquet").write_bytes(whole[:100])
@@ -218,5 +219,5 @@ def test_missing_scale_factors(tmp_path):
 
 def test_reading_needs_no_heavy_package():
     code = "import sys, utils.slices.splits; print({'torch', 'scanpy', 'anndata'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stdout.strip() == "set()", done.stderr

@@ -89,7 +89,7 @@ GOOD = "slice,patient,part,spot_pitch_um,image\nA1,A,train,200,he.jpg\n"
         ("part,slice\ntrain\n", "line 2: expected the name"),
         (GOOD + "A1,A,val,,\n", "each slice once, found A1"),
         (GOOD + "A1/,A,val,,\n", "each slice once, found A1"),
-        (GOOD + "E9,A,val,,\n", "E9, found no such folder"),
+        (GOOD + "E9,A,val,,\n", "E9: expected a slice folder, found no such folder"),
         (GOOD + "notes,A,val,,\n", "without spatial"),
         (GOOD + "../data/A2,A,val,,\n", "inside the folder"),
         (GOOD + "A2/../A2,A,val,,\n", "inside the folder"),
@@ -230,38 +230,6 @@ def test_of_part():
     rows = [*rows_of("A", part="train"), *rows_of("B", part="val"), *rows_of("C")]
     assert [row.patient for row in splits.of_part(rows, "val", "train")] == ["A", "B"]
     assert splits.of_part(rows, "test") == []
-
-
-# ---- the image of a slice
-
-
-def test_the_image_of_a_slice(data):
-    row = SliceRow("A1", "A", "", None, None)
-    folder = splits.slice_folder(data, row)
-    assert folder == data / "A1" and splits.image_file(data, row) is None
-    for other in ("spatial/tissue_hires_image.png", "matrix.h5", "._he.tif"):
-        (folder / other).write_text("")
-    assert splits.image_file(data, row) is None
-    (folder / "he.TIF").write_text("")
-    assert splits.image_file(data, row) == folder / "he.TIF"
-    (folder / "other.svs").write_text("")
-    assert "he.TIF, other.svs" in refused("image column", splits.image_file, data, row)
-    named = dataclasses.replace(row, image="other.svs")
-    assert splits.image_file(data, named) == folder / "other.svs"
-    refused("the image gone.svs", splits.image_file, data, dataclasses.replace(row, image="gone.svs"))
-    for outside in ("../B1/he.tif", str(folder / "he.TIF")):
-        refused("inside the folder", splits.image_file, data, dataclasses.replace(row, image=outside))
-
-
-def test_the_image_may_be_a_link_or_lie_in_the_root(data, tmp_path):
-    (tmp_path / "store.ndpi").write_text("")
-    (data / "A1" / "he.ndpi").symlink_to(tmp_path / "store.ndpi")
-    (data / "A1" / "gone.tif").symlink_to(tmp_path / "nowhere.tif")
-    assert splits.image_file(data, SliceRow("A1", "A", "", None, None)) == data / "A1" / "he.ndpi"
-    (data / "E1" / "outs" / "spatial").mkdir(parents=True)
-    (data / "E1" / "outs" / "he.tif").write_text("")
-    for image in (None, "he.tif", "outs/he.tif"):
-        assert splits.image_file(data, SliceRow("E1", "E", "", None, image)) == data / "E1" / "outs" / "he.tif"
 
 
 # ---- the strip

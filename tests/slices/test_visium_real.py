@@ -1,6 +1,5 @@
 """The real folders that MAGIC_REAL_DATA points to, against the figures published beside them."""
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -46,9 +45,11 @@ def test_the_five_sections(name, expected):
     spots, genes, umis, *pitches_px = expected
     found = visium.read_slice(Path(REAL) / "Breast_cancer" / name)
     assert (*found.counts.shape, found.counts.sum()) == (spots, genes, umis)
-    assert set(found.unmatched.values()) == {0} and not visium.is_staggered(found.spots)
-    assert visium.pitch_fullres_px(found.spots) == pytest.approx(np.mean(pitches_px), abs=1.5)
-    refused("--spot_pitch_um", visium.spot_pitch_um, found.root, found.spots)
+    assert set(found.unmatched.values()) == {0} and not found.lattice.staggered
+    assert found.warnings == () and not found.lattice.measured and not found.lattice.mirrored
+    assert found.pitch_px == pytest.approx(np.mean(pitches_px), abs=1.5)
+    assert found.known_pitch_um is None
+    refused("--spot_pitch_um", lambda: found.pitch_um)
 
 
 @pytest.mark.parametrize(("folder", "expected"), marked(SAMPLES))
@@ -60,8 +61,8 @@ def test_every_sample_is_read(folder, expected):
     assert (*matrix.counts.shape, matrix.counts.sum()) == matrix_is
     assert (len(positions), positions["in_tissue"].sum()) == positions_are
     assert found.counts.shape == (n_spots, matrix_is[1]) and len(found.spots) == n_spots
-    pd.testing.assert_frame_equal(visium.tissue_spots(root)[0], found.spots)
-    assert visium.spot_pitch_um(root, positions) == pitch_um and visium.pitch_fullres_px(positions) > 0
+    pd.testing.assert_frame_equal(visium.open_slice(folder).spots, found.spots)
+    assert found.pitch_um == pitch_um and found.pitch_px > 0 and not found.lattice.measured
     assert visium.read_scalefactors(root)["tissue_hires_scalef"] > 0
 
 
@@ -81,7 +82,7 @@ def test_the_probe_matrix_is_read_as_a_matrix(name):
 @pytest.mark.parametrize("name", [pytest.param("visium_1142243F", marks=real)])
 def test_a_slice_without_counts_can_be_tiled(name):
     root = Path(REAL) / name
-    assert len(visium.tissue_spots(root)[0]) == 4784
+    assert len(visium.open_slice(root).spots) == 4784
     refused("expected counts", visium.read_slice, root)
 
 
@@ -104,6 +105,6 @@ def test_the_table_of_the_five_sections(name):
     ]
     assert warnings == ["patients in train and in val: C"] and {row.spot_pitch_um for row in rows} == {200.0}
     for row in rows:
-        found = splits.image_file(data, row)
-        assert found is not None and found.name == row.image
-        assert splits.image_file(data, dataclasses.replace(row, image=None)) == found
+        slice_ = visium.open_slice(splits.slice_folder(data, row), row.slice, row.spot_pitch_um)
+        found = slice_.fullres_image(row.image)
+        assert found is not None and found.name == row.image and slice_.fullres_image() == found

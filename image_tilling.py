@@ -3,9 +3,9 @@
     python image_tilling.py --data data/Breast_cancer --tiles data/Breast_cancer_image_process
     python image_tilling.py --source hires --crop_size 40        # the published tiles
 
-Reads slice folders (`spatial/`, the image, barcodes of the counts where there are any); writes per slice `tiles.h5`, the
-record `tiles.json` and, with --jpeg or --crop_size, a `<barcode>.jpeg` per spot. A slice whose tiles are there already,
-cut in the same way from the same image, is left as it is.
+Reads slice folders (`spatial/`, the image, barcodes of the counts where there are any); writes per slice `tiles.h5`,
+the record `tiles.json` and, with --jpeg or --crop_size, a `<barcode>.jpeg` per spot. A slice whose tiles are there
+already, cut in the same way from the same image, is left as it is.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from utils.importers.legacy_st import read_counts, read_spots
 from utils.slices import visium
 
 
-def picture_of(folder: Path) -> Path:
+def image_of(folder: Path) -> Path:
     return next(folder.glob("*_he.jpg"))
 
 
@@ -38,7 +38,7 @@ def write_legacy(folder: Path, sections: dict[str, Path], unselected=True, gene_
         spots[columns].to_csv(folder / "ST-spotfiles" / f"{name}_selection.tsv", sep="\t", index=False)
         counts.to_csv(folder / "ST-cnts" / f"{name}.tsv.gz", sep="\t", index_label=gene_header)
         (folder / "ST-imgs" / name[0] / name).mkdir(parents=True)
-        shutil.copy(picture_of(root), folder / "ST-imgs" / name[0] / name)
+        shutil.copy(image_of(root), folder / "ST-imgs" / name[0] / name)
     return folder
 
 
@@ -64,7 +64,7 @@ def legacy_counts(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.n
     return names, genes, counts.toarray()
 
 
-def write_hd(folder: Path, root: Path, sizes=(8, 16), pictures=("hires", "lowres")) -> Path:
+def write_hd(folder: Path, root: Path, sizes=(8, 16), images=("hires", "lowres")) -> Path:
     """A Visium HD run: a simulated slice's spots as bins on a square array, parquet positions of fractions of a px."""
     found = visium.read_slice(root)
     n = int(np.ceil(np.sqrt(len(found.spots))))
@@ -80,7 +80,7 @@ def write_hd(folder: Path, root: Path, sizes=(8, 16), pictures=("hires", "lowres
         pd.DataFrame(columns).to_parquet(square / "spatial" / "tissue_positions.parquet", index=False)
         content = factors | {"bin_size_um": float(size), "microns_per_pixel": 0.3, "spot_diameter_fullres": size / 0.3}
         (square / "spatial" / "scalefactors_json.json").write_text(json.dumps(content | {"note": "kept"}))
-        for kind in pictures:
+        for kind in images:
             shutil.copy(root / "spatial" / f"tissue_{kind}_image.png", square / "spatial")
     return folder
 
@@ -104,7 +104,7 @@ def write_hest(folder: Path, samples: dict[str, Path], um_per_px=1.0) -> Path:
     for name, root in samples.items():
         adata = to_anndata(root, places=False)
         adata.write_h5ad(folder / "st" / f"{name}.h5ad")
-        write_tiff(folder / "wsis" / f"{name}.tif", picture_of(root), um_per_px)
+        write_tiff(folder / "wsis" / f"{name}.tif", image_of(root), um_per_px)
         metadata = {"id": name, "patient": f"Patient {name}", "inter_spot_dist": 100.0, "spot_diameter": 55.0}
         metadata |= {"pixel_size_um_estimated": um_per_px, "pixel_size_um_embedded": None}
         (folder / "metadata" / f"{name}.json").write_text(json.dumps(metadata))
@@ -113,10 +113,10 @@ def write_hest(folder: Path, samples: dict[str, Path], um_per_px=1.0) -> Path:
     return folder
 
 
-def write_tiff(path: Path, picture: Path, um_per_px: float) -> Path:
-    """A picture as plain TIFF that states the size of its pixels."""
+def write_tiff(path: Path, image: Path, um_per_px: float) -> Path:
+    """A image as plain TIFF that states the size of its pixels."""
     dots = 10000 / um_per_px
-    Image.open(picture).convert("RGB").save(path, resolution_unit=3, x_resolution=dots, y_resolution=dots)
+    Image.open(image).convert("RGB").save(path, resolution_unit=3, x_resolution=dots, y_resolution=dots)
     return path
 
 
@@ -140,7 +140,7 @@ def write_zarr(path: Path, root: Path, element="circles", scale=2.0, n_images=1)
         )
     else:
         points["spots"] = PointsModel.parse(frame, transformations={"global": Identity()})
-    pixels = np.asarray(Image.open(picture_of(root)).convert("RGB"))
+    pixels = np.asarray(Image.open(image_of(root)).convert("RGB"))
     to_um = {"global": Scale([scale, scale], axes=("x", "y"))}
     whole = {"dims": ("y", "x", "c"), "transformations": to_um}
     images = {f"he{i}": Image2DModel.parse(pixels, scale_factors=[2], **whole) for i in range(n_images)}

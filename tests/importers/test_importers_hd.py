@@ -1,4 +1,4 @@
-"""Visium HD: the bins of a simulated and of the real runs, exactly, with pictures and scale factors kept."""
+"""Visium HD: the bins of a simulated and of the real runs, exactly, with images and scale factors kept."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from importer_sources import picture_of, write_hd
+from importer_sources import image_of, write_hd
 from spaceranger_folders import refused
 
 from utils.importers.base import import_slice
@@ -82,9 +82,9 @@ def test_a_wrong_bin_names_those_there(run, tmp_path):
     refused("no such folder", find_bin, tmp_path / "nowhere", None)
 
 
-def test_a_picture_is_copied_and_the_others_made_of_it(simulated, tmp_path):
-    root, image = simulated / "P01_1", picture_of(simulated / "P01_1")
-    run = write_hd(tmp_path / "run", root, sizes=(16,), pictures=())
+def test_a_image_is_copied_and_the_others_made_of_it(simulated, tmp_path):
+    root, image = simulated / "P01_1", image_of(simulated / "P01_1")
+    run = write_hd(tmp_path / "run", root, sizes=(16,), images=())
     out = imported(run, tmp_path / "out", image=image)
     assert (out / image.name).read_bytes() == image.read_bytes()
     factors = [(folder / "spatial" / "scalefactors_json.json") for folder in (out, run / "binned_outputs/square_016um")]
@@ -94,16 +94,16 @@ def test_a_picture_is_copied_and_the_others_made_of_it(simulated, tmp_path):
         assert (out / name).read_bytes() != b"" and splits.image_file(
             tmp_path / "out", splits.read_table(tmp_path / "out", split=False)[0][0]
         )
-    refused("expected an H&E picture, found none; name it with --image", imported, run, tmp_path / "none")
+    refused("expected an H&E image, found none; name it with --image", imported, run, tmp_path / "none")
     assert not list((tmp_path / "none").glob("*"))
 
 
-def test_the_wrong_picture_is_refused(simulated, run, tmp_path):
+def test_the_wrong_image_is_refused(simulated, run, tmp_path):
     from PIL import Image
 
     Image.new("RGB", (40, 40)).save(tmp_path / "small.png")
     refused(
-        "small.png: expected the picture that the spots refer to",
+        "small.png: expected the image that the spots refer to",
         imported,
         run,
         tmp_path / "out",

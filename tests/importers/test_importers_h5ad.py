@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from importer_sources import assert_same_slice, picture_of, to_anndata, write_hest, write_tiff
+from importer_sources import assert_same_slice, image_of, to_anndata, write_hest, write_tiff
 from scipy.sparse import csc_matrix
 from scipy.spatial import KDTree
 from spaceranger_folders import refused
@@ -34,12 +34,12 @@ def saved(adata, tmp_path, name="sample"):
 
 
 def test_an_h5ad_comes_back_exactly(root, tmp_path):
-    source = only(saved(to_anndata(root), tmp_path), picture_of(root))
+    source = only(saved(to_anndata(root), tmp_path), image_of(root))
     lines = import_slice(source, tmp_path / "out")
     assert_same_slice(tmp_path / "out" / "sample", root)
     assert lines == [f"sample: 70 spots, 60 genes, {int(visium.read_slice(root).counts.sum()):,} counts, 1 um per px"]
     (row,), _ = splits.read_table(tmp_path / "out", split=False)
-    assert (row.patient, row.spot_pitch_um, row.image) == ("sample", 100, picture_of(root).name)
+    assert (row.patient, row.spot_pitch_um, row.image) == ("sample", 100, image_of(root).name)
 
 
 def test_a_hest_folder_comes_back_exactly(simulated, tmp_path):
@@ -79,12 +79,12 @@ def test_where_the_counts_stand(root, tmp_path):
     adata = to_anndata(root)
     true = adata.X.copy()
     adata.layers["counts"], adata.X = csc_matrix(true), np.log1p(true.toarray())
-    assert (only(saved(adata, tmp_path), picture_of(root)).counts != true).nnz == 0
+    assert (only(saved(adata, tmp_path), image_of(root)).counts != true).nnz == 0
     raw = to_anndata(root)
     raw.raw = raw.copy()
     raw = raw[:, :20].copy()
     raw.X = np.log1p(raw.X.toarray())
-    source = only(saved(raw, tmp_path), picture_of(root))
+    source = only(saved(raw, tmp_path), image_of(root))
     assert source.counts.shape == (70, 60) and (source.counts != true).nnz == 0 and len(source.genes) == 60
     del adata.layers["counts"]
     refused(r"expected raw counts .* found fractions or negative numbers in X;", only, saved(adata, tmp_path))
@@ -94,7 +94,7 @@ def test_spots_outside_tissue_and_features_that_are_no_genes(root, tmp_path):
     adata = to_anndata(root)
     adata.obs["in_tissue"] = [0, *[1] * 69]
     adata.var["feature_types"] = ["Antibody Capture", *["Gene Expression"] * 59]
-    source = only(saved(adata, tmp_path), picture_of(root))
+    source = only(saved(adata, tmp_path), image_of(root))
     assert source.counts.shape == (69, 59) and source.left_out == {"not in tissue": 1}
     assert source.notes == ["1 features that are no genes left out"]
     adata.obs["in_tissue"] = 0
@@ -103,7 +103,7 @@ def test_spots_outside_tissue_and_features_that_are_no_genes(root, tmp_path):
     refused("expected 0 or 1 in obs", only, saved(adata, tmp_path))
 
 
-def test_without_a_file_the_small_picture_serves(root, tmp_path):
+def test_without_a_file_the_small_image_serves(root, tmp_path):
     adata = to_anndata(root)
     hires = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     factors = {"tissue_hires_scalef": 0.25, "spot_diameter_fullres": 60.0}
@@ -130,17 +130,17 @@ def test_bad_files_are_refused(root, tmp_path):
         bad = adata.copy()
         spoil(bad)
         refused(match, only, saved(bad, tmp_path))
-    refused("expected an H&E picture, found none", import_slice, only(saved(adata, tmp_path)), tmp_path / "out")
+    refused("expected an H&E image, found none", import_slice, only(saved(adata, tmp_path)), tmp_path / "out")
     (tmp_path / "torn.h5ad").write_bytes(b"no HDF5")
     refused("torn.h5ad: expected an .h5ad file", only, tmp_path / "torn.h5ad")
     refused("no such file or folder", only, tmp_path / "nowhere.h5ad")
     refused("expected an .h5ad file or a folder", only, tmp_path)
 
 
-def test_a_hest_folder_without_a_picture(simulated, tmp_path):
+def test_a_hest_folder_without_a_image(simulated, tmp_path):
     folder = write_hest(tmp_path / "hest", {"A": simulated / "P01_1", "B": simulated / "P02_1"})
     (folder / "wsis" / "B.tif").unlink()
-    refused("one H&E picture of B, found none; name it with --image", lambda: next(read_h5ad(folder)))
+    refused("one H&E image of B, found none; name it with --image", lambda: next(read_h5ad(folder)))
     refused("--image: expected one sample, found A, B", lambda: next(read_h5ad(folder, folder / "wsis" / "A.tif")))
 
 
@@ -163,7 +163,7 @@ lattices = st.tuples(st.booleans(), st.floats(-np.pi, np.pi), st.floats(4, 400),
 
 @settings(max_examples=40, deadline=None)
 @given(lattices)
-def test_neighbours_on_the_array_are_those_on_the_picture(lattice):
+def test_neighbours_on_the_array_are_those_in_the_image(lattice):
     staggered, turn, pitch_px, seed = lattice
     rng = np.random.default_rng(seed)
     row, col = (axis.ravel() for axis in np.meshgrid(np.arange(30), np.arange(24), indexing="ij"))
@@ -201,18 +201,18 @@ def test_metadata_that_is_no_json(root, tmp_path):
     assert only(folder).patient == "S"
 
 
-def test_stated_sizes_of_pictures(root, tmp_path):
+def test_stated_sizes_of_images(root, tmp_path):
     from PIL import Image
 
-    from utils.images.pixel_size import stated_um_per_px
+    from utils.images.image import stated_um_per_px
 
-    assert stated_um_per_px(write_tiff(tmp_path / "a.tif", picture_of(root), 0.5)) == pytest.approx(0.5, rel=1e-3)
-    picture = Image.new("RGB", (32, 32))
+    assert stated_um_per_px(write_tiff(tmp_path / "a.tif", image_of(root), 0.5)) == pytest.approx(0.5, rel=1e-3)
+    image = Image.new("RGB", (32, 32))
     for name, dpi, um in (("b.jpg", 72, None), ("c.jpg", 25400, 1.0), ("d.png", 50800, 0.5), ("e.png", 300, None)):
-        picture.save(tmp_path / name, dpi=(dpi, dpi))
+        image.save(tmp_path / name, dpi=(dpi, dpi))
         assert stated_um_per_px(tmp_path / name) == (um and pytest.approx(um, rel=1e-3))
-    picture.save(tmp_path / "f.tif", dpi=(72, 72))
-    picture.save(tmp_path / "g.tif")
+    image.save(tmp_path / "f.tif", dpi=(72, 72))
+    image.save(tmp_path / "g.tif")
     assert stated_um_per_px(tmp_path / "f.tif") is None and stated_um_per_px(tmp_path / "g.tif") is None
     import tifffile
 

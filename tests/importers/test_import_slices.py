@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from importer_sources import picture_of, to_anndata, write_hd, write_hest, write_legacy, write_zarr
+from importer_sources import image_of, to_anndata, write_hd, write_hest, write_legacy, write_zarr
 from tiny_runs import snapshot, stderr_line
 
 import import_slices
@@ -35,7 +35,7 @@ def formats(simulated, tmp_path_factory):
     return {
         "legacy_st": [write_legacy(folder / "st", {"A1": root}), "--spot_pitch_um", 100],
         "visium_hd": [write_hd(folder / "hd", root), "--bin", 8],
-        "h5ad": [folder / "one.h5ad", "--image", picture_of(root)],
+        "h5ad": [folder / "one.h5ad", "--image", image_of(root)],
         "spatialdata": [write_zarr(folder / "sample.zarr", root)],
     }
 
@@ -69,16 +69,16 @@ def test_formats_share_a_folder(formats, tmp_path):
     assert (tmp_path / "slices.csv").read_text() == text and text.count("\n") == 3
 
 
-def test_a_missing_picture_stops_before_the_first_section_is_written(simulated, tmp_path, capsys):
+def test_a_missing_image_stops_before_the_first_section_is_written(simulated, tmp_path, capsys):
     source = write_legacy(tmp_path / "st", {"A1": simulated / "P01_1", "A2": simulated / "P02_1"})
-    picture_of(source / "ST-imgs" / "A" / "A2").unlink()
+    image_of(source / "ST-imgs" / "A" / "A2").unlink()
     assert exit_code("--format", "legacy_st", source, "--out", tmp_path / "out") == 2
-    stderr_line(capsys, "ST-imgs: expected one H&E picture of A2, found none; name it with --image")
+    stderr_line(capsys, "ST-imgs: expected one H&E image of A2, found none; name it with --image")
     assert not (tmp_path / "out").exists()
     source = write_hest(tmp_path / "hest", {"A1": simulated / "P01_1"})
     (source / "wsis" / "A1.tif").unlink()
     assert exit_code("--format", "h5ad", source, "--out", tmp_path / "out") == 2
-    stderr_line(capsys, "wsis: expected one H&E picture of A1, found none; name it with --image")
+    stderr_line(capsys, "wsis: expected one H&E image of A1, found none; name it with --image")
 
 
 def test_wrong_flags_give_one_line(formats, tmp_path, capsys):
@@ -86,7 +86,7 @@ def test_wrong_flags_give_one_line(formats, tmp_path, capsys):
     assert exit_code("--format", "h5ad", source, "--out", tmp_path / "out", "--bin", 8) == 2
     stderr_line(capsys, "--bin 8: expected --format visium_hd or spatialdata, found h5ad")
     assert exit_code("--format", "h5ad", source, "--out", tmp_path / "out", "--image", tmp_path / "no.tif") == 2
-    stderr_line(capsys, "--image .*no.tif: expected a picture")
+    stderr_line(capsys, "--image .*no.tif: expected an image")
     assert exit_code("--format", "visium_hd", formats["visium_hd"][0], "--out", tmp_path / "out", "--bin", 2) == 2
     stderr_line(capsys, "found --bin 2; use --bin with: 8, 16")
     assert not (tmp_path / "out").exists()

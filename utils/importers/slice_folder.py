@@ -18,29 +18,20 @@ import pandas as pd
 from PIL import Image
 
 from utils.files.atomic import write_whole
-from utils.images import checks, tiles
-from utils.images.image import image_size, open_image
+from utils.importers.images import image_size, reduced_image
 from utils.slices import splits, visium
 
 if TYPE_CHECKING:
     from utils.importers.base import Source
 
-LONGEST_PX = {"hires": 2000, "lowres": 600}  # sides of Space Ranger's small pictures
-LARGEST_PX = checks.BOMB_PX  # of a picture that is decoded whole
+LONGEST_PX = {"hires": 2000, "lowres": 600}  # sides of Space Ranger's small images
 CHUNK = 2**16  # numbers of a compressed piece of the matrix
 
 
-def size_of(picture: Path | np.ndarray) -> tuple[int, int]:
-    """Width and height in pixels."""
-    if isinstance(picture, Path):
-        return image_size(picture)
-    return picture.shape[1], picture.shape[0]
-
-
 def write_folder(folder: Path, source: Source, memory: float) -> str | None:
-    """Write all files of a slice into a new folder; gives the name of the full-resolution picture, if there is one."""
+    """Write all files of a slice into a new folder; gives the name of the full-resolution image, if there is one."""
     (folder / "spatial").mkdir(parents=True)
-    image = _write_picture(folder, source)
+    image = _write_image(folder, source)
     write_matrix(folder / "filtered_feature_bc_matrix.h5", source, memory)
     write_positions(folder / "spatial" / "tissue_positions.csv", source)
     scales = _write_small(folder / "spatial", source)
@@ -48,42 +39,33 @@ def write_folder(folder: Path, source: Source, memory: float) -> str | None:
     for key in ("fiducial_diameter_fullres", "spot_diameter_fullres"):  # the first is there because readers expect it
         factors.setdefault(key, source.spot_diameter_px)
     (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(factors, indent=1) + "\n")
-    if isinstance(source.picture, Path):
-        hires_scale = factors["tissue_hires_scalef"]
-        tiles.check_scale(size_of(source.picture), source.picture, folder, hires_scale)
     return image
 
 
-def _write_picture(folder: Path, source: Source) -> str | None:
-    """The full-resolution picture: a file byte for byte, pixels as TIFF without loss."""
-    if source.picture is None:
+def _write_image(folder: Path, source: Source) -> str | None:
+    """The full-resolution image: a file byte for byte, pixels as TIFF without loss."""
+    if source.image is None:
         return None
-    if isinstance(source.picture, Path):
-        shutil.copyfile(source.picture, folder / source.picture.name)
-        return source.picture.name
-    Image.fromarray(source.picture).save(folder / f"{source.name}.tif", compression="tiff_adobe_deflate")
-    return f"{source.name}.tif"
+    if isinstance(source.image, Path):
+        shutil.copyfile(source.image, folder / source.image.name)
+        return source.image.name
+    import tifffile
 
-
-def _pixels(picture: Path | np.ndarray, longest: int) -> Image.Image:
-    """The picture, or, of one too large to be decoded whole, an image of `longest` px at the most."""
-    if isinstance(picture, np.ndarray):
-        return Image.fromarray(picture)
-    with open_image(picture) as image:
-        if image.width * image.height <= LARGEST_PX:
-            return Image.fromarray(image.crop(0, 0, image.width, image.height))
-        return Image.fromarray(image.thumbnail(longest)[0])
+    name = f"{source.name}.tif"
+    tiled: Any = {"photometric": "rgb", "tile": (256, 256), "compression": "zlib", "metadata": None}
+    tifffile.imwrite(folder / name, source.image, **tiled)
+    return name
 
 
 def _write_small(folder: Path, source: Source) -> dict[str, float]:
-    """The hires and lowres picture: those of the source, else the largest one there is, made smaller by Lanczos.
+    """The hires and lowres image: those of the source, else the largest one there is, made smaller by Lanczos.
 
-    Gives their scale factors. Where there is but a lowres picture, hires is left out.
+    Gives their scale factors. Where there is but a lowres image, hires is left out.
     """
-    largest, scale = source.picture, 1.0
+    largest, scale = source.image, 1.0
     if largest is None and "hires" in source.small:
         largest, scale = source.small["hires"], source.scalefactors["tissue_hires_scalef"]
-    full = None if largest is None else [side / scale for side in size_of(largest)]
+    full = None if largest is None else [side / scale for side in image_size(largest)]
     scales, files = {}, {kind: folder / f"tissue_{kind}_image.png" for kind in LONGEST_PX}
     for kind, longest in LONGEST_PX.items():
         usual = 1.0 if full is None else min(1.0, longest / max(full))
@@ -95,7 +77,7 @@ def _write_small(folder: Path, source: Source) -> dict[str, float]:
             Image.fromarray(given).save(files[kind])
     missing = [kind for kind in LONGEST_PX if kind not in source.small]
     if largest is not None and full is not None and missing:
-        opened = _pixels(largest, round(max(full) * max(scales[kind] for kind in missing)))
+        opened = reduced_image(largest, round(max(full) * max(scales[kind] for kind in missing)))
         for kind in missing:
             size = [round(side * scales[kind]) for side in full]
             opened.resize(size, Image.Resampling.LANCZOS).save(files[kind])
@@ -195,7 +177,7 @@ def _header(path: Path, lines: list[str]) -> tuple[int, list[str]]:
     header = _cells(lines[first].lstrip("\ufeff")) if lines else []
     if "slice" not in header:
         found = ",".join(header) or "an empty file"
-        raise ValueError(f"{path}: expected the header {','.join(splits.COLUMNS)}, found {found}; mend it")
+        raise ValueError(f"{path}: expected the header {','.join(splits.COLUMNS)}, found {found}; fix the header")
     return first, header
 
 

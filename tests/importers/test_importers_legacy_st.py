@@ -45,7 +45,7 @@ def test_all_sections_of_a_folder(her2st):
             "without a row in the spot file": 1,
             "selected without counts": 1,
         }
-        assert source.picture.name == f"{root.name}_he.jpg"
+        assert source.image.name == f"{root.name}_he.jpg"
 
 
 def test_one_table_of_counts_is_one_section(her2st):
@@ -110,8 +110,8 @@ def test_bad_folders_are_refused(tmp_path, her2st):
     folder = write_square_legacy(tmp_path / "mouse")
     image = folder / "image.jpg"
     (folder / "other.png").write_bytes(b"")
-    refused("expected one H&E picture of mouse, found image.jpg, other.png; name it with --image", only, folder)
-    assert only(folder, image).picture == image
+    refused("expected one H&E image of mouse, found image.jpg, other.png; name it with --image", only, folder)
+    assert only(folder, image).image == image
     for path in (image, folder / "other.png"):
         path.unlink()
     refused("found none; name it with --image", only, folder)
@@ -156,8 +156,8 @@ def test_the_real_sections_equal_their_published_conversion(name, tmp_path):
         files = [one.root / "spatial" / f"tissue_{kind}_image.png" for one in (found, true)]
         pixels = [np.asarray(Image.open(file)).astype(int) for file in files]
         assert np.abs(pixels[0] - pixels[1]).max() <= 2  # another Pillow may round otherwise
-    pictures = [next(one.root.glob("*.jpg")) for one in (found, true)]
-    assert pictures[0].name == pictures[1].name and pictures[0].read_bytes() == pictures[1].read_bytes()
+    images = [next(one.root.glob("*.jpg")) for one in (found, true)]
+    assert images[0].name == images[1].name and images[0].read_bytes() == images[1].read_bytes()
 
 
 MOB = {  # spots, genes, counts, um per px, left out

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from importer_sources import assert_same_slice, picture_of, write_zarr
+from importer_sources import assert_same_slice, image_of, write_zarr
 from PIL import Image
 from spaceranger_folders import refused
 
@@ -30,7 +30,7 @@ def test_a_zarr_comes_back_exactly(root, tmp_path, element):
     source = only(write_zarr(tmp_path / "sample.zarr", root, element))
     import_slice(source, tmp_path / "out")
     found = assert_same_slice(tmp_path / "out" / "sample", root)
-    pixels = np.asarray(Image.open(picture_of(root)).convert("RGB"))
+    pixels = np.asarray(Image.open(image_of(root)).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(Image.open(found.root / "sample.tif")), pixels)
     diameter = visium.read_scalefactors(found.root)["spot_diameter_fullres"]
     assert diameter == pytest.approx(27.5 if element == "circles" else 55, rel=0.01)  # radius 27.5 um at 2 um per px
@@ -38,9 +38,9 @@ def test_a_zarr_comes_back_exactly(root, tmp_path, element):
 
 def test_a_file_in_place_of_the_image(root, tmp_path):
     path = write_zarr(tmp_path / "sample.zarr", root)
-    source = only(path, picture_of(root))
+    source = only(path, image_of(root))
     import_slice(source, tmp_path / "out")
-    assert (tmp_path / "out" / "sample" / picture_of(root).name).read_bytes() == picture_of(root).read_bytes()
+    assert (tmp_path / "out" / "sample" / image_of(root).name).read_bytes() == image_of(root).read_bytes()
     other = Image.new("RGB", (50, 50))
     other.save(tmp_path / "other.png")
     refused("other.png: expected .* px", only, path, tmp_path / "other.png")

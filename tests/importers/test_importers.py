@@ -6,13 +6,13 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from importer_sources import assert_same_slice, picture_of
+from importer_sources import assert_same_slice, image_of
 from PIL import Image
 from spaceranger_folders import refused
 
-from utils.importers import base as importers
-from utils.importers import files as importers_files
-from utils.importers.base import Source, import_slice, whole_counts
+from utils.importers import images as importer_images
+from utils.importers import slice_folder
+from utils.importers.base import Source, import_slice, place_spots, whole_counts
 from utils.slices import splits, visium
 
 
@@ -24,8 +24,10 @@ def root(simulated):
 @pytest.fixture
 def source(root):
     found = visium.read_slice(root)
+    xy_px, array = found.spots[["x_fullres_px", "y_fullres_px"]], found.spots[["array_row", "array_col"]]
+    spots, lattice, _ = place_spots("S1", found.spots.index, xy_px.to_numpy(), array.to_numpy())
     names = (found.genes, found.gene_ids)
-    return Source("S1", "P1", root, found.counts, *names, found.spots, 100.0, 55.0, picture_of(root))
+    return Source("S1", "P1", root, found.counts, *names, spots, lattice, 100.0, 55.0, image_of(root))
 
 
 def test_a_slice_is_written_as_space_ranger_writes_it(source, root, tmp_path):
@@ -37,10 +39,10 @@ def test_a_slice_is_written_as_space_ranger_writes_it(source, root, tmp_path):
     np.testing.assert_array_equal(adata.X.toarray(), source.counts.toarray())
     assert list(adata.var["gene_ids"]) == list(source.gene_ids)
     names = sorted(path.relative_to(tmp_path / "S1").as_posix() for path in (tmp_path / "S1").rglob("*.*"))
-    pictures = [f"spatial/tissue_{kind}_image.png" for kind in ("hires", "lowres")]
+    images = [f"spatial/tissue_{kind}_image.png" for kind in ("hires", "lowres")]
     others = ["spatial/scalefactors_json.json", "spatial/tissue_positions.csv", "filtered_feature_bc_matrix.h5"]
-    assert names == sorted([source.picture.name, *pictures, *others])
-    with Image.open(tmp_path / "S1" / pictures[1]) as small:
+    assert names == sorted([source.image.name, *images, *others])
+    with Image.open(tmp_path / "S1" / images[1]) as small:
         assert max(small.size) == 600
     assert visium.read_scalefactors(found.root)["spot_diameter_fullres"] == 55
 
@@ -48,7 +50,7 @@ def test_a_slice_is_written_as_space_ranger_writes_it(source, root, tmp_path):
 @pytest.mark.parametrize("memory", [1, 64 * 200, np.inf])
 def test_counts_written_by_spans_are_those_written_at_once(source, root, tmp_path, memory):
     for name, given in (("one", np.inf), ("spans", memory)):
-        importers_files.write_matrix(tmp_path / f"{name}.h5", source, given)
+        slice_folder.write_matrix(tmp_path / f"{name}.h5", source, given)
     with h5py.File(tmp_path / "one.h5") as one, h5py.File(tmp_path / "spans.h5") as spans:
         for name in ("data", "indices", "indptr", "shape", "barcodes", "features/name"):
             np.testing.assert_array_equal(one["matrix"][name][:], spans["matrix"][name][:])
@@ -79,8 +81,8 @@ def test_what_is_read_back_is_compared(source, tmp_path, monkeypatch, what):
         "pixel positions": lambda: replace(source, spots=source.spots.assign(x_fullres_px=1.5)),
         "genes": lambda: replace(source, genes=source.genes[::-1]),
     }[what]()
-    write = importers_files.write_folder
-    monkeypatch.setattr(importers_files, "write_folder", lambda part, _, memory: write(part, other, memory))
+    write = slice_folder.write_folder
+    monkeypatch.setattr(slice_folder, "write_folder", lambda part, _, memory: write(part, other, memory))
     refused(f"expected the .*{what}.* of .*found others", import_slice, source, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -101,24 +103,24 @@ def test_bad_sources_are_refused_before_anything_is_written(source, tmp_path):
         ({"spots": repeated}, "each barcode once"),
         ({"spots": slashed}, "cannot be a file name"),
         ({"spots": spots.assign(x_fullres_px=np.nan)}, "finite spot positions"),
-        ({"spots": spots + 1e6}, "expected the picture that the spots refer to, found 0 of 70 on its"),
-        ({"picture": None}, "found none; name it with --image"),
+        ({"spots": spots + 1e6}, "expected the image that the spots refer to, found 70 of 70 spots outside its"),
+        ({"image": None}, "found none; name it with --image"),
         ({"spots": spots.iloc[:0], "counts": source.counts[:0], "left_out": {"not selected": 3}}, "3 not selected"),
     ):
         refused(match, import_slice, replace(source, **changed), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_spots_beyond_the_picture_are_counted(source, tmp_path):
+def test_spots_beyond_the_image_are_counted(source, tmp_path):
     spots = source.spots.copy()
     spots.iloc[:2, 2] = -5.0
     (line,) = import_slice(replace(source, spots=spots), tmp_path)
-    assert "2 outside the picture" in line
+    assert "2 outside the image" in line
 
 
-def test_a_picture_too_large_to_decode_is_read_by_blocks(source, tmp_path, monkeypatch):
+def test_a_image_too_large_to_decode_is_read_by_blocks(source, tmp_path, monkeypatch):
     import_slice(source, tmp_path / "whole")
-    monkeypatch.setattr(importers_files, "LARGEST_PX", 1000)
+    monkeypatch.setattr(importer_images, "LARGEST_PX", 1000)
     import_slice(source, tmp_path / "blocks")
     for kind in ("hires", "lowres"):
         name = f"S1/spatial/tissue_{kind}_image.png"
@@ -148,7 +150,7 @@ def listed(simulated, tmp_path):
 
 
 def test_a_new_table_lists_the_slices_that_were_there(listed):
-    importers_files.add_row(listed, row())
+    slice_folder.add_row(listed, row())
     assert (listed / "slices.csv").read_text() == "slice,patient,part,spot_pitch_um,image\nA,A,,,\nS1,P,,200,a.jpg\n"
 
 
@@ -164,7 +166,7 @@ def test_a_new_table_lists_the_slices_that_were_there(listed):
 )
 def test_lines_of_a_table_stay_as_they_are(listed, before, after):
     (listed / "slices.csv").write_bytes(before.encode())
-    importers_files.add_row(listed, row())
+    slice_folder.add_row(listed, row())
     assert (listed / "slices.csv").read_bytes().decode() == after
     rows, _ = splits.read_table(listed, split=False)
     assert rows[-1].slice == "S1" and len(rows) == ("A" in before) + 1
@@ -173,11 +175,11 @@ def test_lines_of_a_table_stay_as_they_are(listed, before, after):
 @pytest.mark.parametrize("text", ["", "name,patient\n"])
 def test_a_table_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "slices.csv").write_text(text)
-    refused("slices.csv: expected the header", importers_files.check_table, tmp_path)
+    refused("slices.csv: expected the header", slice_folder.check_table, tmp_path)
 
 
-def test_pictures_that_no_script_reads(tmp_path):
+def test_files_that_are_no_images(tmp_path):
     (tmp_path / "a.txt").write_text("")
-    refused("--image .*a.txt: expected a picture .* found a file .txt", importers.check_picture, tmp_path / "a.txt")
-    refused("found no such file", importers.check_picture, tmp_path / "b.tif")
-    assert importers.check_picture(None) is None
+    refused("--image .*a.txt: expected an image .* found a file .txt", importer_images.check_image, tmp_path / "a.txt")
+    refused("found no such file", importer_images.check_image, tmp_path / "b.tif")
+    assert importer_images.check_image(None) is None

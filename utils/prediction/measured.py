@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
 from utils.slices import visium
 
@@ -34,7 +35,7 @@ def read_measured(folder: Path, wanted: list[str], barcodes: np.ndarray, memory:
     if visium.read_barcodes(visium.find_root(folder)) is None:
         return None
     source = visium.read_slice(folder, memory=memory)
-    names = gene_panels.mapped_names(source.genes, gene_panels.symbols_by_id(source.genes, source.gene_ids))
+    names = gene_names.mapped_names(source.genes, gene_names.symbols_by_id(source.genes, source.gene_ids))
     gathering = gene_panels.gather(names, wanted)
     counts, total = np.zeros((len(source.spots), len(wanted)), np.int32), np.zeros(len(source.spots), np.int64)
     for span in visium.spans(source.counts, memory):

@@ -1,7 +1,9 @@
 """names.py: features that are no genes, and genes whose symbols look like theirs; matrices that hold both."""
 
 import gzip
+import shutil
 
+import h5py
 import numpy as np
 import pytest
 from spaceranger_folders import BARCODES, COUNTS, IDS, refused, write_folder, write_h5, write_spatial
@@ -11,15 +13,17 @@ from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
 from utils.slices import matrix, visium
 
+SPACED = ["Negative Control Probe 1", "System Control 3", "Negative Probe", "Custom Negative Set 1"]
 CONTROLS = """
 NegControlProbe_00042 NegControlCodeword_0500 NegControlProbe-00042 NegPrb1 NegPrb10 NegProbe-WTX NegProbe_CTP01
-Negative1 Negative01 Negative Negative.1 negative_control_3 Neg.Ctrl_1 SystemControl1 SystemControl201 FalseCode FalseCode12
-BLANK_0006 BLANK-0006 Blank-1 Blank-10-1 blank1 Blank UnassignedCodeword_0001 UnassignedCodeword-0001 Unassigned
-Unassigned_NoFeatures unassigned-1 DeprecatedCodeword_0317 DEPRECATED_ENSG00000000001 Deprecated antisense_BCL2L15
-antisense-PROKR2 Intergenic_Region_10014 INTERGENIC1 Intergenic GenomicControl_3 Genomic_Control_12 ControlProbe_7
-ERCC-00002 ERCC_00171 ERCC.00130 SIRV101 __no_feature __ambiguous __ambiguous[ENSG1+ENSG2] X__alignment_not_unique
-no_feature ambiguous N_unmapped N_noFeature NEG_A POS_B(32) Custom_Negative1
-""".split() + ["Negative Control Probe 1", "System Control 3", "Negative Probe", "Custom Negative Set 1"]
+Negative1 Negative01 Negative Negative.1 negative_control_3 Neg.Ctrl_1 SystemControl1 SystemControl201 FalseCode
+FalseCode12 BLANK_0006 BLANK-0006 Blank-1 Blank-10-1 blank1 Blank UnassignedCodeword_0001 UnassignedCodeword-0001
+Unassigned Unassigned_NoFeatures unassigned-1 DeprecatedCodeword_0317 DEPRECATED_ENSG00000000001 Deprecated
+antisense_BCL2L15 antisense-PROKR2 Intergenic_Region_10014 INTERGENIC1 Intergenic GenomicControl_3 Genomic_Control_12
+ControlProbe_7 ERCC-00002 ERCC_00171 ERCC.00130 SIRV101 __no_feature __ambiguous __ambiguous[ENSG1+ENSG2]
+X__alignment_not_unique no_feature ambiguous N_unmapped N_noFeature NEG_A POS_B(32) Custom_Negative1
+""".split()
+CONTROLS += SPACED
 GENES = """
 TP53 HOXA10-AS TRAF3IP2-AS1 NEGR1 Negr1 NELFA BLNK Blnk ERCC1 ERCC6L2 Ercc2 CTRL CTRB1 NKX2-1 HLA-A HLA-DRB1 H2-K1
 MIR3648-1 SNORD115-1 KRTAP5-1 ERVK3-1 RP11-34P13.7 AC000000.1 AL627309.1 C10orf10 1700001C02Rik Gm1992 mt-Nd1 MT-CO1
@@ -41,16 +45,19 @@ def test_genes_are_no_controls_also_in_other_case():
         assert [name for name in GENES if gene_names.is_control(spelled(name))] == []
 
 
+def text_of(path):
+    content = path.read_bytes()
+    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+
+
 @pytest.mark.realdata
 def test_no_gene_of_real_sections_is_a_control(real_data):
-    names = gzip.open(real_data / "visium_1142243F" / "feature_lists" / "features.tsv.gz", "rt").read().split()
+    names = text_of(real_data / "visium_1142243F" / "feature_lists" / "features.tsv.gz").split()
     assert len(names) == 28402
     for path in sorted((real_data / "her2st" / "ST-cnts").glob("*.tsv.gz")):
-        with gzip.open(path, "rt") as file:
-            names += file.readline().split()
+        names += text_of(path).split("\n", 1)[0].split()
     for path in (real_data / "spaceranger_samples").rglob("*features.tsv*"):
-        lines = (gzip.open if path.suffix == ".gz" else open)(path, "rt").read().splitlines()
-        names += [line.split("\t")[1] for line in lines if "\t" in line]
+        names += [line.split("\t")[1] for line in text_of(path).splitlines() if "\t" in line]
     assert [name for name in names if gene_names.is_control(name)] == []
 
 
@@ -108,8 +115,6 @@ def test_controls_alone_are_no_matrix(tmp_path):
 
 
 def test_features_of_unequal_length_are_refused(tmp_path):
-    import h5py
-
     with h5py.File(write_h5(tmp_path / "m.h5"), "a") as file:
         del file["matrix/features/id"]
         file["matrix/features/id"] = np.array(IDS[:3], "S")
@@ -123,8 +128,6 @@ def test_features_of_unequal_length_are_refused(tmp_path):
 @pytest.fixture
 def work(simulated, tmp_path):
     """Three simulated slices whose last three features, the most expressed ones, are controls."""
-    import shutil
-
     data = shutil.copytree(simulated, tmp_path / "data", ignore=shutil.ignore_patterns("*.jpg", "*.png", "truth.h5ad"))
 
     def loud(counts, barcodes, names):

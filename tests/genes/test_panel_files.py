@@ -2,7 +2,6 @@
 
 import anndata
 import numpy as np
-import pytest
 import scipy.sparse as sp
 from spaceranger_folders import refused
 

@@ -1,5 +1,6 @@
 """names.py: symbols made unique by anndata, R and others get their repeated name back, and nothing else changes."""
 
+import gzip
 import shutil
 
 import anndata
@@ -100,6 +101,24 @@ def test_what_anndata_makes_unique_comes_back(names):
     adata.var_names = names
     adata.var_names_make_unique()
     assert merged(adata.var_names) == names
+
+
+@pytest.mark.realdata
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_real_tables_come_back(real_data):
+    """Symbols of Visium's reference made unique by R; a mouse table, whose Krtap13-1 is a gene, by anndata."""
+    path = real_data / "visium_1142243F" / "feature_lists" / "features.tsv.gz"
+    names = gzip.decompress(path.read_bytes()).decode().split()
+    found = merged(names)
+    assert sorted(name for name, old in zip(names, found, strict=True) if name != old) == [
+        *("CYB561D2.1", "GGT1.1", "GOLGA8M.1", "HSPA14.1", "LINC01238.1", "MATR3.1", "TBCE.1", "TMSB15B.1")
+    ]
+    path = real_data / "spaceranger_samples" / "mouse_embryo_3.0.0" / "filtered_feature_bc_matrix" / "features.tsv.gz"
+    names = [line.split("\t")[1] for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    adata = anndata.AnnData(np.zeros((1, len(names)), np.float32))
+    adata.var_names = names
+    adata.var_names_make_unique()
+    assert len(set(names)) == len(names) - 11 and merged(adata.var_names) == names
 
 
 # ---- several slices

@@ -105,11 +105,15 @@ def _names_of_table(lines: list[str]) -> list[str]:
     counts = {mark: sum(mark in line for line in lines) for mark in "\t;,"}
     mark = max(counts, key=lambda mark: counts[mark]) if any(counts.values()) else None
     rows = [row for line in lines if (row := _cells(line, mark))]
-    while rows and all(not row[0] for row in rows):
+    if not rows:
+        return []
+    while all(not row[0] for row in rows):
         rows = [row[1:] for row in rows]
+    if mark is None and len(rows[0]) > 1 and _heading_name(lines[0]) in HEADINGS:
+        rows[0] = [lines[0]]
     if all(len(row) == 1 for row in rows):
         names = [row[0] for row in rows]
-        return names[1:] if names and _heading_name(names[0]) in HEADINGS else names
+        return names[1:] if _heading_name(names[0]) in HEADINGS else names
     if len(rows) == 2 and len(rows[0]) == 1 and _heading_name(rows[0][0]) in HEADINGS:
         return _names_of_line(lines[-1])
     heading, body = _split_heading(rows)
@@ -151,9 +155,10 @@ def _split_heading(rows: list[list[str]]) -> tuple[list[str] | None, list[list[s
     if _count_up([row[0] for row in rows]):
         return None, rows
     numbered, shifted = _count_up(names), ["", *first]
-    if len(first) == width - 1 and (numbered or all(map(ensembl_id, names)) or _above_numbers(shifted, body)):
-        return shifted, body
     named = any(_heading_name(cell) in HEADINGS for cell in first)
+    of_row_names = numbered or all(map(ensembl_id, names)) or (not named and _above_numbers(shifted, body))
+    if len(first) == width - 1 and of_row_names:
+        return shifted, body
     is_heading = named or not first[0] or numbered or _above_numbers(first, body)
     return (first, body) if is_heading else (None, rows)
 

@@ -73,7 +73,7 @@ def load_slice(row: splits.SliceRow, args: Any, roles: tuple[str, ...], val_stri
         )
     kept = np.flatnonzero(tile_rows >= 0)
     if len(kept) < len(tile_rows):
-        print(f"{row.slice}: {len(tile_rows) - len(kept)} spots outside the picture are left out")
+        print(f"{row.slice}: {len(tile_rows) - len(kept)} spots outside the image are left out")
     xy = first.xy_fullres_px[kept]
     strip = val_strip and row.part == "train"
     return SliceData(
@@ -116,13 +116,13 @@ def load_slices(
     return slices
 
 
-def um_per_fullres_px(one: SliceData, hires_scale: float) -> float | None:
-    """Micrometres per full-resolution pixel, as the tiles' record tells; None where the spot pitch is not known."""
+def um_per_fullres_px(one: SliceData) -> float | None:
+    """Micrometres per full-resolution pixel, by the tiles' record; None where the spot pitch is not known."""
     record = one.pack.record or {}
     if record.get("um_per_px") is None:
         return None
     per_source_px = record["um_per_px"] * record["size"] / record["crop"]
-    return per_source_px * (hires_scale if record["source"] == "hires" else 1.0)
+    return per_source_px * record["scale"]
 
 
 def tile_scale(one: SliceData) -> tuple[int, float | None]:

@@ -214,14 +214,16 @@ class TileBatches:
 
 class EpochOrder:
     """Whole batches in an order drawn from (seed, epoch), an incomplete last one is dropped; of each the part of this
-    process. `accumulate` batches make a step, of which there are whole ones only. `first` is the batch to begin at."""
+    process. `accumulate` batches make a step, or all where an epoch has fewer; batches that make no whole step are
+    dropped. `first` is the batch to begin at."""
 
     def __init__(self, n_spots: int, batch_size: int, seed: int, accumulate: int = 1):
         self.n_spots, self.batch_size, self.seed = n_spots, batch_size, seed
-        self.accumulate, self.epoch, self.first = accumulate, 0, 0
+        self.n_batches, self.epoch, self.first = n_spots // batch_size, 0, 0
+        self.accumulate = max(min(accumulate, self.n_batches), 1)
 
     def __len__(self) -> int:
-        return self.n_spots // self.batch_size // self.accumulate * self.accumulate
+        return self.n_batches // self.accumulate * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_spots)

@@ -3,24 +3,24 @@
     python image_tilling.py --data data/Breast_cancer --tiles data/Breast_cancer_image_process
     python image_tilling.py --source hires --crop_size 40        # the published tiles
 
-Reads slice folders (`spatial/`, the image, barcodes of the counts where there are any); writes per slice `tiles.h5`, the
-record `tiles.json` and, with --jpeg or --crop_size, a `<barcode>.jpeg` per spot. A slice whose tiles are there already,
-cut in the same way from the same image, is left as it is.
+Reads slice folders (`spatial/`, the image, barcodes of the counts where there are any); writes per slice `tiles.h5`,
+the record `tiles.json` and, with --jpeg or --crop_size, a `<barcode>.jpeg` per spot. A slice whose tiles are there
+already, cut in the same way from the same image, is left as it is.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from utils.files.atomic import write_record
 from utils.files.hashing import content_hash
 from utils.images import tiles
-from utils.images.image import open_image
+from utils.images.image import TissueImage, open_image
 from utils.slices import checks, splits, visium
 from utils.training import arguments
 from utils.training.folder import alone_in
@@ -69,39 +69,64 @@ def plan_cut(slice_: visium.Slice, source: visium.SourceImage, args) -> tiles.Cu
 
 
 def tile_slice(row: splits.SliceRow, args) -> int:
-    """The tiles of one slice, if they are not there already; returns how many spots have one."""
+    """The tiles of one slice, unless they are there; returns how many spots have one."""
     pitch_um = args.spot_pitch_um or row.spot_pitch_um
     slice_ = visium.open_slice(splits.slice_folder(args.data, row), row.slice, pitch_um)
     source = slice_.source_image(args.source, row.image)
-    cut = replace(plan_cut(slice_, source, args), image_hash=content_hash(source.path))
-    folder, jpeg = args.tiles / row.slice, args.jpeg or args.crop_size is not None
-    record = tiles.read_record(folder)
-    if record is not None and tiles.is_whole(folder, record, cut, slice_.spots.index.to_numpy(str), jpeg):
-        number, outside, what = record["number"], record["outside"], "are there"
-    else:
-        number, outside = cut_slice(slice_, source, cut, folder, jpeg, args)
-        what = f"of {cut.size} px from {source.path.name}"
+    cut, image_hash = plan_cut(slice_, source, args), content_hash(source.path)
+    outside = tiles_are_there(slice_, args.tiles / row.slice, cut, image_hash, args.jpeg)
+    what = "are there" if outside is not None else f"of {cut.size} px from {source.path.name}"
+    if outside is None:
+        outside = cut_slice(slice_, source, cut, image_hash, args)
+    number = len(slice_.spots) - len(outside)
     notes = [f"{n} {reason}" for reason, n in slice_.unmatched.items() if n]
     notes += [f"{len(outside)} outside the image"] if outside else []
     print(f"{row.slice}: {number} tiles {what}" + "".join(f", {note}" for note in notes))
     return number
 
 
-def cut_slice(slice_, source, cut: tiles.Cut, folder: Path, jpeg: bool, args) -> tuple[int, list[str]]:
-    """Check image and spots against each other, cut, and write the record last: a folder with a record is whole."""
+def tiles_are_there(
+    slice_: visium.Slice, folder: Path, cut: tiles.Cut, image_hash: str, jpeg: bool
+) -> list[str] | None:
+    """Spots outside the image, of a folder that holds just these tiles; None where it does not, which is printed."""
+    with suppress(ValueError):  # a damaged record goes with its tiles
+        record = tiles.read_record(folder) or {}
+        outside = record.get("outside", [])
+        kept = ~slice_.spots.index.isin(outside)
+        barcodes, xy_px = slice_.spots.index.to_numpy(str)[kept], slice_.xy_fullres_px[kept]
+        if tiles.is_whole(folder, cut, image_hash, barcodes, xy_px, jpeg or not cut.resampled):
+            return outside
+        changed = tiles.changes(record, cut, image_hash) if record else []
+        if changed:
+            print(f"{slice_.name}: settings changed ({', '.join(changed)}): its tiles are cut anew")
+    return None
+
+
+def cut_slice(slice_: visium.Slice, source: visium.SourceImage, cut: tiles.Cut, image_hash: str, args) -> list[str]:
+    """Hold image and spots against each other, then cut the slice as a whole; returns the spots outside the image."""
     with open_image(source.path, huge=args.huge) as image:
         inside, warnings = checks.check_image(slice_, source, image, image.thumbnail(checks.THUMBNAIL_PX))
-        arguments.say([f"{slice_.name}: {text}" for text in (*slice_.warnings, *image.notes, *warnings)])
+        for note in image.notes:
+            print(f"{slice_.name}: {source.path.name}: {note}")
+        arguments.say([f"{slice_.name}: {warning}" for warning in (*slice_.warnings, *warnings)])
+        outside = slice_.spots.index[~inside].tolist()
         barcodes, xy_px = slice_.spots.index.to_numpy(str)[inside], slice_.xy_fullres_px[inside]
-        workers = min(4, os.cpu_count() or 1) if args.workers is None else args.workers
-        blocks = tiles.cut_tiles(image, xy_px * source.scale, cut, BATCH, workers)
-        bar = tqdm(blocks, total=-(-len(xy_px) // BATCH), desc=f"{slice_.name}: tiles", unit_scale=BATCH, disable=None)
-        tiles.write_pack(folder, barcodes, xy_px, bar, cut.size)
-    if jpeg:
-        tiles.write_jpegs(folder, cut.quality)
-    outside = slice_.spots.index[~inside].tolist()
-    tiles.write_record(folder, cut, len(barcodes), outside)
-    return len(barcodes), outside
+        about = {"number": len(barcodes), "outside": outside, "image_hash": image_hash}
+        about["software"] = f"magic image_tilling, Pillow {Image.__version__}"
+        centres = xy_px * source.scale
+        order = tiles.reading_order(centres, cut)
+        blocks = with_bar(image, centres[order], cut, args.workers, slice_.name)
+        jpeg = args.jpeg or not cut.resampled
+        tiles.write_tiles(args.tiles / slice_.name, blocks, cut, barcodes, xy_px, about, order, jpeg)
+    return outside
+
+
+def with_bar(image: TissueImage, centres, cut: tiles.Cut, workers: int | None, name: str) -> Iterator[np.ndarray]:
+    """Tiles (n, Z, Z, 3) in the order of the centres, counted by a progress bar."""
+    with tqdm(total=len(centres), desc=f"{name}: tiles", unit="spot", disable=None) as bar:
+        for block in tiles.cut_tiles(image, centres, cut, BATCH, workers):
+            bar.update(len(block))
+            yield block
 
 
 @alone_in("tiles")

@@ -153,13 +153,13 @@ def write_results(one: outputs.Prediction, metrics: dict | None, args, out: Path
     outputs.write_report(out / "report.html", one, metrics, checkpoint.plain(vars(args)) | one.about)
 
 
-def describe(planned: layout.Plan, spots: layout.SlideSpots, slide, found, args) -> dict:
+def describe(planned: layout.Plan, spots: layout.SlideSpots, image, found, args) -> dict:
     """Plain values that go with the results."""
     above = float((found.domain_score > found.domain_limit).mean())
     return {
         "slide": str(planned.request.slide),
         "image": str(planned.source.path),
-        "image_px": [slide.width, slide.height],
+        "image_px": [image.width, image.height],
         "um_per_fullres_px": spots.um_per_fullres_px,
         "spot_pitch_fullres_px": spots.pitch_fullres_px,
         "n_spots": len(spots.barcodes),
@@ -172,17 +172,19 @@ def describe(planned: layout.Plan, spots: layout.SlideSpots, slide, found, args)
 
 
 def predict_one(planned: layout.Plan, key: dict, run, args) -> None:
-    """One slide, from its picture to all its files; the record that says that it is done comes last."""
+    """One slide, from its image to all its files; the record that says that it is done comes last."""
     from utils.evaluation import metrics as scales
-    from utils.images import image as whole_slide
+    from utils.images.image import open_image
     from utils.prediction import predict
 
     out, um_per_px = planned.request.out, planned.um_per_image_px
-    with whole_slide.open_slide(planned.source.path, um_per_px, args.huge) as slide:
-        picture, scale = slide.thumbnail()
-        spots = layout.lay(planned, slide, picture, scale, args.grid)
-        found = predict.predict_slide(run, slide, spots, out / FEATURES)
-        about = describe(planned, spots, slide, found, args)
+    with open_image(planned.source.path, um_per_px, args.huge) as image:
+        for note in image.notes:
+            print(f"{planned.request.name}: {planned.source.path.name}: {note}")
+        thumbnail, scale = image.thumbnail()
+        spots = layout.lay(planned, image, thumbnail, scale, args.grid)
+        found = predict.predict_slide(run, image, spots, out / FEATURES)
+        about = describe(planned, spots, image, found, args)
     if about["unlike_training"]:
         print(
             f"warning: {spots.name}: unlike anything the model was trained on: trust nothing here (out-of-domain "
@@ -201,7 +203,7 @@ def predict_one(planned: layout.Plan, key: dict, run, args) -> None:
         genes=state["genes"],
         target=state["target"],
         val_pcc=val_pcc,
-        picture=picture,
+        picture=thumbnail,
         picture_scale=scale * spots.image_scale,
         about=about,
         **vars(found),

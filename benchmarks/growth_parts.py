@@ -91,7 +91,7 @@ def tiling(setting: Setting) -> Work:
 
     flags = ["--data", str(setting.folder / "data"), "--tiles", str(setting.folder / "tiles"), "--source", "hires"]
     work = partial(image_tilling.main, image_tilling.parse_args([*flags, "--crop_size", str(CUT_PX)]))
-    return Work(work, setting.n_spots, workers=min(4, os.cpu_count() or 1))
+    return Work(work, setting.n_spots)
 
 
 def some_counts(n_spots: int, rng: np.random.Generator) -> np.ndarray:

@@ -16,6 +16,8 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
+from utils.genes.names import are_controls, without_unique_suffixes
+
 COUNT_WORDS = {"counts", "count", "raw", "rawcounts", "umi", "umis"}
 NEUTRAL_WORDS = {"x", "data", "matrix", "integer", "original"}  # a layer is taken as counts for words of these two only
 TOTALS = ("total_counts", "n_counts", "nUMI", "n_umi", "total_umis")  # and nCount_* of Seurat
@@ -28,13 +30,6 @@ SYMBOL_COLUMNS = (
 # Ensembl, FlyBase, WormBase, RefSeq, HGNC, MGI, and the numbers of NCBI or of a running index
 ID = re.compile(r"(ENS[A-Z]*[GT]\d+|FBgn\d+|WBGene\d+|[NX][MR]_\d+|HGNC:\d+|MGI:\d+|\d+)(\.\d+)?(_PAR_Y)?")
 GENE_KINDS = {"feature_types": "Gene Expression", "feature_biotype": "gene"}  # Space Ranger's, CELLxGENE's
-CONTROL = re.compile(
-    r"(neg(ative)?[-_ ]?(ctrl|control)?[-_ ]?(probe|prb|codeword|\d)|(neg|pos)(ative|itive)?[-_ ]?control"
-    r"|system[-_ ]?control|false[-_ ]?code|blank[-_ ]?|antisense|(unassigned|deprecated)[-_ ]?codeword"
-    r"|intergenic[-_ ]?region|deprecated_|ERCC-\d).*",
-    re.IGNORECASE,
-)
-MADE_UNIQUE = re.compile(r"(.+)[-.]([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -221,31 +216,6 @@ def gene_names(where: str, var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     ids = np.where(ids == "", index, ids).astype(str)
     names = np.where(names == "", ids, names).astype(str)
     return without_unique_suffixes(names, ids), ids
-
-
-def without_unique_suffixes(names: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Names (F,) as they were before repeated ones were made unique: TBCE, TBCE-1 become TBCE, TBCE.
-
-    A name BASE-k (scanpy), BASE.k (R) or BASE_id (CELLxGENE) is such a copy where BASE is there too, and for numbers
-    every smaller one.
-    """
-    there = set(names.tolist())
-    merged = []
-    for name, gene_id in zip(names.tolist(), ids.tolist(), strict=True):
-        match = MADE_UNIQUE.fullmatch(name)
-        if name != gene_id and name.endswith(f"_{gene_id}"):
-            name = name[: -len(gene_id) - 1]
-        elif match and match[1] in there:
-            join = name[len(match[1])]
-            earlier = all(f"{match[1]}{join}{k}" in there for k in range(1, int(match[2])))
-            name = match[1] if earlier else name
-        merged.append(name)
-    return np.array(merged, dtype=str)
-
-
-def are_controls(names: np.ndarray) -> np.ndarray:
-    """Which names (F,) are of control probes, codewords, blanks and spike-ins in place of genes."""
-    return np.array([CONTROL.fullmatch(name) is not None for name in names.tolist()], dtype=bool)
 
 
 def genes_among(var: pd.DataFrame, names: np.ndarray) -> tuple[np.ndarray, list[str]]:

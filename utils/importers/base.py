@@ -21,8 +21,9 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from utils.images import tiles
+from utils.images.image import stated_um_per_px
 from utils.importers import slice_folder
-from utils.importers.images import image_size, stated_um_per_px, thumbnail
+from utils.importers.images import image_size, thumbnail
 from utils.slices import checks, splits, visium
 from utils.slices.lattice import Lattice, fit_lattice
 from utils.slices.matrix import check_once, listing

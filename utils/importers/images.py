@@ -11,10 +11,8 @@ import numpy as np
 from PIL import Image
 
 from utils.images import image as image_files
-from utils.images import pixel_size, tiles
 from utils.images.image import SUFFIXES, open_image
 
-stated_um_per_px = pixel_size.stated_um_per_px
 LARGEST_PX = 2**27  # of an image that is decoded whole, 400 MB
 # Resampling and compression leave values a little beyond the ends of the scale.
 UNIT_RANGE, BYTE_RANGE = (-0.1, 1.1), (-26.0, 281.0)
@@ -33,9 +31,10 @@ def reduced_image(image: Path | np.ndarray, longest: int) -> Image.Image:
     """The image; of one too large to decode whole, an image of at most `longest` px."""
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
-    if np.prod(image_size(image)) <= LARGEST_PX:
-        return tiles.open_picture(image)
-    return Image.fromarray(thumbnail(image, longest)[0])
+    with open_image(image) as opened:
+        if opened.width * opened.height <= LARGEST_PX:
+            return Image.fromarray(opened.crop(0, 0, opened.width, opened.height))
+        return Image.fromarray(opened.thumbnail(longest)[0])
 
 
 def thumbnail(image: Path | np.ndarray, longest: int) -> tuple[np.ndarray, float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
 from utils.slices import visium
 from utils.slices.visium import Slice
@@ -34,7 +35,7 @@ def read_measured(slice_: Slice, wanted: list[str], barcodes: np.ndarray, memory
     if slice_.matrix is None:
         return None
     source = slice_.with_counts(memory)
-    names = gene_panels.mapped_names(source.genes, gene_panels.symbols_by_id(source.genes, source.gene_ids))
+    names = gene_names.mapped_names(source.genes, gene_names.symbols_by_id(source.genes, source.gene_ids))
     gathering = gene_panels.gather(names, wanted)
     counts, total = np.zeros((len(source.spots), len(wanted)), np.int32), np.zeros(len(source.spots), np.int64)
     for span in visium.spans(source.counts, memory):

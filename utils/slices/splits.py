@@ -16,7 +16,6 @@ import numpy as np
 from utils.slices.visium import is_slice, why_no_slice
 
 PARTS = ("train", "val", "test")
-IMAGE_SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png", ".svs", ".ndpi")
 
 
 @dataclass(frozen=True)

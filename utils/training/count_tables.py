@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from utils.genes import downsampling
 from utils.genes import panels as gene_panels
 from utils.slices import content, splits
 from utils.training.datasets import SliceData
@@ -99,8 +98,8 @@ def read_one(path: Path, panel: list[str], held_out: HeldOut, allow_leak: bool, 
     print(", ".join([f"{path.name}: {len(kept)} spots", f"{measured.sum()} input genes", *notes]))
     of_panel, total = of_panel[kept], total[kept]
     if equal_depth:
-        seeds = downsampling.spot_seeds(path.stem, barcodes[kept])
-        of_panel, total = downsampling.thin_counts(of_panel, total, equal_depth, seeds)
+        seeds = gene_panels.spot_seeds(path.stem, barcodes[kept])
+        of_panel, total = gene_panels.downsample_counts(of_panel, total, equal_depth, seeds)
     return CountTable(path.stem, gene_panels.bin_tokens(of_panel, total), measured, counts_hash)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from utils.genes import downsampling
 from utils.genes import panels as gene_panels
 from utils.images.tiles import TilePack
 from utils.slices import splits, visium
@@ -44,8 +43,8 @@ class SliceData:
         """Input tokens of stage one: (S, G) uint8, in `out` if given."""
         counts, totals = self.panels["input"].counts, self.total_counts
         if self.equal_depth:
-            seeds = downsampling.spot_seeds(self.name, self.barcodes)
-            counts, totals = downsampling.thin_counts(counts, totals, self.equal_depth, seeds)
+            seeds = gene_panels.spot_seeds(self.name, self.barcodes)
+            counts, totals = gene_panels.downsample_counts(counts, totals, self.equal_depth, seeds)
         return gene_panels.bin_tokens(counts, totals, out)
 
     def rows_of(self, part: str) -> np.ndarray:

@@ -1,6 +1,5 @@
-"""gene_names.py: one gene under several names; the files that tell of them."""
+"""names.py: Ensembl ids with and without versions; one gene under several names; the tables that hold them."""
 
-import anndata
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +8,6 @@ from spaceranger_folders import IDS, refused, write_h5, write_spatial
 from tiny_runs import write_matrix
 
 from utils.genes import names as gene_names
-from utils.genes import panels as gene_panels
 from utils.slices import visium
 
 HEADER = "hgnc_id\tsymbol\talias_symbol\tprev_symbol\tensembl_gene_id\n"
@@ -39,6 +37,37 @@ def known(tmp_path):
 def found(wanted, vocabulary, known):
     """Wanted name -> the vocabulary's name for it."""
     return {name: vocabulary[row] for name, row in gene_names.match_genes(wanted, vocabulary, known).places.items()}
+
+
+# ---- Ensembl ids
+
+
+def test_ensembl_ids_become_the_symbols_that_another_slice_knows():
+    symbols = gene_names.symbols_by_id(
+        np.array(["TP53", "GAPDH", "ENSG3", "X"]), np.array(["ENSG1.4", "ENSMUSG2", "ENSG3", "not_an_id"])
+    )
+    assert symbols == {"ENSG1": "TP53", "ENSMUSG2": "GAPDH"}
+    names = np.array(["ENSG1", "ENSG1.7", "TP53", "ENSMUSG2.1", "ENSG9", "ENSG9.16", "ENSG8.2_PAR_Y"])
+    mapped = ["TP53", "TP53", "TP53", "GAPDH", "ENSG9", "ENSG9", "ENSG8"]
+    assert gene_names.mapped_names(names, symbols).tolist() == mapped
+
+
+@pytest.mark.parametrize(
+    ("name", "gene_id"),
+    [
+        ("ENSG00000141510", "ENSG00000141510"),
+        ("ENSG00000141510.16", "ENSG00000141510"),
+        ("ENSMUSG00000059552.14", "ENSMUSG00000059552"),
+        ("ENSG00000002586.20_PAR_Y", "ENSG00000002586"),
+        ("ENSA", None),
+        ("ENSAP1", None),
+        ("TP53", None),
+        ("AL627309.1", None),
+    ],
+)
+def test_a_symbol_may_begin_like_an_id(name, gene_id):
+    assert gene_names.ensembl_id(name) == gene_id
+    assert gene_names.is_ensembl(name) == (gene_id is not None)
 
 
 # ---- matching
@@ -112,12 +141,12 @@ def test_ids_are_known_from_the_slices_own_tables(tmp_path):
         counts = visium.read_matrix(path)
         path.unlink()
         write_matrix(path, counts.counts.toarray(), counts.barcodes, symbols, IDS)
-    symbols = gene_names.slice_symbols(map(visium.read_slice_genes, [tmp_path / "A", tmp_path / "B"]))
+    symbols = gene_names.slice_names(map(visium.read_slice_genes, [tmp_path / "A", tmp_path / "B"])).symbols
     assert symbols == dict(zip(IDS, ["NA", "TP53", "GAPDH", "FOURTH"], strict=True))
     own = gene_names.known_names(None, symbols)
     assert found(["GAPDH", "FOURTH", "ENSG1"], IDS, own) == {"GAPDH": IDS[2], "FOURTH": IDS[3], "ENSG1": IDS[1]}
     assert found(["ENSG2"], ["X", "GAPDH"], own) == {"ENSG2": "GAPDH"}
-    assert gene_names.slice_symbols([]) == {}
+    assert gene_names.slice_names([]).symbols == {}
 
 
 def test_a_slices_old_symbol_meets_the_tables_new_one_by_id(tmp_path):
@@ -176,59 +205,3 @@ def test_a_wrong_table_of_names_is_refused(tmp_path, content, words):
 def test_a_table_with_fewer_columns_serves(tmp_path):
     (tmp_path / "own.tsv").write_text("\ufeffsymbol\tprev_symbol\nNEW\tOLD|OLDER\nSHORT\n", encoding="utf-8")
     assert found(["OLDER"], ["NEW"], gene_names.known_names(tmp_path / "own.tsv", {})) == {"OLDER": "NEW"}
-
-
-@pytest.mark.parametrize("heading", ["", "2 3\n"])
-def test_gene2vec_of_text_names_its_genes(tmp_path, heading):
-    (tmp_path / "g.txt").write_text(heading + "TP53\t0.5 -1 2e-1 \nGAPDH\t1 2 3 \n")
-    names, table = gene_names.read_gene2vec(tmp_path / "g.txt")
-    assert names == ["TP53", "GAPDH"]
-    np.testing.assert_array_equal(table, np.array([[0.5, -1, 0.2], [1, 2, 3]], np.float32))
-
-
-def test_gene2vec_of_an_array_does_not(tmp_path):
-    rows = np.random.default_rng(0).standard_normal((5, 4))
-    np.save(tmp_path / "g.npy", rows)
-    names, table = gene_names.read_gene2vec(tmp_path / "g.npy")
-    assert names is None
-    np.testing.assert_array_equal(table, rows)
-
-
-def save_objects(path):
-    np.save(path, np.array([{"a": 1}], object), allow_pickle=True)
-
-
-def save_archive(path):
-    with path.open("wb") as file:
-        np.savez(file, a=np.zeros(3))
-
-
-@pytest.mark.parametrize(
-    ("name", "write", "words"),
-    [
-        ("g.npy", lambda path: path.write_bytes(b"\x93NUMPY\x01\x00torn"), "expected an .npy table, or .txt lines"),
-        ("g.npy", save_objects, "Object arrays cannot be loaded"),
-        ("g.npy", save_archive, "expected a row of numbers per gene, found an archive"),
-        ("g.npy", lambda path: np.save(path, np.zeros(3)), r"found float64 of shape \(3,\)"),
-        ("g.npy", lambda path: np.save(path, np.zeros((3, 2), int)), r"found int64 of shape \(3, 2\)"),
-        ("g.txt", lambda path: path.write_text(""), "found no gene"),
-        ("g.txt", lambda path: path.write_text("just\nnames\n"), "found just"),
-        ("g.txt", lambda path: path.write_text("A 1 2\nB 1\n"), "B has 1 numbers, A has 2"),
-        ("g.txt", lambda path: path.write_text("A 1 2\nB 1 x\n"), "could not convert string to float: 'x'"),
-        ("g.txt", lambda path: path.write_text("A 1 2\nA 1 3\n"), "A stands there twice"),
-    ],
-)
-def test_a_wrong_gene2vec_is_refused(tmp_path, name, write, words):
-    write(tmp_path / name)
-    refused(f"--gene2vec: .*{name}: .*{words}", gene_names.read_gene2vec, tmp_path / name)
-
-
-@pytest.mark.filterwarnings("ignore:Variable names are not unique")
-def test_a_vocabulary_may_have_a_heading_and_must_have_genes_once(tmp_path):
-    (tmp_path / "v.tsv").write_text("Gene\tindex\nB\t0\nA\t1\n")
-    assert gene_panels.read_vocabulary(tmp_path / "v.tsv") == ["B", "A"]
-    for names, words in (([], "found none"), (["A", "B", "A"], r"1 genes stand twice \(first: A\)")):
-        adata = anndata.AnnData(np.zeros((1, len(names)), np.float32))
-        adata.var_names = names
-        adata.write_h5ad(tmp_path / "v.h5ad")
-        refused(f"v.h5ad.*{words}", gene_panels.read_vocabulary, tmp_path / "v.h5ad")

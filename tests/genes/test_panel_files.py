@@ -1,8 +1,7 @@
-"""Gene names made unique, scBERT's bins, lists of genes, the panel file."""
+"""panels.py: counts gathered by name, scBERT's bins, the panel file."""
 
 import anndata
 import numpy as np
-import pytest
 import scipy.sparse as sp
 from spaceranger_folders import refused
 
@@ -16,20 +15,6 @@ def test_counts_of_one_name_are_summed_and_those_not_wanted_left_out():
     found = counts @ gene_panels.gather(np.array(["B", "A", "B", "C"]), ["C", "none", "B"])
     assert found.toarray().tolist() == [[8, 0, 5], [3, 0, 0]]
     assert found.dtype == np.int32 and found.has_canonical_format
-
-
-def test_ensembl_ids_become_the_symbols_that_another_slice_knows():
-    symbols = gene_panels.symbols_by_id(
-        np.array(["TP53", "GAPDH", "ENSG3", "X"]), np.array(["ENSG1.4", "ENSMUSG2", "ENSG3", "not_an_id"])
-    )
-    assert symbols == {"ENSG1": "TP53", "ENSMUSG2": "GAPDH"}
-    names = np.array(["ENSG1", "ENSG1.7", "TP53", "ENSMUSG2.1", "ENSG9"])
-    assert gene_panels.mapped_names(names, symbols).tolist() == ["TP53", "TP53", "TP53", "GAPDH", "ENSG9"]
-
-
-@pytest.mark.parametrize(("name", "is_one"), [("ENSG00000141510", True), ("ENSA", False), ("TP53", False)])
-def test_a_symbol_may_begin_like_an_id(name, is_one):
-    assert gene_panels.is_ensembl(name) == is_one
 
 
 def test_places_of_genes():
@@ -72,50 +57,6 @@ def test_bins_of_no_spot_and_of_no_gene():
 
 
 # ---- lists of genes
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "TP53\nGAPDH\n",
-        "\ufeff# from a paper\nTP53\r\n\r\n  GAPDH  \r\n",
-        "TP53,ENSG1,0.5\nGAPDH,ENSG2,0.7",
-        "TP53\tENSG1\nGAPDH\tENSG2\n",
-    ],
-)
-def test_lists_of_genes(tmp_path, text):
-    (tmp_path / "genes.txt").write_bytes(text.encode())
-    assert gene_panels.read_gene_list(tmp_path / "genes.txt") == ["TP53", "GAPDH"]
-    assert gene_panels.read_vocabulary(tmp_path / "genes.txt") == ["TP53", "GAPDH"]
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "expected one gene per line, found none"),
-        (b"# nothing\n\n  \n", "expected one gene per line, found none"),
-        (b"A\nB\nA\nC\nB\n", r"2 genes stand twice \(first: A\)"),
-        (b"\xff\xfe\x00A", "expected UTF-8 text"),
-    ],
-)
-def test_bad_lists_of_genes(tmp_path, content, words):
-    (tmp_path / "genes.txt").write_bytes(content)
-    refused(f"genes.txt.*{words}", gene_panels.read_gene_list, tmp_path / "genes.txt")
-
-
-def test_a_missing_list_is_named(tmp_path):
-    refused("genes.txt: expected a text file", gene_panels.read_gene_list, tmp_path / "genes.txt")
-    refused("genes.txt: expected a text file", gene_panels.read_vocabulary, tmp_path / "genes.txt")
-
-
-def test_a_vocabulary_may_be_the_genes_of_an_h5ad(tmp_path):
-    adata = anndata.AnnData(np.zeros((1, 3), np.float32))
-    adata.var_names = ["C", "A", "B"]
-    adata.write_h5ad(tmp_path / "panglao.h5ad")
-    assert gene_panels.read_vocabulary(tmp_path / "panglao.h5ad") == ["C", "A", "B"]
-    (tmp_path / "torn.h5ad").write_bytes((tmp_path / "panglao.h5ad").read_bytes()[:500])
-    refused("torn.h5ad: expected an h5ad file", gene_panels.read_vocabulary, tmp_path / "torn.h5ad")
-    refused("none.h5ad: expected an h5ad file", gene_panels.read_vocabulary, tmp_path / "none.h5ad")
 
 
 # ---- the panel file

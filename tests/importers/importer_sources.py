@@ -12,9 +12,17 @@ from PIL import Image
 from utils.importers.legacy_st import read_counts, read_spots
 from utils.slices import visium
 
+PIXELS = ["pixel_x", "pixel_y"]
+
 
 def image_of(folder: Path) -> Path:
     return next(folder.glob("*_he.jpg"))
+
+
+def at_places(spots: pd.DataFrame, others: pd.DataFrame) -> np.ndarray:
+    """Pixels (n, 2) of other places, by the map from places to pixels that the spots tell."""
+    places, wanted = (np.column_stack([table[["x", "y"]], np.ones(len(table))]) for table in (spots, others))
+    return wanted @ np.linalg.lstsq(places, spots[PIXELS].to_numpy(float), rcond=None)[0]
 
 
 def write_legacy(folder: Path, sections: dict[str, Path], unselected=True, gene_header="") -> Path:
@@ -30,10 +38,12 @@ def write_legacy(folder: Path, sections: dict[str, Path], unselected=True, gene_
         spots = spots.assign(new_x=spots["x"] + 0.01, new_y=spots["y"] - 0.01, selected=1)
         spots["pixel_x"] += np.resize([0.25, -0.25], len(spots))  # rounded away
         if unselected:
-            extra = spots.iloc[[0, 1, 2]].assign(y=spots["y"].max() + 2, x=[2, 4, 6], selected=[0, 0, 1])
+            row = int(spots["y"].max()) + 2
+            extra = spots.iloc[[0, 1, 2]].assign(y=row, x=np.array([2, 4, 6]) + row % 2, selected=[0, 0, 1])
+            extra[PIXELS] = at_places(spots, extra)
             spots = pd.concat([spots.iloc[::-1], extra])  # another order than the counts; the selected one has none
-            row = counts.iloc[[0]].set_axis([f"2x{int(extra['y'].iloc[0])}"])
-            counts = pd.concat([row, counts, row.set_axis(["99x99"])])
+            line = counts.iloc[[0]].set_axis([f"{2 + row % 2}x{row}"])
+            counts = pd.concat([line, counts, line.set_axis(["99x99"])])
         columns = ["x", "y", "new_x", "new_y", "pixel_x", "pixel_y", "selected"]
         spots[columns].to_csv(folder / "ST-spotfiles" / f"{name}_selection.tsv", sep="\t", index=False)
         counts.to_csv(folder / "ST-cnts" / f"{name}.tsv.gz", sep="\t", index_label=gene_header)

@@ -12,7 +12,7 @@ from spaceranger_folders import refused
 
 from utils.importers import images as importer_images
 from utils.importers import slice_folder
-from utils.importers.base import Source, import_slice, place_spots, whole_counts
+from utils.importers.base import SPOT_COLUMNS, Source, import_slice, place_spots, whole_counts
 from utils.slices import splits, visium
 
 
@@ -78,7 +78,9 @@ def test_what_is_read_back_is_compared(source, tmp_path, monkeypatch, what):
     other = {
         "counts": lambda: replace(source, counts=source.counts[:, ::-1]),
         "barcodes": lambda: replace(source, spots=source.spots.set_index(source.spots.index[::-1])),
-        "pixel positions": lambda: replace(source, spots=source.spots.assign(x_fullres_px=1.5)),
+        "pixel positions": lambda: replace(
+            source, spots=source.spots.assign(x_fullres_px=source.spots["x_fullres_px"] + 0.5)
+        ),
         "genes": lambda: replace(source, genes=source.genes[::-1]),
     }[what]()
     write = slice_folder.write_folder
@@ -103,7 +105,7 @@ def test_bad_sources_are_refused_before_anything_is_written(source, tmp_path):
         ({"spots": repeated}, "each barcode once"),
         ({"spots": slashed}, "cannot be a file name"),
         ({"spots": spots.assign(x_fullres_px=np.nan)}, "finite spot positions"),
-        ({"spots": spots + 1e6}, "expected the image that the spots refer to, found 70 of 70 spots outside its"),
+        ({"spots": spots + 1e6}, "expected 70 spots on its 1150 x 1153 px, found 70 outside"),
         ({"image": None}, "found none; name it with --image"),
         ({"spots": spots.iloc[:0], "counts": source.counts[:0], "left_out": {"not selected": 3}}, "3 not selected"),
     ):
@@ -111,14 +113,53 @@ def test_bad_sources_are_refused_before_anything_is_written(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_spots_beyond_the_image_are_counted(source, tmp_path):
-    spots = source.spots.copy()
-    spots.iloc[:2, 2] = -5.0
-    (line,) = import_slice(replace(source, spots=spots), tmp_path)
-    assert "2 outside the image" in line
+def test_few_spots_beyond_the_image_are_counted_and_more_refused(source, tmp_path):
+    pixels = np.asarray(Image.open(source.image).convert("RGB"))
+    x = np.sort(source.spots["x_fullres_px"].to_numpy())
+    few, many = int(x[-1]), int(x[-20])
+    assert 0 < (x >= few).sum() <= 3
+    (line,) = import_slice(replace(source, image=pixels[:, :few]), tmp_path)
+    assert f"{(x >= few).sum()} outside the image" in line
+    refused(f"found {(x >= many).sum()} outside", import_slice, replace(source, image=pixels[:, :many]), tmp_path / "b")
 
 
-def test_a_image_too_large_to_decode_is_read_by_blocks(source, tmp_path, monkeypatch):
+def swapped(source, image):
+    spots = source.spots.rename(columns={"x_fullres_px": "y_fullres_px", "y_fullres_px": "x_fullres_px"})
+    array, xy_px = (spots[columns].to_numpy() for columns in (SPOT_COLUMNS[:2], SPOT_COLUMNS[2:]))
+    placed, lattice, _ = place_spots("S1", spots.index, xy_px, array)
+    return replace(source, spots=placed, lattice=lattice, image=image)
+
+
+def test_swapped_axes_are_warned_of_and_refused_where_the_tissue_contradicts(source, tmp_path):
+    tissue = np.full((1153, 1153, 3), (200, 110, 160), np.uint8)
+    line, warning = import_slice(swapped(source, tissue), tmp_path)
+    assert warning.startswith("warning: S1: ") and "axes swapped or mirrored" in warning
+    x, y = source.spots[["x_fullres_px", "y_fullres_px"]].to_numpy().T
+    tissue[:] = (243, 242, 244)
+    for column, row in zip(x.astype(int), y.astype(int), strict=True):
+        tissue[row - 50 : row + 50, column - 50 : column + 50] = (200, 110, 160)
+    assert len(import_slice(replace(source, image=tissue), tmp_path / "right")) == 1
+    refused("with x and y swapped; correct the axes", import_slice, swapped(source, tissue), tmp_path / "wrong")
+
+
+def test_an_image_that_the_small_ones_were_not_made_of_is_refused(source, root, tmp_path):
+    small = {"hires": root / "spatial" / "tissue_hires_image.png"}
+    kept = replace(source, small=small, scalefactors=visium.read_scalefactors(root))
+    import_slice(kept, tmp_path)
+    assert (tmp_path / "S1" / "spatial" / small["hires"].name).read_bytes() == small["hires"].read_bytes()
+    pixels = np.asarray(Image.open(source.image).convert("RGB"))
+    refused(
+        "expected about 1150 x 1153",
+        import_slice,
+        replace(kept, image=np.pad(pixels, ((0, 0), (0, 90), (0, 0)))),
+        tmp_path / "b",
+    )
+    mirrored = replace(kept, image=np.ascontiguousarray(pixels[:, ::-1]))
+    refused("found another|lie on|on tissue", import_slice, mirrored, tmp_path / "b")
+    assert not list((tmp_path / "b").glob("*"))
+
+
+def test_an_image_too_large_to_decode_is_read_by_blocks(source, tmp_path, monkeypatch):
     import_slice(source, tmp_path / "whole")
     monkeypatch.setattr(importer_images, "LARGEST_PX", 1000)
     import_slice(source, tmp_path / "blocks")

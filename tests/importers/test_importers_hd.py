@@ -79,10 +79,10 @@ def test_a_wrong_bin_names_those_there(run, tmp_path):
     refused("found --bin 4; use --bin with: 8, 16", find_bin, run, 4)
     refused("found --bin 16; use --bin with: 8", find_bin, run / "binned_outputs" / "square_008um", 16)
     refused("expected binned_outputs/square_", find_bin, tmp_path, None)
-    refused("no such folder", find_bin, tmp_path / "nowhere", None)
+    refused("no such file or folder", find_bin, tmp_path / "nowhere", None)
 
 
-def test_a_image_is_copied_and_the_others_made_of_it(simulated, tmp_path):
+def test_an_image_is_copied_and_the_others_made_of_it(simulated, tmp_path):
     root, image = simulated / "P01_1", image_of(simulated / "P01_1")
     run = write_hd(tmp_path / "run", root, sizes=(16,), images=())
     out = imported(run, tmp_path / "out", image=image)
@@ -91,9 +91,7 @@ def test_a_image_is_copied_and_the_others_made_of_it(simulated, tmp_path):
     assert json.loads(factors[0].read_text()) == json.loads(factors[1].read_text())
     for kind in ("hires", "lowres"):
         name = f"spatial/tissue_{kind}_image.png"
-        assert (out / name).read_bytes() != b"" and splits.image_file(
-            tmp_path / "out", splits.read_table(tmp_path / "out", split=False)[0][0]
-        )
+        assert (out / name).read_bytes() != b"" and visium.open_slice(out).fullres_image() == out / image.name
     refused("expected an H&E image, found none; name it with --image", imported, run, tmp_path / "none")
     assert not list((tmp_path / "none").glob("*"))
 
@@ -103,7 +101,7 @@ def test_the_wrong_image_is_refused(simulated, run, tmp_path):
 
     Image.new("RGB", (40, 40)).save(tmp_path / "small.png")
     refused(
-        "small.png: expected the image that the spots refer to",
+        "small.png: expected 67 spots on its 40 x 40 px, found 67 outside",
         imported,
         run,
         tmp_path / "out",

@@ -47,7 +47,7 @@ def test_a_file_in_place_of_the_image(root, tmp_path):
 
 
 def test_bad_zarrs_are_refused(root, tmp_path):
-    refused("found nothing", only, tmp_path / "nowhere.zarr")
+    refused("no such file or folder", only, tmp_path / "nowhere.zarr")
     (tmp_path / "empty.zarr").mkdir()
     refused("empty.zarr: expected", only, tmp_path / "empty.zarr")
     refused("several of one size", only, write_zarr(tmp_path / "two.zarr", root, n_images=2))

@@ -190,9 +190,9 @@ def are_ids(texts: np.ndarray) -> bool:
 
 
 def _are_symbols(texts: np.ndarray) -> bool:
-    """Whether most are filled, and these are neither ids nor descriptions of several words."""
+    """Whether some are filled, and most of these are neither ids nor descriptions of several words."""
     filled = [text for text in texts if text]
-    return _most([bool(text) for text in texts]) and not are_ids(texts) and not _most([" " in text for text in filled])
+    return bool(filled) and not are_ids(texts) and not _most([" " in text for text in filled])
 
 
 def gene_names(where: str, var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -202,7 +202,8 @@ def gene_names(where: str, var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     unique are taken away again.
     """
     index = _texts(var.index)
-    symbols = next((texts for texts in map(_texts, _columns(var, SYMBOL_COLUMNS)) if _are_symbols(texts)), None)
+    columns = [texts for texts in map(_texts, _columns(var, SYMBOL_COLUMNS)) if _are_symbols(texts)]
+    symbols = max(columns, key=np.count_nonzero, default=None)  # the fullest, the first of equals
     ids = next((texts for texts in map(_texts, _columns(var, ID_COLUMNS)) if _most([bool(t) for t in texts])), None)
     names = index
     if are_ids(index):

@@ -12,6 +12,7 @@ import filecmp
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from scipy.sparse import csr_matrix
 from utils.images import tiles
 from utils.images.image import stated_um_per_px
 from utils.importers import slice_folder
-from utils.importers.images import image_size, thumbnail
+from utils.importers.images import Thumbnail, image_size, make_thumbnail
 from utils.slices import checks, splits, visium
 from utils.slices.lattice import Lattice, fit_lattice
 from utils.slices.matrix import check_once, listing
@@ -125,8 +126,8 @@ def found_in(folder: Path) -> str:
     return listing(folder)
 
 
-def check(source: Source) -> list[str]:
-    """Warnings about a slice. Raises ValueError for what no script could work with, before anything is written."""
+def check(source: Source) -> None:
+    """Raises ValueError for what no script could work with, before anything is written."""
     if len(source.spots) < 2:  # no pitch
         found = f"{len(source.spots)}; {_left_out(source) or 'check the file'}"
         raise ValueError(f"{source.origin}: expected two spots to import or more, found {found}")
@@ -136,20 +137,27 @@ def check(source: Source) -> list[str]:
         raise ValueError(f"{source.origin}: expected finite spot positions, found NaN or infinity; fix the positions")
     if source.image is None and not source.small:
         raise ValueError(f"{source.origin}: expected an H&E image, found none; name it with --image")
-    return [*source.warnings, *_pixel_sizes(source), *_check_spots(source)]
 
 
-def _check_spots(source: Source) -> list[str]:
-    """Warnings about where spots lie on the best image there is. Raises ValueError where they cannot be its spots."""
-    shown, scale = shown_image(source)
-    if shown is None:
-        return []
+def check_spots(source: Source, shown: Path | np.ndarray, scale: float, thumbnail: Thumbnail) -> tuple[int, list[str]]:
+    """How many spots lie outside an image, and warnings about their axes.
+
+    Parameters
+    ----------
+    source : the slice
+    shown, scale : the best image of it, and its pixels per full-resolution pixel
+    thumbnail : that image made small
+
+    Raises
+    ------
+    ValueError where they cannot be the spots of that image.
+    """
     where = str(shown if isinstance(shown, Path) else source.origin)
     xy_px, size = source.spots[SPOT_COLUMNS[2:]].to_numpy(float) * scale, image_size(shown)
     inside = checks.spots_on_image(where, xy_px, size)
-    small = thumbnail(shown, checks.THUMBNAIL_PX)
-    radius_px = source.spot_diameter_px / 2 * scale
-    return checks.check_axes(where, xy_px[inside], size, radius_px, small, source.lattice.mirrored)
+    radius_px, small = source.spot_diameter_px / 2 * scale, (thumbnail.pixels, thumbnail.scale)
+    axes = checks.check_axes(where, xy_px[inside], size, radius_px, small, source.lattice.mirrored)
+    return int((~inside).sum()), axes
 
 
 def lie_on(xy_px: np.ndarray, size: tuple[int, int]) -> bool:
@@ -161,26 +169,24 @@ def lie_on(xy_px: np.ndarray, size: tuple[int, int]) -> bool:
     return True
 
 
-def shown_image(source: Source) -> tuple[Path | np.ndarray | None, float]:
+def shown_image(source: Source) -> tuple[Path | np.ndarray, float]:
     """The image in full resolution, else hires, else lowres, and its pixels per full-resolution pixel."""
     if source.image is not None:
         return source.image, 1.0
-    kind = next((kind for kind in ("hires", "lowres") if kind in source.small), "hires")
-    scale = source.scalefactors.get(f"tissue_{kind}_scalef")
-    return (None, 1.0) if scale is None else (source.small.get(kind), float(scale))
+    kind = next(kind for kind in ("hires", "lowres") if kind in source.small)
+    return source.small[kind], float(source.scalefactors[f"tissue_{kind}_scalef"])
 
 
-def check_small(folder: Path, source: Source) -> list[str]:
+def check_small(folder: Path, source: Source, thumbnail: Thumbnail) -> list[str]:
     """Warnings about the small images that came with an image. Raises ValueError where they were made of another."""
-    if source.image is None or not source.small:
+    if source.image is None:
         return []
     name = source.image if isinstance(source.image, Path) else source.origin
-    pixels, _ = thumbnail(source.image, checks.THUMBNAIL_PX)
     warnings = []
     for kind in source.small:
         path, scale = folder / "spatial" / f"tissue_{kind}_image.png", source.scalefactors[f"tissue_{kind}_scalef"]
         checks.check_size(name, [float(side) for side in image_size(source.image)], path, scale)
-        warnings += checks.check_content(name, pixels, path)
+        warnings += checks.check_content(name, thumbnail.pixels, path)
     return warnings
 
 
@@ -220,12 +226,15 @@ def import_slice(source: Source, out: Path, memory: float = math.inf) -> list[st
 
     Raises ValueError where the source cannot be a slice, or where another slice of that name is there already.
     """
-    warnings = check(source)
+    check(source)
+    shown, scale = shown_image(source)
+    thumbnail = make_thumbnail(shown, checks.THUMBNAIL_PX)
+    n_outside, warnings = check_spots(source, shown, scale, thumbnail)
     part, folder = out / f".{source.name}.part", out / source.name  # hidden: never taken for a slice
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
         image = slice_folder.write_folder(part, source, memory)
-        warnings += check_small(part, source)
+        warnings += check_small(part, source, thumbnail)
         check_written(part, source, memory)
         if folder.exists():
             other = _first_difference(part, folder)
@@ -239,7 +248,11 @@ def import_slice(source: Source, out: Path, memory: float = math.inf) -> list[st
     finally:
         shutil.rmtree(part, ignore_errors=True)
     slice_folder.add_row(out, splits.SliceRow(source.name, source.patient, "", source.pitch_um, image))
-    return [summary(source, memory), *(f"warning: {source.name}: {line}" for line in warnings)]
+    lines = [*source.warnings, *_pixel_sizes(source), *warnings]
+    return [
+        summary(source, n_outside, thumbnail.notes, memory),
+        *(f"warning: {source.name}: {line}" for line in lines),
+    ]
 
 
 def _left_out(source: Source) -> str:
@@ -247,20 +260,16 @@ def _left_out(source: Source) -> str:
     return f"left out: {notes}" if notes else ""
 
 
-def summary(source: Source, memory: float = math.inf) -> str:
-    """What was imported and what was left out, on one line."""
+def summary(source: Source, n_outside: int, notes: Iterable[str], memory: float) -> str:
+    """What was imported and what was left out, on one line, with notes on the image."""
     total = sum(int(source.counts[span].sum()) for span in visium.spans(source.counts, memory))
     n_spots, n_genes = source.counts.shape
     parts = [f"{n_spots:,} spots", f"{n_genes:,} genes", f"{total:,} counts", f"{source.um_per_px:.4g} um per px"]
-    shown, scale = shown_image(source)
-    if shown is not None:
-        xy_px = source.spots[SPOT_COLUMNS[2:]].to_numpy(float) * scale
-        number = int((~checks.spots_on_image(str(source.origin), xy_px, image_size(shown))).sum())
-        parts += [f"{number} outside the image"] if number else []
+    parts += [f"{n_outside} outside the image"] if n_outside else []
     if source.image is None and "hires" not in source.small:
         parts.append("no image to cut tiles from (see --image)")
     parts += [_left_out(source)] if _left_out(source) else []
-    return f"{source.name}: {'; '.join([', '.join(parts), *source.notes])}"
+    return f"{source.name}: {'; '.join([', '.join(parts), *source.notes, *notes])}"
 
 
 def _pixel_sizes(source: Source) -> list[str]:

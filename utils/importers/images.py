@@ -5,6 +5,7 @@ Shapes: h, w pixels of an image.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ from PIL import Image
 
 from utils.images import image as image_files
 from utils.images.image import SUFFIXES, open_image
+from utils.images.samples import DEPTHS, Samples
 
 LARGEST_PX = 2**27  # of an image that is decoded whole, 400 MB
 # Resampling and compression leave values a little beyond the ends of the scale.
 UNIT_RANGE, BYTE_RANGE = (-0.1, 1.1), (-26.0, 281.0)
 DARKEST_WHITE = 32.0  # of 255: an H&E image has bright glass, so a smaller maximum belongs to another scale
-DEPTHS = (10, 12, 14, 16)  # bits of cameras
 
 
 def image_size(image: Path | np.ndarray) -> tuple[int, int]:
@@ -31,21 +32,37 @@ def reduced_image(image: Path | np.ndarray, longest: int) -> Image.Image:
     """The image; of one too large to decode whole, an image of at most `longest` px."""
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
-    with open_image(image) as opened:
+    with open_image(image, huge=True) as opened:
         if opened.width * opened.height <= LARGEST_PX:
             return Image.fromarray(opened.crop(0, 0, opened.width, opened.height))
         return Image.fromarray(opened.thumbnail(longest)[0])
 
 
-def thumbnail(image: Path | np.ndarray, longest: int) -> tuple[np.ndarray, float]:
-    """The image at most `longest` px long (h, w, 3) uint8, and its pixels per pixel of the image."""
+@dataclass(frozen=True)
+class Thumbnail:
+    """An image made small.
+
+    Attributes
+    ----------
+    pixels : ndarray (h, w, 3) uint8
+    scale : float, its pixels per pixel of the image
+    notes : tuple of str, on how the image is read
+    """
+
+    pixels: np.ndarray
+    scale: float
+    notes: tuple[str, ...] = ()
+
+
+def make_thumbnail(image: Path | np.ndarray, longest: int) -> Thumbnail:
+    """An image, of a file or of pixels, at most `longest` px long."""
     if isinstance(image, Path):
-        with open_image(image) as opened:
-            return opened.thumbnail(longest)
+        with open_image(image, huge=True) as opened:
+            return Thumbnail(*opened.thumbnail(longest), opened.notes)
     width, height = image_size(image)
     scale = min(1.0, longest / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)), scale
+    return Thumbnail(np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)), scale)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -74,7 +91,7 @@ def only_image(where: Path, images: list[Path], given: Path | None, name: str) -
 
 
 def to_rgb(where: str, pixels: np.ndarray) -> tuple[np.ndarray, str | None]:
-    """Pixels of any layout and depth as RGB (h, w, 3) uint8, and a note where the depth had to be guessed.
+    """Pixels of any layout and depth as RGB (h, w, 3) uint8, and a note where their depth was measured.
 
     Parameters
     ----------
@@ -86,23 +103,17 @@ def to_rgb(where: str, pixels: np.ndarray) -> tuple[np.ndarray, str | None]:
     ------
     ValueError for another number of channels, NaN, negative numbers, or a scale that cannot be told.
     """
-    pixels = np.asarray(pixels)
-    channels_last = _channels_last(where, pixels)
-    scaled, note = _to_bytes(where, channels_last)
-    if scaled.shape[2] in (2, 4):
-        scaled = _on_white(scaled[..., :-1], scaled[..., -1:])
-    if scaled.shape[2] == 1:
-        note = f"{note or ''}{'; ' if note else ''}the image is grey"
-        scaled = np.repeat(scaled, 3, axis=2)
-    return np.ascontiguousarray(scaled), note
-
-
-def _on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colours (h, w, C) uint8 with transparent parts white; an alpha (h, w, 1) of zeros only is none."""
-    if alpha.min() == 255 or alpha.max() == 0:
-        return colours
-    opaque = alpha.astype(np.float32) / 255
-    return np.rint(colours * opaque + 255 * (1 - opaque)).astype(np.uint8)
+    values = _channels_last(where, np.asarray(pixels))
+    n_channels = values.shape[2]
+    n_colours = 1 if n_channels < 3 else 3
+    values = _stored(where, values, n_colours)
+    alpha = n_channels - 1 if n_channels in (2, 4) and values[..., -1].any() else None
+    depth, alpha_depth = (_depth(values[..., part]) for part in (slice(n_colours), slice(n_colours, None)))
+    kind, colours = ("grey", (0,)) if n_colours == 1 else ("rgb", (0, 1, 2))
+    samples = Samples(kind, colours, alpha, bits=8 * values.itemsize, depth=depth, alpha_depth=alpha_depth)
+    notes = ["grey, without the colours of the stain"] if n_colours == 1 else []
+    notes += [f"read as {depth} bits (largest value {values[..., :n_colours].max():,})"] if depth > 8 else []
+    return np.ascontiguousarray(samples.to_rgb(values)), ", ".join(notes) or None
 
 
 def _channels_last(where: str, pixels: np.ndarray) -> np.ndarray:
@@ -121,20 +132,23 @@ def _channels_last(where: str, pixels: np.ndarray) -> np.ndarray:
     )
 
 
-def _to_bytes(where: str, pixels: np.ndarray) -> tuple[np.ndarray, str | None]:
-    """Numbers of any scale as uint8 of 0..255, and a note where their depth had to be guessed."""
-    low, high = float(pixels.min()), float(pixels.max())
-    unit = pixels.dtype.kind == "f" and UNIT_RANGE[0] <= low and 0 < high <= UNIT_RANGE[1]
-    if unit:
-        return np.rint(np.clip(pixels, 0, 1) * np.float32(255)).astype(np.uint8), None
-    if not (BYTE_RANGE[0] <= low and DARKEST_WHITE <= high < 2**16):  # NaN fails every comparison
+def _stored(where: str, pixels: np.ndarray, n_colours: int) -> np.ndarray:
+    """Numbers (h, w, C) of any scale as uint8, or as uint16 where they are larger."""
+    low, high = float(pixels.min()), float(pixels[..., :n_colours].max())
+    of_floats = pixels.dtype.kind == "f"
+    if of_floats and UNIT_RANGE[0] <= low and 0 < high <= UNIT_RANGE[1]:
+        return np.rint(np.clip(pixels, 0, 1) * np.float32(255)).astype(np.uint8)
+    least = BYTE_RANGE[0] if of_floats else 0
+    if not (least <= low and DARKEST_WHITE <= high < 2**16 and pixels.max() < 2**16):  # NaN fails every comparison
         found = f"numbers from {low:.4g} to {high:.4g} ({pixels.dtype})"
         raise ValueError(
             f"{where}: expected an image with numbers of 0..1, 0..255 or up to 16 bits, found {found}; use --image"
         )
-    if high <= BYTE_RANGE[1]:
-        same = pixels.dtype == np.uint8
-        return pixels if same else np.rint(np.clip(pixels, 0, 255)).astype(np.uint8), None
-    bits = next(bits for bits in DEPTHS if high < 2**bits)
-    scaled = np.clip(pixels, 0, None) * np.float32(255 / (2**bits - 1))
-    return np.rint(scaled).astype(np.uint8), f"the image was read as {bits} bits, its largest number being {high:.0f}"
+    if of_floats:
+        pixels = np.rint(np.clip(pixels, 0, 255 if pixels.max() <= BYTE_RANGE[1] else None))
+    return pixels.astype(np.uint8 if pixels.max() < 2**8 else np.uint16, copy=False)
+
+
+def _depth(values: np.ndarray) -> int:
+    """The smallest depth of cameras that holds the largest of the numbers."""
+    return next(bits for bits in DEPTHS if values.max(initial=0) < 2**bits)

@@ -78,8 +78,8 @@ def _parts(source: Path, table: Any, library_key: str | None, name: str) -> list
     return [(name, np.ones(table.n_obs, bool))]
 
 
-def _centres(source: Path, data: Any, table: Any) -> tuple[Any, np.ndarray, float | None]:
-    """The element that a table annotates, centres (S, 2) of its rows in the element's own units, mean diameter."""
+def _centres(source: Path, data: Any, table: Any) -> tuple[str, np.ndarray, float | None]:
+    """Name of the element that a table annotates, centres (S, 2) of its rows in its own units, mean diameter."""
     attrs = table.uns.get("spatialdata_attrs", {})
     region_key, key = attrs.get("region_key"), attrs.get("instance_key")
     regions = list(dict.fromkeys(table.obs[region_key].astype(str))) if region_key in table.obs else _regions(table)
@@ -101,7 +101,7 @@ def _centres(source: Path, data: Any, table: Any) -> tuple[Any, np.ndarray, floa
     if (place < 0).any() or not index.is_unique:
         missing = table.obs[key][place < 0].tolist()[:1] or ["repeated names"]
         raise ValueError(f"{source}: expected every row of the table in {elements[0]}, found {missing[0]} that is not")
-    return element, centres[place], diameter
+    return elements[0], centres[place], diameter
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,14 @@ def _rgb_order(pixels: Any) -> list[int] | None:
     return order + alpha if -1 not in order else None
 
 
-def choose_image(source: Path, candidates: list[Candidate]) -> Candidate | None:
+def choose_image(source: Path, candidates: list[Candidate], region: str) -> Candidate | None:
     """The H&E in full resolution: not one that its name calls otherwise, and of the spots' scale or the finest.
 
-    Raises ValueError where several are left.
+    Where the sections of a file lie on each other, an image is of the `region` that its name begins with. Raises
+    ValueError where several are left.
     """
     left = [image for image in candidates if not image.words & OTHERS]
+    left = [image for image in left if image.name.startswith(region)] or left
     left = [image for image in left if not image.words & REDUCED] or left
     if not left:
         return None
@@ -210,17 +212,20 @@ def read_part(
     source: Path, data: Any, table: Any, name: str, image: Path | None, pitch_um: float | None, is_hd: bool
 ) -> Source:
     """The slice of the rows of a table that annotate one element; `is_hd` for bins of Visium HD."""
-    element, centres, diameter = _centres(source, data, table)
+    region, centres, diameter = _centres(source, data, table)
     with reading(source, "images of SpatialData"):
-        candidates = find_candidates(data, element, centres)
+        candidates = find_candidates(data, data[region], centres)
     pixels: Path | np.ndarray | None = image
     affine, notes = np.eye(3), []
     if image is not None and candidates:
         affine = _file_affine(source, image, candidates)
-    elif image is None and (chosen := choose_image(source, candidates)) is not None:
+    elif image is None and data.images:
+        chosen = choose_image(source, candidates, region)
+        if chosen is None:
+            found = ", ".join(data.images)
+            raise ValueError(f"{source}: expected an H&E that the spots lie on, found {found}; name it with --image")
         affine = chosen.affine
-        if len(data.images) > 1:
-            notes.append(f"H&E: {chosen.name}")
+        notes += [f"H&E: {chosen.name}"] if len(data.images) > 1 else []
         channels = chosen.pixels.transpose("y", "x", "c").to_numpy()[..., _rgb_order(chosen.pixels)]
         pixels, note = to_rgb(f"{source}: {chosen.name}", channels)
         notes += [note] if note else []

@@ -57,7 +57,7 @@ def plan_cut(slice_: visium.Slice, source: visium.SourceImage, args) -> tiles.Cu
     named = (source.kind, source.path.name)
     if args.crop_size is not None:
         um_per_px = None if slice_.um_per_px is None else slice_.um_per_px / source.scale
-        return tiles.Cut(*named, um_per_px, float(args.crop_size), args.crop_size, False)
+        return tiles.Cut(*named, um_per_px, float(args.crop_size), args.crop_size, False, source.scale)
     um_per_source_px = slice_.pitch_um / (slice_.pitch_px * source.scale)
     if source.kind == "hires":
         print(
@@ -65,7 +65,7 @@ def plan_cut(slice_: visium.Slice, source: visium.SourceImage, args) -> tiles.Cu
             f"{um_per_source_px:.2f} um per px, where single cells can hardly be seen; add the full-resolution image"
         )
     um_per_px, crop = args.tile_um / args.tile_px, args.tile_um / um_per_source_px
-    return tiles.Cut(*named, um_per_px, crop, args.tile_px, True)
+    return tiles.Cut(*named, um_per_px, crop, args.tile_px, True, source.scale)
 
 
 def tile_slice(row: splits.SliceRow, args) -> int:

@@ -104,14 +104,14 @@ def test_slices_of_another_panel_or_another_tile_scale_are_refused(work):
 def test_the_scale_of_tiles(work):
     one = load(work)
     assert datasets.tile_scale(one) == (32, 3.5), "112 um over 32 px"
-    assert datasets.um_per_fullres_px(one, hires_scale=0.3) == pytest.approx(1.0, rel=0.01), "as simulated"
-    of_hires = one.pack.record | {"source": "hires", "crop": one.pack.record["crop"] * 0.3}
+    assert datasets.um_per_fullres_px(one) == pytest.approx(1.0, rel=0.01), "as simulated"
+    of_hires = one.pack.record | {"source": "hires", "crop": one.pack.record["crop"] * 0.3, "scale": 0.3}
     one.pack.record = of_hires
-    assert datasets.um_per_fullres_px(one, hires_scale=0.3) == pytest.approx(1.0, rel=0.01)
+    assert datasets.um_per_fullres_px(one) == pytest.approx(1.0, rel=0.01)
     one.pack.record = of_hires | {"resampled": False}
     assert datasets.tile_scale(one) == (32, None), "a published crop states no scale"
     one.pack.record = of_hires | {"um_per_px": None}
-    assert datasets.um_per_fullres_px(one, hires_scale=0.3) is None
+    assert datasets.um_per_fullres_px(one) is None
 
 
 # ---- parts

@@ -1,5 +1,6 @@
 """make_decoder_data.py: on which spots the panels are chosen, what the two files hold, which spots are dropped."""
 
+import json
 import shutil
 import stat
 
@@ -106,10 +107,39 @@ def test_a_listed_gene_of_held_out_slices_alone_is_an_error(work, tmp_path):
 
 
 def test_more_genes_asked_for_than_there_are(work, capsys):
-    assert [len(g) for g in chosen(work, "--n_top_genes", 61, "--n_input_genes", 500)] == [60, 60]
-    said = capsys.readouterr().out
-    assert "warning: 61 target genes asked for, the train slices have 60 in common" in said
-    assert "warning: 500 input genes asked for" in said
+    """All that the train slices have in common are taken, with a warning that gives both numbers."""
+    rewrite_matrix(work.data / "P02_1", lambda c, b, names: (c[:, 1:], b, names[1:]))
+    found = visium.read_slice(work.data / "P03_1")
+    inputs, targets = chosen(work, "--n_top_genes", 60, "--n_input_genes", 500)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    asked = "genes asked for, the train slices have 59 in common: all are taken"
+    assert said == [f"warning: 500 input {asked}", f"warning: 60 target {asked}"]
+    assert sorted(inputs) == sorted(targets) == sorted(found.genes[1:])
+    place = [found.genes.tolist().index(gene) for gene in targets]
+    np.testing.assert_array_equal(panel(work, "P03_1").counts, found.counts.toarray()[:, place])
+    chosen(work, "--n_top_genes", 59, "--n_input_genes", 59)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_stage_two_and_its_evaluation_take_a_panel_of_all_genes(trained, tmp_path):
+    """One of which no slice has a count."""
+    unread = shutil.ignore_patterns("*.jpg", "*.png", "truth.h5ad")
+    data = shutil.copytree(trained.data, tmp_path / "data", ignore=unread)
+    for name in NAMES:
+        rewrite_matrix(data / name, lambda counts, b, names: (counts * (np.arange(60) != 7), b, names))
+    input_genes = gene_panels.read_panel(gene_panels.panel_path(data, trained.panels, "P01_1", "input")).genes
+    (tmp_path / "inputs.txt").write_text("\n".join(input_genes))
+    work = Work(data, trained.tiles, tmp_path / "panels", tmp_path)
+    work.run("make_decoder_data", "--n_top_genes", 300, "--input_genes", tmp_path / "inputs.txt")
+    work.run("train_decoder", "--Epoch", 1, "--encoder", trained.encoder)
+    work.run("decoder_similarity")
+    metrics = json.loads((tmp_path / "results" / "similarity" / "metrics.json").read_text())
+    predicted = anndata.read_h5ad(tmp_path / "results" / "similarity" / "predictions.h5ad")
+    genes = visium.read_matrix(data / "P01_1").genes
+    assert metrics["n_genes"] == 60 and sorted(predicted.var_names) == sorted(genes)
+    assert np.isfinite(predicted.X).all()
+    unseen = predicted.var_names.get_loc(genes[7])
+    assert np.abs(predicted.X[:, unseen]).max() < 1e-6
 
 
 def test_train_slices_of_two_species_have_no_panel(work):

@@ -1,6 +1,7 @@
 """An image against its slice: what fits passes without a word, what cannot be the same image is refused."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,45 @@ def test_sizes(slide):
     checks.check_size(Path("he.png"), [805, 600], paths["lowres"], 0.1)
     for size in ([400, 300], [1600, 1200], [600, 800], [815, 600]):
         refused("expected about 800 x 600", checks.check_size, Path("he.png"), size, paths["hires"], 0.5)
+
+
+@pytest.fixture
+def scanned(slide, simulated, tmp_path):
+    """A slice folder with small images, and a function that puts its scan there, changed."""
+    shutil.copytree(simulated / "P01_1", tmp_path / "S1", ignore=shutil.ignore_patterns("*_he.*", "truth*"))
+    scan = Image.open(next((simulated / "P01_1").glob("*_he.*"))).convert("RGB")
+
+    def put(change):
+        image = change(scan)
+        image.save(tmp_path / "S1" / "he.png")
+        slice_ = visium.open_slice(tmp_path / "S1")
+        source = slice_.source_image()
+        with open_image(source.path) as opened:
+            return source, checks.check_image(slice_, source, opened, opened.thumbnail(checks.THUMBNAIL_PX))
+
+    return put
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 1 / 3, 0.7])
+@pytest.mark.parametrize("only", ["tissue_hires_image.png", "tissue_lowres_image.png"])
+def test_a_scan_that_was_exported_smaller_or_larger_has_its_scale(scanned, tmp_path, factor, only):
+    for name in {"tissue_hires_image.png", "tissue_lowres_image.png"} - {only}:
+        (tmp_path / "S1" / "spatial" / name).unlink()
+    source, (inside, warnings) = scanned(lambda scan: scan.resize([round(side * factor) for side in scan.size]))
+    assert source.scale == pytest.approx(factor, rel=0.003) and inside.all()
+    assert f"has {source.scale:.4g} times the size" in warnings[0] and len(warnings) == 1
+    if factor != 0.7:
+        assert source.scale == factor  # a whole number of times
+
+
+def test_a_part_of_the_scan_is_not_taken_for_a_smaller_export(scanned):
+    def corner(scan):
+        return scan.crop((0, 0, scan.width // 2, scan.height // 2))
+
+    with pytest.raises(ValueError, match=r"he.png: expected"):
+        scanned(corner)
+    source, (inside, warnings) = scanned(lambda scan: scan)
+    assert source.scale == 1 and inside.all() and warnings == []
 
 
 def axes(slide, change, mirrored=False):

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 from spaceranger_folders import BARCODES, HEADER, SCALES, position_lines, refused, write_h5, write_spatial
 
 from utils.slices import splits, visium
@@ -21,10 +22,11 @@ def folder(tmp_path):
 def test_the_full_resolution_image(folder):
     opened = visium.open_slice(folder)
     assert opened.fullres_image() is None
-    for other in ("spatial/tissue_hires_image.png", "matrix.h5", "._he.tif", "detected_tissue_image.jpg"):
+    for other in ("matrix.h5", "._he.tif", "detected_tissue_image.jpg"):
         (folder / other).write_text("")
+    Image.new("RGB", (20, 30)).save(folder / "spatial" / "tissue_hires_image.png")
     assert opened.fullres_image() is None and opened.source_image().kind == "hires"
-    (folder / "he.TIF").write_text("")
+    Image.new("RGB", (100, 150)).save(folder / "he.TIF")
     assert opened.fullres_image() == folder / "he.TIF"
     assert opened.source_image() == visium.SourceImage("fullres", folder / "he.TIF", 1.0)
     assert opened.source_image("hires").scale == SCALES["tissue_hires_scalef"]

@@ -37,7 +37,11 @@ AT_A_TIME = 8  # tiles that a thread cuts before it looks for others
 
 @dataclass(frozen=True)
 class Cut:
-    """How the tiles of one slice are cut. `crop` is in pixels of the source image, `um_per_px` that of the tile."""
+    """How the tiles of one slice are cut.
+
+    `crop` is in pixels of the source image, `um_per_px` that of the tile, `scale` the source image's pixels per
+    full-resolution pixel, that of the positions.
+    """
 
     source: str
     image: str
@@ -45,6 +49,7 @@ class Cut:
     crop: float
     size: int
     resampled: bool
+    scale: float = 1.0
 
     @property
     def quality(self) -> int:

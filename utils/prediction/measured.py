@@ -35,7 +35,9 @@ def read_measured(slice_: Slice, wanted: list[str], barcodes: np.ndarray, memory
     if slice_.matrix is None:
         return None
     source = slice_.with_counts(memory)
-    names = gene_names.mapped_names(source.genes, gene_names.symbols_by_id(source.genes, source.gene_ids))
+    symbols = gene_names.symbols_by_id(source.genes, source.gene_ids)
+    names = gene_names.mapped_names(source.genes, symbols)
+    names = gene_names.renamed(names, wanted, gene_names.known_names(None, symbols))
     gathering = gene_panels.gather(names, wanted)
     counts, total = np.zeros((len(source.spots), len(wanted)), np.int32), np.zeros(len(source.spots), np.int64)
     for span in visium.spans(source.counts, memory):

@@ -14,13 +14,12 @@ import numpy as np
 
 from utils.images import tissue
 from utils.images.image import TissueImage, image_size, open_image
-from utils.slices.visium import DISAGREE
+from utils.slices.visium import DISAGREE, SIZE
 
 if TYPE_CHECKING:
     from utils.slices.visium import Slice, SourceImage
 
 FEW, FEW_FRACTION = 3, 0.02  # spots outside the image that are no reason to doubt it
-SIZE = 0.01  # by which a side may differ from the small image's, which is rounded
 # Correlation of two grey images of SIDE x SIDE px. The five HER2+ sections and a Visium one have .99 with themselves in
 # other colours, .80 at most with one another (neighbouring sections), .85 mirrored, .89 to .95 shifted by 2 % of a side
 SIDE, SAME, RESEMBLING = 64, 0.9, 0.97
@@ -43,11 +42,17 @@ def check_image(
     xy_px, size = slice_.xy_fullres_px * source.scale, (image.width, image.height)
     inside = spots_on_image(f"{source.path}", xy_px, size)
     warnings = _check_scale(slice_, source, image)
+    exported = source.kind == "fullres" and source.scale != 1
+    if exported:
+        warnings.append(
+            f"{source.path}: has {source.scale:.4g} times the size of the image that the positions refer to; they are "
+            "scaled with it"
+        )
     for kind in ("hires", "lowres"):
         small = slice_.small_image(kind)
         if small is not None and kind != source.kind:
             check_size(source.path, [side / source.scale for side in size], small.path, small.scale)
-            warnings += check_content(source.path, thumbnail[0], small.path)
+            warnings += check_content(source.path, thumbnail[0], small.path, RESEMBLING if exported else SAME)
     radius_px = slice_.scalefactors["spot_diameter_fullres"] / 2 * source.scale
     hd = "bin_size_um" in slice_.scalefactors  # whose array is a mirror image of the pixels by itself
     mirrored = slice_.lattice is not None and slice_.lattice.mirrored and not hd
@@ -75,6 +80,7 @@ def spots_on_image(where: str, xy_px: np.ndarray, size: tuple[int, int]) -> np.n
 def _check_scale(slice_: Slice, source: SourceImage, image: TissueImage) -> list[str]:
     """Micrometres per pixel as the image's file states them against those of the spots."""
     stated, known = image.metadata_um_per_px, slice_.um_per_px
+    known = None if known is None else known / source.scale
     if stated is None or known is None or source.kind != "fullres" or abs(stated / known - 1) <= DISAGREE:
         return []
     return [
@@ -94,19 +100,23 @@ def check_size(path: Path, fullres_px: list[float], small: Path, small_scale: fl
         )
 
 
-def check_content(path: Path, thumbnail: np.ndarray, small: Path) -> list[str]:
-    """Raises ValueError where an image does not show what its small one shows; one that is blank tells nothing."""
+def check_content(path: Path, thumbnail: np.ndarray, small: Path, least: float = SAME) -> list[str]:
+    """Raises ValueError where an image does not show what its small one shows, by a correlation of `least`.
+
+    One that is blank tells nothing, which is refused where another size has to be confirmed by it.
+    """
     with open_image(small) as image:
         grey = [_small_grey(pixels) for pixels in (thumbnail, image.thumbnail(THUMBNAIL_PX)[0])]
-    if min(pixels.std() for pixels in grey) < FLAT:
+    blank = min(pixels.std() for pixels in grey) < FLAT
+    if blank and least == SAME:
         return []
-    alike = float(np.corrcoef(grey[0].ravel(), grey[1].ravel())[0, 1])
-    if alike < SAME:
-        turned = [name for name, pixels in _turned(grey[0]) if _correlation(pixels, grey[1]) >= SAME]
+    alike = 0.0 if blank else _correlation(*grey)
+    if alike < least:
+        turned = [name for name, pixels in _turned(grey[0]) if not blank and _correlation(pixels, grey[1]) >= SAME]
         hint = f"; it fits {turned[0]}" if turned else ""
         raise ValueError(
             f"{path}: expected the image that {small.name} was made of, found another (correlation {alike:.2f}, of the "
-            f"same image above {SAME}){hint}; give the image that the positions refer to, as it was when they were made"
+            f"same image above {least}){hint}; give the image that the positions refer to, unchanged"
         )
     if alike < RESEMBLING:
         return [f"{path}: resembles {small.name} (correlation {alike:.2f}) but may be shifted or cropped against it"]

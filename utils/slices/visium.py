@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from utils.images.image import SUFFIXES
+from utils.images.image import SUFFIXES, image_size
 from utils.slices.content import counts_hash
 from utils.slices.lattice import Lattice, fit_lattice
 from utils.slices.matrix import (
@@ -76,12 +76,16 @@ SPATIAL_FILES = (*POSITION_FILES, SCALEFACTORS, HIRES, LOWRES)
 POSITIONS_ARRAY, POSITIONS_PX = ("array_row", "array_col"), ("x_fullres_px", "y_fullres_px")
 VISIUM_PITCH_UM = 100.0
 DISAGREE = 0.05  # two statements of um per px that differ by more are worth a warning
+SIZE = 0.01  # by which a side may differ from what a small image, whose sides are rounded, makes of it
 SPOT_DIAMETER = 0.3, 1.2  # pitches: 0.5 legacy ST, 0.65 Visium, 1 Visium HD
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """The image that tiles are cut from: `kind` "fullres" or "hires", and its pixels per full-resolution pixel."""
+    """The image that tiles are cut from: `kind` "fullres" or "hires", and its pixels per full-resolution pixel.
+
+    The full-resolution pixel is that of the positions. A scan that was exported smaller or larger has another scale.
+    """
 
     kind: str
     path: Path
@@ -185,12 +189,25 @@ class Slice:
         """The image to cut tiles from. `source`: "fullres", "hires", or "auto" for the best that is there."""
         fullres = None if source == "hires" else self.fullres_image(named)
         if fullres is not None:
-            return SourceImage("fullres", fullres, 1.0)
+            return SourceImage("fullres", fullres, self.export_scale(image_size(fullres)))
         hires = self.small_image("hires")
         if source == "fullres" or hires is None:
             wanted = "a full-resolution image" + (f" or spatial/{HIRES}" if source == "auto" else "")
             raise ValueError(f"{self.root}: expected {wanted}, found none; put the H&E image into the folder")
         return hires
+
+    def export_scale(self, size: tuple[int, int]) -> float:
+        """Pixels of an image of that width and height per full-resolution pixel, by the size of the small images: 1, or
+        what the scan was made smaller or larger by, where both sides agree."""
+        for small in filter(None, map(self.small_image, ("hires", "lowres"))):
+            ratios = [side * small.scale / other for side, other in zip(size, image_size(small.path), strict=True)]
+            scale = math.sqrt(ratios[0] * ratios[1])
+            if abs(scale - 1) > SIZE and abs(ratios[0] / ratios[1] - 1) <= SIZE:
+                whole = round(max(scale, 1 / scale))  # exports are halves, thirds, ... of a scan
+                exact = whole if scale > 1 else 1 / whole
+                return float(exact) if abs(scale / exact - 1) <= SIZE else scale
+            return 1.0
+        return 1.0
 
     def read_genes(self) -> tuple[np.ndarray, np.ndarray]:
         """Names and ids (G,) of the genes that the counts are of."""

@@ -34,7 +34,7 @@ FAULTS = ("bad_input", "bad_files", "odd_input", "sharing_refused", "import_slic
 FUZZ = (
     "fuzz_files",
     "gene_names",
-    "importers_h5ad",
+    "array_places",
 )  # property tests of hypothesis, with many more examples than by default
 FLAGS = ("--Epoch", 3, "--Init_lr", 1e-3, "--save_every", 1)
 MOMENTS = 40  # of a run that count, a little more than there are
@@ -94,7 +94,7 @@ class Count:
 
 def count(names: tuple[str, ...], *more: str) -> Count:
     found = Count()
-    files = [str(path) for name in names if (path := ROOT / "tests" / f"test_{name}.py").exists()]
+    files = [str(path) for name in names for path in (ROOT / "tests").rglob(f"test_{name}.py")]
     pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", *more, *files], plugins=[found])
     return found
 

@@ -16,7 +16,7 @@ TWO = np.repeat(["a", "b"], N)
 
 def joined(shift=(0.0, 0.0), **columns):
     """obs, pixels and places of two sections, the second of which is shifted; some columns of one section each."""
-    obs = pd.DataFrame({name: values for name, values in columns.items()}, index=[f"{i}" for i in range(2 * N)])
+    obs = pd.DataFrame(columns, index=[f"{i}" for i in range(2 * N)])
     return obs, np.vstack([PIXELS, PIXELS + shift]), np.vstack([PLACES, PLACES])
 
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from importer_sources import write_tiff
 from PIL import Image
 from spaceranger_folders import refused
 
+from utils.images.image import stated_um_per_px
 from utils.importers import images
 
 
@@ -97,3 +99,23 @@ def test_a_thumbnail_of_a_file_and_of_its_pixels(rng, tmp_path):
         found = images.make_thumbnail(image, 45)
         assert found.pixels.shape == (30, 45, 3) and found.scale == 0.1
         np.testing.assert_array_equal(found.pixels[2::5, 2::5], blocks[25::50, 25::50])
+
+
+def test_stated_sizes_of_images(root, tmp_path):
+    from PIL import Image
+
+    from utils.images.image import stated_um_per_px
+
+    assert stated_um_per_px(write_tiff(tmp_path / "a.tif", image, 0.5)) == pytest.approx(0.5, rel=1e-3)
+    blank = Image.new("RGB", (32, 32))
+    for name, dpi, um in (("b.jpg", 72, None), ("c.jpg", 25400, 1.0), ("d.png", 50800, 0.5), ("e.png", 300, None)):
+        blank.save(tmp_path / name, dpi=(dpi, dpi))
+        assert stated_um_per_px(tmp_path / name) == (um and pytest.approx(um, rel=1e-3))
+    blank.save(tmp_path / "f.tif", dpi=(72, 72))
+    blank.save(tmp_path / "g.tif")
+    assert stated_um_per_px(tmp_path / "f.tif") is None and stated_um_per_px(tmp_path / "g.tif") is None
+    import tifffile
+
+    ome = {"axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25, "PhysicalSizeXUnit": "µm"}
+    tifffile.imwrite(tmp_path / "h.ome.tif", np.zeros((32, 32, 3), np.uint8), photometric="rgb", metadata=ome)
+    assert stated_um_per_px(tmp_path / "h.ome.tif") == pytest.approx(0.25)

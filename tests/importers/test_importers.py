@@ -132,7 +132,7 @@ def swapped(source, image):
 
 def test_swapped_axes_are_warned_of_and_refused_where_the_tissue_contradicts(source, tmp_path):
     tissue = np.full((1153, 1153, 3), (200, 110, 160), np.uint8)
-    line, warning = import_slice(swapped(source, tissue), tmp_path)
+    _, warning = import_slice(swapped(source, tissue), tmp_path)
     assert warning.startswith("warning: S1: ") and "axes swapped or mirrored" in warning
     x, y = source.spots[["x_fullres_px", "y_fullres_px"]].to_numpy().T
     tissue[:] = (243, 242, 244)

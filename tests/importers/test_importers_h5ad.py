@@ -3,19 +3,17 @@
 import json
 
 import anndata
+import h5py
 import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from importer_sources import assert_same_slice, image_of, to_anndata, write_hest, write_tiff
-from scipy.sparse import csc_matrix
-from scipy.spatial import KDTree
+from importer_sources import assert_same_slice, image_of, to_anndata, write_hest
+from PIL import Image
 from spaceranger_folders import refused
 
 from utils.importers.base import import_slice
 from utils.importers.h5ad import read_h5ad
 from utils.slices import splits, visium
-from utils.slices.lattice import array_places
 
 
 @pytest.fixture
@@ -52,7 +50,7 @@ def test_a_hest_folder_comes_back_exactly(simulated, tmp_path):
         assert (found.counts != true.counts).nnz == 0
         px = ["x_fullres_px", "y_fullres_px"]
         np.testing.assert_array_equal(found.spots[px], true.spots[px])
-        assert visium.is_staggered(found.spots)
+        assert source.lattice.staggered
         shift = found.spots[["array_row", "array_col"]] - true.spots[["array_row", "array_col"]]
         assert (shift.nunique() == 1).all()  # the array itself, but for where it begins
         factors = visium.read_scalefactors(found.root)
@@ -63,31 +61,16 @@ def test_a_hest_folder_comes_back_exactly(simulated, tmp_path):
 
 def test_a_pixel_size_that_the_spots_contradict_is_reported(root, tmp_path):
     folder = write_hest(tmp_path / "hest", {"S": root}, um_per_px=0.5)
-    lines = import_slice(only(folder), tmp_path / "out")
-    assert len(lines) == 3 and all(
-        line.startswith("warning: S: a pixel has 1 um by the spots (100 um") for line in lines[1:]
+    _, line = import_slice(only(folder), tmp_path / "out")
+    assert line == (
+        "warning: S: a pixel has 1 um by the spots (100 um from spot to spot) but 0.5 um by pixel_size_um_estimated "
+        "(metadata), 0.5 um by S.tif; check --image and --spot_pitch_um"
     )
-    assert "0.5 um by pixel_size_um_estimated (metadata)" in lines[1] and "0.5 um by S.tif" in lines[2]
 
 
 def test_a_difference_of_five_percent_is_none(root, tmp_path):
     folder = write_hest(tmp_path / "hest", {"S": root}, um_per_px=1.04)
     assert len(import_slice(only(folder), tmp_path / "out")) == 1
-
-
-def test_where_the_counts_stand(root, tmp_path):
-    adata = to_anndata(root)
-    true = adata.X.copy()
-    adata.layers["counts"], adata.X = csc_matrix(true), np.log1p(true.toarray())
-    assert (only(saved(adata, tmp_path), image_of(root)).counts != true).nnz == 0
-    raw = to_anndata(root)
-    raw.raw = raw.copy()
-    raw = raw[:, :20].copy()
-    raw.X = np.log1p(raw.X.toarray())
-    source = only(saved(raw, tmp_path), image_of(root))
-    assert source.counts.shape == (70, 60) and (source.counts != true).nnz == 0 and len(source.genes) == 60
-    del adata.layers["counts"]
-    refused(r"expected raw counts .* found fractions or negative numbers in X;", only, saved(adata, tmp_path))
 
 
 def test_spots_outside_tissue_and_features_that_are_no_genes(root, tmp_path):
@@ -103,21 +86,148 @@ def test_spots_outside_tissue_and_features_that_are_no_genes(root, tmp_path):
     refused("expected 0 or 1 in obs", only, saved(adata, tmp_path))
 
 
-def test_without_a_file_the_small_image_serves(root, tmp_path):
-    adata = to_anndata(root)
-    hires = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+def library(pixels, scale=0.5, diameter=65.0):
+    factors = {"tissue_hires_scalef": scale, "tissue_lowres_scalef": scale / 2, "spot_diameter_fullres": diameter}
+    return {"images": {"hires": pixels}, "scalefactors": factors}
+
+
+@pytest.fixture
+def pixels(root):
+    """The H&E of the slice (h, w, 3)."""
+    return np.asarray(Image.open(image_of(root)).convert("RGB"))
+
+
+def hires_of(folder):
+    return np.asarray(Image.open(folder / "spatial" / "tissue_hires_image.png"))
+
+
+def test_without_a_file_the_small_image_serves(root, tmp_path, pixels):
+    adata, hires = to_anndata(root), pixels[::4, ::4]
     factors = {"tissue_hires_scalef": 0.25, "spot_diameter_fullres": 60.0}
     adata.uns["spatial"] = {"lib": {"images": {"hires": (hires / 255).astype(np.float32)}, "scalefactors": factors}}
     import_slice(only(saved(adata, tmp_path)), tmp_path / "out")
     found = assert_same_slice(tmp_path / "out" / "sample", root)
-    from PIL import Image
-
-    np.testing.assert_array_equal(np.asarray(Image.open(found.root / "spatial" / "tissue_hires_image.png")), hires)
+    np.testing.assert_array_equal(hires_of(found.root), hires)
     written = visium.read_scalefactors(found.root)
     assert written["tissue_hires_scalef"] == 0.25 and written["spot_diameter_fullres"] == 60
-    assert written["tissue_lowres_scalef"] == 0.5  # 600 px of 1200
+    assert written["tissue_lowres_scalef"] == pytest.approx(600 / 1156)  # of 288 x 289 px over .25
     adata.uns["spatial"]["second"] = {}
-    refused("expected one slice in uns", only, saved(adata, tmp_path))
+    assert only(saved(adata, tmp_path)).small.keys() == {"hires"}
+
+
+def test_the_image_of_the_section_among_several_libraries(root, tmp_path, pixels):
+    adata, hires = to_anndata(root), pixels[::2, ::2]
+    others = {"A": library(np.full_like(hires, 90), diameter=80.0), "B": library(hires)}
+    adata.uns["spatial"] = others
+    refused("found A, B and no column of obs", only, saved(adata, tmp_path))
+    assert only(saved(adata, tmp_path), image_of(root)).small == {}  # with the image none of them is needed
+    adata.obs["library_id"] = "B"
+    source = only(saved(adata, tmp_path))
+    np.testing.assert_array_equal(source.small["hires"], hires)
+    assert source.spot_diameter_px == 65
+    adata.obs["library_id"] = "renamed"
+    adata.uns["spatial"] = others | {"A": library(hires[:99, :99])}  # on which the spots do not lie
+    np.testing.assert_array_equal(only(saved(adata, tmp_path)).small["hires"], hires)
+
+
+def test_a_cellxgene_file(root, tmp_path, pixels):
+    adata = to_anndata(root)
+    genes, ids = adata.var_names.to_numpy(), [f"ENSG{i:011d}" for i in range(adata.n_vars)]
+    adata.var = pd.DataFrame({"feature_name": pd.Categorical(genes), "feature_biotype": "gene"}, index=ids)
+    adata.raw = adata
+    adata.X = np.log1p(adata.X.toarray())
+    adata.obs["donor_id"] = "D1"
+    adata.obs["in_tissue"] = 1
+    entry = library(pixels[::2, ::2])
+    adata.uns["spatial"] = {"is_single": np.True_, "lib": entry | {"images": entry["images"] | {"fullres": pixels}}}
+    source = only(saved(adata, tmp_path))
+    np.testing.assert_array_equal(source.genes, genes)
+    np.testing.assert_array_equal(source.gene_ids, ids)
+    np.testing.assert_array_equal(source.image, pixels)
+    assert source.patient == "D1" and (source.counts != adata.raw.X).nnz == 0
+    import_slice(source, tmp_path / "out")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "sample" / "sample.tif")), pixels)
+    np.testing.assert_array_equal(hires_of(tmp_path / "out" / "sample"), pixels[::2, ::2])
+    adata.uns["spatial"] = {"is_single": np.False_}
+    refused("is_single", only, saved(adata, tmp_path))
+
+
+def test_another_image_than_that_of_uns_is_refused(root, tmp_path, pixels):
+    adata = to_anndata(root)
+    adata.uns["spatial"] = {"lib": library(pixels[::2, ::2])}
+    import_slice(only(saved(adata, tmp_path), image_of(root)), tmp_path / "out")
+    np.testing.assert_array_equal(hires_of(tmp_path / "out" / "sample"), pixels[::2, ::2])
+    adata.uns["spatial"] = {"lib": library(np.ascontiguousarray(pixels[::-2, ::-2]))}
+    other = only(saved(adata, tmp_path), image_of(root))
+    refused("found another .* it fits turned by 180 degrees", import_slice, other, tmp_path / "other")
+    adata.uns["spatial"] = {"lib": library(pixels[::2, ::2] / 100)}
+    assert "hires: of uns['spatial'] cannot be read" in only(saved(adata, tmp_path), image_of(root)).notes
+
+
+def test_joined_sections_are_refused_and_split_on_request(simulated, tmp_path):
+    roots = [simulated / name for name in ("P01_1", "P02_1")]
+    parts = [to_anndata(root) for root in roots]
+    joined = anndata.concat(parts, label="library_id", keys=["L1", "L2"], index_unique="-", merge="same")
+    joined.obs["patient"] = np.repeat(["P1", "P2"], 70)
+    hires = [np.asarray(Image.open(image_of(root)).convert("RGB"))[::2, ::2] for root in roots]
+    joined.uns["spatial"] = {"L1": library(hires[0], diameter=60.0), "L2": library(hires[1], diameter=70.0)}
+    path = saved(joined, tmp_path)
+    refused("found 2 that obs.'library_id'. tells apart .*--library_key library_id", only, path)
+    refused(
+        "_he.jpg: expected the image of one section",
+        lambda: list(read_h5ad(path, image_of(roots[0]), None, "library_id")),
+    )
+    for number, source in enumerate(read_h5ad(path, None, None, "library_id")):
+        import_slice(source, tmp_path / "out")
+        name, root = f"L{number + 1}", roots[number]
+        barcodes = [f"{barcode}-{name}" for barcode in visium.read_slice(root).spots.index]
+        found = assert_same_slice(tmp_path / "out" / name, root, barcodes)
+        np.testing.assert_array_equal(hires_of(found.root), hires[number])
+        assert visium.read_scalefactors(found.root)["spot_diameter_fullres"] == 60 + 10 * number
+    rows, _ = splits.read_table(tmp_path / "out", split=False)
+    assert [(row.slice, row.patient) for row in rows] == [("L1", "P1"), ("L2", "P2")]
+    refused(
+        "expected one section", lambda: list(read_h5ad(saved(joined_under_one(joined), tmp_path), None, None, "batch"))
+    )
+
+
+def joined_under_one(joined):
+    joined.obs["batch"] = "one"
+    return joined
+
+
+def test_places_that_do_not_fit_are_measured(root, tmp_path):
+    adata, order = to_anndata(root), np.random.default_rng(1).permutation(70)
+    adata.obs["array_row"], adata.obs["array_col"] = (
+        adata.obs[c].to_numpy()[order] for c in ("array_row", "array_col")
+    )
+    lines = import_slice(only(saved(adata, tmp_path), image_of(root)), tmp_path / "out")
+    assert "the stated array places do not fit the pixels; measured ones are written" in lines[0]
+    found = visium.open_slice(tmp_path / "out" / "sample")
+    assert found.pitch_px == pytest.approx(100, rel=0.01) and found.lattice.staggered and not found.warnings
+
+
+def test_pooled_bins_of_hest(root, tmp_path, rng):
+    """Visium HD in HEST-1k: bins of 128 um at .5 um per px, numbered after empty ones were dropped; 2 um are stated."""
+    row, column = (axis.ravel() for axis in np.meshgrid(np.arange(9), np.arange(10), indexing="ij"))
+    kept = rng.random(90) > 0.2
+    adata = anndata.AnnData(rng.poisson(2, (kept.sum(), 5)).astype(np.float32), var=pd.DataFrame(index=list("ABCDE")))
+    adata.obsm["spatial"] = np.column_stack([column, row])[kept] * 256.0 + 200
+    adata.obs["array_row"], adata.obs["array_col"] = np.divmod(np.arange(kept.sum()), 10)
+    folder = tmp_path / "hest"
+    for name in ("st", "wsis", "metadata"):
+        (folder / name).mkdir(parents=True)
+    adata.write_h5ad(folder / "st" / "HD.h5ad")
+    Image.new("RGB", (2700, 2500), (200, 110, 160)).save(folder / "wsis" / "HD.tif")
+    sizes = {"pixel_size_um_embedded": None, "pixel_size_um_estimated": 0.5, "inter_spot_dist": 2.0}
+    (folder / "metadata" / "HD.json").write_text(json.dumps(sizes | {"spot_diameter": 2.0, "patient": float("nan")}))
+    line, warning = import_slice(only(folder), tmp_path / "out")
+    assert "0.5 um per px" in line and "0.007813 um by inter_spot_dist 2 um" in warning
+    (found,), _ = splits.read_table(tmp_path / "out", split=False)
+    assert (found.spot_pitch_um, found.patient) == (pytest.approx(128), "HD")
+    opened = visium.open_slice(tmp_path / "out" / "HD")
+    assert opened.pitch_px == pytest.approx(256) and not opened.warnings
+    assert opened.scalefactors["spot_diameter_fullres"] == 128  # the stated 2 um are of another bin
 
 
 def test_bad_files_are_refused(root, tmp_path):
@@ -137,7 +247,7 @@ def test_bad_files_are_refused(root, tmp_path):
     refused("expected an .h5ad file or a folder", only, tmp_path)
 
 
-def test_a_hest_folder_without_a_image(simulated, tmp_path):
+def test_a_hest_folder_without_an_image(simulated, tmp_path):
     folder = write_hest(tmp_path / "hest", {"A": simulated / "P01_1", "B": simulated / "P02_1"})
     (folder / "wsis" / "B.tif").unlink()
     refused("one H&E image of B, found none; name it with --image", lambda: next(read_h5ad(folder)))
@@ -149,8 +259,8 @@ def square(n=6, px=20.0):
     return np.column_stack([axis.ravel() for axis in axes]) * px
 
 
-def test_a_square_array_needs_a_pitch_or_the_size_of_a_pixel(tmp_path, root):
-    adata = anndata.AnnData(np.ones((48, 3), np.float32))
+def test_a_square_array_needs_a_pitch_or_the_size_of_a_pixel(tmp_path, rng):
+    adata = anndata.AnnData(rng.poisson(2, (48, 3)).astype(np.float32), var=pd.DataFrame(index=list("ABC")))
     adata.obsm["spatial"] = square() + 30
     refused("use --spot_pitch_um", only, saved(adata, tmp_path))
     assert only(saved(adata, tmp_path), None, 55.0).pitch_um == 55
@@ -158,37 +268,47 @@ def test_a_square_array_needs_a_pitch_or_the_size_of_a_pixel(tmp_path, root):
     assert only(saved(adata, tmp_path)).pitch_um == pytest.approx(8)
 
 
-lattices = st.tuples(st.booleans(), st.floats(-np.pi, np.pi), st.floats(4, 400), st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a.h5ad.gz", b"", "a packed file: gunzip it first"),
+        ("a.h5ad", b"\x1f\x8b\x08", "a packed file: gunzip it first"),
+        ("a.loom", b"", "a loom file"),
+        ("a.rds", b"", "a file of R"),
+        ("a.RData", b"", "a file of R"),
+        ("a.h5mu", b"", "a MuData file"),
+        ("a.h5Seurat", b"", "a Seurat file"),
+        ("GSE1_RAW.tar", b"", "an archive"),
+    ],
+)
+def test_files_of_other_forms_are_named(tmp_path, name, content, found):
+    (tmp_path / name).write_bytes(content)
+    refused(f"{name}: expected an .h5ad file, found {found}", only, tmp_path / name)
 
 
-@settings(max_examples=40, deadline=None)
-@given(lattices)
-def test_neighbours_on_the_array_are_those_in_the_image(lattice):
-    staggered, turn, pitch_px, seed = lattice
-    rng = np.random.default_rng(seed)
-    row, col = (axis.ravel() for axis in np.meshgrid(np.arange(30), np.arange(24), indexing="ij"))
-    xy = np.column_stack([col + row % 2 / 2, row * np.sqrt(3) / 2]) if staggered else np.column_stack([col, row])
-    there = np.linalg.norm(xy - rng.uniform(5, 20, 2), axis=1) > 4  # a hole, and scattered ones
-    there &= rng.random(len(xy)) > 0.1
-    cos, sin = np.cos(turn), np.sin(turn)
-    xy = xy[there] @ np.array([[cos, sin], [-sin, cos]]) * pitch_px + rng.uniform(0, 999, 2)
-    xy += rng.uniform(-0.04, 0.04, xy.shape) * pitch_px
-    places = array_places("test", xy)
-    assert places.min() >= 0 and (places[:, 0].min(), places[:, 1].min() // 2) == (0, 0)
-    near = {tuple(pair) for pair in KDTree(xy).query_pairs(1.2 * pitch_px, output_type="ndarray")}
-    step = np.abs(places[:, None] - places[None])
-    if staggered:
-        assert (places.sum(1) % 2 == 0).all()
-        beside = ((step == [0, 2]) | (step == [1, 1])).all(-1)
-    else:
-        beside = step.sum(-1) == 1
-    beside = {(i, j) for i, j in zip(*np.nonzero(beside), strict=True) if i < j}
-    assert beside == near
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [(["matrix"], "a 10x matrix"), (["matrix", "row_attrs", "col_attrs"], "a loom"), (["x"], "with x")],
+)
+def test_other_hdf5_is_named(tmp_path, keys, found):
+    with h5py.File(tmp_path / "a.h5ad", "w") as file:
+        for key in keys:
+            file.create_group(key)
+    refused(f"a.h5ad: expected an .h5ad file, found .*{found}", only, tmp_path / "a.h5ad")
 
 
-def test_spots_on_no_array_are_refused(rng):
-    refused("expected spots on a square or a staggered array", array_places, "x", rng.uniform(0, 100, (60, 2)))
-    refused("three spots or more", array_places, "x", np.zeros((5, 2)))
+def test_folders_of_other_forms_are_named(simulated, tmp_path):
+    for name, files, found in (
+        ("store.zarr", ["x"], "a zarr store: --format spatialdata"),
+        ("store", [".zgroup"], "a zarr store"),
+        ("several", ["a.h5ad", "b.h5ad"], "a.h5ad, b.h5ad: give one of them"),
+        ("geo", ["GSM1_A_barcodes.tsv.gz", "GSM1_A_matrix.mtx.gz"], "files as GEO keeps them .GSM1_A_barcodes.tsv.gz"),
+    ):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("")
+        refused(found, only, tmp_path / name)
+    refused(f"a Space Ranger folder, which needs no import: use --data {simulated}", only, simulated / "P01_1")
 
 
 def test_metadata_that_is_no_json(root, tmp_path):
@@ -199,23 +319,3 @@ def test_metadata_that_is_no_json(root, tmp_path):
     assert only(folder).pitch_um == 100 and only(folder).patient == "S"
     (folder / "metadata" / "S.json").write_text('{"patient": NaN}')
     assert only(folder).patient == "S"
-
-
-def test_stated_sizes_of_images(root, tmp_path):
-    from PIL import Image
-
-    from utils.images.image import stated_um_per_px
-
-    assert stated_um_per_px(write_tiff(tmp_path / "a.tif", image_of(root), 0.5)) == pytest.approx(0.5, rel=1e-3)
-    image = Image.new("RGB", (32, 32))
-    for name, dpi, um in (("b.jpg", 72, None), ("c.jpg", 25400, 1.0), ("d.png", 50800, 0.5), ("e.png", 300, None)):
-        image.save(tmp_path / name, dpi=(dpi, dpi))
-        assert stated_um_per_px(tmp_path / name) == (um and pytest.approx(um, rel=1e-3))
-    image.save(tmp_path / "f.tif", dpi=(72, 72))
-    image.save(tmp_path / "g.tif")
-    assert stated_um_per_px(tmp_path / "f.tif") is None and stated_um_per_px(tmp_path / "g.tif") is None
-    import tifffile
-
-    ome = {"axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25, "PhysicalSizeXUnit": "µm"}
-    tifffile.imwrite(tmp_path / "h.ome.tif", np.zeros((32, 32, 3), np.uint8), photometric="rgb", metadata=ome)
-    assert stated_um_per_px(tmp_path / "h.ome.tif") == pytest.approx(0.25)

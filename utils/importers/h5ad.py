@@ -22,6 +22,7 @@ from utils.importers.anndata_slice import from_anndata
 from utils.importers.base import Source, found_in
 from utils.importers.images import images_in, only_image
 from utils.slices.matrix import reading
+from utils.slices.visium import is_slice
 
 OTHER_FORMS = {  # what people give in place of an .h5ad, and what to do with it
     ".gz": "a packed file: gunzip it first",
@@ -57,8 +58,8 @@ def find_samples(source: Path, image: Path | None) -> list[Sample]:
         return [Sample(source.stem, source, image)]
     files = sorted((source / "st").glob("*.h5ad"))
     if not files:
-        found = ", ".join(sorted(path.name for path in source.glob("*.h5ad"))[:4])
-        found = f"{found}: give one of them" if found else found_in(source)
+        loose = [] if is_slice(source) else sorted(path.name for path in source.glob("*.h5ad"))
+        found = f"{', '.join(loose[:4])}: give one of them" if loose else found_in(source)
         raise ValueError(f"{source}: expected an .h5ad file or a folder with st/ID.h5ad and wsis/ID.tif, found {found}")
     if image is not None and len(files) > 1:
         raise ValueError(

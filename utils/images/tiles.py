@@ -3,7 +3,7 @@
     for batch in cut_tiles(image, centres_px, cut, batch_size=64):
         ...
 
-Two rules of cutting: a physical square of `tile_um`, resampled to `tile_px` (micrometres per pixel from the spot pitch),
+Two rules of cutting: a physical square of `tile_um`, resampled to `tile_px` (um per pixel from the spot pitch),
 or the published crop of whole pixels of the hires image. Training and prediction cut by the same function.
 
 Letters: S spots, B batch, n a block of tiles, Z tile side in pixels.

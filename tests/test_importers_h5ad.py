@@ -204,7 +204,7 @@ def test_metadata_that_is_no_json(root, tmp_path):
 def test_stated_sizes_of_pictures(root, tmp_path):
     from PIL import Image
 
-    from utils.images.pixel_size import stated_um_per_px
+    from utils.images.image import stated_um_per_px
 
     assert stated_um_per_px(write_tiff(tmp_path / "a.tif", picture_of(root), 0.5)) == pytest.approx(0.5, rel=1e-3)
     picture = Image.new("RGB", (32, 32))

@@ -763,10 +763,10 @@ add(ROW, "without suffix", "a", tiff)
 # ---- refused
 
 ROW = "signed, 32-bit or floating-point samples"
-for dtype, words in (("int16", "signed samples of 16 bits"), ("uint32", "unsigned samples of 32 bits"),
-                     ("float32", "floating-point samples of 32 bits"), ("int8", "signed samples of 8 bits")):  # fmt: skip
+KINDS = {"int8": "signed samples of 8", "int16": "signed samples of 16", "uint32": "unsigned samples of 32"}
+for dtype, words in (KINDS | {"float32": "floating-point samples of 32"}).items():
     write = partial(lambda path, p, dtype: tiff(path, (p >> 1).astype(dtype)), dtype=dtype)
-    add(ROW, f"tiff {dtype}", "a.tif", write, refused=f"found {words}")
+    add(ROW, f"tiff {dtype}", "a.tif", write, refused=f"found {words} bits")
 add(ROW, "imagej float", "a.tif", lambda path, p: planes(path, p.astype(np.float32), **IJ), refused="floating-point")
 add(ROW, "jp2 signed", "a.jp2", lambda path, p: jpeg_2000(path, p.astype(np.int16) - 100), refused="signed samples")
 ROW = "2 channels, or more than 3 without stated alpha"
@@ -782,8 +782,15 @@ for n in (2, 4, 5):
 add(ROW, "grey and more", "a.tif", lambda path, p: tiff(path, p[..., :2], **BLACK, planarconfig="contig"),
     refused="found 2 channels")  # fmt: skip
 ROW = "fluorescence"
-add(ROW, "ome dyes", "a.ome.tif", partial(named, names=["DAPI", "FITC", "Cy3"]), refused="found channels DAPI, FITC, Cy3")
-add(ROW, "ome wavelengths", "a.ome.tif", partial(named, names=["0", "1", "2"], EmissionWavelength=[450.0, 520.0, 600.0]),
+add(
+    ROW,
+    "ome dyes",
+    "a.ome.tif",
+    partial(named, names=["DAPI", "FITC", "Cy3"]),
+    refused="found channels DAPI, FITC, Cy3",
+)
+WAVELENGTHS = {"EmissionWavelength": [450.0, 520.0, 600.0]}
+add(ROW, "ome wavelengths", "a.ome.tif", partial(named, names=["0", "1", "2"], **WAVELENGTHS),
     refused="expected red, green and blue, or grey, found channels")  # fmt: skip
 add(ROW, "imagej other colours", "a.tif",
     partial(imagej_tables, order="rgb", colours=[(255, 0, 255), (255, 255, 0), (0, 255, 255)]),

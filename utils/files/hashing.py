@@ -2,8 +2,8 @@
 
 Up to WHOLE bytes it is the SHA-256 of all bytes, as sha256sum gives it. Of a larger file the size and BLOCKS evenly
 spaced blocks of BLOCK bytes are hashed, the first at its head, the last at its tail ("sampled-..."): a change that
-keeps the size and touches none of these is not noticed. Slides that are an index beside other files are hashed with
-those.
+keeps the size and touches none of these is not noticed. A slide that is an index beside other files is hashed with
+them.
 """
 
 from __future__ import annotations

@@ -205,7 +205,16 @@ def _plausible(um_per_px: float | None) -> float | None:
 
 
 def _source(path: Path) -> Source:
-    """The file by its head, told by its content."""
+    """The file by its head."""
+    source = _reader(path)
+    if source.width < 1 or source.height < 1:
+        source.close()
+        raise ImageError(f"{path}: expected an image, found {source.width} x {source.height} pixels; copy it anew")
+    return source
+
+
+def _reader(path: Path) -> Source:
+    """The reader of a file, told by its content."""
     if not path.is_file():
         raise ImageError(f"{path}: expected an image, found {'a folder' if path.is_dir() else 'no such file'}")
     with reading(path), path.open("rb") as file:

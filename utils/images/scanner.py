@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.images.checks import ImageError, reading
+from utils.images.checks import reading
 from utils.images.samples import on_white
 
 CACHE_BYTES = 128 * 2**20  # decoded tiles of a row, which the next tiles of the row and the row below share
@@ -73,8 +73,6 @@ class ScannerImage:
 
     def load(self, huge: bool) -> tuple[list[Any], tuple[str, ...]]:
         """All levels; the last pixel of each is read, which shows whether the file is whole."""
-        if self.width * self.height == 0:
-            raise ImageError(f"{self.path}: expected an image, found one of {self.width} x {self.height} px")
         levels = [ScannerLevel(self._slide, number, self.path) for number in range(self._slide.level_count)]
         for level in levels:
             level.crop(level.width - 1, level.height - 1, level.width, level.height)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from utils.images.tiff_series import Series, find_scan, level_samples
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 CACHE_BYTES = 128 * 2**20  # decoded tiles of a row, which the next tiles of the row and the row below share
 BLOCK_PX = 2**22  # of an image without segments, looked at together
+TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 VENDORS = ("svs", "ndpi", "scn", "bif", "philips")  # tifffile's names of the formats that openslide reads
 
 
@@ -205,6 +207,7 @@ class TiffImage:
         try:
             with reading(path):
                 _check_vendor(path, self._file, openslide_installed, openslide_hint)
+                _check_directories(path)
                 self.scan = find_scan(path, self._file)
                 self._stored = self._planes(self.scan.pages, self.scan)
         except BaseException:
@@ -247,6 +250,31 @@ class TiffImage:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _check_directories(path: Path) -> None:
+    """Raises OSError where a page or one of its tags lies beyond the end: readers would go on without it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(16)
+        order = "<" if head[:2] == b"II" else ">"
+        big = struct.unpack_from(order + "H", head, 2)[0] == 43
+        offset = struct.unpack_from(order + ("Q" if big else "I"), head, 8 if big else 4)[0]
+        n_bytes, entry, inline, word = (8, "HHQ8s", 8, "Q") if big else (2, "HHI4s", 4, "I")
+        entry_size, seen = struct.calcsize(order + entry), set[int]()
+        while offset and offset not in seen:
+            seen.add(offset)
+            file.seek(offset)
+            count = int.from_bytes(file.read(n_bytes), "little" if order == "<" else "big")
+            directory = file.read(min(count, 2**16) * entry_size)
+            following = file.read(inline)
+            if len(following) < inline:
+                raise OSError(f"page {len(seen)} ends beyond byte {size:,}")
+            for code, kind, number, value in struct.iter_unpack(order + entry, directory):
+                length = number * TYPE_BYTES.get(kind, 0)
+                if length > inline and struct.unpack(order + word, value)[0] + length > size:
+                    raise OSError(f"tag {code} of page {len(seen)} ends beyond byte {size:,}")
+            offset = struct.unpack(order + word, following)[0]
 
 
 def _check_vendor(path: Path, file: Any, openslide_installed: bool, hint: str) -> None:

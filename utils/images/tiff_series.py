@@ -128,6 +128,8 @@ def read_series(path: Path, file: Any) -> list[Series]:
     for kind, read in (("ome", _ome_series), ("imagej", _imagej_series), ("shaped", _shaped_series)):
         if getattr(file, f"is_{kind}") and file.series and file.series[0].kind == kind:
             return read(path, file)
+        if kind == "imagej" and file.is_imagej:
+            raise ValueError("ImageJ states more planes than the file holds")
     return _plain_series(path, file)
 
 

@@ -1,9 +1,9 @@
-"""Pictures that tiles are cut from, good and bad, the pack that training reads, and what is in memory meanwhile."""
+"""Images that tiles are cut from, good and bad, and the pack that training reads."""
 
+import io
 import multiprocessing
 import os
 import pickle
-from concurrent.futures import Future
 from types import SimpleNamespace
 
 import h5py
@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from spaceranger_folders import refused
-from tile_slices import SIZE, cut, pixels, ramps, times, write_slice
+from tile_slices import SIZE, cut, ramps, times, write_slice
 
-import image_tilling
 from utils.files.atomic import write_record
 from utils.images import tiles
 
@@ -23,40 +22,30 @@ def data(tmp_path):
     return write_slice(tmp_path / "data")
 
 
-# ---- pictures
+# ---- images
 
 
-def replaced(data, mode, name="he.png"):
-    (data / "slice" / "he.png").unlink()
-    ramps(*SIZE).convert(mode).save(data / "slice" / name)
-    return pixels(cut(data) / "S1x1-1.jpeg")
-
-
-def test_grey_and_palette_pictures_become_rgb(data):
-    grey = replaced(data, "L")
-    assert grey.shape == (28, 28, 3) and np.ptp(grey, axis=2).max() <= 2
-
-
-@pytest.mark.parametrize("name", ["he.tif", "he.jpg", "he.TIFF"])
+@pytest.mark.parametrize("name", ["he.tif", "he.jpg", "he.TIFF", "he.btf", "he.webp"])
 def test_kinds_of_files(data, name):
-    assert np.abs(replaced(data, "RGB", name) - pixels(cut(data) / "S1x1-1.jpeg")).max() < 8
-
-
-def test_transparent_parts_are_glass(data):
-    picture = ramps(*SIZE).convert("RGBA")
-    picture.paste((0, 0, 0, 0), (0, 0, 85, 300))
-    picture.save(data / "slice" / "he.png")
-    tile = pixels(cut(data) / "S1x1-1.jpeg")  # its centre is at x 85
-    assert (tile[:, :12] > 240).all() and (tile[:, 16:, 2] < 115).all()
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_pictures_of_more_than_8_bits_are_refused(data, mode):
-    grey = np.asarray(ramps(*SIZE).convert("L"))
-    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    expected = tiles.TilePack(cut(data)).read(np.arange(6)).astype(int)
     (data / "slice" / "he.png").unlink()
-    Image.fromarray(grey.astype(dtype)).save(data / "slice" / "he.tif")
-    refused(f"he.tif: expected 8 bits per channel, found mode {mode}", cut, data)
+    kind = "TIFF" if name.endswith("btf") else None
+    ramps(*SIZE).save(data / "slice" / name, kind, **({"lossless": True} if name.endswith("webp") else {}))
+    folder = cut(data)
+    assert tiles.read_record(folder)["image"] == name
+    assert np.abs(tiles.TilePack(folder).read(np.arange(6)) - expected).max() < 4
+
+
+def test_how_an_image_is_read_is_printed_once(data, capsys):
+    import tifffile
+
+    deep = np.asarray(ramps(*SIZE)).astype(np.uint16) << 4
+    (data / "slice" / "he.png").unlink()
+    tifffile.imwrite(data / "slice" / "he.tif", deep, photometric="rgb", extratags=[(274, 3, 1, 6, True)])
+    cut(data)
+    said = capsys.readouterr().out
+    assert said.count("slice: he.tif: 16 bits per channel read as 12 (largest value 3,184)") == 1
+    assert said.count("slice: he.tif: Orientation 6 ignored: positions are in stored pixels") == 1
 
 
 @pytest.mark.parametrize("name", ["he.png", "he.jpg", "he.tif"])
@@ -69,13 +58,13 @@ def test_torn_pictures_are_refused_and_nothing_is_touched(data, rng, name, share
     path = data / "slice" / name
     Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    refused(f"{name}: expected a picture, found one that cannot be read", cut, data, "--tile_px", 14)
+    refused(f"{name}: expected an image.* found (one that cannot be read|an empty file)", cut, data, "--tile_px", 14)
     assert times(folder) == before
 
 
 def test_a_file_that_is_no_picture_is_refused(data):
     (data / "slice" / "he.png").write_text("hello " * 100)
-    refused("he.png: expected a picture", cut, data)
+    refused("he.png: expected an image .* found text", cut, data)
     assert not (data.parent / "tiles").exists()
 
 
@@ -91,23 +80,6 @@ def test_a_picture_of_another_size_than_the_positions_is_refused(data, size, fit
         assert not (data.parent / "tiles").exists()
 
 
-def test_a_spoilt_tile_is_named(data):
-    """It has its end, so that no stopped run has left it."""
-    folder = cut(data)
-    (folder / "S1x1-1.jpeg").write_bytes(b"\xff\xd8 spoilt \xff\xd9")
-    (folder / "tiles.h5").unlink()
-    refused("S1x1-1.jpeg: expected a tile of 28 x 28 px, found one that cannot be read", cut, data)
-    assert not list(folder.glob("*.part"))
-
-
-def test_a_tile_of_another_size_is_named(data):
-    folder = cut(data)
-    Image.new("RGB", (9, 10)).save(folder / "S1x1-1.jpeg")
-    (folder / "tiles.h5").unlink()
-    refused("S1x1-1.jpeg: expected a tile of 28 x 28 px, found 9 x 10; delete it", cut, data)
-    assert not (folder / "tiles.h5").exists()
-
-
 # ---- the pack
 
 
@@ -115,7 +87,7 @@ def test_a_tile_of_another_size_is_named(data):
 def pack(tmp_path, rng):
     """Twelve packed tiles of 4 px, and their pixels."""
     pixels = rng.integers(0, 255, (12, 4, 4, 3), dtype=np.uint8)
-    tiles.write_pack(tmp_path, np.array([f"b{i}" for i in range(12)]), rng.random((12, 2)), list(pixels), 4)
+    tiles.write_pack(tmp_path, np.array([f"b{i}" for i in range(12)]), rng.random((12, 2)), [pixels], 4)
     write_record(tmp_path / "tiles.json", {"outside": []})
     return SimpleNamespace(tiles=tiles.TilePack(tmp_path), pixels=pixels, folder=tmp_path)
 
@@ -125,9 +97,9 @@ def test_rows_are_read_in_any_order_and_repeated(pack):
         np.testing.assert_array_equal(pack.tiles.read(np.array(rows)), pack.pixels[rows])
 
 
-def test_blocks_of_tiles_are_packed_as_single_ones_are(pack, tmp_path):
+def test_blocks_of_any_length_are_packed_alike(pack, tmp_path):
     names, xy = np.array([f"b{i}" for i in range(12)]), np.zeros((12, 2))
-    for blocks in ([pack.pixels], [pack.pixels[:5], pack.pixels[5:11], pack.pixels[11:]], pack.pixels):
+    for blocks in ([pack.pixels], [pack.pixels[:5], pack.pixels[5:11], pack.pixels[11:]], pack.pixels[:, None]):
         tiles.write_pack(tmp_path, names, xy, iter(blocks), 4)
         np.testing.assert_array_equal(tiles.TilePack(tmp_path).read(np.arange(12)), pack.pixels)
 
@@ -186,11 +158,19 @@ def test_a_torn_record_is_refused(pack):
     refused("tiles.json: expected JSON", tiles.TilePack, pack.folder)
 
 
+def test_a_pack_that_lacks_tiles_is_refused(pack):
+    with h5py.File(pack.folder / "tiles.h5", "a") as file:
+        del file["img"]
+        file.create_dataset("img", (12, 4, 4, 3), "uint8", chunks=(1, 4, 4, 3))
+        file["img"].id.write_direct_chunk((0, 0, 0, 0), pack.pixels[0].tobytes())
+    refused("tiles.h5: expected packed tiles, found 1 tiles of 12 spots", tiles.TilePack, pack.folder)
+
+
 def test_an_interrupted_pack_leaves_the_old_one(pack):
     before = (pack.folder / "tiles.h5").read_bytes()
 
     def torn():
-        yield pack.pixels[0]
+        yield pack.pixels[:1]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -198,68 +178,23 @@ def test_an_interrupted_pack_leaves_the_old_one(pack):
     assert (pack.folder / "tiles.h5").read_bytes() == before and not list(pack.folder.glob("*.part"))
 
 
-@pytest.mark.parametrize("flags", [("--source", "hires", "--crop_size", 40), ("--tile_px", 28)])
-@pytest.mark.parametrize("chunk", [1, 4, 64])
-def test_the_pack_is_what_the_jpegs_decode_to(data, rng, monkeypatch, flags, chunk):
-    """In the order of the barcodes, whether the tiles are new or kept, and however they are handed out."""
-    monkeypatch.setattr(image_tilling, "CHUNK", chunk)
+@pytest.mark.parametrize("flags", [("--source", "hires", "--crop_size", 40), ("--tile_px", 28, "--jpeg")])
+def test_the_jpegs_are_those_of_the_packed_pixels(data, rng, flags):
+    """Each under its barcode, in whatever order they were cut."""
     Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(data / "slice" / "he.png")
-    for _ in range(2):
-        folder = cut(data, *flags, "--workers", 2)
-        pack = tiles.TilePack(folder)
-        expected = [np.asarray(Image.open(folder / f"{barcode}.jpeg")) for barcode in pack.barcodes]
-        np.testing.assert_array_equal(pack.read(np.arange(6)), expected)
-        (folder / "tiles.h5").unlink()
-        (folder / "S2x4-1.jpeg").unlink()
+    folder = cut(data, *flags, "--workers", 2)
+    pack, quality = tiles.TilePack(folder), 75 if "--crop_size" in flags else 95
+    assert len(list(folder.glob("*.jpeg"))) == 6
+    for barcode, tile in zip(pack.barcodes, pack.read(np.arange(6)), strict=True):
+        expected = io.BytesIO()
+        Image.fromarray(tile).save(expected, "JPEG", quality=quality)
+        assert (folder / f"{barcode}.jpeg").read_bytes() == expected.getvalue()
 
 
-# ---- memory
-
-
-class CountingPool:
-    """Runs nothing before it is asked for, and counts."""
-
-    def __init__(self):
-        self.submitted = 0
-
-    def submit(self, work, task):
-        self.submitted += 1
-        done = Future()
-        done.set_result(work(task))
-        return done
-
-
-def test_few_blocks_are_under_way_at_once_however_many_there_are():
-    """A million tasks; the slow writer takes one result after the other."""
-    pool, taken = CountingPool(), 0
-    results = image_tilling.in_order(pool, lambda task: task**2, range(1_000_000), ahead=4)
-    for taken in range(1, 50):
-        assert next(results) == (taken - 1) ** 2
-        assert pool.submitted <= taken + 4
-
-
-@pytest.mark.parametrize("n", [0, 1, 3, 4, 9])
-def test_every_result_comes_once_and_in_order(n):
-    pool = CountingPool()
-    assert list(image_tilling.in_order(pool, str, range(n), ahead=4)) == [str(i) for i in range(n)]
-    assert pool.submitted == n
-
-
-def test_a_chunk_that_fails_stops_the_run(data, monkeypatch):
-    monkeypatch.setattr(image_tilling, "CHUNK", 1)
-    Image.new("RGB", (9, 10)).save(cut(data) / "S2x4-1.jpeg")
-    (data.parent / "tiles" / "slice" / "tiles.h5").unlink()
-    refused("S2x4-1.jpeg: expected a tile of 28 x 28 px, found 9 x 10", cut, data, "--workers", 2)
-
-
-def test_the_folder_is_listed_and_not_asked_for_every_tile(data, monkeypatch):
-    folder = cut(data)
-    asked, exists = [], type(folder).exists
-
-    def counted(path):
-        asked.append(path.name)
-        return exists(path)
-
-    monkeypatch.setattr(type(folder), "exists", counted)
-    cut(data)
-    assert not [name for name in asked if name.endswith(".jpeg")]
+def test_tiles_are_cut_in_reading_order_and_packed_in_that_of_the_barcodes(rng):
+    centres = rng.uniform(0, 1000, (50, 2))
+    cut_of = tiles.Cut("fullres", "he.png", 1.0, 100.0, 50, True)
+    order = tiles.reading_order(centres, cut_of)
+    assert sorted(order) == list(range(50))
+    band, x = centres[order, 1] // 100, centres[order, 0]
+    assert (np.diff(band) >= 0).all() and (np.diff(x)[np.diff(band) == 0] >= 0).all()

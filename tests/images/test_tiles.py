@@ -1,7 +1,7 @@
 """Tiles: the published crop, the physical square, which spots have one, what is cut anew and what is kept."""
 
 import io
-import shutil
+import os
 
 import numpy as np
 import pytest
@@ -10,14 +10,19 @@ from spaceranger_folders import refused, write_spatial
 from tile_slices import HIRES, INSIDE, PITCH_PX, SCALES, cut, grid_lines, pixels, record, times, write_slice
 from tiny_runs import write_matrix
 
-import image_tilling
-from utils.files.atomic import write_record
 from utils.images import tiles
+from utils.images.image import open_image
 
 
 @pytest.fixture
 def data(tmp_path):
     return write_slice(tmp_path / "data")
+
+
+def packed(folder, barcode):
+    """The packed tile of a spot: (Z, Z, 3) float."""
+    pack = tiles.TilePack(folder)
+    return pack.read(np.flatnonzero(pack.barcodes == barcode))[0].astype(float)
 
 
 # ---- the published crop
@@ -31,11 +36,13 @@ def test_crop_of_whole_pixels_is_the_published_rule(data):
     hires = Image.fromarray(noise)
     hires.save(data / "slice" / "spatial" / "tissue_hires_image.png")
     folder = cut(data, "--source", "hires", "--crop_size", 40)
+    packed = tiles.TilePack(folder).read(np.arange(11))
     for i in range(11):
         c, r = (220 + i * 0.6) * HIRES, (200 + i * 0.4) * HIRES
-        expected = io.BytesIO()
-        hires.crop((c - 20, r - 20, c + 20, r + 20)).save(expected, "JPEG")
+        expected, tile = io.BytesIO(), hires.crop((c - 20, r - 20, c + 20, r + 20))
+        tile.save(expected, "JPEG")
         assert (folder / f"S{i}-1.jpeg").read_bytes() == expected.getvalue()
+        np.testing.assert_array_equal(packed[i], tile)
     assert record(folder)["crop"] == record(folder)["size"] == 40
 
 
@@ -61,7 +68,7 @@ def test_tile_is_the_stated_square_of_tissue_the_right_way_up(data, source):
     assert record(folder)["um_per_px"] == pytest.approx(um_per_px)
     assert record(folder)["crop"] == pytest.approx(crop_px * (HIRES if source == "hires" else 1))
     for row, col in INSIDE:
-        tile = pixels(folder / f"S{row}x{col}-1.jpeg")
+        tile = packed(folder, f"S{row}x{col}-1")
         x, y = 60 + col * PITCH_PX / 2, 60 + row * PITCH_PX * np.sqrt(3) / 2
         for profile, centre_px in ((tile[..., 0].mean(0), x), (tile[..., 1].mean(1), y)):
             slope, level = np.polyfit(np.arange(28) - 13.5, profile, 1)
@@ -69,19 +76,34 @@ def test_tile_is_the_stated_square_of_tissue_the_right_way_up(data, source):
             assert level == pytest.approx(0.5 * centre_px - 0.25, abs=0.6), "within about one pixel"
 
 
-def test_tile_equals_a_resampled_crop_of_the_whole_picture(data, rng):
-    """The region is cut out with a margin: the edge pixels are those of the whole picture resampled."""
+def test_tile_equals_a_resampled_crop_of_the_whole_image(tmp_path, rng):
+    """The region is cut out with a margin: the edge pixels are those of the whole image resampled."""
     picture = Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8))
+    picture.save(tmp_path / "he.png")
     how = tiles.Cut("fullres", "he.png", 4.0, 57.3, 28, True)
-    found = tiles.cut_tile(picture, np.array([150.4, 120.7]), how)
+    with open_image(tmp_path / "he.png") as image:
+        found = tiles.cut_tile(image, np.array([150.4, 120.7]), how)
     box = (150.4 - 57.3 / 2, 120.7 - 57.3 / 2, 150.4 + 57.3 / 2, 120.7 + 57.3 / 2)
     expected = picture.resize((28, 28), Image.Resampling.BICUBIC, box=box)
-    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 1
+    assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [1, 20, 21])
+def test_a_crop_has_the_asked_size_wherever_its_centre_lies(tmp_path, rng, size):
+    """Edges at .5 are rounded to even: of an odd size both would go to the same side or apart."""
+    pixels = rng.integers(0, 255, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "hires.png")
+    how = tiles.Cut("hires", "hires.png", None, float(size), size, False)
+    with open_image(tmp_path / "hires.png") as image:
+        for x in (30.0, 31.0, 30.5, 30.25):
+            left = round(x - size / 2)
+            expected = pixels[left : left + size, left : left + size]
+            np.testing.assert_array_equal(tiles.cut_tile(image, np.array([x, x]), how), expected)
 
 
 def test_a_tile_of_its_own_scale_is_stored_nearly_without_loss(data, rng):
     Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(data / "slice" / "he.png")
-    folder = cut(data)
+    folder = cut(data, "--jpeg")
     table = Image.open(folder / "S0x0-1.jpeg").quantization
     buffer = io.BytesIO()
     Image.new("RGB", (28, 28)).save(buffer, "JPEG", quality=95)
@@ -90,7 +112,7 @@ def test_a_tile_of_its_own_scale_is_stored_nearly_without_loss(data, rng):
 
 def test_beyond_the_edge_the_tile_is_white(data):
     write_spatial(data / "slice", [*grid_lines(INSIDE), "EDGE-1,1,6,20,290,395"], scales=SCALES)
-    tile = pixels(cut(data) / "EDGE-1.jpeg")  # 5 px from the right edge, 10 px from the lower one; 2 px per tile pixel
+    tile = packed(cut(data), "EDGE-1")  # 5 px from the right edge, 10 px from the lower one; 2 px per tile pixel
     assert (tile[:, 18:] > 230).all() and (tile[21:] > 230).all()
     assert (tile[:17, :14, 2] < 110).all()
 
@@ -98,9 +120,9 @@ def test_beyond_the_edge_the_tile_is_white(data):
 def test_spots_outside_the_picture_are_counted_and_have_no_tile(data, capsys):
     write_spatial(data / "slice", [*grid_lines(INSIDE), "OUT-1,1,6,20,290,405", "UP-1,1,0,20,-1,100"], scales=SCALES)
     folder = cut(data)
-    assert "6 tiles of 28 px from he.png, 2 outside the picture" in capsys.readouterr().out
+    assert "6 tiles of 28 px from he.png, 2 outside the image" in capsys.readouterr().out
     assert record(folder)["outside"] == ["OUT-1", "UP-1"] and record(folder)["number"] == 6
-    assert len(list(folder.glob("*.jpeg"))) == len(tiles.TilePack(folder).barcodes) == 6
+    assert len(tiles.TilePack(folder).barcodes) == 6
 
 
 def test_positions_that_all_miss_the_picture_are_refused(data):
@@ -152,29 +174,95 @@ def test_barcodes_that_are_no_file_names_are_refused(data, barcode):
 # ---- a second run
 
 
-def test_a_second_run_does_nothing(data, capsys):
-    before = times(cut(data))
-    assert times(cut(data)) == before
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("flags", [(), ("--jpeg",), ("--crop_size", 20)])
+def test_a_second_run_does_nothing(data, capsys, flags):
+    before = times(cut(data, *flags))
+    assert ("S1x1-1.jpeg" in before) == bool(flags)
+    assert times(cut(data, *flags)) == before
     assert "slice: 6 tiles are there" in capsys.readouterr().out
 
 
-def test_only_what_is_missing_is_cut(data):
-    folder = cut(data)
-    before, packed = times(folder), tiles.TilePack(folder).read(np.arange(6))
-    (folder / "S1x3-1.jpeg").unlink()
-    after = times(cut(data))
-    changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"S1x3-1.jpeg", "tiles.h5", "tiles.json"}
-    np.testing.assert_array_equal(tiles.TilePack(folder).read(np.arange(6)), packed)
+def other_pixels(data):
+    """The image mirrored in place, of the same size in bytes and the same time of change."""
+    path = data / "slice" / "he.png"
+    size, times_ns = path.stat().st_size, (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    Image.fromarray(np.asarray(Image.open(path))[:, ::-1]).save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0")[: max(size, path.stat().st_size)])
+    os.utime(path, ns=times_ns)
 
 
-def test_a_lost_pack_is_packed_again_from_the_tiles(data):
-    folder = cut(data)
-    before, packed = times(folder), tiles.TilePack(folder).read(np.arange(6))
-    (folder / "tiles.h5").unlink()
-    after = times(cut(data))
-    assert all(after[name] == before[name] for name in after if name.endswith(".jpeg"))
-    np.testing.assert_array_equal(tiles.TilePack(folder).read(np.arange(6)), packed)
+def moved_spot(data):
+    lines = grid_lines(INSIDE)
+    write_spatial(data / "slice", [lines[0].replace("60.0,60.0", "61.0,60.0"), *lines[1:]], scales=SCALES)
+
+
+def lost_spot(data):
+    write_spatial(data / "slice", grid_lines(INSIDE[:5]), scales=SCALES)
+
+
+def torn_pack(data):
+    path = data.parent / "tiles" / "slice" / "tiles.h5"
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def torn_record(data):
+    (data.parent / "tiles" / "slice" / "tiles.json").write_text('{"source": "fu')
+
+
+def lost(name):
+    return lambda data: (data.parent / "tiles" / "slice" / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_pixels, "another content of the image"),
+        (moved_spot, ""),
+        (lost_spot, ""),
+        (torn_pack, ""),
+        (torn_record, ""),
+        (lost("tiles.h5"), ""),
+        (lost("tiles.json"), ""),
+        (lost("S1x3-1.jpeg"), ""),
+    ],
+)
+def test_whatever_the_tiles_depend_on_is_noticed_and_all_is_cut_anew(data, capsys, change, words):
+    before = times(cut(data, "--jpeg"))
+    change(data)
+    capsys.readouterr()
+    folder = cut(data, "--jpeg")
+    said = capsys.readouterr().out
+    assert "are there" not in said and words in said
+    after = times(folder)
+    assert not [name for name in after if after[name] == before.get(name)]
+    fresh = cut(data, "--jpeg", "--tiles", data.parent / "fresh").parents[1] / "fresh" / "slice"
+    assert contents(folder).keys() == contents(fresh).keys()
+    ours, theirs = tiles.TilePack(folder), tiles.TilePack(fresh)
+    np.testing.assert_array_equal(ours.read(np.arange(len(ours.barcodes))), theirs.read(np.arange(len(ours.barcodes))))
+    assert ours.record == theirs.record and ours.content == theirs.content
+
+
+def test_another_place_of_the_same_image_is_no_change(data, capsys):
+    before = times(cut(data))
+    path = data / "slice" / "he.png"
+    path.write_bytes(path.read_bytes())
+    os.utime(path, (1, 1))
+    assert times(cut(data)) == before and "6 tiles are there" in capsys.readouterr().out
+
+
+def test_the_content_of_a_pack_follows_its_record_and_its_spots(data):
+    first = tiles.TilePack(cut(data)).content
+    assert tiles.TilePack(cut(data)).content == first
+    moved_spot(data)
+    second = tiles.TilePack(cut(data)).content
+    other_pixels(data)
+    third = tiles.TilePack(cut(data)).content
+    fourth = tiles.TilePack(cut(data, "--tile_um", 56)).content
+    assert len({first, second, third, fourth}) == 4
 
 
 @pytest.mark.parametrize(
@@ -186,9 +274,9 @@ def test_a_lost_pack_is_packed_again_from_the_tiles(data):
         (["--crop_size", 28], "resampled True -> False"),
     ],
 )
-def test_changed_settings_are_said_and_all_is_cut_anew(data, capsys, flags, words):
-    before = times(cut(data))
-    folder = cut(data, *flags)
+def test_changed_settings_are_reported_and_all_is_cut_anew(data, capsys, flags, words):
+    before = times(cut(data, "--jpeg"))
+    folder = cut(data, "--jpeg", *flags)
     said = capsys.readouterr().out
     assert "slice: settings changed (" in said and words in said
     after = times(folder)
@@ -197,62 +285,45 @@ def test_changed_settings_are_said_and_all_is_cut_anew(data, capsys, flags, word
     assert tiles.TilePack(folder).size == size and pixels(folder / "S1x1-1.jpeg").shape == (size, size, 3)
 
 
-def stop_after_blocks(data, monkeypatch, n):
-    def stop_half_way(folder, barcodes, xy, blocks, size):
-        for _ in range(n):
-            next(blocks)
+def test_jpegs_of_other_tiles_do_not_stay(data):
+    cut(data, "--jpeg")
+    assert set(times(cut(data, "--tile_px", 14))) == {"tiles.h5", "tiles.json"}
+
+
+def stop_at(data, monkeypatch, where, *flags):
+    """A run that is interrupted when it calls `where` of the module tiles."""
+
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiles, "write_pack", stop_half_way)
+        patch.setattr(tiles, where, stop)
         with pytest.raises(KeyboardInterrupt):
-            cut(data)
+            cut(data, *flags)
 
 
-@pytest.mark.parametrize("left", [0, 1, 0.5, -1])
-def test_a_torn_tile_of_a_killed_run_is_cut_again_and_the_others_are_kept(data, monkeypatch, left):
-    """Tiles are written in place: what a kill can leave is a file without its end, empty at the least."""
-    whole = {path.name: path.read_bytes() for path in cut(data).glob("*.jpeg")}
-    folder = data.parent / "tiles" / "slice"
-    shutil.rmtree(folder)
-    stop_after_blocks(data, monkeypatch, 1)
-    torn = folder / "S1x3-1.jpeg"
-    torn.write_bytes(torn.read_bytes()[: int(left * len(whole[torn.name])) if isinstance(left, float) else left])
-    before = times(folder)
-    after = times(cut(data))
-    assert {name for name in whole if after[name] != before[name]} == {torn.name}
-    assert {path.name: path.read_bytes() for path in folder.glob("*.jpeg")} == whole
-    packed = tiles.TilePack(folder)
-    for barcode, tile in zip(packed.barcodes, packed.read(np.arange(6)), strict=True):
-        np.testing.assert_array_equal(tile, pixels(folder / f"{barcode}.jpeg"))
+def test_an_interrupted_run_leaves_the_old_tiles_as_they_were(data, monkeypatch):
+    before = contents(cut(data, "--jpeg"))
+    for where in ("_write_pack", "cut_tile"):
+        stop_at(data, monkeypatch, where, "--jpeg", "--tile_px", 14)
+        assert contents(data.parent / "tiles" / "slice") == before
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(data, monkeypatch):
-    folder = data.parent / "tiles" / "slice"
-    monkeypatch.setattr(image_tilling, "CHUNK", 1)
-    stop_after_blocks(data, monkeypatch, 3)
-    assert (folder / "started.json").exists() and not (folder / "tiles.json").exists()
+def test_a_run_interrupted_while_it_replaces_leaves_no_record(data, monkeypatch):
+    folder = cut(data, "--jpeg")
+    stop_at(data, monkeypatch, "write_record", "--jpeg", "--tile_px", 14)
+    assert not (folder / "tiles.json").exists() and not list(folder.glob("*.part"))
     refused("run image_tilling.py first", tiles.TilePack, folder)
-    (folder / "S3x5-1.jpeg").unlink(missing_ok=True)
-    before = times(folder)
-    after = times(cut(data))
-    assert set(after) == {f"S{r}x{c}-1.jpeg" for r, c in INSIDE} | {"tiles.h5", "tiles.json"}
-    assert all(after[name] == before[name] for name in before if name.endswith(".jpeg"))
-
-
-def test_an_interrupted_run_of_other_settings_is_not_mixed_in(data, capsys):
-    folder = data.parent / "tiles" / "slice"
-    folder.mkdir(parents=True)
-    old = tiles.Cut("fullres", "he.png", 8.0, 56.0, 14, True)
-    write_record(folder / "started.json", old.__dict__)
-    Image.new("RGB", (14, 14)).save(folder / "S0x0-1.jpeg")
     cut(data)
-    assert "settings changed" in capsys.readouterr().out
-    assert tiles.TilePack(folder).size == 28
+    assert tiles.TilePack(folder).size == 28 and set(times(folder)) == {"tiles.h5", "tiles.json"}
 
 
-def test_several_processes_cut_the_same_tiles(data, monkeypatch):
-    monkeypatch.setattr(image_tilling, "CHUNK", 2)
+def test_a_run_that_fails_leaves_nothing(data, monkeypatch):
+    stop_at(data, monkeypatch, "_write_pack")
+    assert not (data.parent / "tiles" / "slice").exists()
+
+
+def test_several_threads_cut_the_same_tiles(data):
     one = tiles.TilePack(cut(data)).read(np.arange(6))
     cut(data, "--workers", 3, "--tiles", data.parent / "other")
     np.testing.assert_array_equal(tiles.TilePack(data.parent / "other" / "slice").read(np.arange(6)), one)

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import KDTree
 
-from utils.images.image import open_slide
+from utils.images.image import open_image
 from utils.images.tissue import MOST_SPOTS, grid, on_tissue, read_mask, tissue_mask
 from utils.slices import visium
 from utils.slices.lattice import fit_lattice
@@ -96,7 +97,7 @@ def check_spots_are_on_the_mask(folder) -> None:
     """At least 95 % of the spots in tissue, on less than half of the picture."""
     positions = visium.read_positions(folder)
     spots = positions[positions["in_tissue"] == 1][["x_fullres_px", "y_fullres_px"]].to_numpy()
-    with open_slide(next(path for path in sorted(folder.iterdir()) if path.suffix in (".jpg", ".png"))) as slide:
+    with open_image(next(path for path in sorted(folder.iterdir()) if path.suffix in (".jpg", ".png"))) as slide:
         thumbnail, scale = slide.thumbnail()
     mask = tissue_mask(thumbnail)
     found = on_tissue(spots, mask, scale, visium.read_scalefactors(folder)["spot_diameter_fullres"] / 2)
@@ -142,6 +143,10 @@ def test_a_mask_file_of_any_size_and_kind(tmp_path):
     for name, picture in pictures.items():
         picture.save(tmp_path / f"{name}.png")
         np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png", (60, 90)), truth, err_msg=name)
+        if name in ("grey", "bilevel", "deep", "colour"):
+            tags = [(274, 3, 1, 3, True)]  # Orientation: shown turned by 180 degrees
+            tifffile.imwrite(tmp_path / f"{name}.tif", np.asarray(picture), extratags=tags)
+            np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.tif", (60, 90)), truth, err_msg=name)
     twice = read_mask(tmp_path / "grey.png", (480, 720))
     np.testing.assert_array_equal(twice, large.repeat(2, 0).repeat(2, 1))
     assert read_mask(tmp_path / "grey.png", (61, 90)).shape == (61, 90)  # within 2 %
@@ -152,7 +157,7 @@ def test_a_mask_file_of_any_size_and_kind(tmp_path):
     [
         ("turned.png", r"expected the slide's ratio of sides, 1\.500 .*, found 60 x 90 px, 0\.667"),
         ("empty.png", "found zeros only"),
-        ("text.png", "expected a picture, found one that cannot be read"),
+        ("text.png", "expected an image, found one that cannot be read"),
         ("missing.png", "found no such file"),
     ],
 )

@@ -130,7 +130,7 @@ def test_pictures_missing_doubled_or_of_another_slide(own, seen):
         expect=[
             r"P01_1: .*expected one full-resolution image, found .*; mend: name it in the image column",
             r"P02_1: .*expected a picture, found none.*; mend: put the H&E picture there",
-            r"P03_1: .*P03_1_he.png: expected about .* px.*; mend: name the picture",
+            r"P03_1: .*P03_1_he.png: expected about .* px.*; mend: name the image",
         ],
     )
 
@@ -185,7 +185,7 @@ def test_counts_that_changed_after_the_panels(own, seen):
 
 def test_tiles_missing_interrupted_or_of_another_scale(own, seen):
     first, second, third = (own / "tiles" / name for name in ("P01_1", "P02_1", "P03_1"))
-    (first / tiles.RECORD).rename(first / tiles.STARTED)
+    (first / tiles.RECORD).unlink(), (first / tiles.PACK).rename(first / f"{tiles.PACK}.part")
     (second / tiles.PACK).unlink()
     record = json.loads((third / tiles.RECORD).read_text())
     (third / tiles.RECORD).write_text(json.dumps(record | {"um_per_px": 1.0}))
@@ -209,7 +209,7 @@ def test_two_tile_scales_and_two_panels(own, seen):
 def test_a_spot_without_tile(own, seen):
     pack = tiles.TilePack(own / "tiles/P01_1")
     barcodes, rows = pack.barcodes[1:], pack.read(np.arange(1, len(pack.barcodes)))
-    tiles.write_pack(own / "tiles/P01_1", barcodes, np.zeros((len(barcodes), 2)), rows, pack.size)
+    tiles.write_pack(own / "tiles/P01_1", barcodes, np.zeros((len(barcodes), 2)), [rows], pack.size)
     seen(expect=[r"P01_1: .*1 of 70 spots have no tile", r"in the tiles: P01_1 have none"])
 
 

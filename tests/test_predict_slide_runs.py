@@ -9,7 +9,7 @@ import pytest
 from slide_runs import exit_code, predict, read, record
 from tiny_runs import snapshot, stderr_line
 
-from utils.images import image as whole_slide
+from utils.images import tiles
 from utils.training import checkpoint, feature_bank
 
 ROOT = Path(__file__).parents[1]
@@ -34,10 +34,8 @@ def measured(trained, section, tmp_path_factory):
 
 
 def test_an_interrupted_slide_goes_on_from_its_features(trained, section, measured, tmp_path, monkeypatch, capsys):
-    out, calls, stream, ask = tmp_path / "out", [], whole_slide.stream_tiles, feature_bank.predict
-    monkeypatch.setattr(
-        whole_slide, "stream_tiles", lambda s, c, *a, **k: calls.append(len(c)) or stream(s, c, *a, **k)
-    )
+    out, calls, stream, ask = tmp_path / "out", [], tiles.cut_tiles, feature_bank.predict
+    monkeypatch.setattr(tiles, "cut_tiles", lambda s, c, *a, **k: calls.append(len(c)) or stream(s, c, *a, **k))
     monkeypatch.setattr(feature_bank, "predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         predict(section[0], trained.decoder, out)

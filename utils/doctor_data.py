@@ -145,6 +145,8 @@ def look_at_tiles(found: Looked, args: Any, findings: Findings) -> None:
     """Tiles as image_tilling.py left them."""
     folder = args.tiles / found.row.slice
     record = tiles.read_record(folder)
+    if record is None and (folder / f"{tiles.PACK}.part").exists():
+        raise ValueError(f"{folder}: tiling was interrupted; run image_tilling.py again")
     if record is None:
         findings.say(f"  no tiles in {folder}: image_tilling.py cuts them")
         return

@@ -93,6 +93,7 @@ KINDS = (  # of several sets of weights the first of these that is there is take
     re.compile(r"(^|[._])(teacher|target)([._]|$)", re.IGNORECASE),
     re.compile(r"(^|[._])(student|online|encoder_q|query_encoder|base_encoder)([._]|$)", re.IGNORECASE),
 )
+LEAST_MATCHING = 0.1  # of the trunk's names: a few, such as norm.weight, are found in the blocks of any network
 NO_TRUNK = re.compile(r"(^|[._])(optim\w*|\w*sched\w*|scaler|\w*loss|text\w*|language\w*)([._]|$)", re.IGNORECASE)
 HEADS = re.compile(
     r"(heads?|head_dist|fc|fc_norm|classifier|pre_logits|pooler|mlp|last_layer|mask_token|logit_scale|projection"
@@ -147,11 +148,14 @@ def choose_tensors(content: Mapping[str, Any], names: Collection[str]) -> Tensor
     of the names are found. Of several that are equal an average goes before a teacher, a teacher before a student, and
     a student before others. Raises ValueError where there are no named tensors.
     """
-    sets = [found for path, tensors in _named_tensors(content) for found in _tensor_sets(path, tensors, names)]
+    sets = [
+        tensor_set for path, tensors in _named_tensors(content) for tensor_set in _tensor_sets(path, tensors, names)
+    ]
     if not sets:
         raise ValueError("expected named tensors, found none")
-    most = max(found.n_matching for found in sets)
-    return min((found for found in sets if found.n_matching == most), key=lambda found: found.preference)
+    most = max(tensor_set.n_matching for tensor_set in sets)
+    fitting = [tensor_set for tensor_set in sets if tensor_set.n_matching == most]
+    return min(fitting, key=lambda tensor_set: tensor_set.preference)
 
 
 def _named_tensors(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -169,9 +173,12 @@ def _named_tensors(content: Mapping[str, Any], path: str = "") -> Iterator[tuple
 def _tensor_sets(path: str, tensors: dict[str, Tensor], names: Collection[str]) -> Iterator[TensorSet]:
     """One dict's tensors without each prefix under which most of the trunk's names are found."""
     ends = ([m.end() for m in re.finditer(r"^|\.", name)] for name in tensors)
-    counts = Counter(name[:end] for name, own in zip(tensors, ends, strict=True) for end in own if name[end:] in names)
+    pairs = zip(tensors, ends, strict=True)
+    counts = Counter(name[:end] for name, places in pairs for end in places if name[end:] in names)
     most = max(counts.values(), default=0)
-    prefixes = [prefix for prefix, count in counts.items() if count == most] or [_shared_wrappers(tensors)]
+    prefixes = [prefix for prefix, count in counts.items() if count == most]
+    if most < LEAST_MATCHING * len(names):  # another layout, which timm may know
+        prefixes = [_shared_wrappers(tensors)]
     prefixes += [name.removesuffix(ANCHOR) for name in tensors if name.endswith(ANCHOR)]
     for prefix in prefixes:
         if not NO_TRUNK.search(prefix):
@@ -204,15 +211,15 @@ def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def select(found: TensorSet, shapes: Shapes) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def select(chosen: TensorSet, shapes: Shapes) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors for a trunk of these names and shapes, and the names in the file that are skipped: heads, and what
     stands beside the trunk. Other names that the trunk does not have are kept: timm may convert them, or will refuse.
     """
-    kept = {name: tensor for name, tensor in found.tensors.items() if name in shapes or not HEADS.match(name)}
-    skipped = [found.prefix + name for name in found.tensors if name not in kept]
-    if "mask_token" in found.tensors and ("register_tokens" in kept or any(".mlp.w12." in name for name in kept)):
-        kept["mask_token"] = found.tensors["mask_token"]  # by which timm knows DINOv2's own layout
-    return kept, (*skipped, *found.beside)
+    kept = {name: tensor for name, tensor in chosen.tensors.items() if name in shapes or not HEADS.match(name)}
+    skipped = [chosen.prefix + name for name in chosen.tensors if name not in kept]
+    if "mask_token" in chosen.tensors and ("register_tokens" in kept or any(".mlp.w12." in name for name in kept)):
+        kept["mask_token"] = chosen.tensors["mask_token"]  # by which timm knows DINOv2's own layout
+    return kept, (*skipped, *chosen.beside)
 
 
 def resized(kept: dict[str, Tensor], shapes: Shapes) -> tuple[str, ...]:

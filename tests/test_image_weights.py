@@ -190,6 +190,7 @@ def test_the_prefix_under_which_most_names_are_found_by_hand():
     assert prefix("model.encoder.a.w", "model.b.w", "model.c.w") == "model."
     assert prefix("any.thing.a.w", "any.thing.b.w", "thing.a.w") == "any.thing."
     assert prefix("module.x", "module.model.y") == "module.", "none is found: wrappers of all names alone"
+    assert prefix("x", "module.model.y") == ""
     assert where({"encoder.a.w": ONES}, ["encoder.a.w"]) == "", "a name of the model's own"
 
 
@@ -315,6 +316,15 @@ def test_of_several_sets_an_average_then_a_teacher_then_a_student_is_taken(tmp_p
     assert str(encoder.weights_report).startswith(
         f"image weights {tmp_path / 'w.pth'} ({expected}): loaded {len(wanted)} "
     )
+
+
+def test_a_few_names_of_blocks_are_no_trunk():
+    """Of another layout, for timm to convert: all of it is taken, an average beside the model first."""
+    wanted = [f"blocks.{i}.attn.qkv.weight" for i in range(40)] + ["norm.weight", "norm.bias"]
+    theirs = {f"stages.{i}.norm.{kind}": ONES for i in range(40) for kind in ("weight", "bias")}
+    content = {"model": theirs, "model_ema": prefixed("module.", theirs)}
+    chosen = image_weights.choose_tensors(content, wanted)
+    assert chosen.where == "model_ema: module.*" and chosen.tensors.keys() == theirs.keys()
 
 
 def test_sets_in_the_layout_of_transformers(tmp_path):

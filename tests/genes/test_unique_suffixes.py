@@ -71,8 +71,8 @@ def test_copies_of_a_clone_are_that_clone():
 
 
 def test_an_id_behind_the_symbol_is_taken_away():
-    names = ["TBCE_ENSG00000284770", "TBCE_ENSG00000116957.13", "H2-K1_ENSMUSG00000061232", "Y_RNA"]
-    assert merged(names) == ["TBCE", "TBCE", "H2-K1", "Y_RNA"]
+    names = ["TBCE_ENSG00000284770", "TBCE_ENSG00000116957.13", "H2-K1-ENSMUSG00000061232", "Y_RNA", "ENSG00000284770"]
+    assert merged(names) == ["TBCE", "TBCE", "H2-K1", "Y_RNA", "ENSG00000284770"]
 
 
 IDS = ["ENSG00000284770", "ENSG00000116957"]
@@ -91,7 +91,8 @@ def test_ids_that_other_tables_know_decide():
 
 def test_ids_that_are_the_symbols_of_the_source_decide():
     assert merged(["TBCE", "TBCE-3"], ["TBCE", "TBCE"]) == ["TBCE", "TBCE"]
-    assert merged(["KRTAP5", "KRTAP5-1"], ["ENSG1", "ENSG1"]) == ["KRTAP5", "KRTAP5"]
+    assert merged(["KRTAP5", "KRTAP5-1"], ["ENSG1", "ENSG1.2"]) == ["KRTAP5", "KRTAP5"]
+    assert merged(["KRTAP5", "KRTAP5-1"], ["nan", "nan"]) == ["KRTAP5", "KRTAP5-1"], "an id that is none"
 
 
 @given(st.lists(st.sampled_from(["TBCE", "MATR3", "GAPDH", "AL627309.1", "HLA-A", "NKX2-1"]), min_size=1, max_size=12))

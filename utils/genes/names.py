@@ -75,7 +75,7 @@ def mapped_names(names: np.ndarray, symbols: Mapping[str, str]) -> np.ndarray:
 # ---- symbols that were made unique
 
 SUFFIX = re.compile(r"(.+)([-.])([1-9]\d*)")  # anndata and Seurat: TBCE-1; R's make.unique and pandas: TBCE.1
-WITH_ID = re.compile(r"(.+)_ENS[A-Z]*G\d+(\.\d+)?")  # CELLxGENE, scuttle: TBCE_ENSG00000284770
+WITH_ID = re.compile(r"(.+)[-_.]ENS[A-Z]*G\d+(\.\d+)?")  # CELLxGENE, scuttle: TBCE_ENSG00000284770
 NUMBERED = {  # beginnings of symbols X whose X-1 (or X.1) is a gene of its own beside X
     "-": re.compile(
         r"(IG[HKL]|TR[ABDG])[VDJ]|(\w+-)?(MIR-?\d|LET-?7)|SNOR[AD]\d|RNV?U\d|TR[A-Z]{1,2}-[A-Z]{3}|KRTAP|NKX\d?$"
@@ -87,9 +87,9 @@ NUMBERED = {  # beginnings of symbols X whose X-1 (or X.1) is a gene of its own 
 
 
 def _suffixed(names: Iterable[str]) -> Iterator[tuple[int, str, str, int]]:
-    """Place, name without suffix, `-` or `.`, and number of each name that has such a suffix."""
+    """Place, name without suffix, `-` or `.`, and number of each name that has such a suffix; no Ensembl ids."""
     for i, name in enumerate(names):
-        if parts := SUFFIX.fullmatch(name):
+        if (parts := SUFFIX.fullmatch(name)) and not is_ensembl(name):
             yield i, parts[1], parts[2], int(parts[3])
 
 
@@ -106,8 +106,8 @@ def without_unique_suffixes(
     Parameters
     ----------
     names : (G,) str, of the features of one file
-    ids : (G,) str in their order; names may stand for them. An id shared with the name without suffix, or equal to it,
-        proves that the suffix was added
+    ids : (G,) str in their order; names may stand for them. An Ensembl id that the name without suffix has, too, or an
+        id that is that name, proves that the suffix was added
     symbols : Ensembl id -> symbol of other tables (`slice_names`), which decides where it knows the id
     """
     names = np.asarray(names).astype(str)
@@ -115,11 +115,12 @@ def without_unique_suffixes(
     if len(place) < len(names):
         return names
     ids, symbols = names if ids is None else np.asarray(ids).astype(str), symbols or {}
-    known = [symbols.get(ensembl_id(gene_id) or "") for gene_id in ids]
+    gene_ids = [ensembl_id(gene_id) for gene_id in ids]
+    known = [symbols.get(gene_id or "") for gene_id in gene_ids]
     merged = [parts[1] if (parts := WITH_ID.fullmatch(name)) else name for name in names]
     numbers: dict[tuple[str, str], dict[int, int]] = {}  # name without suffix, mark -> place by number
     for i, base, mark, number in _suffixed(names):
-        if base in (ids[i], known[i]) or (base in place and ids[i] == ids[place[base]]):
+        if base in (ids[i], known[i]) or (gene_ids[i] and base in place and gene_ids[i] == gene_ids[place[base]]):
             merged[i] = base
         numbers.setdefault((base, mark), {})[number] = i
     for (base, mark), places in numbers.items():

@@ -152,7 +152,9 @@ def test_what_was_measured_follows_the_spots_asked_for(folder):
     np.testing.assert_array_equal(found.counts, np.column_stack([dense[:, 3], 0 * dense[:, 0], dense[:, 0]]))
     np.testing.assert_array_equal(found.total_counts, dense.sum(1))
     assert found.measured.tolist() == [True, False, True]
-    by_id = measured.read_measured(visium.open_slice(folder), [f"{source.gene_ids[3]}.7", "NO_GENE", source.gene_ids[0]], spots, 1e9)
+    by_id = measured.read_measured(
+        visium.open_slice(folder), [f"{source.gene_ids[3]}.7", "NO_GENE", source.gene_ids[0]], spots, 1e9
+    )
     np.testing.assert_array_equal(by_id.counts, found.counts)
     in_spans = measured.read_measured(visium.open_slice(folder), wanted, spots, 4000)
     np.testing.assert_array_equal(in_spans.counts, found.counts)

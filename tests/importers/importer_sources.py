@@ -132,32 +132,49 @@ def write_tiff(path: Path, image: Path, um_per_px: float) -> Path:
 
 def write_zarr(path: Path, root: Path, element="circles", scale=2.0, n_images=1) -> Path:
     """A simulated slice as SpatialData: spots in um at `scale` um per px, the image under the same scale."""
+    from spatialdata.transformations import Scale
+
+    pixels = np.asarray(Image.open(image_of(root)).convert("RGB"))
+    to_um, small = (Scale([factor, factor], axes=("x", "y")) for factor in (scale, scale * 4))
+    images = {f"he{i}": (pixels, {"global": to_um}, {"scale_factors": [2]}) for i in range(n_images)}
+    images |= {"small": (pixels[::4, ::4], {"global": small}, {})} if n_images else {}
+    return write_spatialdata(path, {"spots": root}, images, element, scale)
+
+
+def write_spatialdata(
+    path: Path, roots: dict[str, Path], images, element="circles", scale=1.0, tables=("table",)
+) -> Path:
+    """Simulated slices by region, spots at `scale` units per px, as one table or the same table several times.
+
+    `images`: name -> pixels (h, w, C), transformations, further arguments of the image model.
+    """
     import spatialdata
     from spatialdata.models import Image2DModel, PointsModel, ShapesModel, TableModel
-    from spatialdata.transformations import Identity, Scale
+    from spatialdata.transformations import Identity
 
-    adata = to_anndata(root)
-    xy_um = adata.obsm.pop("spatial") * scale
-    keys = np.arange(len(xy_um))[::-1] + 5  # neither the order of the table nor its names
-    adata.obs["region"], adata.obs["key"] = "spots", keys
-    adata.obs["region"] = adata.obs["region"].astype("category")
-    table = TableModel.parse(adata, region="spots", region_key="region", instance_key="key")
-    frame = pd.DataFrame(xy_um, columns=["x", "y"], index=keys).sort_index()
-    shapes, points = {}, {}
-    if element == "circles":
-        shapes["spots"] = ShapesModel.parse(
-            frame.to_numpy(), geometry=0, radius=27.5, index=frame.index, transformations={"global": Identity()}
-        )
-    else:
-        points["spots"] = PointsModel.parse(frame, transformations={"global": Identity()})
-    pixels = np.asarray(Image.open(image_of(root)).convert("RGB"))
-    to_um = {"global": Scale([scale, scale], axes=("x", "y"))}
-    whole = {"dims": ("y", "x", "c"), "transformations": to_um}
-    images = {f"he{i}": Image2DModel.parse(pixels, scale_factors=[2], **whole) for i in range(n_images)}
-    small = {"global": Scale([scale * 4, scale * 4], axes=("x", "y"))}
-    if n_images:
-        images["small"] = Image2DModel.parse(pixels[::4, ::4], dims=("y", "x", "c"), transformations=small)
-    spatialdata.SpatialData(images=images, shapes=shapes, points=points, tables={"table": table}).write(path)
+    shapes, points, parts = {}, {}, []
+    for region, root in roots.items():
+        adata = to_anndata(root)
+        xy = adata.obsm.pop("spatial") * scale
+        keys = np.arange(len(xy))[::-1] + 5  # neither the order of the table nor its names
+        adata.obs["region"], adata.obs["key"] = region, keys
+        frame = pd.DataFrame(xy, columns=["x", "y"], index=keys).sort_index()
+        place = {"transformations": {"global": Identity()}}
+        if element == "circles":
+            xy_sorted = frame.to_numpy()
+            shapes[region] = ShapesModel.parse(xy_sorted, geometry=0, radius=27.5, index=frame.index, **place)
+        else:
+            points[region] = PointsModel.parse(frame, **place)
+        parts.append(adata)
+    joined = parts[0] if len(parts) == 1 else anndata.concat(parts, index_unique="-", merge="same")
+    joined.obs["region"] = joined.obs["region"].astype("category")
+    table = TableModel.parse(joined, region=list(roots), region_key="region", instance_key="key")
+    models = {
+        name: Image2DModel.parse(pixels, dims=("y", "x", "c"), transformations=to, **more)
+        for name, (pixels, to, more) in images.items()
+    }
+    tables = dict.fromkeys(tables, table)
+    spatialdata.SpatialData(images=models, shapes=shapes, points=points, tables=tables).write(path)
     return path
 
 

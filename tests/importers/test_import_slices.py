@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from importer_sources import image_of, to_anndata, write_hd, write_hest, write_legacy, write_zarr
 from tiny_runs import snapshot, stderr_line
@@ -16,6 +17,8 @@ from utils.training import arguments
 
 ROOT = Path(__file__).parents[2]
 REAL = os.environ.get("MAGIC_REAL_DATA")
+HIRES = np.full((600, 600, 3), (200, 110, 160), np.uint8)
+FACTORS = {"tissue_hires_scalef": 0.5, "spot_diameter_fullres": 65.0}
 
 
 def run(*flags):
@@ -70,6 +73,26 @@ def test_formats_share_a_folder(formats, tmp_path):
     assert (tmp_path / "slices.csv").read_text() == text and text.count("\n") == 3
 
 
+def test_joined_sections_are_split_by_a_column(simulated, tmp_path, capsys):
+    import anndata
+
+    parts = [to_anndata(simulated / name) for name in ("P01_1", "P02_1")]
+    joined = anndata.concat(parts, label="batch", index_unique="-", merge="same")
+    joined.uns["spatial"] = {name: {"images": {"hires": HIRES}, "scalefactors": FACTORS} for name in ("0", "1")}
+    joined.write_h5ad(tmp_path / "joined.h5ad")
+    flags = ["--format", "h5ad", tmp_path / "joined.h5ad", "--out", tmp_path / "out"]
+    assert exit_code(*flags) == 2
+    stderr_line(capsys, "joined.h5ad: expected one section, found 2 .*batch.*--library_key batch")
+    assert not (tmp_path / "out").exists()
+    run(*flags, "--library_key", "batch")
+    assert "2 slices in" in capsys.readouterr().out
+    for number, name in enumerate(("P01_1", "P02_1")):
+        found, true = visium.read_slice(tmp_path / "out" / f"joined_{number}"), visium.read_slice(simulated / name)
+        assert (found.counts != true.counts).nnz == 0 and found.spots["x_fullres_px"].tolist() == true.spots[
+            "x_fullres_px"
+        ].tolist()
+
+
 def test_a_missing_image_stops_before_the_first_section_is_written(simulated, tmp_path, capsys):
     source = write_legacy(tmp_path / "st", {"A1": simulated / "P01_1", "A2": simulated / "P02_1"})
     image_of(source / "ST-imgs" / "A" / "A2").unlink()
@@ -86,6 +109,9 @@ def test_wrong_flags_give_one_line(formats, tmp_path, capsys):
     source = formats["h5ad"][0]
     assert exit_code("--format", "h5ad", source, "--out", tmp_path / "out", "--bin", 8) == 2
     stderr_line(capsys, "--bin 8: expected --format visium_hd or spatialdata, found h5ad")
+    flags = ["--out", tmp_path / "out", "--library_key", "sample"]
+    assert exit_code("--format", "visium_hd", formats["visium_hd"][0], *flags) == 2
+    stderr_line(capsys, "--library_key sample: expected --format h5ad or spatialdata, found visium_hd")
     assert exit_code("--format", "h5ad", source, "--out", tmp_path / "out", "--image", tmp_path / "no.tif") == 2
     stderr_line(capsys, "--image .*no.tif: expected an image")
     assert exit_code("--format", "visium_hd", formats["visium_hd"][0], "--out", tmp_path / "out", "--bin", 2) == 2

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from importer_sources import write_tiff
+from importer_sources import image_of, write_tiff
 from PIL import Image
 from spaceranger_folders import refused
 
@@ -101,9 +101,8 @@ def test_a_thumbnail_of_a_file_and_of_its_pixels(rng, tmp_path):
         np.testing.assert_array_equal(found.pixels[2::5, 2::5], blocks[25::50, 25::50])
 
 
-def test_stated_sizes_of_images(root, tmp_path):
-    from PIL import Image
-
+def test_stated_sizes_of_images(simulated, tmp_path):
+    image = image_of(simulated / "P01_1")
     assert stated_um_per_px(write_tiff(tmp_path / "a.tif", image, 0.5)) == pytest.approx(0.5, rel=1e-3)
     blank = Image.new("RGB", (32, 32))
     for name, dpi, um in (("b.jpg", 72, None), ("c.jpg", 25400, 1.0), ("d.png", 50800, 0.5), ("e.png", 300, None)):

@@ -80,6 +80,74 @@ def test_a_header_without_the_first_cell_and_with_quotes(tmp_path):
     assert found.genes.tolist() == ["A", "B", "A", "C"] and (found.counts != true.counts).nnz == 0
 
 
+def test_genes_in_rows_are_turned(tmp_path):
+    folder = write_square_legacy(tmp_path / "mouse")
+    true = only(folder)
+    table = pd.read_csv(folder / "counts.tsv", sep="\t", index_col=0, header=None, dtype=str, keep_default_na=False)
+    table.T.to_csv(folder / "counts.tsv", sep="\t", index=False, header=["", *table.index[1:]])
+    assert (folder / "counts.tsv").read_text().startswith("\t3x3\t4x3\t")
+    found = only(folder)
+    assert found.genes.tolist() == ["A", "B", "A", "C"] and (found.counts != true.counts).nnz == 0
+    pd.testing.assert_frame_equal(found.spots, true.spots)
+
+
+def test_rows_named_y_x_are_refused(tmp_path):
+    folder = write_square_legacy(tmp_path / "mouse")
+    lines = [line.split("\t", 1) for line in (folder / "counts.tsv").read_text().splitlines()]
+    turned = ["\t".join(["x".join(name.split("x")[::-1]), rest]) for name, rest in lines]
+    (folder / "counts.tsv").write_text("\n".join(turned) + "\n")
+    refused("counts.tsv: expected rows `<x>x<y>` of the spots in spots.tsv, found 25 of 30, and 30 as", only, folder)
+
+
+def test_places_that_the_pixels_do_not_follow_are_refused(tmp_path, rng):
+    folder = write_square_legacy(tmp_path / "mouse")
+    spots = pd.read_csv(folder / "spots.tsv", sep="\t")
+    shuffled = spots.assign(**{"pixel_x": rng.permutation(spots["pixel_x"].to_numpy())})
+    shuffled.to_csv(folder / "spots.tsv", sep="\t", index=False)
+    refused("spots.tsv: expected", only, folder)
+    spots[["pixel_x", "pixel_y"]] = spots[["pixel_x", "pixel_y"]].to_numpy()[rng.permutation(len(spots))]
+    spots.to_csv(folder / "spots.tsv", sep="\t", index=False)
+    refused("expected pixel_x and pixel_y of the places x and y", only, folder)
+
+
+def test_swapped_pixels_are_warned_of(tmp_path):
+    folder = write_square_legacy(tmp_path / "mouse")
+    size = only(folder).spot_diameter_px
+    spots = pd.read_csv(folder / "spots.tsv", sep="\t").rename(columns={"pixel_x": "pixel_y", "pixel_y": "pixel_x"})
+    spots.to_csv(folder / "spots.tsv", sep="\t", index=False)
+    Image.new("RGB", (300, 300), (200, 110, 160)).save(folder / "image.jpg")
+    source = only(folder)
+    assert source.spot_diameter_px == pytest.approx(size)
+    _, warning = import_slice(source, tmp_path / "out")
+    assert "axes swapped or mirrored" in warning
+
+
+def test_spots_outside_the_image_are_refused(tmp_path):
+    folder = write_square_legacy(tmp_path / "mouse")
+    Image.effect_noise((200, 280), 50).convert("RGB").save(folder / "image.jpg")
+    refused(
+        "image.jpg: expected 30 spots on its 200 x 280 px, found 10 outside",
+        import_slice,
+        only(folder),
+        tmp_path / "out",
+    )
+
+
+def test_every_second_place_is_as_good(tmp_path):
+    folder = write_square_legacy(tmp_path / "mouse")
+    true = only(folder)
+    for name, columns in (("spots.tsv", ["x", "y"]), ("counts.tsv", [])):
+        table = pd.read_csv(folder / name, sep="\t", index_col=None if columns else 0)
+        table[columns] *= 2
+        if not columns:
+            table.index = ["x".join(str(2 * int(n)) for n in place.split("x")) for place in table.index]
+            table.columns = ["A", "B", "A", "C"]
+        table.to_csv(folder / name, sep="\t", index=not columns)
+    found = only(folder)
+    assert found.um_per_px == pytest.approx(true.um_per_px) and found.spots.index[0] == "6x6-1"
+    assert found.spot_diameter_px == pytest.approx(true.spot_diameter_px, rel=1e-6)
+
+
 def edited(tmp_path, name, old, new):
     folder = write_square_legacy(tmp_path / "mouse")
     text = (folder / name).read_text()

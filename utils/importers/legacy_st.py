@@ -210,6 +210,7 @@ def read_section(section: Section, pitch_um: float | None = None) -> Source:
     if lattice.staggered and pitch_um is None:
         pitch = f"spot_pitch_um {STAGGERED_PITCH_UM:.2f}"
         notes.append(f"staggered array, {pitch}: that of a hexagonal one with as many spots per area")
+    of_place_px = lattice.pitch_px * place_um / usual_um if lattice.measured else place_px(all_spots)
     pitch_um = usual_um if pitch_um is None else pitch_um
     return Source(
         name=section.name,
@@ -221,7 +222,7 @@ def read_section(section: Section, pitch_um: float | None = None) -> Source:
         spots=spots,
         lattice=lattice,
         pitch_um=pitch_um,
-        spot_diameter_px=place_px(all_spots) * SPOT_UM / (place_um * pitch_um / usual_um),
+        spot_diameter_px=of_place_px * SPOT_UM / (place_um * pitch_um / usual_um),
         image=section.image,
         left_out=left_out,
         notes=notes,

@@ -164,6 +164,16 @@ def test_another_image_than_that_of_uns_is_refused(root, tmp_path, pixels):
     assert "hires: of uns['spatial'] cannot be read" in only(saved(adata, tmp_path), image_of(root)).notes
 
 
+def test_positions_in_pixels_of_another_image_are_warned_of(root, tmp_path, pixels):
+    adata = to_anndata(root)
+    adata.uns["spatial"] = {"lib": library(pixels[::2, ::2])}
+    assert not only(saved(adata, tmp_path)).warnings
+    adata.obsm["spatial"] *= 0.5  # pixels of the hires image
+    source = only(saved(adata, tmp_path))
+    assert source.warnings[0].startswith("spot_diameter_fullres of the scale factors is 1.3 times the distance")
+    assert source.spot_diameter_px == pytest.approx(27.5, rel=0.01)  # of the pitch, in its place
+
+
 def test_joined_sections_are_refused_and_split_on_request(simulated, tmp_path):
     roots = [simulated / name for name in ("P01_1", "P02_1")]
     parts = [to_anndata(root) for root in roots]

@@ -118,7 +118,7 @@ def from_anndata(
         stated_um_per_px=pitch.contradictions(stated),
         left_out=left_out,
         notes=[*counts.notes, *notes],
-        warnings=counts.warnings,
+        warnings=[*counts.warnings, *_other_scale(factors, lattice)],
     )
 
 
@@ -208,6 +208,17 @@ def _diameter_px(factors: dict[str, float], metadata: dict[str, Any], lattice: L
     low, high = (limit * lattice.pitch_px for limit in SPOT_LIMITS)
     fitting = (px for px in stated if px and low <= px <= high)
     return next(fitting, SPOT_FRACTION[lattice.staggered] * lattice.pitch_px)
+
+
+def _other_scale(factors: dict[str, float], lattice: Lattice) -> list[str]:
+    """A line where the spots of the scale factors are far larger or smaller than those of the positions."""
+    of_pitch = factors.get("spot_diameter_fullres", lattice.pitch_px) / lattice.pitch_px
+    if SPOT_LIMITS[0] <= of_pitch <= SPOT_LIMITS[1]:
+        return []
+    return [
+        f"spot_diameter_fullres of the scale factors is {of_pitch:.2g} times the distance between spots: are positions "
+        "and scale factors in pixels of one image?"
+    ]
 
 
 def _kept_factors(

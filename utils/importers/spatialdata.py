@@ -6,17 +6,20 @@ Shapes: S spots. Spots and images lie in coordinate systems of their own; spots 
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from utils.importers import anndata_sections as sections
 from utils.importers.anndata_slice import from_anndata
 from utils.importers.base import Source, found_in, lie_on
-from utils.importers.images import image_size, to_rgb
+from utils.importers.images import image_size, make_thumbnail, to_rgb
+from utils.slices import checks
 from utils.slices.matrix import reading
 
 BIN = re.compile(r"_(\d{3})um$")
@@ -132,6 +135,11 @@ class Candidate:
         """Its pixels per unit of the spots."""
         return float(np.sqrt(abs(np.linalg.det(self.affine[:2, :2]))))
 
+    def read(self, step: int = 1) -> tuple[np.ndarray, str | None]:
+        """Every `step`-th pixel of both axes as RGB (h, w, 3) uint8, and a note where their depth was measured."""
+        channels = self.pixels.transpose("y", "x", "c")[::step, ::step].to_numpy()
+        return to_rgb(self.name, channels[..., _rgb_order(self.pixels)])
+
 
 def find_candidates(data: Any, element: Any, centres: np.ndarray) -> list[Candidate]:
     """The images of red, green and blue in a coordinate system with the spots that all but a few spots lie on."""
@@ -194,18 +202,31 @@ def choose_image(source: Path, candidates: list[Candidate], region: str) -> Cand
     raise ValueError(f"{source}: expected one H&E image that the spots lie on, found {names}; save it without the rest")
 
 
-def _file_affine(source: Path, image: Path, candidates: list[Candidate]) -> np.ndarray:
-    """From the units of the spots to the pixels of a file, which is an image of the zarr in its or another size."""
+def image_of_file(source: Path, image: Path, candidates: list[Candidate]) -> Candidate:
+    """The image of the zarr that a file is, in its size or a larger one; its `affine` is to the pixels of the file.
+
+    Raises ValueError where there is none, or where the file shows something else.
+    """
     width, height = image_size(image)
     left = [one for one in candidates if not one.words & OTHERS] or candidates
     for one in sorted(left, key=lambda one: (one.size != (width, height), -one.scale)):
         ratio = width / height * one.size[1] / one.size[0]
         if one.size == (width, height) or (width > one.size[0] and abs(ratio - 1) <= SAME_RATIO):
-            return np.diag([width / one.size[0], height / one.size[1], 1.0]) @ one.affine
+            to_file = np.diag([width / one.size[0], height / one.size[1], 1.0])
+            return replace(one, affine=to_file @ one.affine)
     wanted = " or ".join(f"{one.size[0]} x {one.size[1]}" for one in left)
     raise ValueError(
         f"--image {image}: expected {wanted} px, as in {source}, or larger in that ratio, found {width} x {height} px"
     )
+
+
+def _check_content(image: Path, shown: Candidate) -> list[str]:
+    """Warnings where a file differs from the image of the zarr. Raises ValueError where it shows something else."""
+    step = max(1, max(shown.size) // checks.THUMBNAIL_PX)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{shown.name}.png"
+        Image.fromarray(shown.read(step)[0]).save(path)
+        return checks.check_content(image, make_thumbnail(image, checks.THUMBNAIL_PX).pixels, path)
 
 
 def read_part(
@@ -216,9 +237,10 @@ def read_part(
     with reading(source, "images of SpatialData"):
         candidates = find_candidates(data, data[region], centres)
     pixels: Path | np.ndarray | None = image
-    affine, notes = np.eye(3), []
+    affine, notes, warnings = np.eye(3), [], []
     if image is not None and candidates:
-        affine = _file_affine(source, image, candidates)
+        shown = image_of_file(source, image, candidates)
+        affine, warnings = shown.affine, _check_content(image, shown)
     elif image is None and data.images:
         chosen = choose_image(source, candidates, region)
         if chosen is None:
@@ -226,13 +248,14 @@ def read_part(
             raise ValueError(f"{source}: expected an H&E that the spots lie on, found {found}; name it with --image")
         affine = chosen.affine
         notes += [f"H&E: {chosen.name}"] if len(data.images) > 1 else []
-        channels = chosen.pixels.transpose("y", "x", "c").to_numpy()[..., _rgb_order(chosen.pixels)]
-        pixels, note = to_rgb(f"{source}: {chosen.name}", channels)
+        with reading(source, "images of SpatialData"):
+            pixels, note = chosen.read()
         notes += [note] if note else []
     scale = float(np.sqrt(abs(np.linalg.det(affine[:2, :2]))))
     diameter_px = None if diameter is None else diameter * scale
     slice_ = from_anndata(table, name, source, moved(centres, affine), pixels, pitch_um, diameter_px=diameter_px)
     slice_.notes += notes
+    slice_.warnings += warnings
     if is_hd:
         slice_.lattice = replace(slice_.lattice, mirrored=False)  # that array is a mirror image of the pixels by itself
     return slice_

@@ -59,6 +59,16 @@ def test_counts_written_by_spans_are_those_written_at_once(source, root, tmp_pat
     assert_same_slice(tmp_path / "out" / "S1", root)
 
 
+def test_control_features_are_in_no_import(source, tmp_path):
+    genes = source.genes.astype(object)
+    genes[[3, 10]] = "NegControlProbe_00001", "BLANK_0002"
+    lines = import_slice(replace(source, genes=genes.astype(str)), tmp_path)
+    assert lines[0].endswith("; 2 control features left out")
+    found, kept = visium.read_slice(tmp_path / source.name), np.delete(np.arange(len(genes)), [3, 10])
+    assert found.genes.tolist() == genes[kept].tolist()
+    assert (found.counts != source.counts[:, kept]).nnz == 0
+
+
 def test_importing_twice_changes_nothing_and_another_slice_is_refused(source, tmp_path):
     import_slice(source, tmp_path)
     (tmp_path / "S1" / "filtered_feature_bc_matrix_one.h5ad").write_bytes(b"of make_decoder_data.py")

@@ -10,7 +10,6 @@ line: the file, what was expected, what was found, how to fix it.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,26 +20,25 @@ from scipy.sparse import csr_matrix
 
 from utils.images.image import SUFFIXES, image_size
 from utils.slices.content import counts_hash
+from utils.slices.folders import HIRES, LOWRES, SPATIAL_FILES, find_root, is_slice, why_no_slice
 from utils.slices.lattice import Lattice, fit_lattice
 from utils.slices.matrix import (
-    MATRICES,
     CountMatrix,
     StoredCounts,
-    check_once,
-    first_of,
-    listing,
     read_barcodes,
     read_genes,
     read_matrix,
-    reading,
     slice_matrix,
     spans,
 )
+from utils.slices.spatial_files import read_position_file, read_positions, read_scalefactors
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [  # with what utils.slices.matrix and content give, so that callers know one reader
+__all__ = [  # with what the files beside this one give, so that callers know one reader
+    "HIRES",
+    "LOWRES",
     "CountMatrix",
     "CountedSlice",
     "Slice",
@@ -63,16 +61,10 @@ __all__ = [  # with what utils.slices.matrix and content give, so that callers k
     "why_no_slice",
 ]
 
-POSITION_FILES = ("tissue_positions.csv", "tissue_positions.parquet", "tissue_positions_list.csv")
-POSITION_COLUMNS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
-SCALEFACTORS = "scalefactors_json.json"
-HIRES, LOWRES = "tissue_hires_image.png", "tissue_lowres_image.png"
-NEEDED_SCALES = ("tissue_hires_scalef", "tissue_lowres_scalef", "spot_diameter_fullres")
 BY_PRODUCTS = (  # of Space Ranger: never the full-resolution image
     *(HIRES, LOWRES, "aligned_fiducials.jpg", "aligned_tissue_image.jpg", "detected_tissue_image.jpg"),
     *("cytassist_image.tiff", "registration_cytassist_image.tiff"),
 )
-SPATIAL_FILES = (*POSITION_FILES, SCALEFACTORS, HIRES, LOWRES)
 POSITIONS_ARRAY, POSITIONS_PX = ("array_row", "array_col"), ("x_fullres_px", "y_fullres_px")
 VISIUM_PITCH_UM = 100.0
 DISAGREE = 0.05  # two statements of um per px that differ by more are worth a warning
@@ -348,150 +340,6 @@ def read_slice_genes(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Names and ids (G,) of the genes that read_slice would give, without reading positions or counts."""
     root = find_root(folder)
     return read_genes(slice_matrix(root) or root)
-
-
-# Which folder is meant
-
-
-def _roots(folder: Path) -> list[Path]:
-    """Folders that may be meant; more than one where Visium HD was binned at several sizes."""
-    for base in (folder, folder / "outs"):
-        bins = sorted(p.parent for p in base.glob("binned_outputs/square_*um/spatial") if p.is_dir())
-        # Visium HD writes a spatial/ without positions above its bins: that one is not meant.
-        if (base / "spatial").is_dir() and (not bins or first_of(base / "spatial", POSITION_FILES)):
-            return [base]
-        if bins:
-            return bins
-    return []
-
-
-def find_root(folder: str | Path) -> Path:
-    """Find the folder that holds spatial/: the folder itself, its outs/ or its only binned_outputs/square_*um."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: expected a slice folder, found {'a file' if folder.exists() else 'nothing'}")
-    roots = _roots(folder)
-    if len(roots) > 1:
-        bins = ", ".join(f"{folder.name}/{root.relative_to(folder).as_posix()}" for root in roots)
-        raise ValueError(f"{folder}: expected one bin size, found {bins}; put one into the slice column of slices.csv")
-    if not roots or first_of(roots[0] / "spatial", POSITION_FILES) is None:
-        reason = why_no_slice(folder)
-        if reason is not None:
-            raise ValueError(f"{folder}: {reason}")
-    if not roots:
-        wanted = "spatial/ (here, in outs/ or in binned_outputs/square_*um): a matrix without positions is no slice"
-        raise ValueError(f"{folder}: expected {wanted}; found {listing(folder)}; add the spatial folder")
-    return roots[0]
-
-
-def is_slice(folder: str | Path) -> bool:
-    """Whether a folder looks like a slice; one with several bin sizes does, and find_root then says what to do."""
-    return bool(_roots(Path(folder)))
-
-
-def why_no_slice(folder: Path) -> str | None:
-    """What a folder holds in place of a slice, and what to do; None where it looks like nothing that is known."""
-    places = [place for place in (folder, folder / "outs", folder / "spatial") if place.is_dir()]
-    names = [path.name for place in places for path in sorted(place.iterdir())]
-    if any(
-        name in ("segmented_outputs", "cell_segmentations.geojson") or "feature_cell_matrix" in name for name in names
-    ):
-        return (
-            "expected spots or bins, found segmented cells (segmented_outputs of Space Ranger 4) without spots; use a "
-            "run with binned_outputs/ and give one bin size, such as binned_outputs/square_016um"
-        )
-    if {"aggregation.csv", "aggregation_csv.csv", "aggr_tissue_positions.csv"} & set(names):
-        return (
-            "expected one section, found several joined by spaceranger aggr; give the outs/ of each section's own "
-            "spaceranger count run"
-        )
-    packed = [name for name in names if name.endswith(".gz") and _published_name(name) in SPATIAL_FILES]
-    files = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
-    loose = [name for name in files if _published_name(name) not in (None, *({name} - set(SPATIAL_FILES)))]
-    if packed or loose:
-        return (
-            f"expected spatial/ with {POSITION_FILES[0]}, {SCALEFACTORS} and {HIRES}, unpacked, found "
-            f"{', '.join((packed or loose)[:3])} as in a GEO download (.gz, prefixes, no folders); gunzip them, cut "
-            "their names back to Space Ranger's and move those of the image and the positions into spatial/"
-        )
-    return None
-
-
-def _published_name(name: str) -> str | None:
-    """Space Ranger's name for a file of spatial/ or a matrix that has a prefix or is packed."""
-    plain = name.removesuffix(".gz")
-    known = (*SPATIAL_FILES, *MATRICES, "matrix.mtx", "features.tsv", "barcodes.tsv")
-    return next((one for one in known if plain == one or plain.endswith(("_" + one, "-" + one, "." + one))), None)
-
-
-# The files of spatial/
-
-
-def _position_table(path: Path) -> pd.DataFrame:
-    """The six columns of a positions file, by name, unchecked."""
-    import pandas as pd
-
-    with reading(path, "a table of spot positions"):
-        if path.suffix.lower() == ".parquet":
-            table = pd.read_parquet(path, columns=list(POSITION_COLUMNS))
-            return table if "barcode" in table else table.reset_index()  # pandas may have kept it as the index
-        # As text without a header: pandas would take a seventh column for an index, silently.
-        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    first, names = ",".join(map(str, table.iloc[0])), list(POSITION_COLUMNS)
-    if table.shape[1] == len(names) and first.startswith("barcode,"):
-        names, table = table.iloc[0].str.strip().tolist(), table.iloc[1:]
-    if table.shape[1] != len(names) or set(names) != set(POSITION_COLUMNS):
-        wanted, found = ", ".join(POSITION_COLUMNS), f"{table.shape[1]} columns, first line {first}"
-        raise ValueError(f"{path}: expected the comma-separated columns {wanted}, found {found}; correct the file")
-    return table.set_axis(names, axis=1)
-
-
-def read_positions(root: str | Path) -> pd.DataFrame:
-    """Read all positions of a slice, under tissue or not, from any of Space Ranger's three files.
-
-    Returns
-    -------
-    DataFrame, index barcode; columns in_tissue (bool), array_row, array_col (int), x_fullres_px, y_fullres_px (float64)
-    """
-    spatial = Path(root) / "spatial"
-    path = first_of(spatial, POSITION_FILES)
-    if path is None:
-        raise ValueError(f"{spatial}: expected one of {', '.join(POSITION_FILES)}, found {listing(spatial)}; add it")
-    return read_position_file(path)
-
-
-def read_position_file(path: Path) -> pd.DataFrame:
-    """The same from a file of any name: parquet by its ending, else comma-separated text."""
-    import pandas as pd
-
-    table = _position_table(path)
-    numbers = np.column_stack([pd.to_numeric(table[c], errors="coerce").to_numpy(float) for c in POSITION_COLUMNS[1:]])
-    bad = ~np.isfinite(numbers).all(axis=1) | (numbers[:, :3] != np.rint(numbers[:, :3])).any(axis=1)
-    bad |= ~np.isin(numbers[:, 0], (0, 1))
-    if bad.any():
-        found = ",".join(str(value) for value in table[list(POSITION_COLUMNS)].to_numpy()[bad][0])
-        wanted = "in_tissue 0 or 1, whole array places and finite pixels"
-        raise ValueError(f"{path}: expected {wanted}, found {found}; correct or remove the line")
-    barcodes = table["barcode"].to_numpy(dtype=object)
-    check_once(path, barcodes)
-    in_tissue, array_row, array_col, y_px, x_px = numbers.T
-    columns = {"in_tissue": in_tissue == 1, "array_row": array_row.astype(int), "array_col": array_col.astype(int)}
-    columns |= {"x_fullres_px": x_px, "y_fullres_px": y_px}
-    return pd.DataFrame(columns, index=pd.Index(barcodes, name="barcode"))
-
-
-def read_scalefactors(root: str | Path) -> dict[str, float]:
-    """Read the numbers of scalefactors_json.json; those that are divided by are positive and finite."""
-    path = Path(root) / "spatial" / SCALEFACTORS
-    if not path.is_file():
-        raise ValueError(f"{path}: expected the scale factors of Space Ranger, found no such file; add it")
-    with reading(path, "scale factors in JSON"):
-        content = dict(json.loads(path.read_text(encoding="utf-8-sig")))
-    for key in (*NEEDED_SCALES, "bin_size_um", "microns_per_pixel"):
-        value = content.get(key, "no such key" if key in NEEDED_SCALES else 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{path}: expected a positive number as {key}, found {value}; correct it")
-    return {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
 
 
 def _match(

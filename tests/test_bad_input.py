@@ -88,7 +88,11 @@ def test_corrupt_picture(damaged, refused, share):
     """Packed tiles of other settings, cut from the whole picture, stay."""
     path = damaged.data / "P01_1" / "P01_1_he.jpg"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    refused("image_tilling", ["--tile_px", 16], "P01_1_he.jpg: expected an image.* found (one that cannot be read|an empty file)")
+    refused(
+        "image_tilling",
+        ["--tile_px", 16],
+        "P01_1_he.jpg: expected an image.* found (one that cannot be read|an empty file)",
+    )
 
 
 def test_no_picture(damaged, refused):

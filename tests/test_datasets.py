@@ -35,7 +35,7 @@ def repack(folder, rows, record=None):
 def square(work, name, barcode):
     """The tile of a spot, cut once more from its image."""
     root = work.data / name
-    spot = visium.tissue_spots(root)[0].loc[barcode, ["x_fullres_px", "y_fullres_px"]]
+    spot = visium.open_slice(root).spots.loc[barcode, ["x_fullres_px", "y_fullres_px"]]
     record = tiles.read_record(work.tiles / name)
     cut = tiles.Cut(**{key: record[key] for key in ("source", "image", "um_per_px", "crop", "size", "resampled")})
     with open_image(root / record["image"]) as image:
@@ -79,7 +79,7 @@ def test_spots_outside_the_picture_are_left_out_and_said(work, capsys):
         tiles.read_record(work.tiles / "P01_1") | {"outside": barcodes[4:6].tolist()},
     )
     one = load(work)
-    assert "P01_1: 2 spots outside the picture are left out" in capsys.readouterr().out
+    assert "P01_1: 2 spots outside the image are left out" in capsys.readouterr().out
     assert len(one.barcodes) == len(one.total_counts) == len(one.part) == len(one.bins()) == 68
     assert set(one.barcodes).isdisjoint(barcodes[4:6])
     np.testing.assert_array_equal(one.pack.read(one.tile_rows[[40]])[0], square(work, "P01_1", one.barcodes[40]))

@@ -109,7 +109,7 @@ def test_positions_of_another_picture_and_torn_ones(trained, section, tmp_path, 
     far.write_text("".join(f"A{i}-1,1,{i},{i % 2},{9000 + 100 * i},{9000 + 50 * (i % 2)}\n" for i in range(4)))
     torn.write_text("barcode,in_tissue\nA,1\n")
     assert exit_code(section[1], trained.decoder, tmp_path / "out", "--positions", far, "--um_per_px", 1) == 2
-    stderr_line(capsys, "no spot on picture and tissue")
+    stderr_line(capsys, "expected 4 spots on its .* found 4 outside")
     assert exit_code(section[1], trained.decoder, tmp_path / "out", "--positions", torn) == 2
     stderr_line(capsys, f"--positions: {torn}: expected the comma-separated columns")
 

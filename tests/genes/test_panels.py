@@ -66,7 +66,7 @@ def test_the_validation_strip_has_no_say(work):
     """Counts of the strip's spots are moved to other genes: with --val_strip the panels stay, without they change."""
     found = visium.read_slice(work.data / "P01_1")
     xy = found.spots[["x_fullres_px", "y_fullres_px"]].to_numpy()
-    strip = found.spots.index[splits.strip_parts(xy, visium.pitch_fullres_px(found.spots)) != "train"]
+    strip = found.spots.index[splits.strip_parts(xy, found.pitch_px) != "train"]
     assert 0 < len(strip) < len(xy)
     with_strip, without = chosen(work, "--val_strip"), chosen(work)
 

@@ -8,7 +8,7 @@ import pytest
 from image_files import CASES, HEIGHT, WIDTH, coded
 
 from utils.images import tiles
-from utils.images.image import image_size, open_image, stated_um_per_px
+from utils.images.image import SUFFIXES, image_size, open_image, stated_um_per_px
 
 pytest.importorskip("openslide", reason="the extra `slides` is not installed")
 ROOT = Path(__file__).parents[2]
@@ -64,10 +64,16 @@ def test_a_refusal_is_one_line_that_names_file_and_remedy(name, tmp_path):
 
 
 def rows_of_the_table() -> list[str]:
-    lines = (ROOT / "docs" / "images.md").read_text(encoding="utf-8").splitlines()
-    cells = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
-    return [cell for cell in cells if cell != "format" and set(cell) != {"-"}]
+    text = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
+    table = text[text.index("| format |") :].split("\n\n")[0]
+    return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
 
 
-def test_every_row_of_the_documentation_has_a_case():
-    assert set(rows_of_the_table()) == {case.row for case in CASES.values()}
+def test_every_row_of_the_documentation_has_a_case_and_every_case_a_row():
+    rows = rows_of_the_table()
+    assert len(rows) == len(set(rows)) and set(rows) == {case.row for case in CASES.values()}
+
+
+def test_the_documentation_names_every_suffix():
+    text = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
+    assert " ".join(SUFFIXES) in " ".join(text.split())

@@ -166,10 +166,6 @@ def test_raw_takes_the_symbols_that_only_var_has():
 
 
 def test_what_is_no_gene_is_left_out_and_counted():
-    adata = adata_of(TRUE, var=["A", "NegControlProbe_00001", "BLANK_0002", "D"])
-    found = read_counts("x", adata)
-    assert found.genes.tolist() == ["A", "D"] and found.notes == ["2 control features left out"]
-    np.testing.assert_array_equal(found.counts.toarray(), TRUE[:, [0, 3]])
     adata = adata_of(TRUE)
     adata.var["feature_types"] = ["Gene Expression", "Antibody Capture", "Gene Expression", "Gene Expression"]
     found = read_counts("x", adata)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from utils.genes.names import are_controls, without_unique_suffixes
+from utils.genes.names import without_unique_suffixes
 
 COUNT_WORDS = {"counts", "count", "raw", "rawcounts", "umi", "umis"}
 NEUTRAL_WORDS = {"x", "data", "matrix", "integer", "original"}  # a layer is taken as counts for words of these two only
@@ -225,7 +225,5 @@ def genes_among(var: pd.DataFrame, names: np.ndarray) -> tuple[np.ndarray, list[
     for column, kind in GENE_KINDS.items():
         if column in var and (var[column] == kind).any():
             genes &= ((var[column] == kind) | var[column].isna()).to_numpy()
-    controls = genes & are_controls(names)
     notes = [f"{(~genes).sum()} features that are no genes left out"] if not genes.all() else []
-    notes += [f"{controls.sum()} control features left out"] if controls.any() else []
-    return genes & ~controls, notes
+    return genes, notes

@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
+from utils.genes.names import are_controls
 from utils.images import tiles
 from utils.images.image import stated_um_per_px
 from utils.importers import slice_folder
@@ -111,6 +112,16 @@ def whole_counts(where: str, values: np.ndarray) -> np.ndarray:
         found = f"numbers of the kind {values.dtype}" if bad is None else f"{values[bad][0]}"
         raise ValueError(f"{where}: expected raw counts (0, 1, 2, ...), found {found}; give the raw counts")
     return values.astype(np.int32)
+
+
+def without_controls(source: Source) -> Source:
+    """The source without control probes, codewords and rows of unassigned reads, which no reader takes for genes."""
+    genes = ~are_controls(source.genes)
+    if genes.all() or isinstance(source.counts, visium.StoredCounts):  # which were read without them
+        return source
+    left_out = f"{(~genes).sum()} control features left out"
+    kept = {"counts": source.counts[:, genes], "genes": source.genes[genes], "gene_ids": source.gene_ids[genes]}
+    return replace(source, **kept, notes=[*source.notes, left_out])
 
 
 def found_in(folder: Path) -> str:
@@ -226,6 +237,7 @@ def import_slice(source: Source, out: Path, memory: float = math.inf) -> list[st
 
     Raises ValueError where the source cannot be a slice, or where another slice of that name is there already.
     """
+    source = without_controls(source)
     check(source)
     shown, scale = shown_image(source)
     thumbnail = make_thumbnail(shown, checks.THUMBNAIL_PX)

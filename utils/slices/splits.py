@@ -128,12 +128,13 @@ def _found(data: Path) -> tuple[list[SliceRow], list[str]]:
     rows = [SliceRow(name, name, "", None, None) for name in names if is_slice(data / name)]
     others = [name for name in names if not is_slice(data / name)]
     reasons = [f"{data / name}: {reason}" for name in others if (reason := why_no_slice(data / name))]
-    if not rows and not is_slice(data) and (whole := why_no_slice(data)):
-        reasons.append(f"{data}: {whole}")
-    if not rows and reasons:
-        raise ValueError(reasons[0])
     if not rows:
-        hint = "give the folder above it" if is_slice(data) else "give the folder that holds them with --data"
+        itself = is_slice(data)
+        if not itself and (whole := why_no_slice(data)):
+            reasons.append(f"{data}: {whole}")
+        if not itself and reasons:
+            raise ValueError(reasons[0])
+        hint = "give the folder above it" if itself else "give the folder that holds them with --data"
         raise ValueError(
             f"{data}: expected slice folders (each with spatial/), found {len(names)} other folders; {hint}"
         )

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +16,26 @@ from tiny_runs import BEST, Work
 ROOT = Path(__file__).resolve().parents[1]
 
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def launch(n: int, *words) -> subprocess.CompletedProcess:
-    """parallel_run.py in n processes."""
+    """parallel_run.py in n processes, by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command += ["--", str(ROOT / "tests" / "parallel_run.py"), *map(str, words)]  # torchrun takes --logs for its own
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def started(n: int, *words) -> list[subprocess.Popen]:
+    """parallel_run.py in n processes that nothing watches, as Slurm starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(ROOT / "tests" / "parallel_run.py"), *words]
+    where = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [ENVIRONMENT | where | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, cwd=ROOT, env=env, **pipe) for env in ranks]
 
 
 def step(n: int, out: Path, *words) -> dict:
@@ -108,3 +124,28 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(trained, tmp_path):
     done = launch(2, "train_mymodel", *work.argv("train_mymodel", "--batch_size", 15, "--Epoch", 1))
     assert done.returncode != 0
     assert "--batch_size 15: expected a multiple of the 2 processes" in done.stderr
+
+
+# ---- the end of a process is the end of the others
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("killed", -signal.SIGKILL), ("raises", 1), ("refuses", 2), ("terminated", 143), ("stopped", None)],
+)
+def test_a_process_whose_peer_is_gone_ends_with_a_line(how, code):
+    """The second one ends in each way, or is silent; the first waits for it."""
+    first, second = started(2, "ends", how)
+    try:
+        error = first.communicate(timeout=120)[1]
+        if code is not None:
+            second.communicate(timeout=120)
+            assert second.returncode == code
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert first.returncode == 2, error
+    last = error.splitlines()[-1]
+    assert last.startswith("parallel_run.py: process 0 of 2: expected an answer of the others, found one of them gone")
+    assert "Traceback" not in error

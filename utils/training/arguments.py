@@ -258,13 +258,14 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
     processes the first one talks."""
     if int(os.environ.get("RANK", 0)) > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (as long as the process)
+    code = 0
     try:
         main(args)
     except (ValueError, OSError) as error:
         if args.debug:
             raise
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code = 2
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    raise SystemExit(0)
+        code = 130
+    raise SystemExit(code)  # out here, where nothing that the error refers to is left

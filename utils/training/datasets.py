@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -190,14 +190,16 @@ def spots_of(slices: list[SliceData], part: str) -> np.ndarray:
 
 
 class TileBatches:
-    """Batches of tiles and whatever else is kept per spot, read as uint8 by whole batch.
+    """Batches of tiles, read as uint8 by whole batch, and whatever else is kept per spot.
 
-    A map-style data set for torch's DataLoader, whose `__getitems__` gives one dict per batch: tiles (B, Z, Z, 3)
-    uint8, spot (B,) the number in this set, and a row per spot of each array in `extra`.
+    A map-style data set for torch's DataLoader, whose `__getitems__` gives one dict per batch: tiles (B, Z, Z, 3) uint8
+    and spot (B,), the number in this set. `extra` has a row per spot in each of its arrays; those of a batch are added
+    by the process that asks for it (`Loader`). One that reads tiles for it is not handed them, only where tiles lie.
     """
 
     def __init__(self, slices: list[SliceData], spots: np.ndarray, extra: dict[str, np.ndarray] | None = None):
-        self.slices, self.spots, self.extra = slices, spots, extra or {}
+        self.packs = [(one.pack, one.tile_rows) for one in slices]
+        self.spots, self.extra = spots, extra or {}
 
     def __len__(self) -> int:
         return len(self.spots)
@@ -205,12 +207,16 @@ class TileBatches:
     def __getitems__(self, numbers: list[int]) -> dict[str, np.ndarray]:
         chosen = np.asarray(numbers)
         places = self.spots[chosen]
-        size = self.slices[0].pack.size
+        size = self.packs[0][0].size
         tiles = np.empty((len(chosen), size, size, 3), np.uint8)
         for i in np.unique(places[:, 0]):
             here = places[:, 0] == i
-            tiles[here] = self.slices[i].pack.read(self.slices[i].tile_rows[places[here, 1]])
-        return {"tiles": tiles, "spot": chosen, **{name: rows[chosen] for name, rows in self.extra.items()}}
+            pack, rows = self.packs[i]
+            tiles[here] = pack.read(rows[places[here, 1]])
+        return {"tiles": tiles, "spot": chosen}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"extra": {}}
 
 
 class EpochOrder:
@@ -238,21 +244,68 @@ def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, Any]:
     return {name: torch.from_numpy(rows) for name, rows in batch.items()}
 
 
-def loader(batches: TileBatches, order: Any, workers: int | None) -> Any:
-    """A DataLoader over `order` (an iterable of lists of spot numbers) with `workers` reading processes.
+class Loader:
+    """Batches of a set as tensors, in an order; a `with` block ends the processes that read for it.
+
+    The order, an iterable of lists of spot numbers, is `batch_sampler`, as in the DataLoader within.
+    """
+
+    def __init__(self, batches: TileBatches, order: Any, workers: int):
+        from torch.utils.data import DataLoader
+
+        self.batch_sampler, self.extra = order, batches.extra
+        data: Any = batches
+        collate: Any = to_tensors  # `__getitems__` gives a whole batch, so there is nothing to put together
+        self.reader: DataLoader | None = DataLoader(
+            data,
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=collate,
+            persistent_workers=workers > 0,
+            multiprocessing_context=reading_context() if workers else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.reader is None:
+            raise ValueError("expected a loader that is open, found one whose block has ended")
+        for batch in self.reader:
+            chosen = batch["spot"].numpy()
+            yield batch | to_tensors({name: rows[chosen] for name, rows in self.extra.items()})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.reader = None  # nothing else refers to it: it joins its processes
+
+
+def reading_context() -> Any:
+    """How processes that read start: from a server without threads. One forked from a process that has threads, those
+    of a process group or of a BLAS, may wait for ever for a lock that a thread held."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return context
+
+
+def loader(batches: TileBatches, order: Any, workers: int | None) -> Loader:
+    """A loader with `workers` reading processes.
 
     None: as many as --workers says, which on a CPU is none. A tile is read in 50 us, less than handing it over costs.
     """
-    import torch
-    from torch.utils.data import DataLoader
+    return Loader(batches, order, n_workers(workers))
 
-    if workers is None:
-        workers = min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
-    data: Any = batches
-    collate: Any = to_tensors  # `__getitems__` gives a whole batch, so there is nothing to put together
-    return DataLoader(
-        data, batch_sampler=order, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
-    )
+
+def n_workers(asked: int | None) -> int:
+    import torch
+
+    if asked is not None:
+        return asked
+    return min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
 
 
 def in_turn(n_spots: int, batch_size: int) -> list[list[int]]:

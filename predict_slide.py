@@ -227,11 +227,12 @@ def predict_all(own: list, run, args) -> None:
     for request in own:
         try:
             do_slide(request, run, args)
-        except (ValueError, OSError) as error:  # one torn file must not end a night's work on the others
-            if len(own) == 1:
+        except Exception as error:  # one torn or large file must not end a night's work on the others
+            line = arguments.line_of(error)
+            if len(own) == 1 or line is None:
                 raise
-            failed.append(f"{request.name} ({error})")
-            print(f"{request.name}: left out: {error}", flush=True)
+            failed.append(f"{request.name} ({line})")
+            print(f"{request.name}: left out: {line}", flush=True)
     if failed:
         raise ValueError(f"{len(failed)} of {len(own)} slides could not be predicted: {'; '.join(failed)}")
 

@@ -180,7 +180,7 @@ def write_panels(one: Surveyed, panels: dict[str, tuple[list[str], str]], train,
         gene_panels.write_panel(gene_panels.panel_path(args.data, args.panels, one.row.slice, role), adata, blocks)
 
 
-@alone_in("panels")
+@alone_in("panels", "data")
 def main(args):
     rows, warnings = splits.read_table(args.data, args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)
     arguments.say(warnings)

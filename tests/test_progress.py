@@ -1,7 +1,9 @@
 """Interrupted trainings: stopped by a signal, killed, out of minutes or disk, two at once, and gone on with."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +12,10 @@ from pathlib import Path
 import pytest
 from tiny_runs import LAST, STAGES, Work, different, progress, state, stderr_line
 
+import make_decoder_data
 import train_decoder
 import train_mymodel
-from utils.training import checkpoint, datasets, folder
+from utils.training import arguments, checkpoint, datasets, folder
 from utils.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,6 +200,42 @@ def test_a_second_run_into_a_folder_is_refused(broken, capsys):
         )
     assert broken.encoder.parent.exists() and not list(broken.encoder.parent.iterdir())
     broken.run("train_mymodel", "--Epoch", 1)
+
+
+def test_panels_beside_the_counts_are_written_by_one_run_at_a_time(simulated, tmp_path, capsys):
+    """Without --panels they go into --data, which is held then."""
+    data = shutil.copytree(simulated, tmp_path / "data")
+    argv = ["--data", str(data), "--n_input_genes", "50", "--n_top_genes", "20"]
+
+    def code(*flags):
+        with pytest.raises(SystemExit) as stop:
+            arguments.run(make_decoder_data.main, make_decoder_data.parse_args([*argv, *flags]))
+        return stop.value.code
+
+    with folder.held(data, "--data"):
+        assert code() == 2
+        stderr_line(capsys, "--data: expected a folder of this run's own, found another run writing to .*data; wait")
+        assert not list(data.rglob("*.h5ad.part")) and code("--panels", str(tmp_path / "panels")) == 0
+    assert code() == 0 and not (data / folder.LOCK).exists()
+    assert len(list(data.rglob("filtered_feature_bc_matrix_one.h5ad"))) == 3
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_panels_into_read_only_data_are_refused_with_the_flag_to_use(simulated, tmp_path, monkeypatch, capsys, number):
+    def refuse(path, *_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(SystemExit):
+        arguments.run(make_decoder_data.main, make_decoder_data.parse_args(["--data", str(simulated)]))
+    stderr_line(capsys, "--data: expected a folder that can be written to, found .*; fix: name one by --panels")
+
+
+def test_missing_data_are_not_made_for_a_lock(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        arguments.run(make_decoder_data.main, make_decoder_data.parse_args(["--data", str(tmp_path / "none")]))
+    stderr_line(capsys, "none: expected")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_killed_process_lets_go(tmp_path):

@@ -222,7 +222,7 @@ def do_slide(request: slide_list.Request, run, args) -> None:
 
 
 def predict_all(own: list, run, args) -> None:
-    """Slides one after the other. Raises ValueError, once the others are done, naming those that cannot be predicted."""
+    """Slides one after the other. Raises ValueError that names those which failed, once the others are done."""
     failed = []
     for request in own:
         try:

@@ -1,5 +1,5 @@
-"""What one of several processes computes, started by torchrun or alone with its variables: gradients of a step, a script
-as it is, or a run whose second process ends before the others.
+"""What one of several processes computes, started by torchrun or with its variables: gradients of a step, a script as
+it is, or a run whose second process ends before the others.
 
 torchrun --nproc_per_node 2 tests/parallel_run.py gradients OUT.pt [without]   # "without" gradient through the gather
 torchrun --nproc_per_node 2 tests/parallel_run.py SCRIPT --flags ...

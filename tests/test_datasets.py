@@ -1,5 +1,7 @@
 """Slices as training sees them: joined by barcode, divided into parts, given out in batches."""
 
+import multiprocessing
+import pickle
 import shutil
 
 import h5py
@@ -15,6 +17,7 @@ from utils.genes import panels as gene_panels
 from utils.images import tiles
 from utils.slices import splits
 from utils.training import datasets
+from utils.training.spill import Spill
 
 ROLES = ("input", "target")
 
@@ -198,3 +201,25 @@ def test_reading_processes_give_the_same_batches(batches):
             assert set(one) == set(other) == {"tiles", "spot", "bins"}
             assert all(torch.equal(one[name], other[name]) for name in one)
     assert [batch["spot"].tolist() for batch in expected] == list(order)
+
+
+def test_reading_processes_are_handed_where_tiles_lie_and_no_more(batches, tmp_path):
+    """Whatever is kept per spot stays in this process, in memory or in a file without a name."""
+    data, _ = batches
+    before = len(pickle.dumps(data))
+    data.extra["wide"] = Spill(0, tmp_path).empty((len(data), 10_000), np.uint8)
+    assert len(pickle.dumps(data)) == before < 200 * len(data)
+    again = pickle.loads(pickle.dumps(data))
+    np.testing.assert_array_equal(again.__getitems__([5, 99])["tiles"], data.__getitems__([5, 99])["tiles"])
+
+
+def test_reading_processes_end_with_the_block(batches):
+    data, _ = batches
+    with pytest.raises(KeyError), datasets.loader(data, datasets.in_turn(len(data), 16), 2) as loader:
+        next(iter(loader))
+        readers = [child for child in multiprocessing.active_children() if child.is_alive()]
+        assert len(readers) == 2
+        raise KeyError("training")
+    assert not [reader for reader in readers if reader.is_alive()]
+    with pytest.raises(ValueError, match="found one whose block has ended"):
+        next(iter(loader))

@@ -1,4 +1,4 @@
-"""Every package that is imported is asked for in requirements.txt or an extra, and every one that is asked for is used."""
+"""Packages: all that are imported stand in requirements.txt or an extra, all that stand there are used."""
 
 import ast
 import sys

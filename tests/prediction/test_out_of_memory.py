@@ -50,7 +50,11 @@ def test_a_slide_that_does_not_fit_leaves_the_others(cohort, trained, tmp_path, 
 
     def tight(run, image, spots, out):
         if spots.name != "two":
-            raise MemoryError("Unable to allocate 30 GiB") if spots.name == "one" else RuntimeError("can't allocate memory")
+            raise (
+                MemoryError("Unable to allocate 30 GiB")
+                if spots.name == "one"
+                else RuntimeError("can't allocate memory")
+            )
         return compute(run, image, spots, out)
 
     monkeypatch.setattr(predicting, "predict_slide", tight)

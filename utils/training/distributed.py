@@ -97,14 +97,14 @@ def running(device: str, precision: str) -> Iterator[Accelerator]:
         if _is_lost_peer(error):
             reason = str(error).split("] ", 1)[-1]  # behind gloo's own line of source
             raise ConnectionError(
-                f"process {rank()} of {n_processes()}: expected an answer of the others, found one of them gone, or silent "
-                f"for {TIMEOUT} ({' '.join(reason.split())[:80]}); read what it says, then start again, a training with "
-                "--resume"
+                f"process {rank()} of {n_processes()}: expected an answer of the others, found one of them gone, or "
+                f"silent for {TIMEOUT} ({' '.join(reason.split())[:80]}); fix: read what it says and start again, a "
+                "training with --resume"
             ) from error
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        _destroy_group()
+        _end()
 
 
 def _terminate(number: int, frame: Any) -> None:
@@ -120,10 +120,13 @@ def _is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(name in str(error).lower() for name in TALKERS)
 
 
-def _destroy_group() -> None:
-    """Join the threads of the process group: those that still run when the interpreter ends abort the process."""
+def _end() -> None:
+    """Forget the accelerator's settings, which it keeps for a next one, and join the threads of the process group:
+    those that still run when the interpreter ends abort the process."""
+    from accelerate.state import AcceleratorState
     from torch import distributed
 
+    AcceleratorState._reset_state(reset_partial_state=True)
     if distributed.is_available() and distributed.is_initialized():
         gc.collect()  # what refers to the group in a circle
         distributed.destroy_process_group()
@@ -138,7 +141,7 @@ def conditions(accelerator: Accelerator, args: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": n_processes(),
         "workers": args.workers,
-        "precision": accelerator.mixed_precision,
+        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
         "compile": args.compile,
     }
 

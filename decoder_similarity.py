@@ -16,7 +16,7 @@ import numpy as np
 
 from utils.files.atomic import write_record
 from utils.prediction.outputs import UNITS
-from utils.slices import export, visium
+from utils.slices import export
 from utils.training import arguments, checkpoint, datasets, distributed
 from utils.training.folder import alone_in
 
@@ -109,7 +109,7 @@ def draw(out: Path, slices, rows: dict, measured: list[dict], genes: list[str], 
         order = known[np.argsort(pcc[known])]
         picture = export.small_picture(one.root)
         image, scale_px = picture if picture else (None, 1.0)
-        um = datasets.um_per_fullres_px(one, visium.read_scalefactors(one.root)["tissue_hires_scalef"])
+        um = datasets.um_per_fullres_px(one)
         for kind, gene in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0])):
             figure = plotting.gene_maps(
                 image,
@@ -133,7 +133,6 @@ def write_page(path: Path, state: dict, slices, rows: dict, measured: list[dict]
     for one, what, predicted in zip(slices, measured, rows["model"], strict=True):
         picture, scale_px = export.small_picture(one.root) or (None, 1.0)
         truth = to_scale(state["target"], what["counts"], what["total_counts"])
-        hires_scale = visium.read_scalefactors(one.root)["tissue_hires_scalef"]
         maps.append(
             html_report.SliceMaps(
                 name=one.name,
@@ -144,7 +143,7 @@ def write_page(path: Path, state: dict, slices, rows: dict, measured: list[dict]
                 barcodes=one.barcodes[one.rows_of(args.part)],
                 predicted=predicted,
                 measured=np.where(what["measured"], truth, np.nan),
-                um_per_fullres_px=datasets.um_per_fullres_px(one, hires_scale),
+                um_per_fullres_px=datasets.um_per_fullres_px(one),
             )
         )
     report = html_report.Report(

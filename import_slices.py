@@ -3,6 +3,7 @@
     python import_slices.py --format legacy_st her2st --out data/her2st
     python import_slices.py --format visium_hd my_run --bin 16 --image my_run.tif --out data/hd
     python import_slices.py --format h5ad sample.h5ad --image sample.tif --out data/samples      # or a HEST-1k folder
+    python import_slices.py --format h5ad joined.h5ad --library_key library_id --out data/samples
     python import_slices.py --format spatialdata sample.zarr --out data/samples
 
 Reads SOURCE, which is never changed; writes a folder per slice, counts unchanged, and a line per slice into slices.csv.
@@ -18,7 +19,7 @@ from pathlib import Path
 from utils.training import arguments, folder
 
 FORMATS = ("legacy_st", "visium_hd", "h5ad", "spatialdata")
-BINNED = ("visium_hd", "spatialdata")
+BINNED, JOINED = ("visium_hd", "spatialdata"), ("h5ad", "spatialdata")
 
 
 def parse_args(argv=None):
@@ -35,6 +36,9 @@ def parse_args(argv=None):
         "--image", type=Path, help="full-resolution H&E of the only slice, where SOURCE does not hold it"
     )
     group.add_argument("--bin", type=arguments.count, help="Visium HD: bin size in um (default: 16)")
+    group.add_argument(
+        "--library_key", metavar="COLUMN", help="column of obs that tells joined sections apart: a slice for each value"
+    )
     group.add_argument("--spot_pitch_um", type=arguments.positive, help="um centre to centre, where it is not known")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments.add_memory(parser)
@@ -55,26 +59,25 @@ def sources(args) -> Iterator:
     if args.format == "h5ad":
         from utils.importers.h5ad import read_h5ad
 
-        return read_h5ad(*flags)
+        return read_h5ad(*flags, args.library_key)
     from utils.importers.spatialdata import read_spatialdata
 
-    return read_spatialdata(*flags, args.bin)
+    return read_spatialdata(*flags, args.bin, args.library_key)
 
 
 @folder.alone_in("out")
 def main(args):
-    from utils.importers import base as importers
-    from utils.importers import files as importers_files
+    from utils.importers import base, images, slice_folder
 
-    if args.bin is not None and args.format not in BINNED:
-        raise ValueError(
-            f"--bin {args.bin}: expected --format {' or '.join(BINNED)}, found {args.format}; leave it out"
-        )
-    importers.check_picture(args.image)
-    importers_files.check_table(args.out)
+    for flag, value, formats in (("--bin", args.bin, BINNED), ("--library_key", args.library_key, JOINED)):
+        if value is not None and args.format not in formats:
+            wanted = f"--format {' or '.join(formats)}"
+            raise ValueError(f"{flag} {value}: expected {wanted}, found {args.format}; leave it out")
+    images.check_image(args.image)
+    slice_folder.check_table(args.out)
     number = 0
     for source in sources(args):
-        print("\n".join(importers.import_slice(source, args.out, args.memory * 2**30)), flush=True)
+        print("\n".join(base.import_slice(source, args.out, args.memory * 2**30)), flush=True)
         number += 1
     print(f"{number} slices in {args.out}; fill in the column part of {args.out / 'slices.csv'} (train, val, test)")
 

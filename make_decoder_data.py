@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from utils.genes import lists as gene_lists
 from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
-from utils.slices import splits, visium
+from utils.slices import matrix, splits, visium
 from utils.training import arguments
 from utils.training.folder import alone_in
 
@@ -34,8 +35,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--n_input_genes", type=arguments.count, default=2000, help="input genes: highly variable, common"
     )
-    group.add_argument("--target_genes", type=Path, help="file with the target genes instead, one per line")
-    group.add_argument("--input_genes", type=Path, help="file with the input genes instead, one per line, or h5ad")
+    group.add_argument("--target_genes", type=Path, help="file with the target genes instead, e.g. one per line")
+    group.add_argument("--input_genes", type=Path, help="file with the input genes instead, a list or an h5ad")
     group.add_argument(
         "--full_vocabulary", action="store_true", help="half of --input_genes may be in no train slice, reading as zero"
     )
@@ -59,7 +60,7 @@ class Surveyed:
     profile: gene_panels.Profile  # of the kept train spots
 
 
-def read_slice(row, args) -> visium.Slice:
+def read_slice(row, args) -> visium.CountedSlice:
     return visium.read_slice(splits.slice_folder(args.data, row), row.slice, bytes_of(args))
 
 
@@ -67,19 +68,19 @@ def bytes_of(args) -> float:
     return args.memory * 2**30
 
 
-def train_spots(row, source: visium.Slice, pitch_px: float, args) -> np.ndarray:
+def train_spots(row, source: visium.CountedSlice, pitch_px: float, args) -> np.ndarray:
     """Spots that the panels may be chosen on: (S,) bool."""
     if args.val_strip and row.part == "train":
         return splits.strip_parts(source.spots[["x_fullres_px", "y_fullres_px"]].to_numpy(), pitch_px) == "train"
     return np.full(len(source.spots), row.part == "train")
 
 
-def survey(row, symbols: dict[str, str], args) -> Surveyed:
+def survey(row, slice_names: gene_names.SliceNames, args) -> Surveyed:
     """Duplicate names summed, spots without a count (or below --min_counts) dropped and counted."""
     source, least = read_slice(row, args), max(args.min_counts, 1)
-    mapped = gene_panels.mapped_names(source.genes, symbols)
+    mapped = slice_names.agreed(source.genes, source.gene_ids)
     names = list(dict.fromkeys(mapped.tolist()))
-    pitch_px = visium.pitch_fullres_px(source.spots)
+    pitch_px = source.pitch_px
     total, train = np.zeros(len(source.spots), np.int64), train_spots(row, source, pitch_px, args)
     gathering, profile = gene_panels.gather(mapped, names), None
     shared = np.array([sys.intern(name) for name in names], object)  # hundreds of slices hold the same names once
@@ -94,11 +95,13 @@ def survey(row, symbols: dict[str, str], args) -> Surveyed:
     return Surveyed(row, total, kept, pitch_px, content, profile)
 
 
-def tell(row, source: visium.Slice, total: np.ndarray, kept: np.ndarray, n_genes: int, least: int) -> None:
+def tell(row, source: visium.CountedSlice, total: np.ndarray, kept: np.ndarray, n_genes: int, least: int) -> None:
     """A line per slice. Raises ValueError where no spot is left."""
     summed = len(source.genes) - n_genes
     notes = [f"{n} {what}" for what, n in source.unmatched.items() if n]
     notes += [f"{summed} duplicate gene names summed"] if summed else []
+    controls = matrix.count_controls(source.root)
+    notes += [f"{controls} control features left out"] if controls else []
     notes += [f"{(~kept).sum()} spots below {least} counts dropped"] if not kept.all() else []
     print(", ".join([f"{row.slice}: {kept.sum()} spots", f"{n_genes} genes", f"{total.sum()} counts", *notes]))
     if not kept.any():
@@ -107,14 +110,21 @@ def tell(row, source: visium.Slice, total: np.ndarray, kept: np.ndarray, n_genes
 
 def listed(given: Path, train: list[Surveyed], known: gene_names.KnownNames, whole: bool) -> tuple[list[str], str]:
     """The panel that a file names. Of a `whole` vocabulary half its genes, of a list all must be in a train slice."""
-    panel, how = gene_panels.read_vocabulary(given), {}
+    panel, how = gene_lists.read_vocabulary(given), {}
+    if controls := [gene for gene in panel if gene_names.is_control(gene)]:
+        raise ValueError(
+            f"{given}: expected genes, found {len(controls)} control features in {len(panel)} names "
+            f"({controls[0]}, ...); remove them"
+        )
     for one in train:
         matches = gene_names.match_genes(one.profile.names, panel, known)
         how = {panel[place]: matches.how[name] for name, place in matches.places.items()} | how
     unknown = [gene for gene in panel if gene not in how]
     if unknown and not whole:
+        hint = gene_lists.hint(panel, unknown, (name for one in train for name in one.profile.names))
+        remedy = hint or "remove them" + ("" if known.approved else ", or name a table of aliases with --gene_aliases")
         raise ValueError(
-            f"{given}: {len(unknown)} of {len(panel)} genes are in no train slice ({unknown[0]}, ...); remove them"
+            f"{given}: {len(unknown)} of {len(panel)} genes are in no train slice ({unknown[0]}, ...); {remedy}"
         )
     if whole:
         gene_names.require_half(len(how), len(panel), f"--input_genes {given}", unknown, train[0].profile.names)
@@ -165,10 +175,10 @@ def panel_file(one: Surveyed, spots, measured: np.ndarray, role: str, choice: tu
     return adata
 
 
-def write_panels(one: Surveyed, panels: dict[str, tuple[list[str], str]], train, symbols, known, args) -> None:
+def write_panels(one: Surveyed, panels: dict[str, tuple[list[str], str]], train, slice_names, known, args) -> None:
     """Both files of a slice; a gene that it lacks is a column of zeros, marked not measured."""
     source = read_slice(one.row, args)
-    mapped = gene_panels.mapped_names(source.genes, symbols)
+    mapped = slice_names.agreed(source.genes, source.gene_ids)
     spans = visium.spans(source.counts, bytes_of(args))
     for role, choice in panels.items():
         names = gene_names.renamed(mapped, choice[0], known)
@@ -190,15 +200,15 @@ def main(args):
         raise ValueError("--full_vocabulary: expected --input_genes with the vocabulary, found none; give the file")
     for part in ("train", args.part):
         arguments.chosen(rows, part)
-    symbols = gene_names.slice_symbols(visium.read_slice_genes(splits.slice_folder(args.data, row)) for row in rows)
-    known = gene_names.known_names(args.gene_aliases, symbols)
-    surveyed = [survey(row, symbols, args) for row in rows]
+    slice_names = gene_names.slice_names(visium.read_slice_genes(splits.slice_folder(args.data, row)) for row in rows)
+    known = gene_names.known_names(args.gene_aliases, slice_names.symbols)
+    surveyed = [survey(row, slice_names, args) for row in rows]
     arguments.say(splits.check_identical(rows, {one.row.slice: one.counts_hash for one in surveyed}, args.allow_leak))
     train = [one for one in surveyed if one.row.part == "train"]
     panels = {role: choose(role, train, known, args) for role in gene_panels.FILES}
     wanted = [one for one in surveyed if args.part in ("all", one.row.part)]
     for one in tqdm(wanted, desc="slices", unit="slice", disable=None):
-        write_panels(one, panels, train, symbols, known, args)
+        write_panels(one, panels, train, slice_names, known, args)
     for role, (panel, how) in panels.items():
         print(f"{role} panel: {how} of {len(train)} slices: {', '.join(panel[:5])}, ...")
 

@@ -2,7 +2,7 @@
 
     python predict_slide.py slide.svs --out predicted --decoder decoder_model/best_epoch_weights.pth
     python predict_slide.py slide.tif --out predicted --um_per_px 0.5 --spread
-    python predict_slide.py cohort.csv --out predicted            # columns slide,um_per_px,positions,mask,pitch_um
+    python predict_slide.py cohort.csv --out predicted            # columns slide,um_per_px,positions,mask,spot_pitch_um
 
 Finds the tissue, lays spots on a grid (or on given positions), cuts, encodes and drops their tiles one batch after the
 other. Writes per slide predictions.h5ad, .csv, .geojson (QuPath), maps/, report.html and, last, settings.json: a slide
@@ -32,15 +32,15 @@ RESULT_FLAGS = ("grid", "spread", "maps", "spatialdata", "precision")  # another
 def parse_args(argv=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = arguments.Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("slides", nargs="+", type=Path, metavar="SLIDE", help="pictures, slice folders, tables (.csv)")
+    parser.add_argument("slides", nargs="+", type=Path, metavar="SLIDE", help="images, slice folders, tables (.csv)")
     group = parser.add_argument_group("slides")
-    group.add_argument(
-        "--um_per_px", type=arguments.positive, help="of the full-resolution picture, if it does not say"
-    )
+    group.add_argument("--um_per_px", type=arguments.positive, help="of the full-resolution image, if it does not say")
     group.add_argument("--positions", type=Path, help="Space Ranger positions of the spots, in place of a grid")
-    group.add_argument("--mask", type=Path, help="picture of any size, bright where there is tissue, in place of ours")
-    group.add_argument("--pitch_um", type=arguments.positive, help="um between spots (default: 100, a slice's its own)")
-    group.add_argument("--huge", action="store_true", help="allow large pictures that are decoded as a whole")
+    group.add_argument("--mask", type=Path, help="image of any size, above zero where there is tissue")
+    group.add_argument(
+        "--spot_pitch_um", type=arguments.positive, help="um between spots (default: 100, a slice's its own)"
+    )
+    group.add_argument("--huge", action="store_true", help="allow large images that are decoded as a whole")
     group.add_argument("--grid", choices=["hexagonal", "square"], default="hexagonal", help="of the spots (hexagonal)")
     group = parser.add_argument_group("prediction")
     group.add_argument(
@@ -106,7 +106,7 @@ def run_key(planned: layout.Plan, run, args) -> dict:
     from utils.prediction.slide_features import fingerprint
 
     request = planned.request
-    given = {name: getattr(request, name) for name in ("um_per_px", "pitch_um")}
+    given = {name: getattr(request, name) for name in ("um_per_px", "spot_pitch_um")}
     flags = {name: getattr(args, name) for name in RESULT_FLAGS}
     return {"decoders": [m.file_hash for m in run.members], "files": fingerprint(planned.files), **given, **flags}
 
@@ -122,9 +122,9 @@ def compare(planned: layout.Plan, spots: layout.SlideSpots, predicted: np.ndarra
     """What was measured, and the metrics of the prediction beside the mean profile; None, None without counts."""
     first = run.members[0]
     genes, target = first.state["genes"], first.state["target"]
-    if planned.root is None or planned.request.positions is not None:
+    if planned.slice_ is None or planned.request.positions is not None:
         return None, None
-    found = measured.read_measured(planned.request.slide, genes, spots.barcodes, args.memory * 2**30)
+    found = measured.read_measured(planned.slice_, genes, spots.barcodes, args.memory * 2**30)
     if found is None:
         return None, None
     if any(found.content in m.state["counts_hashes"].values() for m in run.members):
@@ -151,13 +151,13 @@ def write_results(one: outputs.Prediction, metrics: dict | None, args, out: Path
     outputs.write_report(out / "report.html", one, metrics, checkpoint.plain(vars(args)) | one.about)
 
 
-def describe(planned: layout.Plan, spots: layout.SlideSpots, slide, found, args) -> dict:
+def describe(planned: layout.Plan, spots: layout.SlideSpots, image, found, args) -> dict:
     """Plain values that go with the results."""
     above = float((found.domain_score > found.domain_limit).mean())
     return {
         "slide": str(planned.request.slide),
-        "picture": str(planned.picture),
-        "picture_px": [slide.width, slide.height],
+        "image": str(planned.source.path),
+        "image_px": [image.width, image.height],
         "um_per_fullres_px": spots.um_per_fullres_px,
         "spot_pitch_fullres_px": spots.pitch_fullres_px,
         "n_spots": len(spots.barcodes),
@@ -170,17 +170,19 @@ def describe(planned: layout.Plan, spots: layout.SlideSpots, slide, found, args)
 
 
 def predict_one(planned: layout.Plan, key: dict, run, args) -> None:
-    """One slide, from its picture to all its files; the record that says that it is done comes last."""
+    """One slide, from its image to all its files; the record that says that it is done comes last."""
     from utils.evaluation import metrics as scales
-    from utils.images import image as whole_slide
+    from utils.images.image import open_image
     from utils.prediction import predict
 
-    out, um_per_px = planned.request.out, planned.um_per_picture_px
-    with whole_slide.open_slide(planned.picture, um_per_px, args.huge) as slide:
-        picture, scale = slide.thumbnail()
-        spots = layout.lay(planned, slide, picture, scale, args.grid)
-        found = predict.predict_slide(run, slide, spots, out / FEATURES)
-        about = describe(planned, spots, slide, found, args)
+    out, um_per_px = planned.request.out, planned.um_per_image_px
+    with open_image(planned.source.path, um_per_px, args.huge) as image:
+        for note in image.notes:
+            print(f"{planned.request.name}: {planned.source.path.name}: {note}")
+        thumbnail, scale = image.thumbnail()
+        spots = layout.lay(planned, image, thumbnail, scale, args.grid)
+        found = predict.predict_slide(run, image, spots, out / FEATURES)
+        about = describe(planned, spots, image, found, args)
     if about["unlike_training"]:
         print(
             f"warning: {spots.name}: unlike anything the model was trained on: trust nothing here (out-of-domain "
@@ -199,8 +201,8 @@ def predict_one(planned: layout.Plan, key: dict, run, args) -> None:
         genes=state["genes"],
         target=state["target"],
         val_pcc=val_pcc,
-        picture=picture,
-        picture_scale=scale * spots.picture_scale,
+        picture=thumbnail,
+        picture_scale=scale * spots.image_scale,
         about=about,
         **vars(found),
         **extra,
@@ -244,7 +246,7 @@ def main(args):
         raise ValueError("--spatialdata: expected the package spatialdata, found none; pip install spatialdata")
     for path in args.decoder:
         arguments.require_checkpoint(path, "--decoder", "run train_decoder.py first")
-    given = slide_list.Request(Path(), args.um_per_px, args.positions, args.mask, args.pitch_um)
+    given = slide_list.Request(Path(), args.um_per_px, args.positions, args.mask, args.spot_pitch_um)
     slides = slide_list.list_slides(args.slides, args.out, given)
     index, number = args.shard
     own = slides[index::number]

@@ -100,7 +100,7 @@ def all_features(model, slices, accelerator, args) -> list[list[np.ndarray]]:
 
     def kept(one, view):
         draws = f" of seed {args.seed}" if view else ""
-        key = f"{encoder} {checkpoint.file_hash(one.pack.folder / 'tiles.json')} view {view}{draws}"
+        key = f"{encoder} {one.pack.content} view {view}{draws}"
         return features.kept_features(folder, key, one, lambda: features.encode_slice(how, one, view), view)
 
     plain = [kept(one, 0) for one in slices]

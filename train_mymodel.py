@@ -49,7 +49,7 @@ def parse_args(argv=None):
     group.add_argument("--expression_weight", type=arguments.not_negative, default=5.0, help="of the expression loss")
     group.add_argument("--components", type=arguments.count, default=10, help="of expression that are learnt")
     group.add_argument("--matching_weight", type=arguments.not_negative, default=1.0, help="of the matching loss")
-    group.add_argument("--accumulate", type=arguments.count, default=1, help="batches whose gradients make one step")
+    group.add_argument("--accumulate", type=arguments.count, default=1, help="batches of one step, at most an epoch")
     return parser.parse_args(argv)
 
 
@@ -148,7 +148,7 @@ def log_row(out, candidates: int) -> dict[str, float]:
 
 
 def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, progress, args) -> dict[str, float]:
-    """Means over the epoch's batches of every loss. The gradients of --accumulate batches make a step."""
+    """Means over the epoch's batches of every loss. The gradients of `order.accumulate` batches make a step."""
     from utils.training import loop
 
     model.train()
@@ -160,11 +160,11 @@ def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, pr
             number = (epoch - args.Init_Epoch) * len(order) + i
             alpha = args.alpha * min((number + 1) / len(order), 1.0)
             candidates = args.batch_size + int(model.queue.state[0])
-            last = (i + 1) % args.accumulate == 0
+            last = (i + 1) % order.accumulate == 0
             with nullcontext() if last else accelerator.no_sync(replica):
                 out = losses_of(replica, batch, epoch, number, alpha, accelerator.device, args)
                 loop.stop_if_not_finite(out.loss.item(), epoch, i)
-                accelerator.backward(out.loss / args.accumulate)
+                accelerator.backward(out.loss / order.accumulate)
             twins.append(out.twin)
             row = log_row(out, candidates)
             sums = {name: sums.get(name, 0.0) + value for name, value in row.items()}
@@ -245,9 +245,11 @@ def train(slices, rows, accelerator, args) -> None:
         print(start_from_ridge(model, slices, bins, expression, accelerator, args))
         model.make_twins()
     order = datasets.EpochOrder(len(spots), args.batch_size, args.seed, args.accumulate)
+    if order.accumulate < args.accumulate:
+        arguments.say([f"--accumulate {args.accumulate}: an epoch has {order.n_batches} batches, which make one step"])
     shares = tuning.rate_shares(model.image_encoder, args.layer_decay)
     optimizer = loop.make_optimizer(model.parameters(), args, shares)
-    schedule = loop.schedule(optimizer, len(order) // args.accumulate * (args.Epoch - args.Init_Epoch), args)
+    schedule = loop.schedule(optimizer, len(order) // order.accumulate * (args.Epoch - args.Init_Epoch), args)
     about = {
         "sizes": asdict(model.sizes),
         "genes": slices[0].panels["input"].genes,

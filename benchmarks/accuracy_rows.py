@@ -134,10 +134,8 @@ def pooled(
         if folder is None:
             found.append(np.concatenate(list(features.encode_slice(how, one))))
         else:
-            tiles = checkpoint.file_hash(one.pack.folder / "tiles.json")
-            found.append(
-                features.kept_features(folder, f"{key} {tiles}", one, partial(features.encode_slice, how, one))
-            )
+            key_of_slice = f"{key} {one.pack.content}"
+            found.append(features.kept_features(folder, key_of_slice, one, partial(features.encode_slice, how, one)))
     one_way, averaged = ([baselines.standardise(f[:, i].astype(np.float32)) for f in found] for i in (0, 1))
     return one_way, averaged
 

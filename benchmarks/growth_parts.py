@@ -53,12 +53,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Work:
-    """`run` does all of it once; `items` of `unit` are then done, by so many `workers` beside the process itself."""
+    """`run` does all of it once; `items` of `unit` are then done."""
 
     run: Callable[[], Any]
     items: int
     unit: str = "spots"
-    workers: int = 0
 
 
 class Steps(datasets.EpochOrder):
@@ -91,7 +90,7 @@ def tiling(setting: Setting) -> Work:
 
     flags = ["--data", str(setting.folder / "data"), "--tiles", str(setting.folder / "tiles"), "--source", "hires"]
     work = partial(image_tilling.main, image_tilling.parse_args([*flags, "--crop_size", str(CUT_PX)]))
-    return Work(work, setting.n_spots, workers=min(4, os.cpu_count() or 1))
+    return Work(work, setting.n_spots)
 
 
 def some_counts(n_spots: int, rng: np.random.Generator) -> np.ndarray:
@@ -298,6 +297,5 @@ def measure(part: str, setting: Setting) -> dict[str, Any]:
     with contextlib.redirect_stdout(None):
         work.run()
     seconds = time.perf_counter() - start
-    own, worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    peak_mib = (own + work.workers * worker) / 2**10  # workers share pages with it: at the most
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {"seconds": seconds, "per_s": work.items / seconds, "unit": work.unit, "peak_mib": peak_mib}

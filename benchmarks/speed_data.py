@@ -8,7 +8,6 @@ import json
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,18 +90,18 @@ def loading(setting: Setting) -> Work:
 
 def write_tiles(folder: Path, n: int, size: int, seed: int) -> list[Path]:
     """Tiles as image_tilling.py leaves them: JPEGs, their pack, and the record of it."""
-    from utils.files.atomic import write_record
     from utils.images import tiles
+    from utils.images.image import open_image
 
     rng = np.random.default_rng(seed)
     picture = Image.fromarray(rng.integers(60, 255, (64, 64, 3), dtype=np.uint8)).resize((4 * size, 4 * size))
-    paths, centres = [folder / f"SPOT{i}-1.jpeg" for i in range(n)], rng.uniform(size, 3 * size, (n, 2))
-    cut = tiles.Cut("fullres", "picture.tif", 0.5, float(size), size, True)
-    pixels = np.empty((n, size, size, 3), np.uint8)
-    tiles.ensure_tiles(picture, centres, cut, [str(path) for path in paths], np.zeros(n, bool), out=pixels)
-    tiles.write_pack(folder, np.array([path.stem for path in paths]), centres, [pixels], size)
-    write_record(folder / tiles.RECORD, asdict(cut))
-    return paths
+    picture.save(folder / "image.png")
+    barcodes, centres = np.array([f"SPOT{i}-1" for i in range(n)]), rng.uniform(size, 3 * size, (n, 2))
+    cut = tiles.Cut("fullres", "image.png", 0.5, float(size), size, True)
+    with open_image(folder / "image.png") as image:
+        blocks = tiles.cut_tiles(image, centres, cut, batch_size=64)
+        tiles.write_tiles(folder, blocks, cut, barcodes, centres, {}, np.arange(n), jpeg=True)
+    return [Path(file) for file in tiles.tile_files(folder, barcodes)]
 
 
 def gallery(setting: Setting) -> Work:

@@ -70,14 +70,15 @@ def measure(part: str, path: Path, args: argparse.Namespace) -> dict[str, float]
     """One of `read`, `encode`, `both`: tiles, seconds, seconds waited for the reader, peak memory."""
     import numpy as np
 
-    from utils.images.image import open_slide, stream_tiles
+    from utils.images import tiles
+    from utils.images.image import open_image
 
-    with open_slide(path) as slide:
+    with open_image(path) as slide:
         n = args.n_read if part == "read" else args.n_encode
         centres, n_spots = find_spots(slide, n)
-        crop_px = TILE_UM / slide.um_per_px
+        cut = tiles.Cut("fullres", path.name, TILE_UM / TILE_PX, TILE_UM / slide.um_per_px, TILE_PX, resampled=True)
         encode = None if part == "read" else build_encoder(args.small)
-        stream = stream_tiles(slide, centres, crop_px, TILE_PX, args.batch_size)
+        stream = tiles.cut_tiles(slide, centres, cut, args.batch_size)
         if part == "encode":
             stream = iter(list(stream))  # at hand before the clock starts
         if encode is not None:

@@ -1,6 +1,6 @@
 """I(.): any timm model as an encoder of tiles into tokens and one vector.
 
-Weights come from timm's hub, from a state dict, or are drawn anew. Letters: B batch, P tokens, C width of the trunk,
+Weights come from timm's hub, from a file, or are drawn anew. Letters: B batch, P tokens, C width of the trunk,
 D shared width, Z tile side in pixels.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from model import image_weights
 from model.image_weights import WeightsReport
 
-Weights = dict[str, Tensor] | str | None  # a state dict, "timm" for the hub's, None for random
+Weights = dict[str, Any] | str | None  # what a file holds, tensors at any depth; "timm" for the hub's; None for random
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,16 @@ def build_trunk(name: str, image_size: int, weights: Weights) -> tuple[Any, Weig
     return fill(how, tensors, how.hub)
 
 
-def fill(how: Plan, tensors: dict[str, Tensor], source: str) -> tuple[Any, WeightsReport]:
-    """The trunk with the tensors of a file, which needs not be of timm's layout: see image_weights."""
+def fill(how: Plan, content: dict[str, Any], source: str) -> tuple[Any, WeightsReport]:
+    """The trunk with the tensors that a file holds, at any depth, in a layout that image_weights or timm knows."""
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in how.build().state_dict().items()}
-    kept, skipped = image_weights.select(tensors, shapes)
     try:
+        found = image_weights.choose_tensors(content, shapes)
+        source += f" ({found.where})" if found.where else ""
+        kept, skipped = image_weights.select(found, shapes)
         if not kept:
-            raise ValueError(f"none of its {len(tensors)} tensors belongs to a trunk")
+            raise ValueError(f"none of its {len(found.tensors)} tensors belongs to a trunk")
         trunk = how.load(kept)
         resized = image_weights.resized(kept, shapes)
     except Exception as error:  # whatever another model's tensors make timm's conversions stumble over

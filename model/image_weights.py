@@ -1,4 +1,4 @@
-"""Published weights for I(.): encoders of the hub and how to build them, the layouts of files, what was loaded.
+"""Published weights for I(.): encoders of the hub and how to build them; where in a file a trunk is; what was loaded.
 
 timm resamples position embeddings itself, in two dimensions and class and register tokens apart.
 """
@@ -6,7 +6,8 @@ timm resamples position embeddings itself, in two dimensions and class and regis
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +68,7 @@ PUBLISHED = {
 class WeightsReport:
     """What came of a file of weights; nothing of the trunk is ever missing."""
 
-    source: str
+    source: str  # the file, and in brackets where in it the tensors were
     loaded: int
     skipped: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
@@ -86,7 +87,14 @@ def in_brackets(names: Iterable[str], most: int = 4) -> str:
 
 # ---- layouts
 
-PREFIXES = ("module", "_orig_mod", "model", "backbone", "encoder", "teacher", "trunk", "visual")
+WRAPPERS = ("module", "_orig_mod", "model", "backbone", "encoder", "trunk", "visual")
+KINDS = (  # of several sets of weights the first of these that is there is taken, before any other
+    re.compile(r"(^|[._])(ema|momentum|averaged?|avg|swa|shadow|encoder_k|key_encoder)([._]|$)", re.IGNORECASE),
+    re.compile(r"(^|[._])(teacher|target)([._]|$)", re.IGNORECASE),
+    re.compile(r"(^|[._])(student|online|encoder_q|query_encoder|base_encoder)([._]|$)", re.IGNORECASE),
+)
+LEAST_MATCHING = 0.1  # of the trunk's names: a few, such as norm.weight, are found in the blocks of any network
+NO_TRUNK = re.compile(r"(^|[._])(optim\w*|\w*sched\w*|scaler|\w*loss|text\w*|language\w*)([._]|$)", re.IGNORECASE)
 HEADS = re.compile(
     r"(heads?|head_dist|fc|fc_norm|classifier|pre_logits|pooler|mlp|last_layer|mask_token|logit_scale|projection"
     r"|projector|predictor|dino_head|ibot_head|decoder\w*)(\.|$)"
@@ -109,15 +117,90 @@ TRANSFORMERS = (  # names in the library of that name (ViT, DINOv2) -> timm's, o
 )
 
 
+ANCHOR = "embeddings.patch_embeddings.projection.weight"  # in the layout of transformers
+
+
+@dataclass(frozen=True)
+class TensorSet:
+    """Tensors of a file that may be a trunk's, under the trunk's names."""
+
+    path: str  # keys of the nested dicts that lead to them
+    prefix: str  # what stood before their names
+    tensors: dict[str, Tensor]
+    beside: tuple[str, ...]  # other names of the same dict
+    n_matching: int  # names that the trunk has, too
+
+    @property
+    def where(self) -> str:
+        """Path and prefix, "" where they lie at the top under their own names."""
+        return ": ".join(filter(None, (self.path, self.prefix and f"{self.prefix}*")))
+
+    @property
+    def preference(self) -> tuple[int, int, str]:
+        kind = next((i for i, words in enumerate(KINDS) if words.search(f"{self.path}.{self.prefix}")), len(KINDS))
+        return kind, len(self.where), self.where
+
+
+def choose_tensors(content: Mapping[str, Any], names: Collection[str]) -> TensorSet:
+    """The tensors of a file that belong to a trunk with these names.
+
+    Looked at are all dicts at any depth and whatever stands before the names in them; those are taken under which most
+    of the names are found. Of several that are equal an average goes before a teacher, a teacher before a student, and
+    a student before others. Raises ValueError where there are no named tensors.
+    """
+    sets = [
+        tensor_set for path, tensors in _named_tensors(content) for tensor_set in _tensor_sets(path, tensors, names)
+    ]
+    if not sets:
+        raise ValueError("expected named tensors, found none")
+    most = max(tensor_set.n_matching for tensor_set in sets)
+    fitting = [tensor_set for tensor_set in sets if tensor_set.n_matching == most]
+    return min(fitting, key=lambda tensor_set: tensor_set.preference)
+
+
+def _named_tensors(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dict of a nested one that holds tensors, by the path to it."""
+    if NO_TRUNK.search(path):
+        return
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if tensors:
+        yield path, tensors
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _named_tensors(value, f"{path}.{name}" if path else str(name))
+
+
+def _tensor_sets(path: str, tensors: dict[str, Tensor], names: Collection[str]) -> Iterator[TensorSet]:
+    """One dict's tensors without each prefix under which most of the trunk's names are found."""
+    ends = ([m.end() for m in re.finditer(r"^|\.", name)] for name in tensors)
+    pairs = zip(tensors, ends, strict=True)
+    counts = Counter(name[:end] for name, places in pairs for end in places if name[end:] in names)
+    most = max(counts.values(), default=0)
+    prefixes = [prefix for prefix, count in counts.items() if count == most]
+    if most < LEAST_MATCHING * len(names):  # another layout, which timm may know
+        prefixes = [_shared_wrappers(tensors)]
+    prefixes += [name.removesuffix(ANCHOR) for name in tensors if name.endswith(ANCHOR)]
+    for prefix in prefixes:
+        if not NO_TRUNK.search(prefix):
+            inside = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+            inside = from_transformers(inside) if ANCHOR in inside else inside
+            beside = tuple(name for name in tensors if not name.startswith(prefix))
+            yield TensorSet(path, prefix, inside, beside, sum(name in inside for name in names))
+
+
+def _shared_wrappers(names: Iterable[str]) -> str:
+    """The chain of WRAPPERS before all names."""
+    rest, prefix = [name.split(".") for name in names], ""
+    while rest[0][0] in WRAPPERS and all(len(parts) > 1 and parts[0] == rest[0][0] for parts in rest):
+        prefix += f"{rest[0][0]}."
+        rest = [parts[1:] for parts in rest]
+    return prefix
+
+
 def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in the layout of the library transformers under timm's names; those of any other layout as they are."""
-    anchor = "embeddings.patch_embeddings.projection.weight"
-    prefix = next((name.removesuffix(anchor) for name in tensors if name.endswith(anchor)), None)
-    if prefix is None:
-        return tensors
+    """Tensors of the library transformers, in its layout, under timm's names."""
     renamed = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix(prefix)
         for theirs, ours in TRANSFORMERS:
             name = re.sub(theirs, ours, name)
         renamed[name] = tensor
@@ -128,31 +211,15 @@ def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def find_prefix(names: Iterable[str], wanted: Iterable[str]) -> str:
-    """What stands before the trunk's names in a file: the chain of PREFIXES under which most are found, "" if none."""
-    names, wanted, chains = set(names), list(wanted), {""}
-    for name in names:
-        chain = ""
-        for part in name.split("."):
-            if part not in PREFIXES:
-                break
-            chain += f"{part}."
-            chains.add(chain)
-    return max(sorted(chains, key=len), key=lambda chain: sum(chain + name in names for name in wanted))
-
-
-def select(tensors: dict[str, Tensor], shapes: Shapes) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def select(chosen: TensorSet, shapes: Shapes) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors for a trunk of these names and shapes, and the names in the file that are skipped: heads, and what
     stands beside the trunk. Other names that the trunk does not have are kept: timm may convert them, or will refuse.
     """
-    tensors = from_transformers(tensors)
-    prefix = find_prefix(tensors, shapes)
-    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    kept = {name: tensor for name, tensor in inside.items() if name in shapes or not HEADS.match(name)}
-    skipped = [name for name in tensors if not (name.startswith(prefix) and name.removeprefix(prefix) in kept)]
-    if "mask_token" in inside and ("register_tokens" in kept or any(".mlp.w12." in name for name in kept)):
-        kept["mask_token"] = inside["mask_token"]  # by which timm knows DINOv2's own layout
-    return kept, tuple(skipped)
+    kept = {name: tensor for name, tensor in chosen.tensors.items() if name in shapes or not HEADS.match(name)}
+    skipped = [chosen.prefix + name for name in chosen.tensors if name not in kept]
+    if "mask_token" in chosen.tensors and ("register_tokens" in kept or any(".mlp.w12." in name for name in kept)):
+        kept["mask_token"] = chosen.tensors["mask_token"]  # by which timm knows DINOv2's own layout
+    return kept, (*skipped, *chosen.beside)
 
 
 def resized(kept: dict[str, Tensor], shapes: Shapes) -> tuple[str, ...]:

@@ -53,8 +53,9 @@ def write_big_slide(
     um_per_px: float = 0.25,
     seed: int = 0,
     shrink: tuple = (1, 4, 16, 64),
+    jpeg: bool = True,
 ) -> None:
-    """A square slide of `side` pixels; each of `shrink` must divide it and the tile's side."""
+    """A square slide of `side` pixels, in JPEG or uncompressed; each of `shrink` must divide it and the tile's side."""
     pictures, laid = [Image.fromarray(kind) for kind in paint_kinds(tile, seed)], lay_kinds(side, tile)
     with path.open("wb") as file:
         file.write(b"II*\0" + bytes(4))
@@ -70,32 +71,37 @@ def write_big_slide(
                 part = padded[row * factor : (row + 1) * factor, col * factor : (col + 1) * factor]
                 key = part.tobytes()
                 if key not in known:
-                    data = _encode(small, part, tile)
+                    data = _encode(small, part, tile, jpeg)
                     known[key] = file.tell(), len(data)
                     file.write(data)
                 places.append(known[key])
-            link = _write_directory(file, link, side // factor, tile, um_per_px * factor, factor > 1, places)
+            link = _write_directory(file, link, side // factor, tile, um_per_px * factor, factor > 1, places, jpeg)
 
 
-def _encode(small: list[Image.Image], part: np.ndarray, tile: int) -> bytes:
-    """A tile put together from shrunk ones, as JPEG."""
+def _encode(small: list[Image.Image], part: np.ndarray, tile: int, jpeg: bool) -> bytes:
+    """A tile put together from shrunk ones."""
     picture, step = Image.new("RGB", (tile, tile)), small[0].width
     for (row, col), kind in np.ndenumerate(part):
         picture.paste(small[kind], (col * step, row * step))
+    if not jpeg:
+        return picture.tobytes()
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=80)
     return out.getvalue()
 
 
-def _write_directory(file, link: int, side: int, tile: int, um_per_px: float, reduced: bool, places: list) -> int:
+def _write_directory(
+    file, link: int, side: int, tile: int, um_per_px: float, reduced: bool, places: list, jpeg: bool
+) -> int:
     """One page (TIFF 6.0, sections 2, 15 and 22); gives where the next one's place goes."""
     offsets, sizes = zip(*places, strict=True)
     per_cm = (round(1e4 / um_per_px), 1)
+    compression, colours, sampling = (7, 6, 2) if jpeg else (1, 2, 1)
     tags = [
         (254, LONG, [int(reduced)]), (256, LONG, [side]), (257, LONG, [side]), (258, SHORT, [8, 8, 8]),
-        (259, SHORT, [7]), (262, SHORT, [6]), (277, SHORT, [3]), (282, RATIONAL, per_cm), (283, RATIONAL, per_cm),
-        (296, SHORT, [3]), (322, LONG, [tile]), (323, LONG, [tile]), (324, LONG, offsets), (325, LONG, sizes),
-        (530, SHORT, [2, 2]),
+        (259, SHORT, [compression]), (262, SHORT, [colours]), (277, SHORT, [3]), (282, RATIONAL, per_cm),
+        (283, RATIONAL, per_cm), (296, SHORT, [3]), (322, LONG, [tile]), (323, LONG, [tile]), (324, LONG, offsets),
+        (325, LONG, sizes), (530, SHORT, [sampling, sampling]),
     ]  # fmt: skip
     entries = []
     for tag, kind, values in tags:

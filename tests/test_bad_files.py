@@ -39,7 +39,7 @@ def test_tiles_that_are_missing(damaged, refused, script):
     folder = damaged.tiles / "P01_1"
     pack, record = tiles.TilePack(folder), tiles.read_record(folder)
     rows = np.arange(3, 70)
-    tiles.write_pack(folder, pack.barcodes[rows], np.zeros((67, 2)), pack.read(rows), pack.size)
+    tiles.write_pack(folder, pack.barcodes[rows], np.zeros((67, 2)), [pack.read(rows)], pack.size)
     write_record(folder / "tiles.json", record | {"number": 67})
     refused(script, [], "tiles/P01_1: expected a tile for each of 70 spots, 3 have none", "image_tilling.py")
     shutil.rmtree(folder)

@@ -1,5 +1,6 @@
 """Checkpoints: written whole, read without running anything, the best one kept, refused where they do not belong."""
 
+import argparse
 import pickle
 from pathlib import Path
 
@@ -240,6 +241,14 @@ def test_foreign_weights_are_found(tmp_path, key):
     torch.save(tensors if key is None else {key: tensors, "epoch": 3}, tmp_path / "w.pth")
     found = checkpoint.read_weights(tmp_path / "w.pth", "--image_weights")
     assert set(found) == {"a", "b.module.c"} and torch.equal(found["a"], torch.ones(2))
+
+
+def test_flags_beside_the_tensors_are_read(tmp_path):
+    """The checkpoints of timm, DINO and MAE hold the flags of their run."""
+    content = {"model": {"a": torch.ones(2)}, "args": argparse.Namespace(lr=0.1, inner=argparse.Namespace(x="y"))}
+    torch.save(content, tmp_path / "w.pth")
+    found = checkpoint.read_tensors(tmp_path / "w.pth", "--x")
+    assert torch.equal(found["model"]["a"], torch.ones(2)) and found["args"] == content["args"]
 
 
 def test_safetensors(tmp_path):

@@ -60,6 +60,17 @@ def test_genes_are_matched_by_name_and_those_absent_are_zero_and_counted(prepare
     assert "MOB1.h5ad: 8 spots, 31 input genes, 19 of 50 input genes absent, read as zero" in capsys.readouterr().out
 
 
+def test_controls_are_left_out_and_unique_names_merged(prepared, slices, panel, folder, capsys):
+    names = [*panel, f"{panel[3]}-1", "BLANK_0006", "NegControlProbe_00042"]
+    counts = some_counts(len(names))
+    write(folder / "a.h5ad", counts, names)
+    (table,) = read(prepared, slices, folder)
+    expected = counts[:, : len(panel)].copy()
+    expected[:, 3] += counts[:, len(panel)]
+    np.testing.assert_array_equal(table.bins, gene_panels.bin_tokens(expected, expected.sum(1)))
+    assert "a.h5ad: 2 control features left out\n" in capsys.readouterr().out
+
+
 def test_total_counts_of_obs_go_before_sums_and_empty_spots_are_left_out(prepared, slices, panel, folder, capsys):
     counts = some_counts(len(panel))
     counts[2] = 0

@@ -8,14 +8,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from spaceranger_folders import refused
 from tiny_runs import Work, data_flags, row
 
 from utils.files.atomic import write_record
 from utils.genes import panels as gene_panels
 from utils.images import tiles
-from utils.slices import splits
+from utils.images.image import open_image
+from utils.slices import splits, visium
 from utils.training import datasets
 from utils.training.spill import Spill
 
@@ -30,13 +30,19 @@ def repack(folder, rows, record=None):
     """Packed tiles and their record, changed: the given rows are kept, in the given order."""
     with h5py.File(folder / "tiles.h5") as file:
         barcodes, xy, img = file["barcode"].asstr()[:], file["coords"][:], file["img"][:]
-    tiles.write_pack(folder, barcodes[rows], xy[rows], img[rows], img.shape[1])
+    tiles.write_pack(folder, barcodes[rows], xy[rows], [img[rows]], img.shape[1])
     write_record(folder / "tiles.json", tiles.read_record(folder) | (record or {}))
     return barcodes
 
 
-def jpeg(work, name, barcode):
-    return np.asarray(Image.open(work.tiles / name / f"{barcode}.jpeg"))
+def square(work, name, barcode):
+    """The tile of a spot, cut once more from its image."""
+    root = work.data / name
+    spot = visium.open_slice(root).spots.loc[barcode, ["x_fullres_px", "y_fullres_px"]]
+    record = tiles.read_record(work.tiles / name)
+    cut = tiles.Cut(**{key: record[key] for key in ("source", "image", "um_per_px", "crop", "size", "resampled")})
+    with open_image(root / record["image"]) as image:
+        return tiles.cut_tile(image, spot.to_numpy(float), cut)
 
 
 # ---- joined by barcode
@@ -48,7 +54,7 @@ def test_every_spot_has_its_own_tile_whatever_the_order_of_the_pack(work):
     assert len(one.barcodes) == 70 and one.panels["target"].counts.shape == (70, 20)
     found = one.pack.read(one.tile_rows)
     for i, barcode in enumerate(one.barcodes):
-        np.testing.assert_array_equal(found[i], jpeg(work, "P01_1", barcode))
+        np.testing.assert_array_equal(found[i], square(work, "P01_1", barcode))
 
 
 def test_a_slice_holds_what_its_panels_hold(work):
@@ -76,10 +82,10 @@ def test_spots_outside_the_picture_are_left_out_and_said(work, capsys):
         tiles.read_record(work.tiles / "P01_1") | {"outside": barcodes[4:6].tolist()},
     )
     one = load(work)
-    assert "P01_1: 2 spots outside the picture are left out" in capsys.readouterr().out
+    assert "P01_1: 2 spots outside the image are left out" in capsys.readouterr().out
     assert len(one.barcodes) == len(one.total_counts) == len(one.part) == len(one.bins()) == 68
     assert set(one.barcodes).isdisjoint(barcodes[4:6])
-    np.testing.assert_array_equal(one.pack.read(one.tile_rows[[40]])[0], jpeg(work, "P01_1", one.barcodes[40]))
+    np.testing.assert_array_equal(one.pack.read(one.tile_rows[[40]])[0], square(work, "P01_1", one.barcodes[40]))
 
 
 def test_panels_of_other_spots_are_refused(work):
@@ -107,14 +113,14 @@ def test_slices_of_another_panel_or_another_tile_scale_are_refused(work):
 def test_the_scale_of_tiles(work):
     one = load(work)
     assert datasets.tile_scale(one) == (32, 3.5), "112 um over 32 px"
-    assert datasets.um_per_fullres_px(one, hires_scale=0.3) == pytest.approx(1.0, rel=0.01), "as simulated"
-    of_hires = one.pack.record | {"source": "hires", "crop": one.pack.record["crop"] * 0.3}
+    assert datasets.um_per_fullres_px(one) == pytest.approx(1.0, rel=0.01), "as simulated"
+    of_hires = one.pack.record | {"source": "hires", "crop": one.pack.record["crop"] * 0.3, "scale": 0.3}
     one.pack.record = of_hires
-    assert datasets.um_per_fullres_px(one, hires_scale=0.3) == pytest.approx(1.0, rel=0.01)
+    assert datasets.um_per_fullres_px(one) == pytest.approx(1.0, rel=0.01)
     one.pack.record = of_hires | {"resampled": False}
     assert datasets.tile_scale(one) == (32, None), "a published crop states no scale"
     one.pack.record = of_hires | {"um_per_px": None}
-    assert datasets.um_per_fullres_px(one, hires_scale=0.3) is None
+    assert datasets.um_per_fullres_px(one) is None
 
 
 # ---- parts
@@ -185,7 +191,7 @@ def test_a_batch_over_two_slices_keeps_its_order(batches, work):
     assert len(data) == 140 and found["spot"].tolist() == numbers and found["tiles"].dtype == torch.uint8
     for i, number in enumerate(numbers):
         one, at = slices[number // 70], number % 70
-        np.testing.assert_array_equal(found["tiles"][i], jpeg(work, one.name, one.barcodes[at]))
+        np.testing.assert_array_equal(found["tiles"][i], square(work, one.name, one.barcodes[at]))
         np.testing.assert_array_equal(found["bins"][i], one.bins()[at])
 
 

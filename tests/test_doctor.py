@@ -59,7 +59,7 @@ def test_a_prepared_folder_is_in_order_and_nothing_is_written(prepared, tmp_path
     for pattern in (
         r"P01_1 \(patient P01, train\)\n    70 spots, 60 genes, [\d,]+ counts",
         r"staggered array, pitch 100 um = 100\.0 px: 1\.000 um per px",
-        r"picture P01_1_he\.jpg, \d+ x \d+ px, 70 of 70 spots on it",
+        r"image P01_1_he\.jpg, \d+ x \d+ px, 70 of 70 spots on it",
         r"70 tiles of 32 px at 3\.500 um per px, 112 um wide",
         r"50 input genes, chosen on P01_1\n    20 target genes, chosen on P01_1",
         r"CPU: \d+ cores, AMX (yes|no)",
@@ -97,13 +97,14 @@ def test_two_damaged_slices_are_both_found_and_the_third_is_looked_at(own, seen)
 
 
 def make_square(folder: Path) -> None:
-    """Array places of a square grid, as legacy arrays have them."""
+    """Places and pixels of an array that is not staggered, as legacy arrays are not."""
     for path in (folder / "spatial").glob("tissue_positions*.csv"):
         lines = path.read_text().splitlines()
         start = int(lines[0].startswith("barcode"))
         for i, line in enumerate(lines[start:], start):
             cells = line.split(",")
-            cells[3] = str(int(cells[3]) // 2)
+            row, col = int(cells[2]), int(cells[3])
+            cells[3], cells[5] = str(col // 2), f"{float(cells[5]) - 50 * (row % 2):.2f}"
             lines[i] = ",".join(cells)
         path.write_text("\n".join(lines) + "\n")
 
@@ -121,16 +122,14 @@ def test_pictures_missing_doubled_or_of_another_slide(own, seen):
     shutil.copy(first / "P01_1_he.jpg", first / "again.jpg")
     (second / "P02_1_he.jpg").unlink()
     (second / "spatial/tissue_hires_image.png").unlink()
-    shutil.copy(third / "spatial/tissue_hires_image.png", third / "P03_1_he.png")
-    (third / "P03_1_he.jpg").unlink()
-    shutil.copy(third / "spatial/tissue_lowres_image.png", third / "P03_1_he.png")
+    shutil.copy(first / "P01_1_he.jpg", third / "P03_1_he.jpg")
     seen(
         "--slices",
         own / "slices.csv",
         expect=[
             r"P01_1: .*expected one full-resolution image, found .*; mend: name it in the image column",
-            r"P02_1: .*expected a picture, found none.*; mend: put the H&E picture there",
-            r"P03_1: .*P03_1_he.png: expected about .* px.*; mend: name the picture",
+            r"P02_1: .*expected a full-resolution image or .*, found none; mend: put the H&E image",
+            r"P03_1: .*P03_1_he.jpg: expected the image that tissue_hires_image.png was made of, found another",
         ],
     )
 
@@ -140,7 +139,7 @@ def test_the_hires_picture_alone_is_a_note(own, capsys):
         (own / f"data/{name}/{name}_he.jpg").unlink()
     (own / "slices.csv").write_text("slice,patient,part\nP01_1,P01,train\nP02_1,P02,val\nP03_1,P03,test\n")
     code, printed, _ = look(capsys, own / "data", own / "no", own / "panels", "--slices", own / "slices.csv")
-    assert code == 0 and len(re.findall(r"note: P0\d_1: only the hires picture \([\d.]+ um per px\)", printed)) == 3
+    assert code == 0 and len(re.findall(r"note: P0\d_1: only the hires image \([\d.]+ um per px\)", printed)) == 3
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,11 @@ def test_the_hires_picture_alone_is_a_note(own, capsys):
         ("P01_1,A,train\nP02_1,B,val\nP03_1,A,test\n", (), ["patients in test and in another part: A"]),
         ("P01_1,A,train\nP02_1,B,test\nP03_1,C,test\n", (), ["no slice of part val; .*--val_strip"]),
         ("P01_1,A,val\nP02_1,B,val\nP03_1,C,test\n", (), ["no slice of part train", "P01_1: genes chosen on P01_1"]),
-        ("P01_1,A,train\nP09_1,B,val\n", (), ["line 3: expected the slice folder .*; mend: mend the slice column"]),
+        (
+            "P01_1,A,train\nP09_1,B,val\n",
+            (),
+            ["line 3: .*found no such folder; mend: correct the slice column"],
+        ),
         ("P01_1,A,test\nP02_1,B,val\nP03_1,C,train\n", (), ["P01_1: genes chosen on P01_1, outside the train part"]),
     ],
 )
@@ -185,7 +188,7 @@ def test_counts_that_changed_after_the_panels(own, seen):
 
 def test_tiles_missing_interrupted_or_of_another_scale(own, seen):
     first, second, third = (own / "tiles" / name for name in ("P01_1", "P02_1", "P03_1"))
-    (first / tiles.RECORD).rename(first / tiles.STARTED)
+    (first / tiles.RECORD).unlink(), (first / tiles.PACK).rename(first / f"{tiles.PACK}.part")
     (second / tiles.PACK).unlink()
     record = json.loads((third / tiles.RECORD).read_text())
     (third / tiles.RECORD).write_text(json.dumps(record | {"um_per_px": 1.0}))
@@ -209,7 +212,7 @@ def test_two_tile_scales_and_two_panels(own, seen):
 def test_a_spot_without_tile(own, seen):
     pack = tiles.TilePack(own / "tiles/P01_1")
     barcodes, rows = pack.barcodes[1:], pack.read(np.arange(1, len(pack.barcodes)))
-    tiles.write_pack(own / "tiles/P01_1", barcodes, np.zeros((len(barcodes), 2)), rows, pack.size)
+    tiles.write_pack(own / "tiles/P01_1", barcodes, np.zeros((len(barcodes), 2)), [rows], pack.size)
     seen(expect=[r"P01_1: .*1 of 70 spots have no tile", r"in the tiles: P01_1 have none"])
 
 

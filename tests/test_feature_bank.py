@@ -53,6 +53,15 @@ def test_neighbours_are_those_of_a_double_loop(rng, n):
     assert n < 18 or (~present).any(), "the case of too few neighbours occurs"
 
 
+def test_a_spot_alone_has_no_means_around_and_no_context():
+    """As of a core so small that one spot lies on it."""
+    xy, features = np.zeros((1, 2)), np.ones((1, 2, 6), np.float16)
+    ((block, values),) = feature_bank.means_around(features, xy, PITCH_PX, REACHES)
+    assert block == slice(0, 1) and values.shape == (1, len(REACHES), 2, 6) and np.isnan(values).all()
+    _, _, present = feature_bank.neighbours(xy, PITCH_PX, 4)
+    assert present.shape == (1, 4) and not present.any()
+
+
 def test_no_context(rng):
     index, offset, present = feature_bank.neighbours(rng.random((7, 2)), 1.0, 0)
     assert index.shape == present.shape == (7, 0) and offset.shape == (7, 0, 2)

@@ -281,4 +281,7 @@ def test_names_of_image_weights(tmp_path):
     assert features.read_image_weights("none", "--image_weights") is None
     torch.save({"model": {"a": torch.ones(2)}}, tmp_path / "w.pth")
     found = features.read_image_weights(str(tmp_path / "w.pth"), "--image_weights")
-    assert list(found) == ["a"]
+    assert list(found["model"]) == ["a"] and found.source == str(tmp_path / "w.pth")
+    torch.save([torch.ones(2)], tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"--image_weights: expected named tensors in .*w.pth, found list"):
+        features.read_image_weights(str(tmp_path / "w.pth"), "--image_weights")

@@ -4,15 +4,17 @@ else happens. `python tests/torture.py` tries many more examples."""
 import json
 import string
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from utils.evaluation import metrics
 from utils.images import tiles
+from utils.images.flat import ArrayLevel
+from utils.images.image import TissueImage
 from utils.slices import splits, visium
 
 CELL = st.one_of(
@@ -24,6 +26,14 @@ VALUE = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
 )
+
+
+def flat_image(pixels: np.ndarray) -> TissueImage:
+    """An image of these pixels without a file."""
+    height, width = pixels.shape[:2]
+    source = SimpleNamespace(width=width, height=height, um_per_px=None, notes=(), close=lambda: None)
+    source.load = lambda huge: ([ArrayLevel(pixels)], ())
+    return TissueImage(Path("he.png"), source)
 
 
 def read_or_refused(read, *args) -> None:
@@ -94,9 +104,9 @@ def test_counts_with_bytes_changed(simulated, tmp_path_factory, data):
     side=st.integers(1, 90),
 )
 def test_a_tile_of_anywhere_has_its_size_and_is_white_outside(x, y, crop, size, side):
-    picture = Image.new("RGB", (side, side + 7), (10, 20, 30))
+    image = flat_image(np.full((side + 7, side, 3), (10, 20, 30), np.uint8))
     cut = tiles.Cut(source="fullres", image="he.png", um_per_px=1.0, crop=crop, size=size, resampled=True)
-    tile = np.asarray(tiles.cut_tile(picture, np.array([x, y]), cut))
+    tile = tiles.cut_tile(image, np.array([x, y]), cut)
     assert tile.shape == (size, size, 3)
     if abs(x - side / 2) > crop / 2 + side / 2 + 4 * max(crop / size, 1):
         assert (tile == 255).all()

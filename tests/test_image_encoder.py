@@ -196,7 +196,7 @@ def test_a_file_without_a_classifier_loads(tmp_path):
         lambda state: weights_of("test_vit4", img_size=SIDE),
         lambda state: weights_of("resnet18"),
         lambda state: {k: v for k, v in state.items() if k != "norm.weight"},
-        lambda state: {f"elsewhere.{k}": v for k, v in state.items()},
+        lambda state: {f"{k}.elsewhere": v for k, v in state.items()},
         lambda state: state | {"extra": torch.zeros(1)},
     ],
     ids=["another ViT", "a network", "one missing", "other names", "one too many"],

@@ -137,7 +137,17 @@ WRONG = {
         r"patch_embed.proj.weight \[64, 3, 8, 8\], not \[64, 3, 16, 16\]",
     ),
     "a grid that is no square": ("w.pth", lambda s: s | {"pos_embed": torch.zeros(1, 14, 64)}, "do not fit"),
-    "another prefix": ("w.pth", lambda s: {f"student.{k}": v for k, v in s.items()}, r"\d+ missing .*unknown"),
+    "other names": ("w.pth", lambda s: {f"{k}.raw": v for k, v in s.items()}, r"\d+ missing .*unknown"),
+    "an optimizer alone": (
+        "w.pth",
+        lambda s: {"optimizer": {"state": {0: {"exp_avg": ONES}}}},
+        "expected named tensors",
+    ),
+    "two halves": (
+        "w.pth",
+        lambda s: {"a": dict(list(s.items())[::2]), "b": dict(list(s.items())[1::2])},
+        r"in \S+w.pth \(a\): \d+ missing",
+    ),
     "heads alone": ("w.pth", lambda s: {"head.weight": ONES}, "none of its 1 tensors"),
     "no names": ("w.pth", lambda s: [ONES], "expected named tensors"),
     "no tensors": ("w.pth", lambda s: {"model": {}}, "expected named tensors"),

@@ -1,5 +1,7 @@
 """image_weights.py: sizes, prefixes and heads of published files, against timm's own models and resampling."""
 
+from argparse import Namespace
+
 import pytest
 import timm
 import torch
@@ -88,7 +90,8 @@ def test_shifted_windows_at_another_size(tmp_path):
     sized = timm.create_model(name, num_classes=0, img_size=112)
     sized.load_state_dict(timm.models.swin_transformer.checkpoint_filter_fn(reference.state_dict(), sized))
     with torch.no_grad():
-        assert torch.equal(encoder.eval().features(tiles_of(112))[0], sized.eval()(tiles_of_normalised(encoder, 112)))
+        found = encoder.eval().features(tiles_of(112))[0]
+        torch.testing.assert_close(found, sized.eval()(tiles_of_normalised(encoder, 112)))
 
 
 def tiles_of_normalised(encoder, side):
@@ -130,9 +133,10 @@ def test_prefixes_are_taken_away(tmp_path, prefix, suffix):
     save_file(prefixed, path) if suffix == "safetensors" else torch.save({"teacher": prefixed}, path)
     encoder = ImageEncoder("test_vit", 160, WIDTH, read(path))
     assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.trunk.state_dict().items())
-    assert str(encoder.weights_report) == (
-        f"image weights {path}: loaded {len(state)} tensors, missing 0, skipped 0, resized 0"
-    )
+    where = ": ".join(filter(None, ("teacher" if suffix == "pth" else "", prefix and f"{prefix}*")))
+    source = f"{path} ({where})" if where else str(path)
+    report = f"image weights {source}: loaded {len(state)} tensors, missing 0, skipped 0, resized 0"
+    assert str(encoder.weights_report) == report
 
 
 def test_heads_are_skipped_and_listed(tmp_path):
@@ -171,20 +175,164 @@ def test_the_picture_trunk_of_a_larger_model_is_found(tmp_path):
     assert torch.equal(encoder.trunk.blocks[3].attn.qkv.weight, state["blocks.3.attn.qkv.weight"])
 
 
-def test_find_prefix_by_hand():
+def where(content, names):
+    return image_weights.choose_tensors(content, names).where
+
+
+def test_the_prefix_under_which_most_names_are_found_by_hand():
     wanted = ["a.w", "b.w", "c.w"]
-    assert image_weights.find_prefix(["a.w", "b.w", "module.a.w"], wanted) == ""
-    assert image_weights.find_prefix(["a.w", "module.a.w", "module.b.w"], wanted) == "module."
-    assert image_weights.find_prefix(["model.encoder.a.w", "model.b.w", "model.c.w"], wanted) == "model."
-    assert image_weights.find_prefix(["student.a.w", "student.b.w"], wanted) == ""
-    assert image_weights.find_prefix([], wanted) == ""
-    assert image_weights.find_prefix(["encoder.a.w"], ["encoder.a.w"]) == "", "a name of the model's own"
+
+    def prefix(*names):
+        return image_weights.choose_tensors(dict.fromkeys(names, ONES), wanted).prefix
+
+    assert prefix("a.w", "b.w", "module.a.w") == ""
+    assert prefix("a.w", "module.a.w", "module.b.w") == "module."
+    assert prefix("model.encoder.a.w", "model.b.w", "model.c.w") == "model."
+    assert prefix("any.thing.a.w", "any.thing.b.w", "thing.a.w") == "any.thing."
+    assert prefix("module.x", "module.model.y") == "module.", "none is found: wrappers of all names alone"
+    assert prefix("x", "module.model.y") == ""
+    assert where({"encoder.a.w": ONES}, ["encoder.a.w"]) == "", "a name of the model's own"
 
 
 def test_a_trunk_whose_own_names_begin_like_a_prefix():
     shapes = {"encoder.a": (3,), "model.b": (3,)}
-    kept, skipped = image_weights.select({"encoder.a": ONES, "model.b": ONES, "fc.weight": ONES}, shapes)
+    content = {"encoder.a": ONES, "model.b": ONES, "fc.weight": ONES}
+    kept, skipped = image_weights.select(image_weights.choose_tensors(content, shapes), shapes)
     assert set(kept) == set(shapes) and skipped == ("fc.weight",)
+
+
+# ---- several sets of weights in one file
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def with_heads(state):
+    return state | {"head.mlp.0.weight": ONES, "head.last_layer.weight_g": ONES}
+
+
+SETS = {  # what a file holds of weights w that are wanted and others x, and where w are
+    "timm with --model-ema": (lambda w, x: {"state_dict": x, "state_dict_ema": w, "arch": "x"}, "state_dict_ema"),
+    "timm, processes": (
+        lambda w, x: {
+            "state_dict": x,
+            "state_dict_ema": prefixed("module.", w),
+            "args": Namespace(lr=0.1, opt="adamw"),
+        },
+        "state_dict_ema: module.*",
+    ),
+    "an average alone": (lambda w, x: {"state_dict_ema": w, "arch": "test_vit"}, "state_dict_ema"),
+    "an average of its own class": (lambda w, x: {"model": x, "ema": {"decay": 0.9, "module": w}}, "ema.module"),
+    "DeiT": (lambda w, x: {"model": x, "optimizer": optimizer(x), "model_ema": w, "epoch": 3}, "model_ema"),
+    "MAE": (lambda w, x: {"model": w | prefixed("decoder_blocks.0.", x), "optimizer": optimizer(x)}, "model"),
+    "DINO": (
+        lambda w, x: {
+            "student": prefixed("module.backbone.", x) | {"module.head.mlp.0.weight": ONES},
+            "teacher": prefixed("backbone.", with_heads(w)),
+            "optimizer": optimizer(x),
+            "dino_loss": {"center": ONES},
+            "args": Namespace(arch="vit_small"),
+        },
+        "teacher: backbone.*",
+    ),
+    "a student alone": (
+        lambda w, x: {"student": prefixed("module.backbone.", w), "epoch": 1},
+        "student: module.backbone.*",
+    ),
+    "DINOv2": (
+        lambda w, x: {"teacher": prefixed("backbone.", w) | {"dino_head.mlp.0.bias": ONES}},
+        "teacher: backbone.*",
+    ),
+    "DINOv2, a flat one": (
+        lambda w, x: {"model": prefixed("student.backbone.", x) | prefixed("teacher.backbone.", w)},
+        "model: teacher.backbone.*",
+    ),
+    "an averaged teacher": (lambda w, x: {"teacher": x, "teacher_ema": w, "student": x}, "teacher_ema"),
+    "MoCo v3": (
+        lambda w, x: {
+            "state_dict": prefixed("module.base_encoder.", x) | prefixed("module.momentum_encoder.", w),
+            "arch": "vit",
+        },
+        "state_dict: module.momentum_encoder.*",
+    ),
+    "MoCo": (
+        lambda w, x: {"state_dict": prefixed("module.encoder_q.", x) | prefixed("module.encoder_k.", w)},
+        "state_dict: module.encoder_k.*",
+    ),
+    "BYOL": (
+        lambda w, x: prefixed("online_network.encoder.", x) | prefixed("target_network.encoder.", w),
+        "target_network.encoder.*",
+    ),
+    "I-JEPA": (
+        lambda w, x: {"encoder": prefixed("module.", x), "target_encoder": prefixed("module.", w), "opt": optimizer(x)},
+        "target_encoder: module.*",
+    ),
+    "lightly": (
+        lambda w, x: {"state_dict": prefixed("backbone.", x) | prefixed("backbone_momentum.", w)},
+        "state_dict: backbone_momentum.*",
+    ),
+    "lightly, DINO": (
+        lambda w, x: {"state_dict": prefixed("student_backbone.", x) | prefixed("teacher_backbone.", w)},
+        "state_dict: teacher_backbone.*",
+    ),
+    "Lightning, model": (
+        lambda w, x: {"state_dict": prefixed("model.", w), "hyper_parameters": {"lr": 1}, "optimizer_states": [{}]},
+        "state_dict: model.*",
+    ),
+    "Lightning, net": (lambda w, x: {"state_dict": prefixed("net.", w) | {"criterion.w": ONES}}, "state_dict: net.*"),
+    "torch's average": (lambda w, x: {"n_averaged": torch.tensor(7)} | prefixed("module.", w), "module.*"),
+    "FSDP and compiled": (
+        lambda w, x: {"app": {"model": prefixed("_fsdp_wrapped_module._orig_mod.", w)}},
+        "app.model: _fsdp_wrapped_module._orig_mod.*",
+    ),
+    "a text tower of the same names": (
+        lambda w, x: prefixed("text_encoder.", x) | prefixed("vision_encoder.", w),
+        "vision_encoder.*",
+    ),
+    "an average of fewer": (
+        lambda w, x: {"model": w, "ema": {name: x[name] for name in list(x)[:-3]}},
+        "model",
+    ),
+    "the best metric beside them": (
+        lambda w, x: {"model": w, "ema": {"decay": torch.tensor(0.99)}, "teacher": {"temperature": ONES}},
+        "model",
+    ),
+}
+
+
+def optimizer(state):
+    return {"state": {i: {"exp_avg": tensor} for i, tensor in enumerate(state.values())}, "param_groups": []}
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_of_several_sets_an_average_then_a_teacher_then_a_student_is_taken(tmp_path, kind):
+    content, expected = SETS[kind]
+    wanted = build("class").state_dict()
+    others = {name: tensor + 1 for name, tensor in wanted.items()}
+    encoder = ImageEncoder("test_vit", 160, WIDTH, written(tmp_path / "w.pth", content(wanted, others)))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in encoder.trunk.state_dict().items())
+    assert encoder.weights_report.source == f"{tmp_path / 'w.pth'} ({expected})"
+    assert str(encoder.weights_report).startswith(
+        f"image weights {tmp_path / 'w.pth'} ({expected}): loaded {len(wanted)} "
+    )
+
+
+def test_a_few_names_of_blocks_are_no_trunk():
+    """Of another layout, for timm to convert: all of it is taken, an average beside the model first."""
+    wanted = [f"blocks.{i}.attn.qkv.weight" for i in range(40)] + ["norm.weight", "norm.bias"]
+    theirs = {f"stages.{i}.norm.{kind}": ONES for i in range(40) for kind in ("weight", "bias")}
+    content = {"model": theirs, "model_ema": prefixed("module.", theirs)}
+    chosen = image_weights.choose_tensors(content, wanted)
+    assert chosen.where == "model_ema: module.*" and chosen.tensors.keys() == theirs.keys()
+
+
+def test_sets_in_the_layout_of_transformers(tmp_path):
+    anchor = image_weights.ANCHOR
+    content = {f"student.{anchor}": ONES, f"teacher.{anchor}": ONES + 1, "teacher.layernorm.bias": ONES}
+    found = image_weights.choose_tensors(content, ["patch_embed.proj.weight", "norm.bias"])
+    assert (found.where, set(found.tensors)) == ("teacher.*", {"patch_embed.proj.weight", "norm.bias"})
+    assert torch.equal(found.tensors["patch_embed.proj.weight"], ONES + 1)
 
 
 def test_what_the_caller_gave_is_left_alone_and_not_kept(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from slide_runs import exit_code, predict, read, record
 from tiny_runs import snapshot, stderr_line
 
-from utils.images import image as whole_slide
+from utils.images import tiles
 from utils.training import checkpoint, feature_bank
 
 ROOT = Path(__file__).parents[1]
@@ -34,10 +34,8 @@ def measured(trained, section, tmp_path_factory):
 
 
 def test_an_interrupted_slide_goes_on_from_its_features(trained, section, measured, tmp_path, monkeypatch, capsys):
-    out, calls, stream, ask = tmp_path / "out", [], whole_slide.stream_tiles, feature_bank.predict
-    monkeypatch.setattr(
-        whole_slide, "stream_tiles", lambda s, c, *a, **k: calls.append(len(c)) or stream(s, c, *a, **k)
-    )
+    out, calls, stream, ask = tmp_path / "out", [], tiles.cut_tiles, feature_bank.predict
+    monkeypatch.setattr(tiles, "cut_tiles", lambda s, c, *a, **k: calls.append(len(c)) or stream(s, c, *a, **k))
     monkeypatch.setattr(feature_bank, "predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         predict(section[0], trained.decoder, out)
@@ -59,7 +57,7 @@ def test_a_table_of_slides_is_worked_off_and_a_torn_one_does_not_stop_it(trained
     (tmp_path / "torn.png").write_bytes(b"no picture")
     (tmp_path / "P03_1").symlink_to(section[0])
     table = tmp_path / "cohort.csv"
-    table.write_text(f"slide,um_per_px,pitch_um\ntorn.png,1,\nP03_1,,\n\n{section[1]},1,150\n")
+    table.write_text(f"slide,um_per_px,spot_pitch_um\ntorn.png,1,\nP03_1,,\n\n{section[1]},1,150\n")
     out = tmp_path / "out"
     assert exit_code(table, trained.decoder, out) == 2
     stderr_line(capsys, "1 of 3 slides could not be predicted: torn .*torn.png")
@@ -83,7 +81,7 @@ def test_help_and_checks_come_before_torch():
         ((), "P03_1_he.jpg: its scale is not known .*; give --um_per_px$"),
         (("--um_per_px", 1, "--positions", "nothing.csv"), "--positions: expected the file nothing.csv"),
         (("--um_per_px", 1, "--mask", "nothing.png"), "--mask: expected the file nothing.png"),
-        (("--um_per_px", 1, "--pitch_um", 1e-3), "spot pitch"),
+        (("--um_per_px", 1, "--spot_pitch_um", 1e-3), "spot pitch"),
         (("--um_per_px", 1, "--decoder", "nothing.pth"), "--decoder: expected the file nothing.pth"),
     ],
 )
@@ -111,7 +109,7 @@ def test_positions_of_another_picture_and_torn_ones(trained, section, tmp_path, 
     far.write_text("".join(f"A{i}-1,1,{i},{i % 2},{9000 + 100 * i},{9000 + 50 * (i % 2)}\n" for i in range(4)))
     torn.write_text("barcode,in_tissue\nA,1\n")
     assert exit_code(section[1], trained.decoder, tmp_path / "out", "--positions", far, "--um_per_px", 1) == 2
-    stderr_line(capsys, "no spot on picture and tissue")
+    stderr_line(capsys, "expected 4 spots on its .* found 4 outside")
     assert exit_code(section[1], trained.decoder, tmp_path / "out", "--positions", torn) == 2
     stderr_line(capsys, f"--positions: {torn}: expected the comma-separated columns")
 
@@ -119,10 +117,10 @@ def test_positions_of_another_picture_and_torn_ones(trained, section, tmp_path, 
 @pytest.mark.realdata
 def test_a_real_section_with_counts_and_its_picture_alone(trained, real_data, tmp_path):
     folder = real_data / "Breast_cancer" / "B4"
-    out = predict(folder, trained.decoder, tmp_path / "slice", "--pitch_um", 200)
+    out = predict(folder, trained.decoder, tmp_path / "slice", "--spot_pitch_um", 200)
     adata = read(out)
     assert adata.n_obs == 283 and np.isfinite(adata.X).all()
     assert np.isfinite(adata.layers["measured"]).any(0).sum() > 5
-    flags = ("--pitch_um", 200, "--um_per_px", record(out)["um_per_fullres_px"])
+    flags = ("--spot_pitch_um", 200, "--um_per_px", record(out)["um_per_fullres_px"])
     alone = read(predict(next(folder.glob("*.jpg")), trained.decoder, tmp_path / "alone", *flags))
     assert 250 < alone.n_obs < 450

@@ -209,6 +209,24 @@ def test_batches_that_make_no_whole_step_are_left_out():
     assert list(order) == list(datasets.EpochOrder(70, 10, 0))[4:6]
 
 
+@pytest.mark.parametrize("accumulate", [7, 8, 1000])
+def test_an_epoch_of_fewer_batches_is_one_step(accumulate):
+    order = datasets.EpochOrder(75, 10, 0, accumulate=accumulate)
+    assert (order.accumulate, len(order)) == (7, 7)
+    assert list(order) == list(datasets.EpochOrder(75, 10, 0))
+
+
+def test_accumulating_beyond_an_epoch_is_accumulating_over_it(trained, tmp_path, capsys):
+    """Four batches of 16: --accumulate 1000 ends with the weights of --accumulate 4, and says so."""
+    works = {n: Work(trained.data, trained.tiles, trained.panels, tmp_path / str(n)) for n in (4, 1000)}
+    warned = {}
+    for n, work in works.items():
+        work.run("train_mymodel", "--Epoch", 1, "--accumulate", n)
+        warned[n] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert warned == {4: [], 1000: ["warning: --accumulate 1000: an epoch has 4 batches, which make one step"]}
+    assert not different(progress(works[1000], "train_mymodel"), progress(works[4], "train_mymodel"))
+
+
 # ---- two runs in one folder
 
 

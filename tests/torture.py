@@ -37,7 +37,7 @@ FAULTS = ("bad_input", "bad_files", "odd_input", "sharing_refused", "import_slic
 FUZZ = (
     "fuzz_files",
     "gene_names",
-    "importers_h5ad",
+    "array_places",
 )  # property tests of hypothesis, with many more examples than by default
 FLAGS = ("--Epoch", 3, "--Init_lr", 1e-3, "--save_every", 1)
 MOMENTS = 40  # of a run that count, a little more than there are

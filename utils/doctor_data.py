@@ -15,12 +15,13 @@ import numpy as np
 
 from utils.genes import panels as gene_panels
 from utils.images import tiles
-from utils.slices import splits, visium
+from utils.images.image import open_image
+from utils.slices import checks, splits, visium
 
 if TYPE_CHECKING:
     from utils.doctor import Findings
 
-TILE_BYTES = 200_000  # of the disk that a spot takes at 224 px: the packed tile and its JPEG
+TILE_BYTES = 151_000  # of the disk that a tile of 224 px takes
 GIB = 2**30
 
 
@@ -29,6 +30,7 @@ class Looked:
     """What one slice is compared with the others by; None where it could not be found out."""
 
     row: splits.SliceRow
+    slice_: visium.Slice | None = None
     content: str | None = None  # hash of its counts
     barcodes: np.ndarray | None = None  # (S,) that tiles are to be there for
     tile_scale: tuple[int, float | None] | None = None
@@ -73,8 +75,13 @@ def look_at(row: splits.SliceRow, args: Any, findings: Findings) -> Looked:
     """One slice; each look goes on where the one before it failed."""
     found = Looked(row)
     findings.say(f"{row.slice} (patient {row.patient}{', ' + row.part if row.part else ''})")
-    looks: tuple[Callable[[Looked, Any, Findings], None], ...] = (look_at_counts, look_at_picture, look_at_tiles)
-    for look in (*looks, look_at_panels):
+    with findings.caught(row.slice):
+        folder = splits.slice_folder(args.data, row)
+        found.slice_ = visium.open_slice(folder, row.slice, row.spot_pitch_um)
+    looks: tuple[Callable[[Looked, Any, Findings], None], ...] = (look_at_tiles, look_at_panels)
+    if found.slice_ is not None:
+        looks = (look_at_counts, look_at_array, look_at_image, *looks)
+    for look in looks:
         with findings.caught(row.slice):
             look(found, args, findings)
     return found
@@ -82,67 +89,65 @@ def look_at(row: splits.SliceRow, args: Any, findings: Findings) -> Looked:
 
 def look_at_counts(found: Looked, args: Any, findings: Findings) -> None:
     """Counts, their totals, and what has no partner."""
-    source = visium.read_slice(splits.slice_folder(args.data, found.row), found.row.slice, args.memory * GIB)
-    spans = visium.spans(source.counts, args.memory * GIB)
-    totals = np.concatenate([np.asarray(source.counts[span].sum(1)).ravel() for span in spans])
+    assert found.slice_ is not None
+    memory = args.memory * GIB
+    counted = found.slice_.with_counts(memory)
+    spans = visium.spans(counted.counts, memory)
+    totals = np.concatenate([np.asarray(counted.counts[span].sum(1)).ravel() for span in spans])
     findings.say(
-        f"  {len(totals):,} spots, {len(source.genes):,} genes, {totals.sum():,} counts, median "
+        f"  {len(totals):,} spots, {len(counted.genes):,} genes, {totals.sum():,} counts, median "
         f"{np.median(totals):,.0f} a spot; positions matched"
     )
-    if visium.format_unmatched(source.unmatched):
-        findings.say(f"  left aside: {visium.format_unmatched(source.unmatched)}")
+    if visium.format_unmatched(counted.unmatched):
+        findings.say(f"  left aside: {visium.format_unmatched(counted.unmatched)}")
     if (totals == 0).any():
         findings.note(f"{found.row.slice}: {(totals == 0).sum()} spots have no count and will be dropped")
     if not totals.any():
-        raise ValueError(f"{source.root}: expected counts, found none above zero; export the matrix again")
-    found.content = visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes, args.memory * GIB)
+        raise ValueError(f"{counted.root}: expected counts, found none above zero; export the matrix again")
+    found.content = visium.counts_hash(counted.counts, counted.spots.index.to_numpy(str), counted.genes, memory)
 
 
-def look_at_picture(found: Looked, args: Any, findings: Findings) -> None:
-    """Array, pitch, and the picture that tiles would be cut from."""
-    row = found.row
-    root = visium.find_root(splits.slice_folder(args.data, row))
-    positions, factors = visium.read_positions(root), visium.read_scalefactors(root)
-    kind = "staggered" if visium.is_staggered(positions) else "square"
-    pitch_px, um_per_px = visium.pitch_fullres_px(positions), None
-    with findings.caught(row.slice):
-        pitch_um = visium.spot_pitch_um(root, positions, row.spot_pitch_um)
-        um_per_px = pitch_um / pitch_px
-        findings.say(f"  {kind} array, pitch {pitch_um:g} um = {pitch_px:.1f} px: {um_per_px:.3f} um per px")
-    fullres, scale, hires = splits.image_file(args.data, row), 1.0, root / "spatial" / "tissue_hires_image.png"
-    if fullres is None:
-        fullres, scale = hires, factors["tissue_hires_scalef"]
-        if not hires.exists():
-            raise ValueError(
-                f"{root}: expected a picture, found none, not even {hires.name}; put the H&E picture there"
-            )
-        coarse = "" if um_per_px is None else f" ({um_per_px / scale:.2f} um per px)"
+def look_at_array(found: Looked, args: Any, findings: Findings) -> None:
+    """Array, pitch and size of a pixel."""
+    assert found.slice_ is not None
+    for warning in found.slice_.warnings:
+        findings.note(warning)
+    kind = "staggered" if found.slice_.lattice and found.slice_.lattice.staggered else "square"
+    pitch_um, pitch_px = found.slice_.pitch_um, found.slice_.pitch_px
+    findings.say(f"  {kind} array, pitch {pitch_um:g} um = {pitch_px:.1f} px: {pitch_um / pitch_px:.3f} um per px")
+
+
+def look_at_image(found: Looked, args: Any, findings: Findings) -> None:
+    """The image that tiles would be cut from, against what the slice says of it."""
+    slice_ = found.slice_
+    assert slice_ is not None
+    source = slice_.source_image("auto", found.row.image)
+    if source.kind == "hires":
+        um_per_px = slice_.um_per_px
+        coarse = "" if um_per_px is None else f" ({um_per_px / source.scale:.2f} um per px)"
         findings.note(
-            f"{row.slice}: only the hires picture{coarse}: add the full-resolution one, cells can be seen in it"
+            f"{slice_.name}: only the hires image{coarse}: add the full-resolution one, cells can be seen in it"
         )
-    size = tiles.picture_size(fullres)
-    if fullres != hires:
-        tiles.check_scale(size, fullres, root, factors["tissue_hires_scalef"])
-        if not hires.exists():
-            findings.note(f"{row.slice}: no {hires.name}: the report will show spots without tissue behind them")
-    spots, _ = visium.tissue_spots(root)
-    centres = spots[["x_fullres_px", "y_fullres_px"]].to_numpy() * scale
-    inside = np.all((centres >= 0) & (centres < size), axis=1)
-    findings.say(f"  picture {fullres.name}, {size[0]} x {size[1]} px, {inside.sum():,} of {len(spots):,} spots on it")
-    if not inside.any():
-        raise ValueError(
-            f"{fullres}: no spot lies on it, found {size[0]} x {size[1]} px; take the positions' own picture"
+    elif slice_.small_image("hires") is None:
+        findings.note(f"{slice_.name}: no {visium.HIRES}: the report will show spots without tissue behind them")
+    with open_image(source.path, huge=True) as image:
+        inside, warnings = checks.check_image(slice_, source, image, image.thumbnail(checks.THUMBNAIL_PX))
+        for note in (*image.notes, *warnings):
+            findings.note(f"{slice_.name}: {note}")
+        findings.say(
+            f"  image {source.path.name}, {image.width} x {image.height} px, {inside.sum():,} of {len(inside):,} spots "
+            "on it"
         )
-    found.barcodes = spots.index.to_numpy(str)[inside]
+    found.barcodes = slice_.spots.index.to_numpy(str)[inside]
 
 
 def look_at_tiles(found: Looked, args: Any, findings: Findings) -> None:
     """Tiles as image_tilling.py left them."""
     folder = args.tiles / found.row.slice
     record = tiles.read_record(folder)
+    if record is None and (folder / f"{tiles.PACK}.part").exists():
+        raise ValueError(f"{folder}: tiling was interrupted; run image_tilling.py again")
     if record is None:
-        if (folder / tiles.STARTED).exists():
-            raise ValueError(f"{folder}: tiling was interrupted; run image_tilling.py again, it goes on from there")
         findings.say(f"  no tiles in {folder}: image_tilling.py cuts them")
         return
     pack = tiles.TilePack(folder)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from utils.genes import lists as gene_lists
 from utils.genes import names as gene_names
-from utils.genes import panels as gene_panels
 from utils.slices import visium
 from utils.training import arguments, checkpoint
 
@@ -35,7 +35,7 @@ def check(args: Any) -> None:
     for flag in ("gene_weights", "gene2vec", "gene_vocab", "gene_aliases"):
         if getattr(args, flag) is not None:
             arguments.require_file(getattr(args, flag), f"--{flag}", "see docs/gene_weights.md")
-    named = args.gene2vec is not None and args.gene2vec.suffix in gene_names.NAMED
+    named = args.gene2vec is not None and args.gene2vec.suffix in gene_lists.NAMED
     if (args.gene_weights or args.gene2vec) and not (args.gene_vocab or named):
         raise ValueError("--gene_weights and --gene2vec need --gene_vocab: the files do not name their genes")
     if args.gene_vocab and named:
@@ -57,8 +57,8 @@ def load(encoder: Any, scbert: Any, args: Any, panel: list[str], folders: Sequen
 
     if not (args.gene_weights or args.gene2vec):
         return
-    names, table = gene_names.read_gene2vec(args.gene2vec) if args.gene2vec else (None, None)
-    vocabulary = names or gene_panels.read_vocabulary(args.gene_vocab)
+    names, table = gene_lists.read_gene2vec(args.gene2vec) if args.gene2vec else (None, None)
+    vocabulary = names or gene_lists.read_vocabulary(args.gene_vocab)
     if args.gene_weights:
         tensors = checkpoint.read_weights(args.gene_weights, "--gene_weights")
         found = scbert.load_scbert(encoder, tensors)
@@ -91,10 +91,9 @@ def check_table(table: np.ndarray, vocabulary: list[str], args: Any) -> None:
 
 def find(panel: list[str], vocabulary: list[str], args: Any, folders: Sequence[Path]) -> dict[str, int]:
     """Panel gene -> its place in the vocabulary; says how many were found, and by what."""
-    by_id = any(gene_panels.is_ensembl(name) for name in (*panel, *vocabulary))
-    known = gene_names.known_names(
-        args.gene_aliases, gene_names.slice_symbols(map(visium.read_slice_genes, folders)) if by_id else {}
-    )
+    by_id = any(gene_names.is_ensembl(name) for name in (*panel, *vocabulary))
+    symbols = gene_names.slice_names(map(visium.read_slice_genes, folders)).symbols if by_id else {}
+    known = gene_names.known_names(args.gene_aliases, symbols)
     matches = gene_names.match_genes(panel, vocabulary, known)
     source = args.gene_vocab or args.gene2vec
     what = f"{'--gene_vocab' if args.gene_vocab else '--gene2vec'} {source}"

@@ -1,6 +1,6 @@
 """Genes by name: what they are called, which of them a model reads and predicts.
 
-names         symbols, Ensembl ids and aliases, matched
-panels        gene panels: selection, panel files, binning; the order of the genes lives there
-downsampling  counts thinned to a common depth
+names    symbols, Ensembl ids and aliases, matched; control features; suffixes that made a symbol unique
+lists    gene lists, vocabularies and gene2vec tables, read
+panels   gene panels: selection, panel files, binning, downsampling; the order of the genes lives there
 """

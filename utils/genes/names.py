@@ -1,27 +1,184 @@
-"""One gene under several names: matching by symbol, Ensembl id, alias and previous symbol; the files that tell of them.
+"""Names of genes: symbols, Ensembl ids, aliases; which features are controls; suffixes that made a symbol unique.
 
-Letters: V genes of a vocabulary, W numbers of a gene2vec row.
+Letters: G genes of a slice, V genes of a vocabulary.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from utils.genes import panels as gene_panels
-
-NAMED = (".txt", ".tsv")  # gene2vec files whose lines begin with the gene
 COLUMNS = ("alias_symbol", "prev_symbol", "ensembl_gene_id")  # of HGNC's complete set, beside `symbol`
+
+# ---- control features
+
+CONTROL = re.compile(
+    r"""neg(ative)?[-_. ]?(control|ctrl|prb|probe)   # Xenium NegControlProbe_00042, CosMx NegPrb1, GeoMx NegProbe-WTX
+    |(custom[-_. ])?negative[-_. ]?(set[-_. ]?)?\d*$ # CosMx Negative1
+    |system[-_. ]?control|false[-_. ]?code           # CosMx
+    |blank([-_. ]|\d|codeword|$)                     # Xenium BLANK_0006, MERSCOPE Blank-1
+    |(unassigned|deprecated)([-_. ]|\d|codeword|$)   # Xenium UnassignedCodeword_0001
+    |antisense[-_. ]                                 # Xenium antisense_BCL2L15
+    |intergenic([-_. ]|\d|region|$)|genomic[-_. ]?control  # Xenium Prime Intergenic_Region_10014
+    |(positive[-_. ]?)?control[-_. ]?(probe|codeword|\d+$)|(pos|neg)_[a-h](\(\d+\))?$  # the latter of nCounter
+    |ercc[-_.]\d{5}$|sirv\d                          # spike-ins
+    |x?__                                            # HTSeq __no_feature, in R X__no_feature
+    |(no_feature|ambiguous|too_low_aqual|not_aligned|alignment_not_unique)$
+    |n_(unmapped|multimapping|nofeature|ambiguous)$  # STAR""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def is_control(name: str) -> bool:
+    """Whether a feature is no gene by its name: a control probe, codeword, blank, spike-in, row of unassigned reads."""
+    return CONTROL.match(name) is not None
+
+
+def are_controls(names: Iterable[str]) -> np.ndarray:
+    """`is_control` of each name: (G,) bool."""
+    return np.array([is_control(str(name)) for name in names], bool)
+
+
+# ---- Ensembl ids
+
+ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?(_PAR_Y)?")
+
+
+def ensembl_id(name: str) -> str | None:
+    """The Ensembl gene id that a name is, without its version; None where it is a symbol."""
+    found = ENSEMBL.fullmatch(name)
+    return found[1] if found else None
+
+
+def is_ensembl(name: str) -> bool:
+    return ensembl_id(name) is not None
+
+
+def symbols_by_id(names: np.ndarray, ids: np.ndarray) -> dict[str, str]:
+    """Ensembl id without version -> symbol, as far as the names and ids (G,) of one slice's features table say."""
+    pairs = ((ensembl_id(str(gene_id)), str(name)) for gene_id, name in zip(ids, names, strict=True))
+    return {gene_id: name for gene_id, name in pairs if gene_id and not is_ensembl(name)}
+
+
+def mapped_names(names: np.ndarray, symbols: Mapping[str, str]) -> np.ndarray:
+    """Ensembl names (G,) turned into symbols where a slice's table knows them, else without their version: (G,) str."""
+    pairs = ((name, ensembl_id(name)) for name in names.astype(str))
+    return np.array([name if gene_id is None else symbols.get(gene_id, gene_id) for name, gene_id in pairs], str)
+
+
+# ---- symbols that were made unique
+
+SUFFIX = re.compile(r"(.+)([-.])([1-9]\d*)")  # anndata and Seurat: TBCE-1; R's make.unique and pandas: TBCE.1
+WITH_ID = re.compile(r"(.+)[-_.]ENS[A-Z]*G\d+(\.\d+)?")  # CELLxGENE, scuttle: TBCE_ENSG00000284770
+NUMBERED = {  # beginnings of symbols X whose X-1 (or X.1) is a gene of its own beside X
+    "-": re.compile(
+        r"(IG[HKL]|TR[ABDG])[VDJ]|(\w+-)?(MIR-?\d|LET-?7)|SNOR[AD]\d|RNV?U\d|TR[A-Z]{1,2}-[A-Z]{3}|KRTAP|NKX\d?$"
+        r"|ERV|H[1-4]$",
+        re.IGNORECASE,
+    ),
+    ".": re.compile(r"([A-Z]{1,2}\d{5,8}|.+-[A-Z]*\d+[A-Z]+\d+|ENS[A-Z]*\d+|[NX][MR]_\d+)$"),  # clones, ids
+}
+
+
+def _suffixed(names: Iterable[str]) -> Iterator[tuple[int, str, str, int]]:
+    """Place, name without suffix, `-` or `.`, and number of each name that has such a suffix; no Ensembl ids."""
+    for i, name in enumerate(names):
+        if (parts := SUFFIX.fullmatch(name)) and not is_ensembl(name):
+            yield i, parts[1], parts[2], int(parts[3])
+
+
+def without_unique_suffixes(
+    names: np.ndarray, ids: np.ndarray | None = None, symbols: Mapping[str, str] | None = None
+) -> np.ndarray:
+    """Give symbols that were made unique (TBCE, TBCE-1) their repeated name back: (G,) -> (G,) str.
+
+    A suffix is taken away where the name without it is there too, its numbers are 1, 2, ... without a gap, and nothing
+    says that it belongs to the symbol: a family whose members are numbered so (KRTAP13-1, IGHV1-69-2, MIR3648-1), a
+    clone (AL627309.1), or another table that has the id under the whole name. Names of which one repeats were not made
+    unique and stay. A symbol with its Ensembl id behind it (TBCE_ENSG00000284770) loses the id.
+
+    Parameters
+    ----------
+    names : (G,) str, of the features of one file
+    ids : (G,) str in their order; names may stand for them. An Ensembl id that the name without suffix has, too, or an
+        id that is that name, proves that the suffix was added
+    symbols : Ensembl id -> symbol of other tables (`slice_names`), which decides where it knows the id
+    """
+    names = np.asarray(names).astype(str)
+    place = {name: i for i, name in enumerate(names)}
+    if len(place) < len(names):
+        return names
+    ids, symbols = names if ids is None else np.asarray(ids).astype(str), symbols or {}
+    gene_ids = [ensembl_id(gene_id) for gene_id in ids]
+    known = [symbols.get(gene_id or "") for gene_id in gene_ids]
+    merged = [parts[1] if (parts := WITH_ID.fullmatch(name)) else name for name in names]
+    numbers: dict[tuple[str, str], dict[int, int]] = {}  # name without suffix, mark -> place by number
+    for i, base, mark, number in _suffixed(names):
+        if base in (ids[i], known[i]) or (gene_ids[i] and base in place and gene_ids[i] == gene_ids[place[base]]):
+            merged[i] = base
+        numbers.setdefault((base, mark), {})[number] = i
+    for (base, mark), places in numbers.items():
+        whole = base in place and sorted(places) == list(range(1, len(places) + 1))
+        its_own = NUMBERED[mark].match(base) or any(known[i] == names[i] for i in places.values())
+        if whole and not its_own:
+            for i in places.values():
+                merged[i] = base
+    return np.array(merged, str)
+
+
+@dataclass(frozen=True)
+class SliceNames:
+    """What the features tables of all slices together say of names."""
+
+    symbols: dict[str, str]  # Ensembl id -> symbol; TBCE goes before TBCE-1
+    repeats: dict[str, int]  # symbol -> how often it stands in a slice, the most of all; those once are left out
+
+    def agreed(self, names: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Names and ids (G,) of a slice -> names by which all slices call its genes: (G,) str.
+
+        Ensembl names become symbols. TBCE-1 becomes TBCE where another slice has its id as TBCE, or has TBCE twice.
+        """
+        agreed = mapped_names(names, self.symbols).astype(object)
+        there = set(agreed)
+        for i, base, _, number in _suffixed(agreed):
+            known = self.symbols.get(ensembl_id(str(ids[i])) or "")
+            if known == base or (base in there and number < self.repeats.get(base, 0)):
+                agreed[i] = base
+        return agreed.astype(str)
+
+
+def slice_names(features: Iterable[tuple[np.ndarray, np.ndarray]]) -> SliceNames:
+    """Of the names and ids (G,) of each slice, which are looked at one after the other.
+
+    A repeated symbol that has a numbered one beside it (X, X, X-1) says nothing of another's X-1, and is left out.
+    """
+    symbols: dict[str, str] = {}
+    repeats: dict[str, int] = {}
+    for names, ids in features:
+        for gene_id, name in symbols_by_id(names, ids).items():
+            suffixed = SUFFIX.fullmatch(name)
+            if not suffixed or symbols.get(gene_id) != suffixed[1]:
+                symbols[gene_id] = name
+        numbers = Counter(np.asarray(names).astype(str).tolist())
+        beside = {base for _, base, _, _ in _suffixed(numbers)}
+        for name, number in numbers.items():
+            if number > 1 and name not in beside:
+                repeats[name] = max(number, repeats.get(name, 0))
+    return SliceNames(symbols, repeats)
+
+
+# ---- aliases
 
 
 @dataclass(frozen=True)
 class KnownNames:
-    """What genes are called elsewhere. A name that two genes share as an alias says nothing of either."""
+    """Other names of genes. An alias that two genes share is not used."""
 
     approved: dict[str, str]  # approved symbol, alias or previous symbol -> approved symbol
     by_id: dict[str, tuple[str, ...]]  # Ensembl id without version -> symbols
@@ -29,9 +186,9 @@ class KnownNames:
 
     def of(self, name: str) -> list[str]:
         """The names under which a gene is looked up, the surest first."""
-        if not gene_panels.is_ensembl(name):
+        gene_id = ensembl_id(name)
+        if gene_id is None:
             return [self.approved.get(name, name)]
-        gene_id = name.split(".")[0]
         return [gene_id, *(self.approved.get(symbol, symbol) for symbol in self.by_id.get(gene_id, ()))]
 
 
@@ -48,7 +205,7 @@ def known_names(path: Path | None, symbols: dict[str, str]) -> KnownNames:
         for name in [*(row.get("alias_symbol") or "").split("|"), *(row.get("prev_symbol") or "").split("|")]:
             if name and name not in own:  # what is a gene's own symbol today is no other's
                 pointing.setdefault(name, set()).add(row["symbol"])
-        if gene_id := row.get("ensembl_gene_id"):
+        if gene_id := ensembl_id(row.get("ensembl_gene_id") or ""):
             by_id[gene_id] = tuple(dict.fromkeys([*by_id.get(gene_id, ()), row["symbol"]]))
     approved = {symbol: symbol for symbol in own}
     approved |= {name: next(iter(to)) for name, to in pointing.items() if len(to) == 1}
@@ -71,14 +228,6 @@ def _read_table(path: Path) -> list[dict[str, str]]:
     if not rows:
         raise ValueError(f"--gene_aliases: {path}: expected a gene per line, found none; fetch the file again")
     return rows
-
-
-def slice_symbols(features: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, str]:
-    """Ensembl id -> symbol, as far as the names and ids (G,) of the slices' features say."""
-    symbols: dict[str, str] = {}
-    for names, ids in features:
-        symbols |= gene_panels.symbols_by_id(names, ids)
-    return symbols
 
 
 @dataclass(frozen=True)
@@ -134,9 +283,7 @@ def match_genes(wanted: Sequence[str], vocabulary: Sequence[str], known: KnownNa
             unclear.update(names)
             continue
         places[names[0]] = row
-        how[names[0]] = (
-            "by id" if gene_panels.is_ensembl(names[0]) or gene_panels.is_ensembl(vocabulary[row]) else "by alias"
-        )
+        how[names[0]] = "by id" if is_ensembl(names[0]) or is_ensembl(vocabulary[row]) else "by alias"
     return Matches(places, how, [name for name in wanted if name not in places], len(unclear))
 
 
@@ -162,38 +309,3 @@ def require_half(found: int, wanted: int, what: str, unmatched: Sequence[str], v
             f"{what}: {found} of {wanted} genes found, expected half at least (not found: {', '.join(unmatched[:3])}; "
             f"it has {', '.join(vocabulary[:3])}); give --gene_aliases, or a vocabulary of the same species and naming"
         )
-
-
-def read_gene2vec(path: Path) -> tuple[list[str] | None, np.ndarray]:
-    """A row per gene (V, W): of an .npy file, which does not name them, or of .txt lines `gene v1 v2 ...`, which do.
-
-    The text is that of the release by Du et al. 2019 (doi 10.1186/s12864-018-5370-x), with or without word2vec's first
-    line of two sizes. Raises ValueError where the file is torn or holds anything but finite numbers.
-    """
-    try:
-        names, table = _read_text(path) if path.suffix in NAMED else (None, np.load(path))
-    except (OSError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(
-            f"--gene2vec: {path}: expected an .npy table, or .txt lines `gene v1 v2 ...`; {reason}"
-        ) from error
-    if not isinstance(table, np.ndarray) or table.ndim != 2 or table.dtype.kind != "f":
-        found = f"{table.dtype} of shape {table.shape}" if isinstance(table, np.ndarray) else "an archive"
-        raise ValueError(f"--gene2vec: {path}: expected a row of numbers per gene, found {found}; fetch the file again")
-    return names, table
-
-
-def _read_text(path: Path) -> tuple[list[str], np.ndarray]:
-    lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if lines and len(lines[0]) == 2 and all(field.isdigit() for field in lines[0]):
-        lines = lines[1:]
-    if not lines or len(lines[0]) < 2:
-        raise ValueError(f"found {'no gene' if not lines else ' '.join(lines[0])[:40]}")
-    names, table = [fields[0] for fields in lines], np.empty((len(lines), len(lines[0]) - 1), np.float32)
-    for row, (name, *values) in enumerate(lines):
-        if len(values) != table.shape[1]:
-            raise ValueError(f"{name} has {len(values)} numbers, {names[0]} has {table.shape[1]}")
-        table[row] = [float(value) for value in values]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{Counter(names).most_common(1)[0][0]} stands there twice")
-    return names, table

@@ -1,4 +1,4 @@
-"""Genes: names made unique, panels chosen on train slices, the two panel files per slice written and read.
+"""Gene panels: chosen on train slices, binned and downsampled; the two panel files of a slice written and read.
 
 The order of genes lives in these files. Letters: S spots, G genes of a slice, P genes of a panel.
 """
@@ -6,7 +6,6 @@ The order of genes lives in these files. Letters: S spots, G genes of a slice, P
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,22 +19,6 @@ FILES = {
     "target": "filtered_feature_bc_matrix_decoder.h5ad",  # what stage two predicts
 }
 N_BINS = 5  # the highest bin; scBERT's cut
-HEADINGS = {"gene", "genes", "symbol", "gene_symbol", "gene_name", "gene_id"}  # of a table's first column
-
-
-def is_ensembl(name: str) -> bool:
-    return name.startswith("ENS") and name[-1:].isdigit()
-
-
-def symbols_by_id(names: np.ndarray, ids: np.ndarray) -> dict[str, str]:
-    """Ensembl id without version -> symbol, as far as one slice's features table tells."""
-    pairs = zip(ids, names, strict=True)
-    return {str(i).split(".")[0]: str(n) for i, n in pairs if is_ensembl(str(i)) and not is_ensembl(str(n))}
-
-
-def mapped_names(names: np.ndarray, symbols: dict[str, str]) -> np.ndarray:
-    """Ensembl names turned into symbols where a slice's table knows them: (G,) str."""
-    return np.array([symbols.get(n.split(".")[0], n) if is_ensembl(n) else n for n in names.astype(str)])
 
 
 def gather(names: np.ndarray, wanted: list[str]) -> sp.csr_matrix:
@@ -44,47 +27,6 @@ def gather(names: np.ndarray, wanted: list[str]) -> sp.csr_matrix:
     columns = np.array([place.get(name, -1) for name in names])
     rows = np.flatnonzero(columns >= 0)
     return sp.csr_matrix((np.ones(len(rows), np.int32), (rows, columns[rows])), shape=(len(names), len(wanted)))
-
-
-def read_gene_list(path: Path) -> list[str]:
-    """One gene name per line (the first column of a table, below its heading if it has one of HEADINGS).
-
-    Raises ValueError on an empty list or a name twice.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a text file with one gene per line, found none")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text with one gene per line, found {error.reason}") from error
-    genes = [line.replace(",", "\t").split("\t")[0].strip() for line in lines]
-    genes = [gene for gene in genes if gene and not gene.startswith("#")]
-    genes = genes[1:] if genes and genes[0].lower() in HEADINGS else genes
-    if not genes:
-        raise ValueError(f"{path}: expected one gene per line, found none")
-    return _each_once(path, genes)
-
-
-def _each_once(path: Path, genes: list[str]) -> list[str]:
-    twice = [gene for gene, n in Counter(genes).items() if n > 1]
-    if twice:
-        raise ValueError(f"{path}: {len(twice)} genes stand twice (first: {min(twice)}); keep one of each")
-    return genes
-
-
-def read_vocabulary(path: Path) -> list[str]:
-    """Genes in the order of gene2vec's rows: the var_names of an h5ad, or the lines of a text file."""
-    if path.suffix != ".h5ad":
-        return read_gene_list(path)
-    import anndata
-
-    try:
-        names = [str(gene) for gene in anndata.read_h5ad(path, backed="r").var_names]
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{path}: expected an h5ad file with genes in var, found {error}") from error
-    if not names:
-        raise ValueError(f"{path}: expected an h5ad file with genes in var, found none")
-    return _each_once(path, names)
 
 
 def common_genes(slices: list[np.ndarray]) -> list[str]:
@@ -194,6 +136,45 @@ def bin_tokens(counts: np.ndarray, total_counts: np.ndarray, out: np.ndarray | N
         per_10k = counts[rows] * (1e4 / total_counts[rows, None])
         out[rows] = np.minimum(np.floor(np.log2(1 + per_10k)), N_BINS)
     return out
+
+
+def spot_seeds(slice_name: str, barcodes: np.ndarray) -> np.ndarray:
+    """A number for each spot that its slice's name and its barcode alone decide: (S,) uint64."""
+    digests = (hashlib.sha256(f"{slice_name}\n{barcode}".encode()).digest() for barcode in barcodes)
+    return np.array([int.from_bytes(digest[:8], "little") for digest in digests], np.uint64)
+
+
+def downsample_counts(
+    counts: np.ndarray, total_counts: np.ndarray, depth: int, seeds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`depth` of the counts of each spot, drawn without replacement over all its genes; spots with fewer stay.
+
+    What is drawn of each panel gene, and of all other genes together, is multivariate hypergeometric: the whole matrix
+    is not needed. The same seeds give the same counts.
+
+    Parameters
+    ----------
+    counts : (S, P) whole numbers, of the panel's genes
+    total_counts : (S,) over all genes of the slice
+    depth : what no spot's total is above afterwards
+    seeds : (S,) of `spot_seeds`
+
+    Returns
+    -------
+    Counts (S, P) and total counts (S,), of the types given. Raises ValueError where a total is below the panel's sum.
+    """
+    sampled, totals = counts.copy(), np.minimum(total_counts, depth).astype(total_counts.dtype)
+    for spot in np.flatnonzero(total_counts > depth):
+        genes = np.flatnonzero(counts[spot])  # a few of 16,906
+        numbers = counts[spot, genes].astype(np.int64)
+        rest = int(total_counts[spot]) - numbers.sum()
+        if rest < 0:
+            raise ValueError(
+                f"spot {spot}: its panel genes sum to {numbers.sum()}, above its total {total_counts[spot]:g}"
+            )
+        draws = np.random.default_rng(int(seeds[spot]))
+        sampled[spot, genes] = draws.multivariate_hypergeometric([*numbers, rest], depth, method="marginals")[:-1]
+    return sampled, totals
 
 
 def panel_hash(genes: list[str]) -> str:

@@ -1,41 +1,46 @@
-"""Whole slides: any part of a picture at any scale, and its tiles streamed ahead of whoever uses them.
+"""One way to open any image of tissue: size, micrometres per pixel, levels, a crop, a region at a scale.
 
-    with open_slide(Path("slide.svs")) as slide:
-        for batch in stream_tiles(slide, centres_px, crop_px=448, tile_px=224, batch_size=64):
-            ...
+    with open_image(Path("slide.svs")) as image:
+        pixels = image.region(x, y, side=448, out_px=224)
 
-openslide reads svs, ndpi, mrxs and the other scanners' files and tiled TIFF; tifffile OME-TIFF and plain TIFF, of which
-only the tiles or strips that are needed are decoded; Pillow jpg and png, which are decoded whole. Pixels lie as they
-are stored: as in tiling, a jpg's EXIF rotation is ignored. Transparent parts and what lies beyond the edge are white.
+Which file is read how is told by its content, not by its name: the formats of scanners by openslide, TIFF by tifffile
+and imagecodecs (only the tiles, strips or rows that are needed are decoded), JPEG, PNG, WebP, JPEG 2000 and BMP by
+Pillow and imagecodecs (decoded whole). docs/images.md has the table. Pixels lie as they are stored: Orientation is not
+followed. Transparent parts, what a slide leaves out, and what lies beyond the edge are white.
 
-Letters: S centres, B batch, Z tile side in pixels, h, w a block's sides. Without another word, px are level-0 pixels.
+Letters: h, w a block's sides. Without another word, px are level-0 pixels.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from utils.images import tiles
+from utils.images import flat, scanner, tiff
+from utils.images.checks import ImageError, reading
 
-FLAT, TIFF = (".jpg", ".jpeg", ".png"), (".tif", ".tiff")
-SCANS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi")  # openslide's
+FLAT = (".jpg", ".jpeg", ".png", ".jp2", ".webp")
+TIFF = (".tif", ".tiff", ".btf", ".tf8")
+SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi")
+SUFFIXES: tuple[str, ...] = (*TIFF, *FLAT, *SCANNERS)  # by which an image is found in a folder
+ONLY_SCANNERS = (".mrxs", ".vms", ".vmu", ".dcm", ".czi", ".svslide")  # what they hold besides is no scan
 PLAUSIBLE_UM_PER_PX = (0.02, 20.0)  # beyond it, a resolution is a screen's or a printer's
 AS_FINE = 1.01  # levels of odd sides are a little coarser than they are meant to be
-CACHE_BYTES = 128 * 2**20  # decoded tiles of a row, which the next tiles of the row and the row below share
 BLOCK_PX = 1024  # of a level, read at a time for the thumbnail
+FILTER_REACH = 3  # pixels of the coarser side that the bicubic filter takes in, and one to spare
+WHITE = 255
 
 
 class Level(Protocol):
-    """One level of the pyramid; a Pillow picture is one, too."""
+    """One level of the pyramid."""
 
     @property
     def width(self) -> int: ...
@@ -43,220 +48,204 @@ class Level(Protocol):
     @property
     def height(self) -> int: ...
 
-    def crop(self, box: Any, /) -> Image.Image:
-        """RGB between left, top, right, bottom, all on the level."""
+    def crop(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        """(h, w, 3) uint8 between these edges, all on the level."""
         ...
 
 
-class OpenSlideLevel:
-    """A level of an openslide file; openslide reads from several threads at once."""
+class Source(Protocol):
+    """A file by its head: flat.FlatImage, tiff.TiffImage or scanner.ScannerImage."""
 
-    def __init__(self, slide: Any, number: int, path: Path):
-        self.width, self.height = slide.level_dimensions[number]
-        self._slide, self._number, self._path = slide, number, path
-        self._px = slide.dimensions[0] / self.width, slide.dimensions[1] / self.height
+    width: int
+    height: int
+    um_per_px: float | None
+    notes: tuple[str, ...]
 
-    def crop(self, box: tuple[int, int, int, int], /) -> Image.Image:
-        import openslide
+    def load(self, huge: bool) -> tuple[list[Any], tuple[str, ...]]: ...
 
-        size = box[2] - box[0], box[3] - box[1]
-        corner = round(box[0] * self._px[0]), round(box[1] * self._px[1])
-        with tiles.readable(self._path):
-            try:
-                picture = self._slide.read_region(corner, self._number, size)
-            except openslide.OpenSlideError as error:
-                raise OSError(str(error)) from error
-        if picture.getchannel("A").getextrema()[0] == 255:
-            return picture.convert("RGB")
-        return Image.alpha_composite(Image.new("RGBA", size, (*tiles.WHITE, 255)), picture).convert("RGB")
+    def close(self) -> None: ...
 
 
-class Slide:
-    """A picture of any size, level by level; closes its file as a context manager or by `close`.
+class TissueImage:
+    """An image of any size, level by level; closes its file as a context manager or by `close`.
 
     Attributes
     ----------
     path : Path
     width, height : int, level-0 pixels
-    um_per_px : float or None, micrometres per level-0 pixel: as given, else of the metadata
-    metadata_um_per_px : float or None, what the file says of itself, where that is plausible
+    um_per_px : float or None, micrometres per level-0 pixel: as given, else of the file
+    metadata_um_per_px : float or None, what the file states, where that is plausible
     levels : list of Level, finest first
+    notes : tuple of str, what a script prints once about how the file is read
     """
 
-    def __init__(
-        self,
-        path: Path,
-        levels: list[Level],
-        metadata_um_per_px: float | None = None,
-        close: Callable[[], None] = lambda: None,
-    ):
-        low, high = PLAUSIBLE_UM_PER_PX
-        self.path, self.levels, self._close = path, levels, close
-        self.width, self.height = levels[0].width, levels[0].height
-        known = metadata_um_per_px is not None and low <= metadata_um_per_px <= high
-        self.metadata_um_per_px = metadata_um_per_px if known else None
-        self.um_per_px = self.metadata_um_per_px
+    def __init__(self, path: Path, source: Source, huge: bool = False):
+        self.levels: Sequence[Level]
+        self.levels, notes = source.load(huge)
+        self.path, self._source = path, source
+        self.width, self.height = source.width, source.height
+        self.metadata_um_per_px = self.um_per_px = _plausible(source.um_per_px)
+        self.notes = (*source.notes, *notes)
 
-    def __enter__(self) -> Slide:
+    def __enter__(self) -> TissueImage:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        self._close()
+        self._source.close()
 
     def level_for(self, px_per_pixel: float) -> Level:
         """The coarsest level that is still as fine as asked: at most so many level-0 pixels per pixel."""
         fine = [level for level in self.levels if self.width / level.width <= px_per_pixel * AS_FINE]
         return min(fine, key=lambda level: level.width, default=self.levels[0])
 
+    def crop(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        """(h, w, 3) uint8 of level 0 between these edges, in whole pixels; white outside."""
+        return _crop(self.levels[0], left, top, right, bottom)
+
     def region(self, x: float, y: float, side: float, out_px: int) -> np.ndarray:
         """The square with its upper left corner at (x, y) and sides of `side` px: (out_px, out_px, 3) uint8.
 
-        Cut by the function that cuts tiles for training, from the coarsest level that is still as fine as asked: the
-        rest is an antialiased resize. Outside the slide it is white. Raises ValueError where the file is damaged.
+        Resampled (bicubic, antialiased) from the coarsest level that is still as fine as asked; white outside. Raises
+        ValueError where the file is damaged.
         """
-        level: Any = self.level_for(side / out_px)
+        level = self.level_for(side / out_px)
         px = self.width / level.width, self.height / level.height
-        centre = np.array([(x + side / 2) / px[0], (y + side / 2) / px[1]])
-        cut = tiles.Cut("fullres", self.path.name, None, side / math.sqrt(px[0] * px[1]), out_px, True)
-        return np.asarray(tiles.cut_tile(level, centre, cut))
+        side_px = side / math.sqrt(px[0] * px[1])
+        left, top = ((a + side / 2) / p - side_px / 2 for a, p in zip((x, y), px, strict=True))
+        margin = FILTER_REACH * max(side_px / out_px, 1)  # so that the pixels at the edge are right, too
+        corner = math.floor(left - margin), math.floor(top - margin)
+        end = math.ceil(left + side_px + margin), math.ceil(top + side_px + margin)
+        box = (left - corner[0], top - corner[1], left - corner[0] + side_px, top - corner[1] + side_px)
+        pixels = Image.fromarray(_crop(level, *corner, *end))
+        return np.asarray(pixels.resize((out_px, out_px), Image.Resampling.BICUBIC, box=box))
 
     def thumbnail(self, longest: int = 2000) -> tuple[np.ndarray, float]:
-        """The whole slide, at most `longest` pixels long: (h, w, 3) uint8, and its pixels per level-0 pixel.
+        """The whole image, at most `longest` pixels long: (h, w, 3) uint8, and its pixels per level-0 pixel.
 
-        Put together from blocks, so that a slide of one level never lies in memory as a whole.
+        Put together from blocks, so that an image of one level never lies in memory as a whole.
         """
         scale = min(1.0, longest / max(self.width, self.height))
         level = self.level_for(1 / scale)
         width, height = (max(1, round(side * scale)) for side in (self.width, self.height))
         block = min(max(width, height), max(1, round(BLOCK_PX * scale * self.width / level.width)))
-        rows, cols = (np.arange(0, side, block) for side in (height, width))
-        corners = np.stack(np.meshgrid(cols, rows), axis=-1).reshape(-1, 2)
+        corners = [(left, top) for top in range(0, height, block) for left in range(0, width, block)]
         out = np.empty((height, width, 3), np.uint8)
-        blocks = stream_tiles(self, (corners + block / 2) / scale, block / scale, block, batch_size=1)
-        for (left, top), (found,) in zip(corners, blocks, strict=True):
+
+        def read(corner: tuple[int, int]) -> None:
+            left, top = corner
             place = out[top : top + block, left : left + block]
+            found = self.region(left / scale, top / scale, block / scale, block)
             place[:] = found[: place.shape[0], : place.shape[1]]
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            list(pool.map(read, corners))  # raises what a thread raised
         return out, scale
 
 
-def open_slide(path: Path, um_per_px: float | None = None, huge: bool = False) -> Slide:
-    """Open a picture of tissue.
+def _crop(level: Level, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+    """A crop of a level that may reach beyond it, where it is white."""
+    if left >= 0 and top >= 0 and right <= level.width and bottom <= level.height:
+        return level.crop(left, top, right, bottom)
+    out = np.full((bottom - top, right - left, 3), WHITE, np.uint8)
+    inside = max(left, 0), max(top, 0), min(right, level.width), min(bottom, level.height)
+    if inside[0] < inside[2] and inside[1] < inside[3]:
+        out[inside[1] - top : inside[3] - top, inside[0] - left : inside[2] - left] = level.crop(*inside)
+    return out
+
+
+def open_image(path: Path, um_per_px: float | None = None, huge: bool = False) -> TissueImage:
+    """Open an image of tissue.
 
     Parameters
     ----------
-    um_per_px : micrometres per level-0 pixel, before what the file says of itself (`metadata_um_per_px`)
-    huge : allow pictures that are decoded whole to be of more than tiles.BOMB_PX pixels
+    um_per_px : micrometres per level-0 pixel, before what the file states (`metadata_um_per_px`)
+    huge : allow images that are decoded whole to be of more than checks.BOMB_PX pixels
 
     Raises
     ------
-    ValueError in one line: no file, an unknown or torn one, not 8 bits per channel, too large to be decoded whole.
+    ValueError in one line: no file, an unknown or damaged one, or one whose pixels cannot be read as they are meant.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a slide, found {'a folder' if path.is_dir() else 'no such file'}")
-    kind = path.suffix.lower()
-    if kind not in (*FLAT, *TIFF, *SCANS):
-        known = " ".join(suffix[1:] for suffix in (*SCANS, *TIFF, *FLAT))
-        raise ValueError(f"{path}: expected a slide ({known}), found {kind or 'no suffix'}; convert it to a tiled TIFF")
-    slide = _open_flat(path, huge) if kind in FLAT else _open_tiff(path, huge) if kind in TIFF else _open_scan(path)
-    slide.um_per_px = slide.metadata_um_per_px if um_per_px is None else um_per_px
-    return slide
-
-
-def _open_flat(path: Path, huge: bool) -> Slide:
-    tiles.check_size(path, *tiles.picture_size(path), huge)
-    return Slide(path, [tiles.open_picture(path)])
-
-
-def _open_tiff(path: Path, huge: bool) -> Slide:
-    from utils.images import tiff
-
-    if not tiff.check_file(path):
-        try:
-            import openslide
-        except ImportError:  # tifffile reads these, too, as long as no scanner wrote them
-            pass
-        else:
-            if openslide.OpenSlide.detect_format(path):
-                return _open_scan(path)
-    levels, um_per_px, close = tiff.open_levels(path, CACHE_BYTES)
+    source = _source(path)
     try:
-        for level in levels:
-            tiles.check_size(path, *level.decoded_at_once, huge)
-    except ValueError:
-        close()
+        image = TissueImage(path, source, huge)
+    except BaseException:
+        source.close()
         raise
-    return Slide(path, list(levels), um_per_px, close)
+    image.um_per_px = image.metadata_um_per_px if um_per_px is None else um_per_px
+    return image
 
 
-def _open_scan(path: Path) -> Slide:
-    """What openslide reads; the last pixel of each level is read, which tells a torn file."""
-    with tiles.readable(path):
-        slide = tiles.openslide_file(path)
-    import openslide
-
-    slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
-    levels: list[Level] = [OpenSlideLevel(slide, number, path) for number in range(slide.level_count)]
-    try:
-        for level in levels:
-            level.crop((level.width - 1, level.height - 1, level.width, level.height))
-    except ValueError:
-        slide.close()
-        raise
-    sides_um = [slide.properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
-    um_per_px = math.sqrt(float(sides_um[0]) * float(sides_um[1])) if all(sides_um) else None
-    return Slide(path, levels, um_per_px, slide.close)
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of the image that open_image opens, from the head of the file. Raises ValueError as it does."""
+    with closing(_source(Path(path))) as source:
+        return source.width, source.height
 
 
-def stream_tiles(
-    slide: Slide,
-    centres_px: np.ndarray,
-    crop_px: float,
-    tile_px: int,
-    batch_size: int,
-    workers: int | None = None,
-) -> Iterator[np.ndarray]:
-    """Tiles around `centres_px` (S, 2), x and y, in their order: batches (B, Z, Z, 3) uint8, the last one smaller.
+def stated_um_per_px(path: Path) -> float | None:
+    """Micrometres per pixel as the file states them; None where it does not, not plausibly, or cannot be read.
 
-    Squares of `crop_px` become tiles of `tile_px`. `workers` threads (up to four where None) read ahead of the consumer
-    by a few batches: memory depends on the batch alone. A reader's error is raised where its batch is due.
+    TIFF and scanners' files: OME-XML, ImageJ's unit, the scanner's properties, resolution tags of the image that is the
+    scan; others: dots per inch above 1,000.
     """
-    centres_px = np.asarray(centres_px, float)
-    if centres_px.ndim != 2 or centres_px.shape[1] != 2 or not np.isfinite(centres_px).all():
-        raise ValueError(f"{slide.path}: expected finite centres (S, 2) in pixels, found {centres_px.shape}")
-    workers = min(4, os.cpu_count() or 1) if workers is None else max(workers, 1)
-    return _stream(slide, centres_px - crop_px / 2, crop_px, tile_px, batch_size, workers)
+    with suppress(ValueError), closing(_source(Path(path))) as source:
+        return _plausible(source.um_per_px)
+    return None
 
 
-def _stream(
-    slide: Slide, corners: np.ndarray, crop_px: float, tile_px: int, batch_size: int, workers: int
-) -> Iterator[np.ndarray]:
-    ahead = 1 + math.ceil(2 * workers / batch_size)  # batches under way while the consumer has one
-    waiting: deque[tuple[np.ndarray, list[Future]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="tiles")
+def _plausible(um_per_px: float | None) -> float | None:
+    low, high = PLAUSIBLE_UM_PER_PX
+    return um_per_px if um_per_px is not None and low <= um_per_px <= high else None
 
-    def read(out: np.ndarray, x: float, y: float) -> None:
-        out[:] = slide.region(x, y, crop_px, tile_px)
 
-    def begin(some: np.ndarray) -> None:
-        batch = np.empty((len(some), tile_px, tile_px, 3), np.uint8)
-        waiting.append((batch, [pool.submit(read, out, x, y) for out, (x, y) in zip(batch, some, strict=True)]))
+# ---- which reader
 
-    def finished() -> np.ndarray:
-        batch, reading = waiting.popleft()
-        for tile in reading:
-            tile.result()
-        return batch
 
-    try:
-        for start in range(0, len(corners), batch_size):
-            begin(corners[start : start + batch_size])
-            if len(waiting) > ahead:
-                yield finished()
-        while waiting:
-            yield finished()
-    finally:  # also where the consumer stops early
-        pool.shutdown(cancel_futures=True)
+def _source(path: Path) -> Source:
+    """The file by its head."""
+    source = _reader(path)
+    if source.width < 1 or source.height < 1:
+        source.close()
+        raise ImageError(f"{path}: expected an image, found {source.width} x {source.height} pixels; copy it anew")
+    return source
+
+
+def _reader(path: Path) -> Source:
+    """The reader of a file, told by its content."""
+    if not path.is_file():
+        raise ImageError(f"{path}: expected an image, found {'a folder' if path.is_dir() else 'no such file'}")
+    with reading(path), path.open("rb") as file:
+        head = file.read(512)
+    is_tiff, suffix = head.startswith(tiff.MAGIC), path.suffix.lower()
+    if (is_tiff or suffix in SCANNERS or not flat.is_flat(head)) and scanner.vendor(path):
+        return scanner.ScannerImage(path)
+    if is_tiff:
+        return tiff.TiffImage(path, scanner.is_installed(), scanner.NEEDED)
+    if flat.is_flat(head) and suffix not in ONLY_SCANNERS:
+        return flat.FlatImage(path)
+    if suffix in SCANNERS and not scanner.is_installed():
+        raise ImageError(f"{path}: {scanner.NEEDED}")
+    raise ImageError(f"{path}: expected an image ({_known()}), found {_kind_of(path, head)}")
+
+
+def _known() -> str:
+    return "TIFF, JPEG, PNG, WebP, JPEG 2000, or a scanner's " + " ".join(suffix[1:] for suffix in SCANNERS)
+
+
+def _kind_of(path: Path, head: bytes) -> str:
+    """What a file is that no reader takes, and what to do about it."""
+    if not head:
+        return "an empty file; copy it anew"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS; fetch the file by `git lfs pull`"
+    text = head.decode("utf-8", "ignore").lstrip("\ufeff \r\n\t")
+    if text.startswith("<"):
+        return "a page of HTML or XML, perhaps an error of the download; download it anew"
+    if all(char.isprintable() or char.isspace() for char in text) and b"\0" not in head:
+        return "text; copy the image anew"
+    if path.suffix.lower() == ".mrxs":
+        return f"an index without its folder {path.stem}; put the folder beside it"
+    return "another format; convert it to a tiled RGB TIFF"

@@ -1,41 +1,33 @@
-"""OME-TIFF and plain TIFF through tifffile: of each level only the tiles or strips that a crop touches are decoded.
+"""TIFF through tifffile and imagecodecs: of each level only the tiles, strips or rows that a crop touches are read.
 
-Letters: h, w rows and columns of a segment (a tile or a strip), C its channels. Sizes are in pixels of the level.
+Letters: h, w rows and columns of a segment (a tile or a strip), C samples of a pixel. Sizes are in pixels of the level.
 """
 
 from __future__ import annotations
 
-import math
+import logging
+import os
+import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image
 
-from utils.images import tiles
+from utils.images.checks import ImageError, check_size, reading
+from utils.images.samples import Samples, largest_values, measured_depth
+from utils.images.tiff_series import Series, find_scan, level_samples
 
-GREY, RGB, YCBCR = 1, 2, 6  # tag PhotometricInterpretation
-JPEG, NO_ALPHA, PREMULTIPLIED = 7, 0, 1  # tags Compression and ExtraSamples
-UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3}  # micro sign and Greek mu
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """tifffile and its codecs raise what they like where a file is damaged."""
-    with tiles.readable(path):
-        try:
-            yield
-        except (ValueError, RuntimeError, LookupError, TypeError) as error:
-            text = " ".join(str(error).split())
-            if "imagecodecs" in text:
-                raise ValueError(f"{path}: this compression needs `pip install imagecodecs` ({text})") from error
-            raise OSError(text) from error
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+CACHE_BYTES = 128 * 2**20  # decoded tiles of a row, which the next tiles of the row and the row below share
+BLOCK_PX = 2**22  # of an image without segments, looked at together
+TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+VENDORS = ("svs", "ndpi", "scn", "bif", "philips")  # tifffile's names of the formats that openslide reads
 
 
 class SegmentCache:
@@ -67,131 +59,238 @@ class SegmentCache:
                 self._room += self._kept.popitem(last=False)[1].result().nbytes
 
 
-class TiffLevel:
-    """A level as tifffile describes it, read from several threads at once."""
+@dataclass(frozen=True)
+class Mapped:
+    """Uncompressed planes, each in one piece of the file: `offsets` of arrays of `shape` (rows, columns, C)."""
 
-    def __init__(self, page: Any, number: int, path: Path, cache: SegmentCache, lock: threading.Lock):
-        key = page.keyframe
-        self.width, self.height = int(key.imagewidth), int(key.imagelength)
-        self._page, self._number, self._path, self._cache, self._lock = page, number, path, cache, lock
-        self._w = int(key.tilewidth) if key.is_tiled else self.width
-        self._h = int(key.tilelength) if key.is_tiled else min(int(key.rowsperstrip), self.height)
-        self._as_is = bool(key.is_memmappable)
+    path: Path
+    offsets: list[int]
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    at_once = (1, 1)
 
     @property
-    def decoded_at_once(self) -> tuple[int, int]:
-        """Width and height of what one pixel needs: its segment, or itself where pixels lie uncompressed in a row."""
-        return (1, 1) if self._as_is else (self._w, self._h)
+    def end(self) -> int:
+        return max(self.offsets) + int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def crop(self, box: tuple[int, int, int, int], /) -> Image.Image:
-        left, top, right, bottom = box
-        with _reading(self._path):
-            if self._as_is:  # mapped anew each time: pages that were read do not stay with this process
-                key = self._page.keyframe
-                pixels = np.memmap(self._path, np.uint8, "r", int(self._page.dataoffsets[0]), key.shape)
-                return Image.fromarray(to_rgb(np.atleast_3d(pixels[top:bottom, left:right]), key))
-            out = np.empty((bottom - top, right - left, 3), np.uint8)
-            for row in range(top // self._h, -(-bottom // self._h)):
-                for col in range(left // self._w, -(-right // self._w)):
-                    x, y = col * self._w, row * self._h
-                    segment = self._segment(row * -(-self.width // self._w) + col)
-                    part = segment[max(top - y, 0) : bottom - y, max(left - x, 0) : right - x]
-                    place = out[max(y - top, 0) :, max(x - left, 0) :]
-                    place[: part.shape[0], : part.shape[1]] = part
-        return Image.fromarray(out)
+    def read(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        """(rows, columns, C) in native byte order; mapped anew each time, so that no page stays with this process."""
+        planes = [np.memmap(self.path, self.dtype, "r", offset, self.shape) for offset in self.offsets]
+        parts = [plane[top:bottom, left:right] for plane in planes]
+        return np.concatenate(parts, -1).astype(self.dtype.newbyteorder("="), copy=False)
 
-    def _segment(self, index: int) -> np.ndarray:
-        """(h, w, 3) uint8; white where the file leaves it out."""
-        return self._cache.get((self._number, index), lambda: self._decode(index))
+    def pieces(self) -> Iterable[Callable[[], np.ndarray]]:
+        """All of the image, piece by piece, to be called for."""
+        height, width = self.shape[:2]
+        step = max(1, BLOCK_PX // width)
+        return [partial(self.read, 0, top, width, min(top + step, height)) for top in range(0, height, step)]
 
-    def _decode(self, index: int) -> np.ndarray:
-        page = self._page
+
+class Segmented:
+    """Planes in tiles or strips, which are decoded one by one."""
+
+    def __init__(self, pages: list[Any], lock: threading.Lock):
+        key = pages[0].keyframe
+        self.width, self.height = int(key.imagewidth), int(key.imagelength)
+        self.w = int(key.tilewidth) if key.is_tiled else self.width
+        self.h = int(key.tilelength) if key.is_tiled else min(int(key.rowsperstrip), self.height)
+        self.columns, self.rows = -(-self.width // self.w), -(-self.height // self.h)
+        n = self.columns * self.rows
+        n_planes = int(key.samplesperpixel) if key.planarconfig == 2 else 1
+        self.planes = [(page, plane * n) for page in pages for plane in range(n_planes)]
+        self._lock, self.at_once = lock, (self.w, self.h)
+        for page in pages:
+            if min(len(page.dataoffsets), len(page.databytecounts)) < n * n_planes:
+                raise ValueError(f"{len(page.dataoffsets)} of {n * n_planes} tiles or strips")
+
+    @property
+    def end(self) -> int:
+        ends = [np.add(page.dataoffsets, page.databytecounts, dtype=np.int64) for page, _ in self.planes]
+        return max(int(end.max(initial=0)) for end in ends)
+
+    def contiguous(self, path: Path) -> Mapped | None:
+        """The same planes as they can be mapped; None where they are compressed or lie in several pieces."""
+        key = self.planes[0][0].keyframe
+        n_samples = 1 if key.planarconfig == 2 else int(key.samplesperpixel)
+        plain = key.compression == 1 and key.fillorder == 1 and key.predictor == 1 and not key.is_subsampled
+        if not plain or key.is_tiled or key.bitspersample not in (8, 16):
+            return None
+        size = self.height * self.width * n_samples * key.dtype.itemsize
+        offsets = []
+        for page, first in self.planes:
+            start = np.asarray(page.dataoffsets[first : first + self.rows], np.int64)
+            length = np.asarray(page.databytecounts[first : first + self.rows], np.int64)
+            if (start[1:] != start[:-1] + length[:-1]).any() or length.sum() != size:
+                return None
+            offsets.append(int(start[0]))
+        dtype = key.dtype.newbyteorder(key.parent.byteorder)
+        return Mapped(path, offsets, (self.height, self.width, n_samples), dtype)
+
+    def decode(self, index: int) -> np.ndarray | None:
+        """(h, w, C), at edges perhaps smaller or with padding; None where the file leaves the segment out."""
+        found = [self._decode(page, first + index) for page, first in self.planes]
+        parts = [part for part in found if part is not None]
+        if not parts:
+            return None
+        if len(parts) < len(found):
+            raise ValueError("a segment that some planes leave out")
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
+
+    def _decode(self, page: Any, index: int) -> np.ndarray | None:
         offset, n_bytes = page.dataoffsets[index], page.databytecounts[index]
         if n_bytes == 0:
-            return np.full((self._h, self._w, 3), 255, np.uint8)
+            return None
         with self._lock:
             file = page.parent.filehandle
             file.seek(offset)
             data = file.read(n_bytes)
-        return to_rgb(page.decode(data, index, jpegtables=page.jpegtables)[0][0], page.keyframe)
+        key = page.keyframe
+        pixels = key.decode(data, index, jpegtables=page.jpegtables)[0][0]
+        if pixels.dtype != key.dtype:
+            raise ValueError(f"samples of kind {pixels.dtype}, not {key.dtype}")
+        return pixels
+
+    def pieces(self) -> Iterable[Callable[[], np.ndarray]]:
+        """All of the image without the padding of its edges, piece by piece, to be called for."""
+
+        def piece(index: int) -> np.ndarray:
+            row, col = divmod(index, self.columns)
+            found = self.decode(index)
+            if found is None:
+                return np.empty((0, 0, sum(1 for _ in self.planes)), np.uint8)
+            return found[: self.height - row * self.h, : self.width - col * self.w]
+
+        return [partial(piece, index) for index in range(self.rows * self.columns)]
 
 
-def to_rgb(pixels: np.ndarray, key: Any) -> np.ndarray:
-    """Grey, RGB, or one of them with further channels (h, w, C) -> (h, w, 3) uint8, on white where transparent."""
-    colours = 1 if key.photometric == GREY else 3
-    out = np.repeat(pixels[..., :1], 3, -1) if colours == 1 else np.ascontiguousarray(pixels[..., :3])
-    if pixels.shape[-1] == colours or not key.extrasamples or key.extrasamples[0] == NO_ALPHA:
+class TiffLevel:
+    """A level in RGB, read from several threads at once; segments that the file leaves out are white."""
+
+    def __init__(self, path: Path, stored: Mapped | Segmented, samples: Samples, number: int, cache: SegmentCache):
+        self.height, self.width = stored.shape[:2] if isinstance(stored, Mapped) else (stored.height, stored.width)
+        self._path, self.stored, self.samples, self._number, self._cache = path, stored, samples, number, cache
+
+    def crop(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        with reading(self._path):
+            if isinstance(self.stored, Mapped):
+                return self.samples.to_rgb(self.stored.read(left, top, right, bottom))
+            out, w, h = np.empty((bottom - top, right - left, 3), np.uint8), self.stored.w, self.stored.h
+            for row in range(top // h, -(-bottom // h)):
+                for col in range(left // w, -(-right // w)):
+                    x, y = col * w, row * h
+                    segment = self._segment(row * self.stored.columns + col)
+                    part = segment[max(top - y, 0) : bottom - y, max(left - x, 0) : right - x]
+                    place = out[max(y - top, 0) :, max(x - left, 0) :]
+                    place[: part.shape[0], : part.shape[1]] = part
         return out
-    alpha = pixels[..., colours : colours + 1].astype(np.uint16)
-    light = out if key.extrasamples[0] == PREMULTIPLIED else (out * alpha + 127) // 255
-    return np.minimum(light + (255 - alpha), 255).astype(np.uint8)
+
+    def _segment(self, index: int) -> np.ndarray:
+        """(h, w, 3) uint8."""
+        return self._cache.get((self._number, index), lambda: self._decode(index))
+
+    def _decode(self, index: int) -> np.ndarray:
+        stored: Any = self.stored
+        found = stored.decode(index)
+        return np.full((stored.h, stored.w, 3), 255, np.uint8) if found is None else self.samples.to_rgb(found)
 
 
-def check_file(path: Path) -> bool:
-    """Whether it is an OME-TIFF. Raises ValueError where it is no whole TIFF of 8 bits per channel."""
-    import tifffile
+class TiffImage:
+    """The scan of a TIFF file by its tags, with the attributes of flat.FlatImage."""
 
-    with _reading(path), tifffile.TiffFile(path) as file:
-        key = file.series[0].keyframe
-        if key.dtype != np.uint8 or key.bitspersample != 8:
-            bits = f"{key.bitspersample} bits ({key.dtype})"
+    def __init__(self, path: Path, openslide_installed: bool, openslide_hint: str):
+        import tifffile
+
+        logging.getLogger("tifffile").addHandler(logging.NullHandler())  # its remarks would be further lines on stderr
+        self.path, self._lock = path, threading.Lock()
+        with reading(path):
+            self._file = tifffile.TiffFile(path)
+        try:
+            with reading(path):
+                _check_vendor(path, self._file, openslide_installed, openslide_hint)
+                _check_directories(path)
+                self.scan = find_scan(path, self._file)
+                self._stored = self._planes(self.scan.pages, self.scan)
+        except BaseException:
+            self._file.close()
+            raise
+        self.width, self.height = self.scan.width, self.scan.height
+        self.um_per_px, self.notes = self.scan.um_per_px, self.scan.notes
+
+    def _planes(self, pages: list[Any], series: Series | None = None) -> Mapped | Segmented:
+        if series is not None and series.mapped is not None:
+            dtype = series.key.dtype.newbyteorder(self._file.byteorder)
+            stored: Mapped | Segmented = Mapped(self.path, *series.mapped, dtype)
         else:
-            bits = ""
-            for level in file.series[0].levels:
-                page: Any = level.pages[0]
-                ends = np.add(page.dataoffsets, page.databytecounts, dtype=np.int64)
-                if ends.max(initial=0) > path.stat().st_size:
-                    raise OSError(f"its pixels end at byte {ends.max():,} of {path.stat().st_size:,}")
-        ome = bool(file.is_ome)
-    if bits:
-        raise ValueError(f"{path}: expected 8 bits per channel, found {bits}; convert it to 8-bit RGB")
-    return ome
+            segmented = Segmented(pages, self._lock)
+            stored = segmented.contiguous(self.path) or segmented
+        size = self.path.stat().st_size
+        if stored.end > size:
+            raise OSError(f"its pixels end at byte {stored.end:,} of {size:,}")
+        return stored
+
+    def load(self, huge: bool) -> tuple[list[Any], tuple[str, ...]]:
+        """Levels, finest first, and notes on their depth, for which all of an image of more than 8 bits is read."""
+        check_size(self.path, *self._stored.at_once, huge)
+        notes: tuple[str, ...] = ()
+        assert self.scan.samples is not None
+        with reading(self.path):
+            if self.scan.samples.needs_depth:
+                largest = _largest(self._stored, self.scan.samples)
+                self.scan.samples, note = measured_depth(self.path, self.scan.samples, largest, self.scan.stated_depth)
+                notes = (note,)
+            found = {self.width: (self._stored, self.scan.samples)}
+            for pages in self.scan.levels:
+                samples = level_samples(self.scan, pages)
+                level = None if samples is None else self._planes(pages)
+                if samples and level and level.at_once[0] * level.at_once[1] <= BLOCK_PX:
+                    found.setdefault(int(pages[0].keyframe.imagewidth), (level, samples))
+        cache = SegmentCache(CACHE_BYTES)
+        finest_first = [found[width] for width in sorted(found, reverse=True)]
+        return [TiffLevel(self.path, *level, i, cache) for i, level in enumerate(finest_first)], notes
+
+    def close(self) -> None:
+        self._file.close()
 
 
-def open_levels(path: Path, cache_bytes: int) -> tuple[list[TiffLevel], float | None, Callable[[], None]]:
-    """Levels of the first picture of the file, finest first, its micrometres per pixel, and what closes it."""
-    import tifffile
+def _check_directories(path: Path) -> None:
+    """Raises OSError where a page or one of its tags lies beyond the end: readers would go on without it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(16)
+        order = "<" if head[:2] == b"II" else ">"
+        big = struct.unpack_from(order + "H", head, 2)[0] == 43
+        offset = struct.unpack_from(order + ("Q" if big else "I"), head, 8 if big else 4)[0]
+        n_bytes, entry, inline, word = (8, "HHQ8s", 8, "Q") if big else (2, "HHI4s", 4, "I")
+        entry_size, seen = struct.calcsize(order + entry), set[int]()
+        while offset and offset not in seen:
+            seen.add(offset)
+            file.seek(offset)
+            count = int.from_bytes(file.read(n_bytes), "little" if order == "<" else "big")
+            directory = file.read(min(count, 2**16) * entry_size)
+            following = file.read(inline)
+            if len(following) < inline:
+                raise OSError(f"page {len(seen)} ends beyond byte {size:,}")
+            for code, kind, number, value in struct.iter_unpack(order + entry, directory):
+                length = number * TYPE_BYTES.get(kind, 0)
+                if length > inline and struct.unpack(order + word, value)[0] + length > size:
+                    raise OSError(f"tag {code} of page {len(seen)} ends beyond byte {size:,}")
+            offset = struct.unpack(order + word, following)[0]
 
-    with _reading(path):
-        file = tifffile.TiffFile(path)
-        series = file.series[0]
-        um_per_px = _ome_um_per_px(file.ome_metadata or "") if file.is_ome else _tag_um_per_px(series.keyframe)
-    found = _unusable(series)
-    if found:
-        file.close()
-        raise ValueError(
-            f"{path}: expected grey or RGB pixels, channels side by side, found {found}; convert it to RGB"
+
+def _check_vendor(path: Path, file: Any, openslide_installed: bool, hint: str) -> None:
+    """A scanner's file that openslide has not recognised is read only where its pages are plain images."""
+    kinds = [kind for kind in VENDORS if getattr(file, f"is_{kind}")]
+    if kinds and not openslide_installed:
+        raise ImageError(f"{path}: {hint}")
+    if kinds and kinds != ["svs"]:
+        raise ImageError(
+            f"{path}: expected a slide that openslide reads, found a damaged or unknown {kinds[0]} file; convert it to "
+            "a tiled RGB TIFF"
         )
-    cache, lock = SegmentCache(cache_bytes), threading.Lock()
-    levels = [TiffLevel(level.pages[0], number, path, cache, lock) for number, level in enumerate(series.levels)]
-    return levels, um_per_px, file.close
 
 
-def _unusable(series: Any) -> str:
-    """What about the pixels cannot be read; empty where all can."""
-    key = series.keyframe
-    if series.axes.replace("S", "") != "YX" or len(series.pages) != 1:
-        return f"axes {series.axes} of sizes {' x '.join(map(str, series.shape))}"
-    if key.samplesperpixel > 1 and key.planarconfig != 1:
-        return "channels one after the other (planar)"
-    if key.photometric not in (GREY, RGB, YCBCR) or (key.photometric == YCBCR and key.compression != JPEG):
-        return f"colours {getattr(key.photometric, 'name', key.photometric)}"
-    return ""
-
-
-def _tag_um_per_px(key: Any) -> float | None:
-    try:
-        per_um = key.get_resolution("micrometer")
-    except (ValueError, ArithmeticError):
-        return None
-    return 1 / math.sqrt(per_um[0] * per_um[1]) if min(per_um) > 0 else None
-
-
-def _ome_um_per_px(text: str) -> float | None:
-    """Physical size of the first picture's pixels, from OME-XML."""
-    try:
-        pixels = ElementTree.fromstring(text).find(".//{*}Pixels")
-        sides = [float(pixels.get(f"PhysicalSize{a}")) * UM[pixels.get(f"PhysicalSize{a}Unit", "µm")] for a in "XY"]  # type: ignore[union-attr, arg-type]
-    except (ElementTree.ParseError, AttributeError, TypeError, ValueError, KeyError):  # not stated, or in no known unit
-        return None
-    return math.sqrt(sides[0] * sides[1])
+def _largest(stored: Mapped | Segmented, samples: Samples) -> tuple[int, int]:
+    """Largest colour and opacity of the whole image, piece by piece, by several threads."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        found = list(pool.map(lambda piece: largest_values([piece()], samples), stored.pieces()))
+    return max(colour for colour, _ in found), max(alpha for _, alpha in found)

@@ -1,36 +1,47 @@
-"""Tiles: cut from the picture around each spot, kept as one JPEG per spot and packed into one HDF5 file per slice.
+"""Tiles: cut from the image around each spot and packed into one HDF5 file per slice, the only store that is read.
 
-Letters: S spots, Z tile side in pixels. Two rules of cutting: a physical square of `tile_um`, resampled to `tile_px`
-(micrometres per pixel from the spot pitch), or the published crop of whole pixels of the hires image.
+    for batch in cut_tiles(image, centres_px, cut, batch_size=64):
+        ...
+
+Two rules of cutting: a physical square of `tile_um`, resampled to `tile_px` (um per pixel from the spot pitch),
+or the published crop of whole pixels of the hires image. Training and prediction cut by the same function.
+
+Letters: S spots, B batch, n a block of tiles, Z tile side in pixels.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
-Image.MAX_IMAGE_PIXELS = None  # full-resolution scans exceed Pillow's guard against decompression bombs by design
+from utils.files.atomic import write_record
+from utils.images.image import TissueImage
 
-WHITE = (255, 255, 255)  # glass: what lies beyond the picture's edge
-END_OF_JPEG = b"\xff\xd9"
-PACK, RECORD, STARTED = "tiles.h5", "tiles.json", "started.json"
+PACK, RECORD = "tiles.h5", "tiles.json"
+JPEGS_PART = "jpeg.part"  # folder of the JPEGs until all of them are there
+AT_A_TIME = 8  # tiles that a thread cuts before it looks for others
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How the tiles of one slice are cut. `crop` is in pixels of the source picture, `um_per_px` that of the tile."""
+    """How the tiles of one slice are cut.
+
+    `crop` is in pixels of the source image, `um_per_px` that of the tile, `scale` the source image's pixels per
+    full-resolution pixel, that of the positions.
+    """
 
     source: str
     image: str
@@ -38,6 +49,7 @@ class Cut:
     crop: float
     size: int
     resampled: bool
+    scale: float = 1.0
 
     @property
     def quality(self) -> int:
@@ -45,147 +57,82 @@ class Cut:
         return 95 if self.resampled else 75
 
 
-SLIDES = (".svs", ".ndpi")
-BOMB_PX = 2**29  # decoded as a whole, 2 GiB in Pillow
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below the pictures of many slices; check_size stands for it
+# ---- cutting
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
+def cut_tile(image: TissueImage, centre_px: np.ndarray, cut: Cut) -> np.ndarray:
+    """One tile around `centre_px` (x, y of the image): (Z, Z, 3) uint8; beyond the image's edge it is white."""
+    x, y = float(centre_px[0]) - cut.crop / 2, float(centre_px[1]) - cut.crop / 2
+    if cut.resampled:
+        return image.region(x, y, cut.crop, cut.size)
+    left, top = round(x), round(y)  # as PIL rounds the edges of a crop: halves to even
+    return image.crop(left, top, left + cut.size, top + cut.size)
+
+
+def cut_tiles(
+    image: TissueImage, centres_px: np.ndarray, cut: Cut, batch_size: int, workers: int | None = None
+) -> Iterator[np.ndarray]:
+    """Tiles around `centres_px` (S, 2), x and y, in their order: batches (B, Z, Z, 3) uint8, the last one smaller.
+
+    `workers` threads (up to four where None) cut ahead of the consumer by a few batches: memory depends on the batch
+    alone. An error is raised where its batch is due.
+    """
+    centres_px = np.asarray(centres_px, float)
+    if centres_px.ndim != 2 or centres_px.shape[1] != 2 or not np.isfinite(centres_px).all():
+        raise ValueError(f"{image.path}: expected finite centres (S, 2) in pixels, found {centres_px.shape}")
+    workers = min(4, os.cpu_count() or 1) if workers is None else max(workers, 1)
+    return _stream(image, centres_px, cut, batch_size, workers)
+
+
+def _stream(
+    image: TissueImage, centres_px: np.ndarray, cut: Cut, batch_size: int, workers: int
+) -> Iterator[np.ndarray]:
+    ahead = 1 + math.ceil(2 * workers * AT_A_TIME / batch_size)  # batches under way while the consumer has one
+    waiting: deque[tuple[np.ndarray, list[Future]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tiles")
+
+    def fill(out: np.ndarray, centres: np.ndarray) -> None:
+        for tile, centre in zip(out, centres, strict=True):
+            tile[:] = cut_tile(image, centre, cut)
+
+    def begin(centres: np.ndarray) -> None:
+        batch = np.empty((len(centres), cut.size, cut.size, 3), np.uint8)
+        parts = [slice(start, start + AT_A_TIME) for start in range(0, len(batch), AT_A_TIME)]
+        waiting.append((batch, [pool.submit(fill, batch[part], centres[part]) for part in parts]))
+
+    def finished() -> np.ndarray:
+        batch, parts = waiting.popleft()
+        for part in parts:
+            part.result()
+        return batch
+
     try:
-        yield
-    except (OSError, SyntaxError, EOFError, OverflowError) as error:
-        raise ValueError(
-            f"{path}: expected a picture, found one that cannot be read ({error}); copy it anew"
-        ) from error
+        for start in range(0, len(centres_px), batch_size):
+            begin(centres_px[start : start + batch_size])
+            if len(waiting) > ahead:
+                yield finished()
+        while waiting:
+            yield finished()
+    finally:  # also where the consumer stops early
+        pool.shutdown(cancel_futures=True)
 
 
-def openslide_file(path: Path) -> Any:
-    try:
-        import openslide
-    except ImportError as error:
-        raise ValueError(f"{path}: whole-slide files need `pip install openslide-python openslide-bin`") from error
-    try:
-        return openslide.OpenSlide(path)
-    except openslide.OpenSlideError as error:
-        raise OSError(error) from error
+def reading_order(centres_px: np.ndarray, cut: Cut) -> np.ndarray:
+    """Rows (S,) of the centres (S, 2) band by band, so that neighbouring tiles share what is decoded."""
+    band = np.floor(centres_px[:, 1] / max(cut.crop, 1))
+    return np.lexsort((centres_px[:, 0], band))
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the head of the file."""
-    with readable(path):
-        if path.suffix.lower() in SLIDES:
-            with openslide_file(path) as slide:
-                return slide.dimensions
-        with Image.open(path) as picture:
-            return picture.size
-
-
-def check_size(path: Path, width: int, height: int, huge: bool) -> None:
-    """Raises ValueError for what would be decoded whole and is larger than any picture of a slice should be."""
-    if width * height > BOMB_PX and not huge:
-        raise ValueError(
-            f"{path}: expected at most {BOMB_PX:,} pixels to decode at once, found {width:,} x {height:,}; "
-            f"convert it to a tiled pyramidal TIFF, or allow it with --huge ({width * height * 4 / 2**30:.0f} GiB)"
-        )
-
-
-def open_picture(path: Path) -> Image.Image:
-    """The picture as 8-bit RGB; transparent parts become white. Raises ValueError where it cannot be read."""
-    with readable(path):
-        if path.suffix.lower() in SLIDES:
-            with openslide_file(path) as slide:
-                return slide.read_region((0, 0), 0, slide.dimensions).convert("RGB")
-        with Image.open(path) as picture:
-            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-                raise ValueError(f"{path}: expected 8 bits per channel, found mode {picture.mode}; convert it to RGB")
-            if "A" in picture.getbands():
-                backed = Image.new("RGBA", picture.size, (*WHITE, 255))
-                return Image.alpha_composite(backed, picture.convert("RGBA")).convert("RGB")
-            return picture.convert("RGB")
-
-
-def check_scale(size: tuple[int, int], path: Path, root: Path, hires_scale: float) -> None:
-    """The full-resolution picture must be the one that the positions are in: hires size = its size x scale factor."""
-    hires = root / "spatial" / "tissue_hires_image.png"
-    if not hires.exists():
-        return
-    expected = [side / hires_scale for side in picture_size(hires)]
-    if any(abs(found - side) > 0.02 * side + 2 for found, side in zip(size, expected, strict=True)):
-        raise ValueError(
-            f"{path}: expected about {expected[0]:.0f} x {expected[1]:.0f} px (hires image / tissue_hires_scalef), "
-            f"found {size[0]} x {size[1]}; name the picture that the positions refer to in slices.csv"
-        )
-
-
-def cut_tile(picture: Image.Image, centre_px: np.ndarray, cut: Cut) -> Image.Image:
-    """One tile around `centre_px` (x, y of the source picture); beyond the picture's edge it is white."""
-    x, y = float(centre_px[0]), float(centre_px[1])
-    half = cut.crop / 2
-    if not cut.resampled:
-        return _crop(picture, tuple(round(edge) for edge in (x - half, y - half, x + half, y + half)))
-    margin = 3 * max(cut.crop / cut.size, 1)  # reach of the bicubic filter, so that the edge pixels are right too
-    left, top = math.floor(x - half - margin), math.floor(y - half - margin)
-    right, bottom = math.ceil(x + half + margin), math.ceil(y + half + margin)
-    box = (x - half - left, y - half - top, x + half - left, y + half - top)
-    region = _crop(picture, (left, top, right, bottom))
-    return region.resize((cut.size, cut.size), Image.Resampling.BICUBIC, box=box)
-
-
-def _crop(picture: Image.Image, box: tuple[int, ...]) -> Image.Image:
-    left, top, right, bottom = box
-    if left >= 0 and top >= 0 and right <= picture.width and bottom <= picture.height:
-        return picture.crop((left, top, right, bottom))
-    canvas = Image.new("RGB", (right - left, bottom - top), WHITE)
-    inside = max(left, 0), max(top, 0), min(right, picture.width), min(bottom, picture.height)
-    if inside[0] < inside[2] and inside[1] < inside[3]:
-        canvas.paste(picture.crop(inside), (max(-left, 0), max(-top, 0)))
-    return canvas
+# ---- the folder of a slice
 
 
 def tile_files(folder: Path, barcodes: Iterable[str]) -> list[str]:
-    """Where the spots' tiles lie. Raises ValueError where a barcode cannot be a file name."""
+    """Where the spots' JPEGs lie. Raises ValueError where a barcode cannot be a file name."""
     files = [f"{folder}{os.sep}{barcode}.jpeg" for barcode in barcodes]
     for barcode in barcodes:
         if not barcode or barcode.startswith(".") or any(c in barcode for c in "/\\\0"):
             raise ValueError(f"{folder}: barcode {barcode!r} cannot be a file name; rename it in counts and positions")
     return files
-
-
-def ensure_tiles(
-    picture: Image.Image, centres_px: np.ndarray, cut: Cut, files: list[str], there: np.ndarray, out: np.ndarray
-) -> None:
-    """Pixels of the JPEGs `files` into `out` (n, Z, Z, 3) uint8, each written first where it is not `there` (n,) or is
-    torn."""
-    for tile, centre, file, found in zip(out, centres_px, files, there, strict=True):
-        data = Path(file).read_bytes() if found else b""
-        if not data.endswith(END_OF_JPEG):  # not there, or an earlier run was stopped in the middle of the file
-            data = cut_tile(picture, centre, cut).tobytes("jpeg", *_encoder_settings(cut.quality))
-            with open(file, "wb", buffering=0) as target:  # noqa: PTH123 (a Path costs as much as writing the tile)
-                target.write(data)  # in place, which is cheaper than a rename: its end tells that it is whole
-        _decode(data, file, tile)
-
-
-def _decode(data: bytes, file: str, out: np.ndarray) -> None:
-    """Pixels of a JPEG into `out` (Z, Z, 3): those that Pillow gives, from the same library, without its set-up."""
-    try:
-        height, width = simplejpeg.decode_jpeg_header(data)[:2]
-        if (height, width) == out.shape[:2]:
-            simplejpeg.decode_jpeg(data, buffer=out)
-            return
-        found = f"{width} x {height}"
-    except ValueError as error:
-        found = f"one that cannot be read ({error})"
-    size = f"{out.shape[1]} x {out.shape[0]} px"
-    raise ValueError(f"{file}: expected a tile of {size}, found {found}; delete it and run image_tilling.py again")
-
-
-@cache
-def _encoder_settings(quality: int) -> tuple[Any, ...]:
-    """What `Image.save` hands to its encoder: called directly, this takes three quarters of the time per small tile."""
-    probe: Any = Image.new("RGB", (8, 8))
-    probe.save(io.BytesIO(), "JPEG", quality=quality)
-    return ("RGB", *probe.encoderconfig)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -195,12 +142,88 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path}: expected JSON, found {error}; delete it and run image_tilling.py again") from error
 
 
-def same_cut(record: dict[str, Any], cut: Cut) -> bool:
-    return all(record.get(key) == value for key, value in asdict(cut).items())
+def changes(record: dict[str, Any], cut: Cut, image_hash: str) -> list[str]:
+    """What of the cut and the image differs from a record, in words."""
+    found = [f"{key} {record.get(key)} -> {value}" for key, value in asdict(cut).items() if record.get(key) != value]
+    return found + (["another content of the image"] if record.get("image_hash") != image_hash else [])
+
+
+def is_whole(folder: Path, cut: Cut, image_hash: str, barcodes: np.ndarray, xy_px: np.ndarray, jpeg: bool) -> bool:
+    """Whether a folder holds just these tiles: same cut, content of the image and spots, JPEGs where asked for."""
+    with suppress(ValueError):
+        pack = TilePack(folder)
+        if changes(pack.record, cut, image_hash) or not np.array_equal(pack.barcodes, barcodes):
+            return False
+        there = {str(path) for path in folder.glob("*.jpeg")} if jpeg else set()
+        return np.array_equal(pack.coords, xy_px) and (not jpeg or there.issuperset(tile_files(folder, barcodes)))
+    return False
+
+
+def write_tiles(
+    folder: Path,
+    blocks: Iterable[np.ndarray],
+    cut: Cut,
+    barcodes: np.ndarray,
+    xy_px: np.ndarray,
+    about: dict[str, Any],
+    order: np.ndarray,
+    jpeg: bool = False,
+) -> None:
+    """Write the pack, the JPEGs where asked for, and the record of a slice; its old files stay until all are complete.
+
+    Parameters
+    ----------
+    blocks : tiles (n, Z, Z, 3) uint8, in `order` (S,) of the barcodes
+    barcodes, xy_px : (S,) and (S, 2), in the order of the pack
+    about : what the record holds beside the cut
+    """
+    files = tile_files(folder / JPEGS_PART, barcodes[order])
+    folder.mkdir(parents=True, exist_ok=True)
+    pack = folder / (PACK + ".part")
+    try:
+        if jpeg:
+            (folder / JPEGS_PART).mkdir(exist_ok=True)
+            blocks = _save_jpegs(files, blocks, cut.quality)
+        _write_pack(pack, barcodes, xy_px, blocks, cut.size, order)
+        (folder / RECORD).unlink(missing_ok=True)  # no record stands beside files of two runs
+        for old in folder.glob("*.jpeg"):
+            old.unlink()
+        for file in files if jpeg else []:
+            Path(file).rename(folder / Path(file).name)
+        pack.replace(folder / PACK)
+        write_record(folder / RECORD, asdict(cut) | about)
+    finally:
+        pack.unlink(missing_ok=True)
+        shutil.rmtree(folder / JPEGS_PART, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def write_jpegs(folder: Path, barcodes: Sequence[str], blocks: Iterable[np.ndarray], quality: int) -> None:
+    """Write tiles, blocks (n, Z, Z, 3) in the order of the barcodes, as `<barcode>.jpeg` with Pillow's settings."""
+    deque(_save_jpegs(tile_files(folder, barcodes), blocks, quality), maxlen=0)
+
+
+def _save_jpegs(files: list[str], blocks: Iterable[np.ndarray], quality: int) -> Iterator[np.ndarray]:
+    """Pass blocks (n, Z, Z, 3) on while their tiles are saved."""
+
+    def save(file: str, tile: np.ndarray) -> None:
+        Image.fromarray(tile).save(file, "JPEG", quality=quality)
+
+    done = 0
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for block in blocks:
+            saved = pool.map(save, files[done : done + len(block)], block)
+            done += len(block)
+            yield block
+            deque(saved, maxlen=0)  # raises what a thread raised
+
+
+# ---- the pack
 
 
 class TilePack:
@@ -210,22 +233,33 @@ class TilePack:
         import h5py
 
         self.folder, self.path = folder, folder / PACK
-        self.record = read_record(folder)
-        if self.record is None or not self.path.exists():
+        record = read_record(folder)
+        if record is None or not self.path.exists():
             raise ValueError(f"{folder}: expected {RECORD} and {PACK}, found none; run image_tilling.py first")
+        self.record: dict[str, Any] = record
         try:
             with h5py.File(self.path) as file:
-                self.barcodes = file["barcode"].asstr()[:]
+                self.barcodes, self.coords = file["barcode"].asstr()[:], file["coords"][:]
                 img = file["img"]
                 self.size = int(img.shape[1])
                 if img.chunks != (1, *img.shape[1:]) or img.id.get_create_plist().get_nfilters():
                     raise ValueError(f"chunks {img.chunks} or a filter instead of plain chunks of one tile")
+                if not len(img) == len(self.barcodes) == len(self.coords) == img.id.get_num_chunks():
+                    raise ValueError(f"{img.id.get_num_chunks()} tiles of {len(self.barcodes)} spots")
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{self.path}: expected packed tiles, found {error}; run image_tilling.py again"
             ) from error
         self._file: Any = None
         self._pid = 0
+
+    @property
+    def content(self) -> str:
+        """Identifies the pixels by what they were cut from: image and cut by the record, centres, spots."""
+        digest = hashlib.sha256(json.dumps(self.record, sort_keys=True).encode())
+        digest.update(np.ascontiguousarray(self.coords, "<f8").tobytes())
+        digest.update("\n".join(self.barcodes).encode())
+        return digest.hexdigest()
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Rows (n,) in any order, repeated or not -> uint8 (n, Z, Z, 3)."""
@@ -243,21 +277,27 @@ class TilePack:
         return self.__dict__ | {"_file": None}
 
 
-def write_pack(folder: Path, barcodes: np.ndarray, xy_px: np.ndarray, tiles: Any, size: int) -> None:
-    """Write `tiles` as img, coords, barcode (HEST's names): uint8 in the order of `barcodes`, either single ones
-    (Z, Z, 3) or, which is faster, blocks of them (n, Z, Z, 3)."""
-    import h5py
-
+def write_pack(folder: Path, barcodes: np.ndarray, xy_px: np.ndarray, tiles: Iterable[np.ndarray], size: int) -> None:
+    """Write `tiles` as img, coords, barcode (HEST's names): blocks (n, Z, Z, 3) uint8 in the order of `barcodes`."""
     part = folder / (PACK + ".part")
     try:
-        with h5py.File(part, "w") as file:
-            img = file.create_dataset("img", (len(barcodes), size, size, 3), "uint8", chunks=(1, size, size, 3))
-            end = 0
-            for block in tiles:
-                start, end = end, end + block.size // (size * size * 3)
-                img[start:end] = block
-            file["coords"] = xy_px
-            file.create_dataset("barcode", data=barcodes.astype(object), dtype=h5py.string_dtype())
+        _write_pack(part, barcodes, xy_px, tiles, size, np.arange(len(barcodes)))
         part.replace(folder / PACK)
     finally:
         part.unlink(missing_ok=True)  # half a pack
+
+
+def _write_pack(
+    path: Path, barcodes: np.ndarray, xy_px: np.ndarray, blocks: Iterable[np.ndarray], size: int, order: np.ndarray
+) -> None:
+    """`blocks` come in `order`: each tile is written to its row."""
+    import h5py
+
+    rows = iter(order.tolist())
+    with h5py.File(path, "w") as file:
+        img = file.create_dataset("img", (len(barcodes), size, size, 3), "uint8", chunks=(1, size, size, 3))
+        for block in blocks:
+            for tile in block:
+                img.id.write_direct_chunk((next(rows), 0, 0, 0), tile.tobytes())
+        file["coords"] = xy_px
+        file.create_dataset("barcode", data=barcodes.astype(object), dtype=h5py.string_dtype())

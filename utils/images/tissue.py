@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.images import tiles
+from utils.images import tiff
+from utils.images.checks import reading
 
 # Saturation, (max - min) / max of red, green, blue: clear glass is below 0.05, pale connective tissue from 0.12
 UNSTAINED, STAINED = 0.06, 0.12
@@ -85,11 +86,9 @@ def read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """
     if not path.is_file():
         raise ValueError(f"{path}: expected a mask (png, tif), found no such file")
-    with tiles.readable(path), Image.open(path) as picture:
-        pixels, bands = np.asarray(picture), picture.getbands()  # of a palette the indices, as label images mean them
-    n_colours = len(bands) - ("A" in bands)
-    stacked = pixels.reshape(*pixels.shape[:2], len(bands))
-    marks = np.asarray(stacked[..., :n_colours].any(2) & stacked[..., n_colours:].all(2))
+    with reading(path):
+        values, n_colours = _mask_values(path)
+        marks = np.asarray(values[..., :n_colours].any(2) & values[..., n_colours:].all(2))
     height, width = marks.shape
     if abs(width * shape[0] / (height * shape[1]) - 1) > 0.02:
         raise ValueError(
@@ -100,6 +99,24 @@ def read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"{path}: expected tissue marked by values above zero, found zeros only; draw the mask anew")
     rows, cols = ((np.arange(n) + 0.5) * side / n for n, side in zip(shape, marks.shape, strict=True))
     return marks[np.ix_(rows.astype(int), cols.astype(int))]
+
+
+def _mask_values(path: Path) -> tuple[np.ndarray, int]:
+    """Stored values (h, w, C), of a palette the indices, as label images mean them, and how many are no alpha."""
+    with path.open("rb") as file:
+        is_tiff = file.read(4) in tiff.MAGIC
+    if is_tiff:  # Pillow would follow its Orientation
+        import tifffile
+
+        with tifffile.TiffFile(path) as pages:
+            page = pages.pages.first
+            values = page.asarray()
+            values = np.moveaxis(values, 0, -1) if page.planarconfig == 2 and values.ndim == 3 else values
+            values = np.atleast_3d(values)
+            return values, values.shape[2] - sum(extra in (1, 2) for extra in page.extrasamples)
+    with Image.open(path) as image:
+        values, bands = np.asarray(image), image.getbands()
+    return values.reshape(*values.shape[:2], len(bands)), len(bands) - ("A" in bands)
 
 
 def grid(width: int, height: int, pitch_px: float, kind: str = "hexagonal") -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
-"""Legacy Spatial Transcriptomics: a table of counts (spots x genes), a spot file and a picture for each section.
+"""Legacy Spatial Transcriptomics: a table of counts (spots x genes), a spot file and an image for each section.
 
 Two forms of folder: that of her2st (Andersson et al. 2021: ST-cnts/, ST-spotfiles/, ST-imgs/, any number of sections)
-and a plain one with one table of counts, one spot file and one picture.
+and a plain one with one table of counts, one spot file and one image.
 
 Shapes: S spots, G genes.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import gzip
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from utils.importers.base import Source, only_picture, pictures_in, whole_counts
-from utils.slices import splits, visium
-from utils.slices.matrix import check_once, listing, reading
+from utils.importers.base import Source, found_in, place_spots, whole_counts
+from utils.importers.images import SUFFIXES, images_in, only_image
+from utils.slices.lattice import Lattice
+from utils.slices.matrix import check_once, reading
 
 PITCH_UM, SPOT_UM = 200.0, 100.0
 # The denser array lays a second lattice of 200 um between the spots of the first: a place measures 100 um. A pitch is
@@ -30,6 +31,7 @@ STAGGERED_PLACE_UM = PITCH_UM / 2
 STAGGERED_PITCH_UM = STAGGERED_PLACE_UM * math.sqrt(4 / math.sqrt(3))
 NEEDED = ["x", "y", "pixel_x", "pixel_y"]
 TABLES = (".tsv", ".tsv.gz")
+SPOT_NAME = re.compile(r"\d+x\d+")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Section:
     name: str
     counts: Path
     spots: Path
-    picture: Path
+    image: Path
 
 
 def _stem(path: Path) -> str:
@@ -88,40 +90,45 @@ def _her2st_section(folder: Path, counts: Path, image: Path | None) -> Section:
     spots = next((path for path in wanted if path.is_file()), None)
     if spots is None:
         raise ValueError(f"{counts}: expected the spot file {wanted[0]}, found no such file; add it")
-    pictures = [path for path in (folder / "ST-imgs").rglob("*") if path.suffix.lower() in splits.IMAGE_SUFFIXES]
-    own = [path for path in pictures if name in (path.parent.name, path.stem) and path.name[0] != "."]
-    return Section(name, counts, spots, only_picture(folder / "ST-imgs", own, image, name))
+    images = [path for path in (folder / "ST-imgs").rglob("*") if path.suffix.lower() in SUFFIXES]
+    own = [path for path in images if name in (path.parent.name, path.stem) and path.name[0] != "."]
+    return Section(name, counts, spots, only_image(folder / "ST-imgs", own, image, name))
 
 
 def _plain_section(folder: Path, counts: Path | None, image: Path | None) -> Section:
-    """One table of counts, one spot file and one picture in a folder; the section has the name of the folder."""
+    """One table of counts, one spot file and one image in a folder; the section has the name of the folder."""
     tables = _tables(folder)
     spots = [path for path in tables if _is_spot_file(path)]
     others = [path for path in tables if path not in spots]
     chosen = [path for path in others if counts is None or path.name == counts.name]
     if len(spots) != 1 or len(chosen) != 1:
         wanted = "one table of counts and one spot file (columns x, y, pixel_x, pixel_y), or ST-cnts/ and ST-spotfiles/"
-        found = ", ".join(path.name for path in tables) or listing(folder)
-        raise ValueError(f"{folder}: expected {wanted}, found {found}; give the table of counts of one section")
+        raise ValueError(f"{folder}: expected {wanted}, found {found_in(folder)}; give the counts of one section")
     name = folder.name if len(others) == 1 else _stem(chosen[0])
-    return Section(name, chosen[0], spots[0], only_picture(folder, pictures_in(folder), image, name))
+    return Section(name, chosen[0], spots[0], only_image(folder, images_in(folder), image, name))
 
 
 def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
-    """Names of the rows (S,), `<x>x<y>`, genes (G,) and counts (S, G) of a table of counts."""
-    genes = _first_line(path)  # read by itself: pandas would rename a gene that stands there twice
+    """Names of the spots (S,), `<x>x<y>`, genes (G,) and counts (S, G) of a table with the spots in rows or columns."""
+    header = _first_line(path)  # read by itself: pandas would rename a gene that stands there twice
     with reading(path, "a table of counts separated by tabs"):
-        rows = pd.read_csv(path, sep="\t", header=None, skiprows=1, dtype={0: str}, keep_default_na=False)
-    n_genes = rows.shape[1] - 1
-    if (
-        len(genes) not in (n_genes, n_genes + 1) or n_genes < 1 or "" in genes[-n_genes:]
-    ):  # R leaves out the name of the first column
-        found = f"{len(genes)} cells above {rows.shape[1]}"
-        raise ValueError(f"{path}: expected a header of genes above spots with their counts, found {found}; mend it")
-    names = rows[0].to_numpy(dtype=object)
+        table = pd.read_csv(path, sep="\t", header=None, skiprows=1, dtype={0: str}, keep_default_na=False)
+    n_columns = table.shape[1] - 1
+    across = header[-n_columns:]
+    # R leaves out the name of the first column
+    if len(header) not in (n_columns, n_columns + 1) or n_columns < 1 or "" in across:
+        found = f"{len(header)} cells above {table.shape[1]}"
+        raise ValueError(f"{path}: expected a header of genes above spots with their counts, found {found}; fix it")
+    names, genes = table[0].to_numpy(dtype=object), np.array(across, dtype=str)
+    counts = csr_matrix(whole_counts(str(path), table.iloc[:, 1:].to_numpy()))
+    if _are_spots(across) and not _are_spots(names):
+        names, genes, counts = np.array(across, dtype=object), names.astype(str), csr_matrix(counts.T)
     check_once(path, names)
-    counts = whole_counts(str(path), rows.iloc[:, 1:].to_numpy())
-    return names, np.array(genes[-n_genes:], dtype=str), csr_matrix(counts)
+    return names, genes, counts
+
+
+def _are_spots(names: Iterable[str]) -> bool:
+    return all(SPOT_NAME.fullmatch(str(name)) for name in names)
 
 
 def read_spots(path: Path) -> pd.DataFrame:
@@ -139,9 +146,7 @@ def read_spots(path: Path) -> pd.DataFrame:
     bad |= ~numbers["selected"].isin((0, 1)) if "selected" in numbers else False
     if bad.any():
         found = ", ".join(str(value) for value in spots.loc[bad, used].iloc[0])
-        raise ValueError(
-            f"{path}: expected whole x, y, finite pixels and selected 0 or 1, found {found}; mend the line"
-        )
+        raise ValueError(f"{path}: expected whole x, y, finite pixels and selected 0 or 1, found {found}; fix the line")
     spots = numbers.astype({"x": int, "y": int})
     spots["selected"] = spots["selected"] == 1 if "selected" in spots else True
     names = (spots["x"].astype(str) + "x" + spots["y"].astype(str)).to_numpy(dtype=object)
@@ -151,31 +156,61 @@ def read_spots(path: Path) -> pd.DataFrame:
 
 def place_px(spots: pd.DataFrame) -> float:
     """Pixels per array place: mean of the least-squares slopes of the pixels over the measured places of both axes."""
-    x, y = (f"new_{axis}" if f"new_{axis}" in spots else axis for axis in "xy")
-    slopes = [np.polyfit(spots[of], spots[px], 1)[0] for of, px in ((x, "pixel_x"), (y, "pixel_y"))]
-    return float(np.mean(np.abs(slopes)))
+    slopes = []
+    for axis in "xy":
+        places = spots[f"new_{axis}" if f"new_{axis}" in spots else axis]
+        slopes.append(max(abs(np.polyfit(places, spots[px], 1)[0]) for px in ("pixel_x", "pixel_y")))
+    return float(np.mean(slopes))
+
+
+def _match(section: Section, names: np.ndarray, all_spots: pd.DataFrame) -> tuple[np.ndarray, dict[str, int]]:
+    """Rows of the counts (S,) that are of selected spots, and how many rows and spots are left out."""
+    selected = all_spots.index[all_spots["selected"]]
+    known = np.isin(names, all_spots.index)
+    kept = np.isin(names, selected)
+    turned = ["x".join(str(name).split("x")[::-1]) for name in names]
+    if np.isin(turned, selected).sum() > kept.sum():
+        found = f"{kept.sum()} of {len(names)}, and {np.isin(turned, selected).sum()} as `<y>x<x>`"
+        raise ValueError(
+            f"{section.counts}: expected rows `<x>x<y>` of the spots in {section.spots.name}, found {found}; "
+            "rename the rows"
+        )
+    if not kept.any():
+        found = f"{known.sum()} of {len(names)} rows of counts in {section.spots.name}, {len(selected)} spots selected"
+        raise ValueError(f"{section.counts}: expected rows `<x>x<y>` of selected spots, found {found}; do they belong?")
+    left_out = {
+        "not selected": int(known.sum() - kept.sum()),
+        "without a row in the spot file": int((~known).sum()),
+        "selected without counts": int(len(selected) - kept.sum()),
+    }
+    return np.flatnonzero(kept), left_out
+
+
+def _check_places(section: Section, lattice: Lattice, array: np.ndarray) -> None:
+    """Raises ValueError where x and y do not fit the pixels: without places the pitch of a legacy array is unknown."""
+    steps = np.gcd.reduce(array - array[0])
+    if lattice.measured and steps.min() <= 1:  # else every second place is used, which is as good
+        found = "places that the pixels do not follow"
+        raise ValueError(
+            f"{section.spots}: expected pixel_x and pixel_y of the places x and y, found {found}; is it another's file?"
+        )
 
 
 def read_section(section: Section, pitch_um: float | None = None) -> Source:
     """Spots that are selected and counted, in the order of the table of counts, as `<x>x<y>-1`."""
     names, genes, counts = read_counts(section.counts)
     all_spots = read_spots(section.spots)
-    place = all_spots.index.get_indexer(pd.Index(names))
-    known, selected = place >= 0, all_spots["selected"].to_numpy()
-    kept = np.flatnonzero(known)[selected[place[known]]]
-    if not len(kept):
-        found = f"{known.sum()} of {len(names)} rows of counts in {section.spots.name}, {selected.sum()} spots selected"
-        raise ValueError(f"{section.counts}: expected rows `<x>x<y>` of selected spots, found {found}; do they belong?")
-    spots = all_spots.iloc[place[kept]]
-    columns = {"array_row": spots["y"], "array_col": spots["x"]}
-    columns |= {"x_fullres_px": spots["pixel_x"].round(), "y_fullres_px": spots["pixel_y"].round()}
-    table_of = pd.DataFrame(columns).set_index(pd.Index([f"{name}-1" for name in spots.index], name="barcode"))
-    staggered = visium.is_staggered(table_of)
-    usual_um, place_um = (STAGGERED_PITCH_UM, STAGGERED_PLACE_UM) if staggered else (PITCH_UM, PITCH_UM)
-    note = (
-        f"staggered array, spot_pitch_um {STAGGERED_PITCH_UM:.2f}: that of a hexagonal one with as many spots per area"
-    )
-    notes = [note] if staggered and pitch_um is None else []
+    kept, left_out = _match(section, names, all_spots)
+    of_section = all_spots.loc[names[kept]]
+    array = of_section[["y", "x"]].to_numpy()
+    xy_px = of_section[["pixel_x", "pixel_y"]].round().to_numpy()
+    spots, lattice, notes = place_spots(str(section.spots), of_section.index + "-1", xy_px, array)
+    _check_places(section, lattice, array)
+    usual_um, place_um = (STAGGERED_PITCH_UM, STAGGERED_PLACE_UM) if lattice.staggered else (PITCH_UM, PITCH_UM)
+    if lattice.staggered and pitch_um is None:
+        pitch = f"spot_pitch_um {STAGGERED_PITCH_UM:.2f}"
+        notes.append(f"staggered array, {pitch}: that of a hexagonal one with as many spots per area")
+    of_place_px = lattice.pitch_px * place_um / usual_um if lattice.measured else place_px(all_spots)
     pitch_um = usual_um if pitch_um is None else pitch_um
     return Source(
         name=section.name,
@@ -184,15 +219,12 @@ def read_section(section: Section, pitch_um: float | None = None) -> Source:
         counts=counts[kept],
         genes=genes,
         gene_ids=genes,
-        spots=table_of,
+        spots=spots,
+        lattice=lattice,
         pitch_um=pitch_um,
-        spot_diameter_px=place_px(all_spots) * SPOT_UM / (place_um * pitch_um / usual_um),
-        picture=section.picture,
-        left_out={
-            "not selected": int(known.sum()) - len(kept),
-            "without a row in the spot file": int((~known).sum()),
-            "selected without counts": int(selected.sum()) - len(kept),
-        },
+        spot_diameter_px=of_place_px * SPOT_UM / (place_um * pitch_um / usual_um),
+        image=section.image,
+        left_out=left_out,
         notes=notes,
     )
 
@@ -203,7 +235,7 @@ def read_legacy_st(source: Path, image: Path | None = None, pitch_um: float | No
     Parameters
     ----------
     source : folder of the her2st form, folder with one section, or the table of counts of one section
-    image : the picture of the only section, where it does not lie with the tables
+    image : the H&E of the only section, where it does not lie with the tables
     pitch_um : distance between neighbouring spots; default 200, on the denser staggered array what its area tells
     """
     for section in find_sections(source, image):

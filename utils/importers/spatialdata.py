@@ -1,20 +1,35 @@
 """SpatialData: a .zarr with a table of counts that annotates circles, points or squares, and an H&E image.
 
-Shapes: S spots.
+Shapes: S spots. Spots and images lie in coordinate systems of their own; spots are moved into the pixels of the H&E.
 """
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from utils.importers.base import Source
-from utils.importers.files import size_of
-from utils.importers.h5ad import from_anndata
+from utils.importers import anndata_sections as sections
+from utils.importers.anndata_slice import from_anndata
+from utils.importers.base import Source, found_in, lie_on
+from utils.importers.images import image_size, make_thumbnail, to_rgb
+from utils.slices import checks
 from utils.slices.matrix import reading
+
+BIN = re.compile(r"_(\d{3})um$")
+# Words in the names of images that are not the H&E, and of those that are
+OTHERS = {"cytassist", "lowres", "thumbnail", "dapi", "if", "fluorescence", "hoechst", "alignment", "aligned"}
+OTHERS |= {"fiducials", "detected", "label", "macro", "mask", "overview"}
+REDUCED, HISTOLOGY = {"hires", "downscaled"}, {"he", "hne", "full", "fullres", "histology", "brightfield"}
+NUMBERED = re.compile(r"(c|ch|channel)?[\W_]*\d+([\W_]\d+)*", re.IGNORECASE)  # channels without a name
+SAME_SCALE = 0.01  # scales that differ by less are one
+SAME_RATIO = 0.005  # of width and height, of two versions of one image
 
 
 def _open(source: Path) -> Any:
@@ -25,50 +40,52 @@ def _open(source: Path) -> Any:
             f"{source}: SpatialData needs `pip install 'spatialdata>=0.5'`, found no such package"
         ) from error
     if not source.is_dir():
-        raise ValueError(
-            f"{source}: expected the folder of a SpatialData zarr, found {'a file' if source.exists() else 'nothing'}"
-        )
+        raise ValueError(f"{source}: expected the folder of a SpatialData zarr, found {found_in(source)}")
     with reading(source, "a SpatialData zarr"):
         return spatialdata.read_zarr(source)
 
 
-def choose_table(source: Path, data: Any, bin_um: int | None) -> Any:
-    """The one table with counts, or the one whose name ends with the bin size (square_016um)."""
-    names = [name for name in data.tables if bin_um is None or name.endswith(f"_{bin_um:03d}um")]
+def choose_table(source: Path, data: Any, bin_um: int | None) -> str:
+    """Name of the one table of spots or bins, or of the one whose name ends with the bin size (square_016um)."""
+    names = list(data.tables)
+    if bin_um is not None:
+        wanted = f"one table that ends with _{bin_um:03d}um"
+        names = [name for name in names if name.endswith(f"_{bin_um:03d}um")]
+    else:
+        wanted = "one table of spots"
+        located = {*data.shapes, *data.points}
+        names = [name for name in names if len(names) == 1 or located & set(_regions(data.tables[name]))]
     if len(names) != 1:
-        wanted = "one table" if bin_um is None else f"one table that ends with _{bin_um:03d}um"
+        how = "choose one with --bin" if any(map(BIN.search, data.tables)) else "keep that of the spots"
+        raise ValueError(f"{source}: expected {wanted}, found {', '.join(data.tables) or 'none'}; {how}")
+    return names[0]
+
+
+def _regions(table: Any) -> list[str]:
+    """Elements that a table says it annotates."""
+    region = table.uns.get("spatialdata_attrs", {}).get("region")
+    return [region] if isinstance(region, str) else [str(name) for name in region] if region is not None else []
+
+
+def _parts(source: Path, table: Any, library_key: str | None, name: str) -> list[tuple[str, np.ndarray]]:
+    """Name and rows (S,) bool of each slice: all, or those of each value of a column."""
+    if library_key is not None:
+        return sections.split(str(source), table, library_key, name)
+    key = table.uns.get("spatialdata_attrs", {}).get("region_key")
+    regions = _regions(table) if key not in table.obs else list(dict.fromkeys(table.obs[key].astype(str)))
+    if len(regions) > 1:
+        found = ", ".join(regions)
         raise ValueError(
-            f"{source}: expected {wanted}, found {', '.join(data.tables) or 'none'}; choose one with --bin"
+            f"{source}: expected a table of one section, found {found}; split them with --library_key {key}"
         )
-    return data.tables[names[0]]
+    return [(name, np.ones(table.n_obs, bool))]
 
 
-def choose_image(source: Path, data: Any) -> tuple[Any, np.ndarray] | None:
-    """The largest image with three or four channels of 8 bits, and its pixels (height, width, 3) uint8."""
-    import spatialdata
-
-    found = []
-    for element in data.images.values():
-        whole = element if hasattr(element, "transpose") else spatialdata.get_pyramid_levels(element, n=0)
-        if whole.sizes["c"] in (3, 4) and whole.dtype == np.uint8:
-            found.append((whole.sizes["x"] * whole.sizes["y"], element, whole))
-    found.sort(key=lambda one: -one[0])
-    if len(found) > 1 and found[0][0] == found[1][0]:
-        names = ", ".join(data.images)
-        raise ValueError(
-            f"{source}: expected one H&E image, found several of one size ({names}); save it without the rest"
-        )
-    if not found:
-        return None
-    _, element, whole = found[0]
-    pixels = whole.transpose("y", "x", "c").isel(c=slice(3)).to_numpy()
-    return element, np.ascontiguousarray(pixels)
-
-
-def _centres(source: Path, data: Any, table: Any) -> tuple[Any, np.ndarray, float | None]:
-    """The element that a table annotates, centres (S, 2) of its rows in the element's own units, mean diameter."""
-    region, key = (table.uns.get("spatialdata_attrs", {}).get(name) for name in ("region", "instance_key"))
-    regions = [region] if isinstance(region, str) else list(region or [])
+def _centres(source: Path, data: Any, table: Any) -> tuple[str, np.ndarray, float | None]:
+    """Name of the element that a table annotates, centres (S, 2) of its rows in its own units, mean diameter."""
+    attrs = table.uns.get("spatialdata_attrs", {})
+    region_key, key = attrs.get("region_key"), attrs.get("instance_key")
+    regions = list(dict.fromkeys(table.obs[region_key].astype(str))) if region_key in table.obs else _regions(table)
     elements = [name for name in regions if name in data.shapes or name in data.points]
     if len(regions) != 1 or not elements:
         found = ", ".join(map(str, regions)) or "no region"
@@ -77,8 +94,8 @@ def _centres(source: Path, data: Any, table: Any) -> tuple[Any, np.ndarray, floa
     if elements[0] in data.shapes:
         element = data.shapes[elements[0]]
         centres = np.column_stack([element.geometry.centroid.x, element.geometry.centroid.y])
-        diameter = 2 * float(element["radius"].mean()) if "radius" in element else None
-        index = element.index
+        sides = 2 * element["radius"] if "radius" in element else np.sqrt(element.geometry.area)
+        diameter, index = float(sides.mean()) or None, element.index
     else:
         element = data.points[elements[0]]
         frame = element[["x", "y"]].compute()
@@ -87,38 +104,190 @@ def _centres(source: Path, data: Any, table: Any) -> tuple[Any, np.ndarray, floa
     if (place < 0).any() or not index.is_unique:
         missing = table.obs[key][place < 0].tolist()[:1] or ["repeated names"]
         raise ValueError(f"{source}: expected every row of the table in {elements[0]}, found {missing[0]} that is not")
-    return element, centres[place], diameter
+    return elements[0], centres[place], diameter
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An RGB image that spots lie on.
+
+    Attributes
+    ----------
+    name : str
+    pixels : DataArray, its finest level
+    affine : ndarray (3, 3), from the units of the spots to its pixels
+    """
+
+    name: str
+    pixels: Any
+    affine: np.ndarray
+
+    @property
+    def words(self) -> set[str]:
+        return {word for word in re.split(r"[\W_]+", self.name.lower()) if word}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return int(self.pixels.sizes["x"]), int(self.pixels.sizes["y"])
+
+    @property
+    def scale(self) -> float:
+        """Its pixels per unit of the spots."""
+        return float(np.sqrt(abs(np.linalg.det(self.affine[:2, :2]))))
+
+    def read(self, step: int = 1) -> tuple[np.ndarray, str | None]:
+        """Every `step`-th pixel of both axes as RGB (h, w, 3) uint8, and a note where their depth was measured."""
+        channels = self.pixels.transpose("y", "x", "c")[::step, ::step].to_numpy()
+        return to_rgb(self.name, channels[..., _rgb_order(self.pixels)])
+
+
+def find_candidates(data: Any, element: Any, centres: np.ndarray) -> list[Candidate]:
+    """The images of red, green and blue in a coordinate system with the spots that all but a few spots lie on."""
+    import spatialdata
+    from spatialdata.transformations import get_transformation_between_coordinate_systems as between
+
+    found = []
+    for name, image in data.images.items():
+        pixels = image if hasattr(image, "transpose") else spatialdata.get_pyramid_levels(image, n=0)
+        if _rgb_order(pixels) is None:
+            continue
+        try:
+            affine = between(data, element, image).to_affine_matrix(("x", "y"), ("x", "y"))
+        except (ValueError, RuntimeError, KeyError):  # in no system with the spots
+            continue
+        candidate = Candidate(name, pixels, np.asarray(affine, float))
+        if lie_on(moved(centres, candidate.affine), candidate.size):
+            found.append(candidate)
+    return found
+
+
+def moved(xy: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Points (S, 2) by a matrix (3, 3)."""
+    return xy @ affine[:2, :2].T + affine[:2, 2]
+
+
+def _rgb_order(pixels: Any) -> list[int] | None:
+    """Channels in the order red, green, blue (, alpha); None where they are others."""
+    names = [str(name).strip().lower() for name in pixels.coords["c"].to_numpy()] if "c" in pixels.coords else []
+    n_channels = pixels.sizes["c"]
+    if n_channels not in (3, 4):
+        return None
+    if not names or all(NUMBERED.fullmatch(name) for name in names):
+        return list(range(n_channels))
+    order = [next((i for i, name in enumerate(names) if name in (c[0], c)), -1) for c in ("red", "green", "blue")]
+    alpha = [i for i, name in enumerate(names) if name in ("a", "alpha")]
+    return order + alpha if -1 not in order else None
+
+
+def choose_image(source: Path, candidates: list[Candidate], region: str) -> Candidate | None:
+    """The H&E in full resolution: not one that its name calls otherwise, and of the spots' scale or the finest.
+
+    Where the sections of a file lie on each other, an image is of the `region` that its name begins with. Raises
+    ValueError where several are left.
+    """
+    left = [image for image in candidates if not image.words & OTHERS]
+    left = [image for image in left if image.name.startswith(region)] or left
+    left = [image for image in left if not image.words & REDUCED] or left
+    if not left:
+        return None
+    finest = max(image.scale for image in left)
+    for scale in (1.0, finest):
+        alike = [image for image in left if abs(image.scale - scale) <= SAME_SCALE * scale]
+        named = [image for image in alike if image.words & HISTOLOGY]
+        if len(alike) == 1 or len(named) == 1:
+            return (named if len(named) == 1 else alike)[0]
+        if alike:
+            break
+    names = ", ".join(image.name for image in candidates)
+    raise ValueError(f"{source}: expected one H&E image that the spots lie on, found {names}; save it without the rest")
+
+
+def image_of_file(source: Path, image: Path, candidates: list[Candidate]) -> Candidate:
+    """The image of the zarr that a file is, in its size or a larger one; its `affine` is to the pixels of the file.
+
+    Raises ValueError where there is none, or where the file shows something else.
+    """
+    width, height = image_size(image)
+    left = [one for one in candidates if not one.words & OTHERS] or candidates
+    for one in sorted(left, key=lambda one: (one.size != (width, height), -one.scale)):
+        ratio = width / height * one.size[1] / one.size[0]
+        if one.size == (width, height) or (width > one.size[0] and abs(ratio - 1) <= SAME_RATIO):
+            to_file = np.diag([width / one.size[0], height / one.size[1], 1.0])
+            return replace(one, affine=to_file @ one.affine)
+    wanted = " or ".join(f"{one.size[0]} x {one.size[1]}" for one in left)
+    raise ValueError(
+        f"--image {image}: expected {wanted} px, as in {source}, or larger in that ratio, found {width} x {height} px"
+    )
+
+
+def _check_content(image: Path, shown: Candidate) -> list[str]:
+    """Warnings where a file differs from the image of the zarr. Raises ValueError where it shows something else."""
+    step = max(1, max(shown.size) // checks.THUMBNAIL_PX)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{shown.name}.png"
+        Image.fromarray(shown.read(step)[0]).save(path)
+        return checks.check_content(image, make_thumbnail(image, checks.THUMBNAIL_PX).pixels, path)
+
+
+def read_part(
+    source: Path, data: Any, table: Any, name: str, image: Path | None, pitch_um: float | None, is_hd: bool
+) -> Source:
+    """The slice of the rows of a table that annotate one element; `is_hd` for bins of Visium HD."""
+    region, centres, diameter = _centres(source, data, table)
+    with reading(source, "images of SpatialData"):
+        candidates = find_candidates(data, data[region], centres)
+    pixels: Path | np.ndarray | None = image
+    affine, notes, warnings = np.eye(3), [], []
+    if image is not None and candidates:
+        shown = image_of_file(source, image, candidates)
+        affine, warnings = shown.affine, _check_content(image, shown)
+    elif image is None and data.images:
+        chosen = choose_image(source, candidates, region)
+        if chosen is None:
+            found = ", ".join(data.images)
+            raise ValueError(f"{source}: expected an H&E that the spots lie on, found {found}; name it with --image")
+        affine = chosen.affine
+        notes += [f"H&E: {chosen.name}"] if len(data.images) > 1 else []
+        with reading(source, "images of SpatialData"):
+            pixels, note = chosen.read()
+        notes += [note] if note else []
+    scale = float(np.sqrt(abs(np.linalg.det(affine[:2, :2]))))
+    diameter_px = None if diameter is None else diameter * scale
+    slice_ = from_anndata(table, name, source, moved(centres, affine), pixels, pitch_um, diameter_px=diameter_px)
+    slice_.notes += notes
+    slice_.warnings += warnings
+    if is_hd:
+        slice_.lattice = replace(slice_.lattice, mirrored=False)  # that array is a mirror image of the pixels by itself
+    return slice_
 
 
 def read_spatialdata(
-    source: Path, image: Path | None = None, pitch_um: float | None = None, bin_um: int | None = None
+    source: Path,
+    image: Path | None = None,
+    pitch_um: float | None = None,
+    bin_um: int | None = None,
+    library_key: str | None = None,
 ) -> Iterator[Source]:
-    """The slice of a SpatialData zarr, named after its folder.
+    """The slices of a SpatialData zarr, named after its folder or after the values of `library_key`.
 
     Parameters
     ----------
     source : the .zarr
-    image : the same picture as a file, with the same pixels: it is copied in place of the image in the zarr
-    pitch_um : distance between neighbouring spots; default 100 on a staggered array, else the bin size of --bin
+    image : the H&E as a file: it is copied in place of the image in the zarr, of which it has the sides or their ratio
+    pitch_um : distance between neighbouring spots; default 100 on a staggered array, else the bin size of the table
     bin_um : which table, where there is one per bin size of Visium HD
+    library_key : column of the table's obs that says which section a spot is of, where it annotates several
     """
     data = _open(source)
-    table = choose_table(source, data, bin_um)
-    element, centres, diameter = _centres(source, data, table)
-    chosen = choose_image(source, data)
-    scale = 1.0
-    if chosen is not None:
-        from spatialdata.transformations import get_transformation_between_coordinate_systems
-
-        with reading(source, "spots and image in one coordinate system"):
-            between = get_transformation_between_coordinate_systems(data, element, chosen[0])
-        affine = between.to_affine_matrix(("x", "y"), ("x", "y"))
-        centres = centres @ affine[:2, :2].T + affine[:2, 2]
-        scale = float(np.sqrt(abs(np.linalg.det(affine[:2, :2]))))
-        if image is not None and size_of(image) != size_of(chosen[1]):
-            wanted, found = (" x ".join(map(str, size_of(one))) for one in (chosen[1], image))
-            raise ValueError(f"--image {image}: expected {wanted} px, as the image in {source}, found {found} px")
-    picture = image if image is not None or chosen is None else chosen[1]
+    table_name = choose_table(source, data, bin_um)
+    table, of_bins = data.tables[table_name], BIN.search(table_name)
+    pitch_um = pitch_um or (float(of_bins[1]) if of_bins else None)
     name = source.absolute().name.removesuffix(".zarr")
-    diameter_px = None if diameter is None else diameter * scale
-    yield from_anndata(table, name, source, centres, picture, pitch_um or bin_um, diameter_px=diameter_px)
+    parts = _parts(source, table, library_key, name)
+    if image is not None and len(parts) > 1:
+        found = f"{len(parts)} in obs['{library_key}']"
+        raise ValueError(f"--image {image}: expected the image of one section, found {found}; import without --image")
+    yield from [
+        read_part(source, data, table if rows.all() else table[rows], own, image, pitch_um, of_bins is not None)
+        for own, rows in parts
+    ]

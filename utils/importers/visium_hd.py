@@ -1,6 +1,6 @@
 """Visium HD: one bin size of `binned_outputs/`, as a slice folder without parquet.
 
-The reader takes such a folder as it is; imported, it stands beside other slices, under its own name, with its picture.
+The reader takes such a folder as it is; imported, it stands beside other slices, under its own name, with its image.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from utils.importers.base import Source
+from utils.importers.base import SPOT_COLUMNS, Source, found_in, place_spots
 from utils.slices import visium
-from utils.slices.matrix import listing
 
 DEFAULT_BIN_UM = 16
 SQUARE = re.compile(r"square_(\d+)um")
@@ -36,8 +36,7 @@ def find_bin(source: Path, bin_um: int | None) -> tuple[str, int, Path]:
         squares = [path for place in places for path in sorted(place.glob("square_*um")) if (path / "spatial").is_dir()]
         found = {int(match[1]): path for path in squares if (match := SQUARE.fullmatch(path.name))}
     if not found:
-        there = listing(source) if source.is_dir() else "no such folder"
-        raise ValueError(f"{source}: expected binned_outputs/square_*um of a Visium HD run, found {there}")
+        raise ValueError(f"{source}: expected binned_outputs/square_*um of a Visium HD run, found {found_in(source)}")
     wanted = bin_um or (min(found) if own else DEFAULT_BIN_UM)
     if wanted not in found:
         sizes = ", ".join(map(str, sorted(found)))
@@ -57,7 +56,7 @@ def read_visium_hd(
 ) -> Iterator[Source]:
     """The bins under tissue that have counts, of one size; `pitch_um` where it is not the bin size.
 
-    Small pictures and scale factors are those of the run; counts that take more than `memory` bytes stay in their file.
+    Small images and scale factors are those of the run; counts that take more than `memory` bytes stay in their file.
     """
     run, size_um, root = find_bin(source, bin_um)
     found = visium.read_slice(root, run, memory)
@@ -65,6 +64,9 @@ def read_visium_hd(
     scalefactors_json = json.loads((root / "spatial" / "scalefactors_json.json").read_text(encoding="utf-8-sig"))
     small = {kind: root / "spatial" / f"tissue_{kind}_image.png" for kind in ("hires", "lowres")}
     stated = {"microns_per_pixel of its scale factors": scalefactors.get("microns_per_pixel")}
+    xy_px, array = (found.spots[columns].to_numpy() for columns in (SPOT_COLUMNS[2:], SPOT_COLUMNS[:2]))
+    spots, lattice, notes = place_spots(str(root), found.spots.index, xy_px, array)
+    lattice = replace(lattice, mirrored=False)  # the array of Visium HD is a mirror image of the pixels by itself
     yield Source(
         name=f"{run}_{size_um:03d}um",
         patient=run,
@@ -72,12 +74,14 @@ def read_visium_hd(
         counts=found.counts,
         genes=found.genes,
         gene_ids=found.gene_ids,
-        spots=found.spots,
+        spots=spots,
+        lattice=lattice,
         pitch_um=pitch_um or scalefactors.get("bin_size_um", float(size_um)),
         spot_diameter_px=scalefactors["spot_diameter_fullres"],
-        picture=image,
+        image=image,
         small={kind: path for kind, path in small.items() if path.is_file()},
         scalefactors=scalefactors_json,
         stated_um_per_px={where: um for where, um in stated.items() if um is not None},
         left_out=found.unmatched,
+        notes=notes,
     )

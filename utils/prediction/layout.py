@@ -1,12 +1,11 @@
 """Where the spots of an unmeasured slide lie: on a grid over its tissue, or on the positions of a slice or a file.
 
-Letters: S spots. Coordinates are full-resolution pixels, those of the positions where there are any; the picture itself
-may be smaller (the hires image of a slice folder), `picture_scale` of its pixels to one of them.
+Letters: S spots. Coordinates are full-resolution pixels, those of the positions where there are any; the image itself
+may be smaller (the hires image of a slice folder), `scale` of its pixels to one of them.
 """
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,40 +13,61 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.images import tiles, tissue
+from utils.images import tissue
 from utils.prediction.slides import Request
-from utils.slices import splits, visium
-from utils.slices.matrix import slice_matrix
+from utils.slices import checks, visium
+from utils.slices.lattice import Lattice
+from utils.slices.visium import SourceImage
 
-SPOT_SHARE = 0.55  # diameter of a Visium spot in pitches
-SCALE_APART = 0.05  # two statements of um per px that differ by more are worth a warning
+SPOT_DIAMETER = 0.55  # of a Visium spot, in pitches
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a slide before its picture is opened; `spots` are those under tissue, as reader gives them."""
+    """What is known of a slide before its image is opened.
+
+    Attributes
+    ----------
+    request : Request
+    source : SourceImage, the image that tiles are cut from
+    slice_ : Slice or None, where the slide is a slice folder
+    spots : DataFrame (S, 4) or None, the spots asked for, as Slice.spots; None for a grid
+    lattice : Lattice or None, of the positions; None for a grid or a single position
+    """
 
     request: Request
-    picture: Path
-    picture_scale: float
-    root: Path | None
+    source: SourceImage
+    slice_: visium.Slice | None
     spots: pd.DataFrame | None
-    um_per_fullres_px: float | None
-    pitch_um: float | None
-    diameter_fullres_px: float | None
+    lattice: Lattice | None
 
     @property
-    def um_per_picture_px(self) -> float | None:
-        return None if self.um_per_fullres_px is None else self.um_per_fullres_px / self.picture_scale
+    def pitch_um(self) -> float | None:
+        """Between neighbouring spots: as given, else what the array or the bin size tells; None where nothing does."""
+        if self.request.spot_pitch_um is not None or self.spots is None:
+            return self.request.spot_pitch_um or visium.VISIUM_PITCH_UM
+        if self.lattice is not None and self.lattice.staggered:
+            return visium.VISIUM_PITCH_UM
+        return None if self.slice_ is None else self.slice_.scalefactors.get("bin_size_um")
+
+    @property
+    def um_per_fullres_px(self) -> float | None:
+        """As given, else by the positions; None where the image has to tell."""
+        if self.request.um_per_px is not None or self.lattice is None or self.pitch_um is None:
+            return self.request.um_per_px
+        return self.pitch_um / self.lattice.pitch_px
+
+    @property
+    def um_per_image_px(self) -> float | None:
+        return None if self.um_per_fullres_px is None else self.um_per_fullres_px / self.source.scale
 
     @property
     def files(self) -> list[Path]:
         """All that the spots, their tiles and what was measured are read from."""
-        found = [path for path in (self.picture, self.request.positions, self.request.mask) if path is not None]
-        if self.root is not None:
-            counts = slice_matrix(self.root)
-            places = [self.root / "spatial", *([counts] if counts else [])]
-            for place in places:
+        found = [path for path in (self.source.path, self.request.positions, self.request.mask) if path is not None]
+        if self.slice_ is not None:
+            counts = self.slice_.matrix
+            for place in [self.slice_.root / "spatial", *([counts] if counts else [])]:
                 found += [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
         return found
 
@@ -63,127 +83,117 @@ class SlideSpots:
     pitch_fullres_px: float
     diameter_fullres_px: float
     um_per_fullres_px: float
-    picture_scale: float
+    image_scale: float  # pixels of the image per full-resolution pixel
 
     @property
-    def xy_picture_px(self) -> np.ndarray:
-        return self.xy_fullres_px * self.picture_scale
-
-
-def read_position_file(path: Path) -> pd.DataFrame:
-    """A positions table of any name, as visium.read_positions gives it; by its content and .parquet or not."""
-    kind = ".parquet" if path.suffix.lower() == ".parquet" else ".csv"
-    with tempfile.TemporaryDirectory() as folder:
-        stand_in = Path(folder) / "spatial" / f"tissue_positions{kind}"
-        stand_in.parent.mkdir()
-        stand_in.symlink_to(path.absolute())
-        try:
-            return visium.read_positions(folder)
-        except ValueError as error:
-            raise ValueError(f"--positions: {str(error).replace(str(stand_in), str(path))}") from error
-
-
-def _folder_picture(folder: Path, root: Path, hires_scale: float) -> tuple[Path, float]:
-    """The picture that the tiles come from, full-resolution or else hires, and its pixels per full-resolution pixel."""
-    folder = folder.resolve()
-    fullres = splits.image_file(folder.parent, splits.SliceRow(folder.name, folder.name, "", None, None))
-    if fullres is not None:
-        tiles.check_scale(tiles.picture_size(fullres), fullres, root, hires_scale)
-        return fullres, 1.0
-    hires = root / "spatial" / "tissue_hires_image.png"
-    if not hires.exists():
-        raise ValueError(f"{root}: expected a full-resolution picture or {hires.name}, found none; put it there")
-    return hires, hires_scale
-
-
-def _pitch_um(root: Path | None, positions: pd.DataFrame, given: float | None) -> float | None:
-    """None where neither flag, array nor bin size tell."""
-    if given is not None or visium.is_staggered(positions):
-        return given or visium.VISIUM_PITCH_UM
-    return None if root is None else visium.read_scalefactors(root).get("bin_size_um")
+    def xy_image_px(self) -> np.ndarray:
+        return self.xy_fullres_px * self.image_scale
 
 
 def plan(request: Request) -> Plan:
-    """Find picture, positions and scale of a slide. Raises ValueError where they do not fit."""
-    root, picture, scale, diameter = None, request.slide, 1.0, None
+    """Find image, positions and scale of a slide. Raises ValueError where they do not fit."""
+    slice_, source = None, SourceImage("fullres", request.slide, 1.0)
     if request.slide.is_dir():
-        root = visium.find_root(request.slide)
-        factors = visium.read_scalefactors(root)
-        picture, scale = _folder_picture(request.slide, root, factors["tissue_hires_scalef"])
-        diameter = factors["spot_diameter_fullres"]
-    positions = None
+        slice_ = visium.open_slice(request.slide, request.name or None)
+        source = slice_.source_image()
     if request.positions is not None:
-        positions = read_position_file(request.positions)
-        spots = positions[positions["in_tissue"]].drop(columns="in_tissue")
-        if not len(spots):
-            raise ValueError(f"--positions: {request.positions} has no position in tissue; mend its column in_tissue")
-    elif root is not None:
-        positions, spots = visium.read_positions(root), visium.tissue_spots(root)[0]
-    um_per_px = request.um_per_px
-    if positions is None:
-        pitch_um = request.pitch_um or visium.VISIUM_PITCH_UM
-        return Plan(request, picture, scale, root, None, um_per_px, pitch_um, diameter)
-    known_um = _pitch_um(root, positions, request.pitch_um)
-    if um_per_px is None and known_um is not None:
-        um_per_px = known_um / visium.pitch_fullres_px(positions)
-    return Plan(request, picture, scale, root, spots, um_per_px, known_um, diameter)
+        spots, lattice = _given_spots(request.positions)
+        return Plan(request, source, slice_, spots, lattice)
+    if slice_ is not None:
+        return Plan(request, source, slice_, slice_.spots, slice_.lattice)
+    return Plan(request, source, None, None, None)
 
 
-def lay(planned: Plan, slide: Any, thumbnail: np.ndarray, thumbnail_scale: float, kind: str) -> SlideSpots:
-    """The spots of a slide whose picture is open.
+def _given_spots(path: Path) -> tuple[pd.DataFrame, Lattice | None]:
+    """Spots in tissue of a positions table of any name, and the lattice of all its positions."""
+    try:
+        positions = visium.read_position_file(path)
+        lattice = visium.fit_positions(path, positions)
+    except ValueError as error:
+        raise ValueError(f"--positions: {error}") from error
+    spots = positions[positions["in_tissue"]].drop(columns="in_tissue")
+    if not len(spots):
+        raise ValueError(f"--positions: {path} has no position in tissue; correct its column in_tissue")
+    return spots, lattice
+
+
+def lay(planned: Plan, image: Any, thumbnail: np.ndarray, thumbnail_scale: float, kind: str) -> SlideSpots:
+    """The spots of a slide whose image is open.
 
     Parameters
     ----------
-    slide : whole_slide.Slide, or anything with width, height, um_per_px and metadata_um_per_px
-    thumbnail : (height, width, 3) uint8, of `thumbnail_scale` of its pixels to one of the picture
+    image : TissueImage, or anything with width, height, um_per_px and metadata_um_per_px
+    thumbnail : (height, width, 3) uint8, of `thumbnail_scale` of its pixels to one of the image
     kind : "hexagonal" or "square", of the grid where there are no positions
     """
-    request, scale = planned.request, planned.picture_scale
-    um_per_px = planned.um_per_fullres_px
-    if um_per_px is None:
-        if not slide.um_per_px:
-            or_pitch = "" if planned.spots is None else " or --pitch_um (200 for legacy ST)"
-            raise ValueError(f"{planned.picture}: its scale is not known (um per pixel); give --um_per_px{or_pitch}")
-        um_per_px = slide.um_per_px * scale
-    elif slide.metadata_um_per_px and abs(slide.metadata_um_per_px * scale / um_per_px - 1) > SCALE_APART:
-        found = f"{um_per_px / scale:.4g} um per px, the file says {slide.metadata_um_per_px:.4g}"
-        print(f"warning: {request.name}: flags or positions say {found}; the former is used")
-    size = np.array([slide.width, slide.height]) / scale
+    request, scale = planned.request, planned.source.scale
+    um_per_px = _um_per_fullres_px(planned, image)
     if planned.spots is None:
-        barcodes, xy, array, pitch = _grid(planned, slide, um_per_px, thumbnail, thumbnail_scale, kind)
+        barcodes, xy, array, pitch = _grid(planned, image, um_per_px, thumbnail, thumbnail_scale, kind)
+        diameter, kept = SPOT_DIAMETER * pitch, np.ones(len(xy), bool)
     else:
         barcodes = planned.spots.index.to_numpy(str)
-        xy = planned.spots[["x_fullres_px", "y_fullres_px"]].to_numpy(float)
-        array = planned.spots[["array_row", "array_col"]].to_numpy(int)
-        pitch = _context_pitch(planned, um_per_px)
-    diameter = planned.diameter_fullres_px or SPOT_SHARE * pitch
-    kept = ((xy >= 0) & (xy < size)).all(1)
-    if not kept.all():
-        print(f"{request.name}: {(~kept).sum()} of {len(kept)} spots lie outside the picture and are left out")
-    if planned.spots is not None and request.mask is not None:
-        mask = tissue.read_mask(request.mask, thumbnail.shape[:2])
-        kept &= tissue.on_tissue(xy * scale, mask, thumbnail_scale, diameter / 2 * scale)
+        xy = planned.spots[list(visium.POSITIONS_PX)].to_numpy(float)
+        array = planned.spots[list(visium.POSITIONS_ARRAY)].to_numpy(int)
+        pitch = (planned.pitch_um or visium.VISIUM_PITCH_UM) / um_per_px
+        pitch = pitch if planned.lattice is None else planned.lattice.pitch_px
+        given = planned.slice_ is None or request.positions is not None
+        diameter = SPOT_DIAMETER * pitch if given else planned.slice_.scalefactors["spot_diameter_fullres"]  # type: ignore[union-attr]
+        kept = _checked(planned, image, xy * scale, diameter / 2 * scale, (thumbnail, thumbnail_scale))
+        if request.mask is not None:
+            mask = tissue.read_mask(request.mask, thumbnail.shape[:2])
+            kept &= tissue.on_tissue(xy * scale, mask, thumbnail_scale, diameter / 2 * scale)
     if not kept.any():
-        raise ValueError(f"{request.slide}: no spot on picture and tissue; are its positions those of this picture?")
+        raise ValueError(f"{request.slide}: no spot on image and tissue; are its positions those of this image?")
     return SlideSpots(request.name, barcodes[kept], xy[kept], array[kept], pitch, diameter, um_per_px, scale)
 
 
-def _context_pitch(planned: Plan, um_per_px: float) -> float:
-    """Pixels between neighbours, by which the model's context is measured, as its panels state it."""
-    if planned.spots is not None and len(planned.spots) > 1:
-        return visium.pitch_fullres_px(planned.spots)
-    return (planned.pitch_um or visium.VISIUM_PITCH_UM) / um_per_px
+def _um_per_fullres_px(planned: Plan, image: Any) -> float:
+    """As flags or positions say it, else the image's own; a contradiction is printed."""
+    um_per_px, scale = planned.um_per_fullres_px, planned.source.scale
+    if um_per_px is None:
+        if not image.um_per_px:
+            or_pitch = "" if planned.spots is None else " or --spot_pitch_um (200 for legacy ST)"
+            raise ValueError(
+                f"{planned.source.path}: its scale is not known (um per pixel); give --um_per_px{or_pitch}"
+            )
+        return image.um_per_px * scale
+    own = image.metadata_um_per_px
+    if own and planned.slice_ is None and abs(own * scale / um_per_px - 1) > visium.DISAGREE:
+        found = f"{um_per_px / scale:.4g} um per px, the file says {own:.4g}"
+        print(f"warning: {planned.request.name}: flags or positions say {found}; the former is used")
+    return um_per_px
 
 
-def _grid(planned: Plan, slide: Any, um_per_px: float, thumbnail: np.ndarray, thumbnail_scale: float, kind: str):
+def _checked(
+    planned: Plan, image: Any, xy_image_px: np.ndarray, radius_px: float, thumbnail: checks.Thumbnail
+) -> np.ndarray:
+    """Which spots (S,) lie on the image; what contradicts it is printed, or refused."""
+    request, where = planned.request, str(planned.source.path)
+    size = image.width, image.height
+    if planned.slice_ is not None and request.positions is None:
+        kept, warnings = checks.check_image(planned.slice_, planned.source, image, thumbnail)
+        warnings = [*planned.slice_.warnings, *warnings]
+    else:
+        kept = checks.spots_on_image(where, xy_image_px, size)
+        mirrored = planned.lattice is not None and planned.lattice.mirrored
+        warnings = checks.check_axes(where, xy_image_px[kept], size, radius_px, thumbnail, mirrored)
+    for warning in warnings:
+        print(f"warning: {request.name}: {warning}")
+    if not kept.all():
+        print(f"{request.name}: {(~kept).sum()} of {len(kept)} spots lie outside the image and are left out")
+    return kept
+
+
+def _grid(planned: Plan, image: Any, um_per_px: float, thumbnail: np.ndarray, thumbnail_scale: float, kind: str):
     """Places `<row>x<column>` of a grid over the tissue: names (S,), centres (S, 2), array (S, 2), pitch in pixels."""
     pitch = (planned.pitch_um or visium.VISIUM_PITCH_UM) / um_per_px
-    xy, array = tissue.grid(slide.width, slide.height, pitch, kind)
+    xy, array = tissue.grid(image.width, image.height, pitch, kind)
     if planned.request.mask is None:
         mask, remedy = tissue.tissue_mask(thumbnail), "draw it and give it as --mask"
     else:
         mask, remedy = tissue.read_mask(planned.request.mask, thumbnail.shape[:2]), "check --mask"
-    kept = tissue.on_tissue(xy, mask, thumbnail_scale, SPOT_SHARE / 2 * pitch)
+    kept = tissue.on_tissue(xy, mask, thumbnail_scale, SPOT_DIAMETER / 2 * pitch)
     if not kept.any():
         raise ValueError(f"{planned.request.slide}: no tissue found under a grid of {pitch:.1f} px; {remedy}")
     return np.array([f"{row}x{column}" for row, column in array[kept]]), xy[kept], array[kept], pitch

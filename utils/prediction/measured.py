@@ -6,12 +6,13 @@ Letters: S spots, G genes of the slice, P wanted genes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
 from utils.slices import visium
+from utils.slices.visium import Slice
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,19 @@ class MeasuredGenes:
     content: str  # hash of all the slice's counts: the same section under another name is found by it
 
 
-def read_measured(folder: Path, wanted: list[str], barcodes: np.ndarray, memory: float) -> MeasuredGenes | None:
-    """Of the spots `barcodes` (S,), in their order; None where the folder has no counts.
+def read_measured(slice_: Slice, wanted: list[str], barcodes: np.ndarray, memory: float) -> MeasuredGenes | None:
+    """Of the spots `barcodes` (S,), in their order; None where the slice has no counts.
 
     Parameters
     ----------
     memory : bytes that the whole matrix may take; more of it is read by spans of spots
     """
-    if visium.read_barcodes(visium.find_root(folder)) is None:
+    if slice_.matrix is None:
         return None
-    source = visium.read_slice(folder, memory=memory)
-    names = gene_panels.mapped_names(source.genes, gene_panels.symbols_by_id(source.genes, source.gene_ids))
+    source = slice_.with_counts(memory)
+    symbols = gene_names.symbols_by_id(source.genes, source.gene_ids)
+    names = gene_names.mapped_names(source.genes, symbols)
+    names = gene_names.renamed(names, wanted, gene_names.known_names(None, symbols))
     gathering = gene_panels.gather(names, wanted)
     counts, total = np.zeros((len(source.spots), len(wanted)), np.int32), np.zeros(len(source.spots), np.int64)
     for span in visium.spans(source.counts, memory):

@@ -106,8 +106,8 @@ def write_geojson(path: Path, one: Prediction) -> None:
     """A detection per spot, in pixels of the picture that the tiles were cut from."""
     spots = one.spots
     columns, values = ["domain_score", *one.genes], np.column_stack([one.domain_score, one.predicted])
-    diameter = spots.diameter_fullres_px * spots.picture_scale
-    geojson.write_geojson(path, spots.barcodes.tolist(), spots.xy_picture_px, diameter, columns, values)
+    diameter = spots.diameter_fullres_px * spots.image_scale
+    geojson.write_geojson(path, spots.barcodes.tolist(), spots.xy_image_px, diameter, columns, values)
 
 
 def write_maps(folder: Path, one: Prediction, genes: np.ndarray) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from utils.images import image as whole_slide
+from utils.images import tiles
+from utils.images.image import TissueImage
 from utils.prediction import slide_features
 from utils.prediction.layout import SlideSpots
 from utils.training import distributed, feature_bank, features
@@ -69,7 +70,7 @@ class Found:
 
 def tile_side(member: Member, spots: SlideSpots) -> float:
     """Side of a tile in pixels of the picture."""
-    return member.tile_px * member.um_per_px * spots.picture_scale / spots.um_per_fullres_px
+    return member.tile_px * member.um_per_px * spots.image_scale / spots.um_per_fullres_px
 
 
 def warn_if_coarse(member: Member, spots: SlideSpots) -> None:
@@ -81,7 +82,7 @@ def warn_if_coarse(member: Member, spots: SlideSpots) -> None:
         )
 
 
-def kept_features(run: Run, member: Member, slide: whole_slide.Slide, spots: SlideSpots, out: Path) -> np.ndarray:
+def kept_features(run: Run, member: Member, image: TissueImage, spots: SlideSpots, out: Path) -> np.ndarray:
     """Features (S, R, V + T, D) mapped from `out`, where an interrupted run has left them, or computed."""
     model, autocast = member.model, run.accelerator.autocast
 
@@ -96,12 +97,11 @@ def kept_features(run: Run, member: Member, slide: whole_slide.Slide, spots: Sli
 
     def compute() -> Any:
         warn_if_coarse(member, spots)
-        batches = whole_slide.stream_tiles(
-            slide, spots.xy_picture_px, side_px, member.tile_px, run.batch_size, run.workers
-        )
+        cut = tiles.Cut("fullres", image.path.name, member.um_per_px, side_px, member.tile_px, resampled=True)
+        batches = tiles.cut_tiles(image, spots.xy_image_px, cut, run.batch_size, run.workers)
         return slide_features.encode_stream(how, batches, len(spots.barcodes), spots.name)
 
-    source = f"{side_px:.9g} px of {slide_features.fingerprint([slide.path])} at {slide_features.spots_hash(spots)}"
+    source = f"{side_px:.9g} px of {slide_features.fingerprint([image.path])} at {slide_features.spots_hash(spots)}"
     key = f"{member.encoder} {run.accelerator.mixed_precision} spread {run.spread}, {source}"
     folder = out / f"{member.state['encoder_hash'][:16]}_{member.tile_px}_{model.sizes.turns}"
     one: Any = spots  # has what is looked at of a slice
@@ -119,14 +119,14 @@ def predict_view(run: Run, member: Member, kept: np.ndarray, spots: SlideSpots, 
     return feature_bank.predict(model, bank, np.arange(len(spots.barcodes)), autocast, run.batch_size)
 
 
-def predict_slide(run: Run, slide: whole_slide.Slide, spots: SlideSpots, out: Path) -> Found:
+def predict_slide(run: Run, image: TissueImage, spots: SlideSpots, out: Path) -> Found:
     """Each member's own prediction enters the mean; with `run.spread` the eight turned views give the spread instead of
     the members."""
     memory = Spill(run.memory, out)
     own, turned = slide_features.Spread(memory), slide_features.Spread(memory)
     score, limit, n = np.zeros(len(spots.barcodes)), 0.0, len(run.members)
     for member in run.members:
-        kept = kept_features(run, member, slide, spots, out)
+        kept = kept_features(run, member, image, spots, out)
         for view in range(kept.shape[1]):
             (turned if view else own).add(predict_view(run, member, kept[:, view], spots, memory))
         domain = member.state["domain"]

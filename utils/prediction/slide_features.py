@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.files.hashing import content_hash
 from utils.prediction.layout import SlideSpots
 from utils.training.features import TileEncoder
 from utils.training.memory import WithinMemory
@@ -25,9 +26,9 @@ TURNS = 8
 SPOTS_AT_ONCE = 2048  # vectors in double precision: 17 MB of the published ones
 
 
-def fingerprint(paths: Iterable[Path]) -> list[list[Any]]:
-    """Path, size and time of change of files: another file, or the same one changed, has another."""
-    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+def fingerprint(paths: Iterable[Path]) -> list[list[str]]:
+    """Name and content of files, wherever they lie."""
+    return [[path.name, content_hash(path)] for path in paths]
 
 
 def spots_hash(spots: SlideSpots) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-COLUMNS = ("slide", "um_per_px", "positions", "mask", "pitch_um")
+COLUMNS = ("slide", "um_per_px", "positions", "mask", "spot_pitch_um")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Request:
     um_per_px: float | None = None
     positions: Path | None = None
     mask: Path | None = None
-    pitch_um: float | None = None
+    spot_pitch_um: float | None = None
     name: str = ""
     out: Path = Path()
 
@@ -56,7 +56,7 @@ def read_slide_table(path: Path) -> list[Request]:
             raise ValueError(f"{where}: expected {len(header)} cells and a slide, found {','.join(line)!r}")
         cells = dict.fromkeys(COLUMNS, "") | dict(zip(header, line, strict=True))
         files = {key: path.parent / cells[key] if cells[key] else None for key in ("positions", "mask")}
-        numbers = {key: _number(cells[key], f"{where}, {key}") for key in ("um_per_px", "pitch_um")}
+        numbers = {key: _number(cells[key], f"{where}, {key}") for key in ("um_per_px", "spot_pitch_um")}
         requests.append(Request(path.parent / cells["slide"], **files, **numbers))  # type: ignore[arg-type]
     if not requests:
         raise ValueError(f"{path}: expected a line per slide, found the header alone")
@@ -93,7 +93,7 @@ def list_slides(slides: Sequence[Path], out: Path, given: Request) -> list[Reque
             um_per_px=one.um_per_px or given.um_per_px,
             positions=one.positions or given.positions,
             mask=one.mask or given.mask,
-            pitch_um=one.pitch_um or given.pitch_um,
+            spot_pitch_um=one.spot_pitch_um or given.spot_pitch_um,
             name=slide_name(one.slide),
         )
         for one in listed

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.images.tiles import open_picture
+from utils.images.image import open_image
 from utils.slices import visium
 
 
@@ -20,7 +20,8 @@ def small_picture(root: Path) -> tuple[np.ndarray, float] | None:
     for name in ("hires", "lowres"):
         path = root / "spatial" / f"tissue_{name}_image.png"
         if path.exists():
-            return np.asarray(open_picture(path)), factors[f"tissue_{name}_scalef"]
+            with open_image(path) as image:
+                return image.crop(0, 0, image.width, image.height), factors[f"tissue_{name}_scalef"]
     return None
 
 

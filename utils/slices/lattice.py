@@ -1,15 +1,191 @@
-"""Places on an array from the pixels of its spots, for data that keep coordinates only.
+"""The array that spots lie on: stated places checked against the pixels, or measured from the pixels alone.
 
-Shapes: S spots.
+Visium's array is staggered (hexagonal): every other row is shifted by half a pitch and columns step by two. Legacy ST
+and Visium HD lie on squares. Shapes: S spots. Coordinates are full-resolution pixels, x and y; places are row and
+column.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 
 NEAR = 1.2  # nearest distances: between the first ring of neighbours and the second (1.41 or 1.73)
-FARTHEST = 0.25  # nearest distances that a spot may lie off its place
 START_RADIUS = 6.0  # nearest distances around the middle, where the first fit is made
+# A spot off its place, in pitches. Hand-printed legacy arrays wobble (one spot of section B4 lies .30 off): most spots
+# are within a quarter, and none is nearer to another place than to its own.
+MOST_WITHIN, ALL_WITHIN, MOST = 0.25, 0.5, 0.95
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The array of a slice's spots.
+
+    Attributes
+    ----------
+    array : ndarray (S, 2) int, row and column
+    pitch_px : float, between the centres of neighbouring spots
+    staggered : bool, as Visium's
+    measured : bool, whether the places were measured because none were stated or those did not fit the pixels
+    mirrored : bool, whether the stated places and the pixels are mirror images: x and y swapped, or a flipped scan
+    """
+
+    array: np.ndarray
+    pitch_px: float
+    staggered: bool
+    measured: bool
+    mirrored: bool
+
+
+def fit_lattice(where: str, xy_px: np.ndarray, array: np.ndarray | None = None) -> Lattice:
+    """The lattice of spots: by their stated places where those fit the pixels, else by places measured from the pixels.
+
+    Parameters
+    ----------
+    where : what messages name
+    xy_px : ndarray (S, 2), centres of the spots, two of them at least
+    array : ndarray (S, 2) int, stated row and column; None where none are stated
+
+    Raises
+    ------
+    ValueError where two spots share a pixel, or the stated places do not fit and the pixels are on no lattice.
+    """
+    xy_px = np.asarray(xy_px, float)
+    if len(xy_px) < 2:
+        raise ValueError(f"{where}: expected two spots or more to measure their pitch, found {len(xy_px)}")
+    _check_apart(where, xy_px)
+    if array is not None:
+        stated = np.asarray(array)
+        staggered, slopes, off = is_staggered(stated), *_fit(stated, xy_px)
+        pitch_px = _pitch_px(slopes, staggered, xy_px)
+        if _all_at_their_places(off / pitch_px) and not _repeated(stated) and not _skips_places(stated):
+            return Lattice(stated.astype(int), pitch_px, staggered, False, bool(np.linalg.det(slopes) < 0))
+    try:
+        measured = array_places(where, xy_px)
+    except ValueError as error:
+        if array is None:
+            raise
+        worst = int(np.argmax(off))
+        raise ValueError(
+            f"{where}: expected array places that fit the pixels, found the spot at row {stated[worst, 0]}, column "
+            f"{stated[worst, 1]} {off[worst] / pitch_px:.3g} pitches from its place, and pixels on no lattice either; "
+            "take places and pixels from one file"
+        ) from error
+    staggered, slopes, _ = is_staggered(measured), *_fit(measured, xy_px)
+    return Lattice(measured, _pitch_px(slopes, staggered, xy_px), staggered, True, False)
+
+
+def is_staggered(array: np.ndarray) -> bool:
+    """Whether places (S, 2) are those of Visium's array: row and column are both even or both odd."""
+    row, col = np.asarray(array).T
+    return bool(np.all((row + col) % 2 == 0)) and len(np.unique(row % 2)) == 2
+
+
+def pitch_px(xy_px: np.ndarray, array: np.ndarray) -> float:
+    """Centre-to-centre distance between neighbouring spots, in the unit of `xy_px` (S, 2), of spots at their places.
+
+    An affine map from array places to pixels is fitted, which holes, turns and rounding hardly touch. Its determinant
+    is the area per place: pitch squared on a square array; on a staggered one, where a column is half a pitch and a row
+    sqrt(3)/2 of it, sqrt(3)/4 of that. Spots on one line have no area: their closest pair is taken.
+    """
+    return _pitch_px(_fit(array, xy_px)[0], is_staggered(array), np.asarray(xy_px, float))
+
+
+def _fit(array: np.ndarray, xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels per step of column and row (2, 2), and how far each spot (S,) lies from the fitted place, in pixels."""
+    places = np.asarray(array, float)[:, ::-1]
+    places, pixels = places - places.mean(0), xy_px - xy_px.mean(0)
+    slopes, _, _, _ = np.linalg.lstsq(places, pixels, rcond=None)
+    return slopes, np.linalg.norm(places @ slopes - pixels, axis=1)
+
+
+def _pitch_px(slopes: np.ndarray, staggered: bool, xy_px: np.ndarray) -> float:
+    area_px2 = abs(np.linalg.det(slopes))
+    if area_px2 > 1e-9 * np.square(slopes).sum():
+        return math.sqrt(area_px2 * (4 / math.sqrt(3) if staggered else 1))
+    from scipy.spatial import KDTree
+
+    return float(KDTree(xy_px).query(xy_px, k=2)[0][:, 1].min())
+
+
+def _all_at_their_places(off: np.ndarray) -> bool:
+    """Whether spots that lie `off` (S,) pitches from their places are still nearest to these."""
+    return bool(off.max() < ALL_WITHIN and np.mean(off < MOST_WITHIN) >= MOST)
+
+
+def _skips_places(array: np.ndarray) -> bool:
+    """Whether rows and columns are multiples of a step above one, as of bins numbered in units of smaller bins; ten
+    spots or more do not lie so by chance."""
+    steps = np.gcd.reduce(array.astype(np.int64) - array[0].astype(np.int64), axis=0)
+    return len(array) >= 10 and bool(steps.min() > 1)
+
+
+def _repeated(rows: np.ndarray) -> bool:
+    return len(np.unique(np.ascontiguousarray(rows, float).view(complex))) < len(rows)
+
+
+def _check_apart(where: str, xy_px: np.ndarray) -> None:
+    """Raises ValueError where two spots have their centre on one pixel."""
+    if _repeated(xy_px):
+        places, counts = np.unique(xy_px, axis=0, return_counts=True)
+        x, y = places[np.argmax(counts)]
+        raise ValueError(
+            f"{where}: expected spots at different pixels, found {counts.max()} at x {x:g}, y {y:g}; several sections "
+            "may be joined here: give each section a folder of its own"
+        )
+
+
+def array_places(where: str, xy_px: np.ndarray) -> np.ndarray:
+    """Row and column of each spot on a square array, or on a staggered one as Visium counts it (their sum is even).
+
+    Parameters
+    ----------
+    where : what messages name
+    xy_px : ndarray (S, 2), centres of the spots, three of them at least
+
+    Returns
+    -------
+    ndarray (S, 2) int. Raises ValueError where the spots lie on neither array.
+    """
+    remedy = "give array_row and array_col with the spots"
+    if len(xy_px) < 3 or _repeated(xy_px):
+        found = f"{len(xy_px)} spots" if len(xy_px) < 3 else "two spots at one pixel"
+        raise ValueError(f"{where}: expected three spots or more at different pixels, found {found}; {remedy}")
+    steps, off, staggered = _steps(xy_px)
+    if not _all_at_their_places(off) or _repeated(steps):
+        found = "two at one place" if _all_at_their_places(off) else f"one {off.max():.2f} pitches off its place"
+        raise ValueError(f"{where}: expected spots on a square or a staggered array, found {found}; {remedy}")
+    column, row = steps.astype(int).T
+    if not staggered:
+        return np.column_stack([row - row.min(), column - column.min()])
+    row, column = row - row.min(), 2 * column + row
+    column = column - column.min()
+    return np.column_stack([row, column + (row + column)[0] % 2])
+
+
+def _steps(xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Whole steps (S, 2) along the two vectors of the lattice, how far spots are off (S,) in pitches, if staggered.
+
+    The fit grows from the middle outwards: a small error of the first vectors would be whole places at the border.
+    """
+    basis, staggered = _basis(xy_px)
+    length = float(np.linalg.norm(basis[0]))
+    origin = xy_px[np.argmin(np.linalg.norm(xy_px - np.median(xy_px, axis=0), axis=1))]
+    distance = np.linalg.norm(xy_px - origin, axis=1)
+    radius = START_RADIUS * length
+    while True:
+        near = distance <= radius
+        steps = np.rint((xy_px[near] - origin) @ np.linalg.inv(basis))
+        fit, _, rank, _ = np.linalg.lstsq(np.column_stack([steps, np.ones(near.sum())]), xy_px[near], rcond=None)
+        if rank == 3:
+            basis, origin = fit[:2], fit[2]
+        if near.all():
+            break
+        radius *= 1.5
+    steps = np.rint((xy_px - origin) @ np.linalg.inv(basis))
+    return steps, np.linalg.norm(steps @ basis + origin - xy_px, axis=1) / length, staggered
 
 
 def _basis(xy_px: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -28,46 +204,3 @@ def _basis(xy_px: np.ndarray) -> tuple[np.ndarray, bool]:
     length = np.median(np.abs(steps)) if len(steps) else nearest_px
     first, second = length * np.exp(1j * turn), length * np.exp(1j * (turn + 2 * np.pi / n))
     return np.array([[first.real, first.imag], [second.real, second.imag]]), n == 6
-
-
-def array_places(where: str, xy_px: np.ndarray) -> np.ndarray:
-    """Row and column of each spot on a square array, or on a staggered one as Visium counts it (their sum is even).
-
-    Parameters
-    ----------
-    where : what messages name
-    xy_px : ndarray (S, 2), centres of the spots, three of them at least
-
-    Returns
-    -------
-    ndarray (S, 2) int. Raises ValueError where the spots lie on neither array.
-    """
-    mend = "give array_row and array_col with the spots"
-    if len(xy_px) < 3 or len(np.unique(xy_px, axis=0)) < len(xy_px):
-        raise ValueError(f"{where}: expected three spots or more at different pixels, found {len(xy_px)} spots; {mend}")
-    basis, is_staggered = _basis(xy_px)
-    length = float(np.linalg.norm(basis[0]))
-    middle = np.median(xy_px, axis=0)
-    origin = xy_px[np.argmin(np.linalg.norm(xy_px - middle, axis=1))]
-    distance = np.linalg.norm(xy_px - origin, axis=1)
-    radius = START_RADIUS * length
-    while True:  # from the middle outwards: a small error of the first vectors would grow to whole places at the border
-        near = distance <= radius
-        steps = np.rint((xy_px[near] - origin) @ np.linalg.inv(basis))
-        fit, _, rank, _ = np.linalg.lstsq(np.column_stack([steps, np.ones(near.sum())]), xy_px[near], rcond=None)
-        if rank == 3:
-            basis, origin = fit[:2], fit[2]
-        if near.all():
-            break
-        radius *= 1.5
-    steps = np.rint((xy_px - origin) @ np.linalg.inv(basis))
-    off = np.linalg.norm(steps @ basis + origin - xy_px, axis=1) / length
-    if off.max() > FARTHEST or len(np.unique(steps, axis=0)) < len(steps):
-        found = f"one {off.max():.2f} pitches off its place" if off.max() > FARTHEST else "two at one place"
-        raise ValueError(f"{where}: expected spots on a square or a staggered array, found {found}; {mend}")
-    column, row = steps.astype(int).T
-    if not is_staggered:
-        return np.column_stack([row - row.min(), column - column.min()])
-    row, column = row - row.min(), 2 * column + row
-    column = column - column.min()
-    return np.column_stack([row, column + (row + column)[0] % 2])

@@ -20,6 +20,8 @@ import h5py
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
 
+from utils.genes.names import are_controls
+
 MATRICES = (
     *("filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix"),
     *("raw_feature_bc_matrix.h5", "raw_feature_bc_matrix"),
@@ -257,30 +259,48 @@ def _matrix_path(root: Path) -> Path:
     return path
 
 
-def _are_genes(path: Path, kinds: np.ndarray) -> np.ndarray:
+def _are_genes(path: Path, names: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Which features are genes: of the kind "Gene Expression", and no control by their name."""
     of_genes = kinds == "Gene Expression"
     if not of_genes.any():
         raise ValueError(f"{path}: expected features of the kind Gene Expression, found {sorted(set(kinds))}")
-    return of_genes
+    controls = are_controls(names) & of_genes
+    if (controls == of_genes).all():
+        raise ValueError(f"{path}: expected genes, found control features alone ({names[controls][0]}, ...)")
+    return of_genes & ~controls
+
+
+def _features(path: Path) -> list[np.ndarray]:
+    """Names, ids and kinds (features,) of either form of matrix."""
+    if path.is_dir():
+        return _folder_features(path)
+    with reading(path, "a 10x matrix in HDF5"), h5py.File(path, "r") as file:
+        features = _h5_features(_h5_group(file))
+    if len(set(map(len, features))) > 1:
+        found = ", ".join(str(len(part)) for part in features)
+        raise ValueError(f"{path}: expected as many names as ids and kinds of features, found {found}; export it again")
+    return features
 
 
 def read_genes(root: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Names and ids (G,) as read_matrix gives them, without reading counts."""
     path = _matrix_path(Path(root))
-    if path.is_dir():
-        names, ids, kinds = _folder_features(path)
-    else:
-        with reading(path, "a 10x matrix in HDF5"), h5py.File(path, "r") as file:
-            names, ids, kinds = _h5_features(_h5_group(file))
-    of_genes = _are_genes(path, kinds)
+    names, ids, kinds = _features(path)
+    of_genes = _are_genes(path, names, kinds)
     return names[of_genes], ids[of_genes]
+
+
+def count_controls(root: str | Path) -> int:
+    """How many features of the kind "Gene Expression" read_matrix leaves out as controls."""
+    names, _, kinds = _features(_matrix_path(Path(root)))
+    return int((are_controls(names) & (kinds == "Gene Expression")).sum())
 
 
 def read_matrix(root: str | Path, memory: float = math.inf) -> CountMatrix:
     """Read a count matrix: the one of a slice's root (filtered before raw, HDF5 before folder), or the path itself.
 
-    Only features of the kind "Gene Expression" are kept. Counts in HDF5 that would take more than `memory` bytes are
-    StoredCounts, and checked when they are read.
+    Only features of the kind "Gene Expression" are kept, and no controls. Counts in HDF5 that would take more than
+    `memory` bytes are StoredCounts, and checked when they are read.
     """
     path = _matrix_path(Path(root))
     counts: csr_matrix | StoredCounts
@@ -294,7 +314,7 @@ def read_matrix(root: str | Path, memory: float = math.inf) -> CountMatrix:
     if counts.shape[0] != len(barcodes) or len(lengths) != 1:
         found = f"{counts.shape[0]} x {counts.shape[1]} counts, {len(barcodes)} barcodes, {len(features[0])} features"
         raise ValueError(f"{path}: expected spots x genes of one size, found {found}; export the matrix again")
-    of_genes = _are_genes(path, features[2])
+    of_genes = _are_genes(path, features[0], features[2])
     stored = isinstance(counts, StoredCounts)
     counts = replace(counts, of_genes=of_genes) if stored else _cleaned(path, counts, of_genes)
     return CountMatrix(counts, barcodes, features[0][of_genes], features[1][of_genes])

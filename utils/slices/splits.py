@@ -13,10 +13,9 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from utils.slices.visium import find_root, is_slice
+from utils.slices.visium import is_slice, why_no_slice
 
 PARTS = ("train", "val", "test")
-IMAGE_SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png", ".svs", ".ndpi")
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,18 @@ def _row(data: Path, cells: dict[str, str], where: str) -> SliceRow:
         raise ValueError(f"{where}: expected the name of a slice folder, found none; fill in or remove the line")
     name, part = _inside(cells["slice"], where), cells.get("part", "")
     if not is_slice(data / name):
-        found = "a folder without spatial/" if (data / name).is_dir() else "no such folder"
-        raise ValueError(f"{where}: expected the slice folder {data / name}, found {found}; mend the slice column")
+        raise ValueError(f"{where}: {data / name}: {_no_slice(data / name)}; correct the slice column")
     if part not in ("", *PARTS):
         raise ValueError(f"{where}: expected train, val, test or nothing as part, found {part}; mend the part column")
     image = _inside(cells["image"], where) if cells.get("image") else None
     patient = cells.get("patient") or _own_patient(name)
     return SliceRow(name, patient, part, _pitch_um(cells.get("spot_pitch_um", ""), where), image)
+
+
+def _no_slice(folder: Path) -> str:
+    if not folder.is_dir():
+        return "expected a slice folder, found no such folder"
+    return why_no_slice(folder) or "expected a slice folder, found one without spatial/"
 
 
 def _lines(table: Path) -> list[tuple[int, list[str]]]:
@@ -122,13 +126,20 @@ def _found(data: Path) -> tuple[list[SliceRow], list[str]]:
     """Every slice folder below data, by name, each its own patient, and a warning for the other folders."""
     names = sorted(path.name for path in data.iterdir() if path.is_dir() and not path.name.startswith("."))
     rows = [SliceRow(name, name, "", None, None) for name in names if is_slice(data / name)]
+    others = [name for name in names if not is_slice(data / name)]
+    reasons = [f"{data / name}: {reason}" for name in others if (reason := why_no_slice(data / name))]
     if not rows:
-        hint = "give the folder above it" if is_slice(data) else "give the folder that holds them with --data"
+        itself = is_slice(data)
+        if not itself and (whole := why_no_slice(data)):
+            reasons.append(f"{data}: {whole}")
+        if not itself and reasons:
+            raise ValueError(reasons[0])
+        hint = "give the folder above it" if itself else "give the folder that holds them with --data"
         raise ValueError(
             f"{data}: expected slice folders (each with spatial/), found {len(names)} other folders; {hint}"
         )
-    others = [name for name in names if not is_slice(data / name)]
-    return rows, [f"{data}: folders without spatial/, not used: {', '.join(others)}"] if others else []
+    unread = [f"{data}: folders without spatial/, not used: {', '.join(others)}"] if others else []
+    return rows, unread + reasons
 
 
 def read_table(
@@ -234,24 +245,6 @@ def of_part(rows: Iterable[SliceRow], *parts: str) -> list[SliceRow]:
 def slice_folder(data: str | Path, row: SliceRow) -> Path:
     """The folder of a slice."""
     return Path(data) / row.slice
-
-
-def image_file(data: str | Path, row: SliceRow) -> Path | None:
-    """Find the full-resolution image of a slice: the one named, else the only one in its folder or root, else None."""
-    folder = slice_folder(data, row)
-    places = list(dict.fromkeys([folder, find_root(folder)]))
-    if row.image is not None:
-        name = _inside(row.image, f"{folder}, image")
-        named = [place / name for place in places if (place / name).is_file()]
-        if not named:
-            raise ValueError(f"{folder}: expected the image {name}, found no such file; mend the image column")
-        return named[0]
-    images = [path for place in places for path in sorted(place.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
-    images = [path for path in images if path.is_file() and not path.name.startswith(".")]
-    if len(images) > 1:
-        found = ", ".join(path.relative_to(folder).as_posix() for path in images)
-        raise ValueError(f"{folder}: expected one full-resolution image, found {found}; name it in the image column")
-    return images[0] if images else None
 
 
 def _cells(row: SliceRow) -> list[str]:

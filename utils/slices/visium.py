@@ -1,13 +1,15 @@
-"""Space Ranger folders (versions 1 to 3, Visium and Visium HD) into arrays, checked where they enter.
+"""Space Ranger folders (versions 1 to 3, Visium and Visium HD), each opened once as a `Slice`, checked where it enters.
+
+    slice_ = open_slice(Path("data/Breast_cancer/1142243F"))
+    slice_.spots, slice_.pitch_px, slice_.source_image("auto"), slice_.with_counts().counts
 
 Shapes: S spots, G genes. Coordinates are full-resolution pixels of the H&E, origin top left: x_fullres_px is Space
 Ranger's pxl_col_in_fullres, y_fullres_px its pxl_row_in_fullres. Whatever is wrong with a file is a ValueError of one
-line: the file, what was expected, what was found, how to mend it.
+line: the file, what was expected, what was found, how to fix it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,165 +18,328 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from utils.images.image import SUFFIXES, image_size
 from utils.slices.content import counts_hash
+from utils.slices.folders import HIRES, LOWRES, SPATIAL_FILES, find_root, is_slice, why_no_slice
+from utils.slices.lattice import Lattice, fit_lattice
 from utils.slices.matrix import (
     CountMatrix,
     StoredCounts,
-    check_once,
-    first_of,
-    listing,
     read_barcodes,
     read_genes,
     read_matrix,
-    reading,
     slice_matrix,
     spans,
 )
+from utils.slices.spatial_files import read_position_file, read_positions, read_scalefactors
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [  # with what utils.slices.matrix and content give, so that callers know one reader
+__all__ = [  # with what the files beside this one give, so that callers know one reader
+    "HIRES",
+    "LOWRES",
     "CountMatrix",
+    "CountedSlice",
     "Slice",
+    "SourceImage",
     "StoredCounts",
     "counts_hash",
     "find_root",
+    "fit_positions",
     "format_unmatched",
     "is_slice",
-    "is_staggered",
-    "pitch_fullres_px",
+    "open_slice",
     "read_barcodes",
     "read_matrix",
+    "read_position_file",
     "read_positions",
     "read_scalefactors",
     "read_slice",
     "read_slice_genes",
     "spans",
-    "spot_pitch_um",
-    "tissue_spots",
+    "why_no_slice",
 ]
 
-POSITION_FILES = ("tissue_positions.csv", "tissue_positions.parquet", "tissue_positions_list.csv")
-POSITION_COLUMNS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
-NEEDED_SCALES = ("tissue_hires_scalef", "tissue_lowres_scalef", "spot_diameter_fullres")
+BY_PRODUCTS = (  # of Space Ranger: never the full-resolution image
+    *(HIRES, LOWRES, "aligned_fiducials.jpg", "aligned_tissue_image.jpg", "detected_tissue_image.jpg"),
+    *("cytassist_image.tiff", "registration_cytassist_image.tiff"),
+)
+POSITIONS_ARRAY, POSITIONS_PX = ("array_row", "array_col"), ("x_fullres_px", "y_fullres_px")
 VISIUM_PITCH_UM = 100.0
+DISAGREE = 0.05  # two statements of um per px that differ by more are worth a warning
+SIZE = 0.01  # by which a side may differ from what a small image, whose sides are rounded, makes of it
+SPOT_DIAMETER = 0.3, 1.2  # pitches: 0.5 legacy ST, 0.65 Visium, 1 Visium HD
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """The image that tiles are cut from: `kind` "fullres" or "hires", and its pixels per full-resolution pixel.
+
+    The full-resolution pixel is that of the positions. A scan that was exported smaller or larger has another scale.
+    """
+
+    kind: str
+    path: Path
+    scale: float
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The spots under tissue that have counts, in the order of the matrix.
+    """What a slice folder says, without its counts.
 
     Attributes
     ----------
     name : str
-    root : Path, the folder that holds spatial/
-    counts : csr_matrix (S, G) int32, or StoredCounts where they are left in their file
-    genes, gene_ids : ndarray (G,) str
-    spots : DataFrame (S, 4), index barcode, columns array_row, array_col, x_fullres_px, y_fullres_px
+    folder, root : Path, as given, and the folder that holds spatial/
+    spots : DataFrame (S, 4), index barcode, columns array_row, array_col, x_fullres_px, y_fullres_px: the spots under
+        tissue that have counts, in the order of the matrix; without a matrix all under tissue, in that of the positions
     unmatched : dict, how many spots were left aside, by reason
+    rows : ndarray (S,), rows of the spots in the matrix
+    matrix : Path or None, the count matrix
+    lattice : Lattice or None, of all positions; None where there is a single one
+    scalefactors : dict of the positive numbers in scalefactors_json.json
+    stated_pitch_um : float or None, as slices.csv or a flag states it
+    warnings : tuple of str, what contradicts itself but can be worked with
     """
 
     name: str
+    folder: Path
     root: Path
+    spots: pd.DataFrame
+    unmatched: dict[str, int]
+    rows: np.ndarray
+    matrix: Path | None
+    lattice: Lattice | None
+    scalefactors: dict[str, float]
+    stated_pitch_um: float | None
+    warnings: tuple[str, ...]
+
+    @property
+    def xy_fullres_px(self) -> np.ndarray:
+        """Centres of the spots (S, 2), x and y."""
+        return self.spots[["x_fullres_px", "y_fullres_px"]].to_numpy(float)
+
+    @property
+    def pitch_px(self) -> float:
+        """Between neighbouring spots, in full-resolution pixels. Raises ValueError where there is a single position."""
+        if self.lattice is None:
+            raise ValueError(f"{self.root}: expected two positions or more to measure their pitch, found one")
+        return self.lattice.pitch_px
+
+    @property
+    def known_pitch_um(self) -> float | None:
+        """Between neighbouring spots: as stated, else 100 on Visium's array, else the bin size; None where unknown."""
+        if self.stated_pitch_um is not None:
+            return self.stated_pitch_um
+        if self.lattice is not None and self.lattice.staggered:
+            return VISIUM_PITCH_UM
+        return self.scalefactors.get("bin_size_um")
+
+    @property
+    def pitch_um(self) -> float:
+        """The same; raises ValueError where it is unknown."""
+        known = self.known_pitch_um
+        if known is None:
+            raise ValueError(
+                f"{self.root}: expected a Visium array or the bin size of Visium HD, found a square array; add the "
+                "column spot_pitch_um to slices.csv or use --spot_pitch_um (200 for legacy ST)"
+            )
+        return known
+
+    @property
+    def um_per_px(self) -> float | None:
+        """Of a full-resolution pixel, by the spots; None where the pitch is not known."""
+        known = self.known_pitch_um
+        return None if known is None or self.lattice is None else known / self.lattice.pitch_px
+
+    def small_image(self, kind: str) -> SourceImage | None:
+        """The "hires" or "lowres" image of spatial/."""
+        path = self.root / "spatial" / {"hires": HIRES, "lowres": LOWRES}[kind]
+        return SourceImage(kind, path, self.scalefactors[f"tissue_{kind}_scalef"]) if path.exists() else None
+
+    def fullres_image(self, named: str | None = None) -> Path | None:
+        """The full-resolution image: the one named, else the only one in the folder or its root, else None."""
+        places = list(dict.fromkeys([self.folder, self.root]))
+        if named is not None:
+            found = [place / named for place in places if (place / named).is_file()]
+            if not found:
+                raise ValueError(
+                    f"{self.folder}: expected the image {named}, found no such file; correct the image column"
+                )
+            return found[0]
+        files = [path for place in places for path in sorted(place.iterdir()) if path.suffix.lower() in SUFFIXES]
+        images = [path for path in files if path.is_file() and path.name[0] != "." and path.name not in BY_PRODUCTS]
+        if len(images) > 1:
+            found_names = ", ".join(path.relative_to(self.folder).as_posix() for path in images)
+            raise ValueError(
+                f"{self.folder}: expected one full-resolution image, found {found_names}; name it in the image column"
+            )
+        return images[0] if images else None
+
+    def source_image(self, source: str = "auto", named: str | None = None) -> SourceImage:
+        """The image to cut tiles from. `source`: "fullres", "hires", or "auto" for the best that is there."""
+        fullres = None if source == "hires" else self.fullres_image(named)
+        if fullres is not None:
+            return SourceImage("fullres", fullres, self.export_scale(image_size(fullres)))
+        hires = self.small_image("hires")
+        if source == "fullres" or hires is None:
+            wanted = "a full-resolution image" + (f" or spatial/{HIRES}" if source == "auto" else "")
+            raise ValueError(f"{self.root}: expected {wanted}, found none; put the H&E image into the folder")
+        return hires
+
+    def export_scale(self, size: tuple[int, int]) -> float:
+        """Pixels of an image of that width and height per full-resolution pixel, by the size of the small images: 1, or
+        what the scan was made smaller or larger by, where both sides agree."""
+        for small in filter(None, map(self.small_image, ("hires", "lowres"))):
+            ratios = [side * small.scale / other for side, other in zip(size, image_size(small.path), strict=True)]
+            scale = math.sqrt(ratios[0] * ratios[1])
+            if abs(scale - 1) > SIZE and abs(ratios[0] / ratios[1] - 1) <= SIZE:
+                whole = round(max(scale, 1 / scale))  # exports are halves, thirds, ... of a scan
+                exact = whole if scale > 1 else 1 / whole
+                return float(exact) if abs(scale / exact - 1) <= SIZE else scale
+            return 1.0
+        return 1.0
+
+    def read_genes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Names and ids (G,) of the genes that the counts are of."""
+        return read_genes(self.matrix or self.root)  # without any matrix read_genes states what is missing
+
+    def with_counts(self, memory: float = math.inf) -> CountedSlice:
+        """The slice and the counts of its spots; more than `memory` bytes of them stay in their HDF5 file."""
+        matrix = read_matrix(self.matrix or self.root, memory)
+        counts = matrix.counts.of(self.rows) if isinstance(matrix.counts, StoredCounts) else matrix.counts[self.rows]
+        return CountedSlice(**vars(self), counts=counts, genes=matrix.genes, gene_ids=matrix.gene_ids)
+
+
+@dataclass(frozen=True)
+class CountedSlice(Slice):
+    """A slice with what was counted.
+
+    Attributes
+    ----------
+    counts : csr_matrix (S, G) int32, or StoredCounts where they are left in their file
+    genes, gene_ids : ndarray (G,) str
+    """
+
     counts: csr_matrix | StoredCounts
     genes: np.ndarray
     gene_ids: np.ndarray
-    spots: pd.DataFrame
-    unmatched: dict[str, int]
 
 
-def _roots(folder: Path) -> list[Path]:
-    """Folders that may be meant; more than one where Visium HD was binned at several sizes."""
-    for base in (folder, folder / "outs"):
-        bins = sorted(p.parent for p in base.glob("binned_outputs/square_*um/spatial") if p.is_dir())
-        # Visium HD writes a spatial/ without positions above its bins: that one is not meant.
-        if (base / "spatial").is_dir() and (not bins or first_of(base / "spatial", POSITION_FILES)):
-            return [base]
-        if bins:
-            return bins
-    return []
+def open_slice(folder: str | Path, name: str | None = None, spot_pitch_um: float | None = None) -> Slice:
+    """Read positions, scale factors and barcodes of a slice folder, and check them against each other.
 
+    Parameters
+    ----------
+    folder : the slice folder, as find_root takes it
+    name : what to call the slice; default the name of the folder
+    spot_pitch_um : distance between neighbouring spots where the folder does not tell it
 
-def find_root(folder: str | Path) -> Path:
-    """Find the folder that holds spatial/: the folder itself, its outs/ or its only binned_outputs/square_*um."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: expected a slice folder, found {'a file' if folder.exists() else 'nothing'}")
-    roots = _roots(folder)
-    if len(roots) > 1:
-        bins = ", ".join(f"{folder.name}/{root.relative_to(folder).as_posix()}" for root in roots)
-        raise ValueError(f"{folder}: expected one bin size, found {bins}; put one into the slice column of slices.csv")
-    if not roots:
-        wanted = "spatial/ (here, in outs/ or in binned_outputs/square_*um): a matrix without positions is no slice"
-        raise ValueError(f"{folder}: expected {wanted}; found {listing(folder)}; add the spatial folder")
-    return roots[0]
-
-
-def is_slice(folder: str | Path) -> bool:
-    """Whether a folder looks like a slice; one with several bin sizes does, and find_root then says what to do."""
-    return bool(_roots(Path(folder)))
-
-
-def _position_table(path: Path) -> pd.DataFrame:
-    """The six columns of a positions file, by name, unchecked."""
-    import pandas as pd
-
-    with reading(path, "a table of spot positions"):
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path, columns=list(POSITION_COLUMNS))
-            return table if "barcode" in table else table.reset_index()  # pandas may have kept it as the index
-        # As text without a header: pandas would take a seventh column for an index, silently.
-        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    first, names = ",".join(map(str, table.iloc[0])), list(POSITION_COLUMNS)
-    if table.shape[1] == len(names) and first.startswith("barcode,"):
-        names, table = table.iloc[0].str.strip().tolist(), table.iloc[1:]
-    if table.shape[1] != len(names) or set(names) != set(POSITION_COLUMNS):
-        wanted, found = ", ".join(POSITION_COLUMNS), f"{table.shape[1]} columns, first line {first}"
-        raise ValueError(f"{path}: expected the comma-separated columns {wanted}, found {found}; mend the file")
-    return table.set_axis(names, axis=1)
-
-
-def read_positions(root: str | Path) -> pd.DataFrame:
-    """Read all positions of a slice, under tissue or not, from any of Space Ranger's three files.
-
-    Returns
-    -------
-    DataFrame, index barcode; columns in_tissue (bool), array_row, array_col (int), x_fullres_px, y_fullres_px (float64)
+    Raises
+    ------
+    ValueError in one line: a file is missing or damaged, spots share a pixel, places and pixels are on no lattice.
     """
-    import pandas as pd
-
-    path = first_of(Path(root) / "spatial", POSITION_FILES)
-    if path is None:
-        raise ValueError(f"{Path(root) / 'spatial'}: expected one of {', '.join(POSITION_FILES)}, found none; add it")
-    table = _position_table(path)
-    numbers = np.column_stack([pd.to_numeric(table[c], errors="coerce").to_numpy(float) for c in POSITION_COLUMNS[1:]])
-    bad = ~np.isfinite(numbers).all(axis=1) | (numbers[:, :3] != np.rint(numbers[:, :3])).any(axis=1)
-    bad |= ~np.isin(numbers[:, 0], (0, 1))
-    if bad.any():
-        found = ",".join(str(value) for value in table[list(POSITION_COLUMNS)].to_numpy()[bad][0])
-        wanted = "in_tissue 0 or 1, whole array places and finite pixels"
-        raise ValueError(f"{path}: expected {wanted}, found {found}; mend or remove the line")
-    barcodes = table["barcode"].to_numpy(dtype=object)
-    check_once(path, barcodes)
-    in_tissue, array_row, array_col, y_px, x_px = numbers.T
-    columns = {"in_tissue": in_tissue == 1, "array_row": array_row.astype(int), "array_col": array_col.astype(int)}
-    columns |= {"x_fullres_px": x_px, "y_fullres_px": y_px}
-    return pd.DataFrame(columns, index=pd.Index(barcodes, name="barcode"))
+    folder = Path(folder)
+    root, name = find_root(folder), name or folder.absolute().name
+    _check_unpacked(root / "spatial")
+    positions, scalefactors = read_positions(root), read_scalefactors(root)
+    matrix = slice_matrix(root)
+    barcodes = positions.index.to_numpy() if matrix is None else read_barcodes(root)
+    if barcodes is None:
+        raise ValueError(f"{root}: expected the barcodes of {matrix}, found none")
+    _check_one_run(root, positions.index.to_numpy(), barcodes)
+    lattice = fit_positions(root, positions)
+    spots, rows, unmatched = _match(root, positions, barcodes)
+    found = Slice(
+        name, folder, root, spots, unmatched, rows, matrix, lattice, scalefactors, _positive(root, spot_pitch_um), ()
+    )
+    return Slice(**vars(found) | {"warnings": tuple(_contradictions(found))})
 
 
-def read_scalefactors(root: str | Path) -> dict[str, float]:
-    """Read the numbers of scalefactors_json.json; those that are divided by are positive and finite."""
-    path = Path(root) / "spatial" / "scalefactors_json.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: expected the scale factors of Space Ranger, found no such file; add it")
-    with reading(path, "scale factors in JSON"):
-        content = dict(json.loads(path.read_text(encoding="utf-8-sig")))
-    for key in (*NEEDED_SCALES, "bin_size_um", "microns_per_pixel"):
-        value = content.get(key, "no such key" if key in NEEDED_SCALES else 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{path}: expected a positive number as {key}, found {value}; mend it")
-    return {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
+def _check_unpacked(spatial: Path) -> None:
+    """Raises ValueError where a file that would be read is there packed only: without it checks would be skipped."""
+    packed = [f"{name}.gz" for name in SPATIAL_FILES if (spatial / f"{name}.gz").exists()]
+    packed = [name for name in packed if not (spatial / name.removesuffix(".gz")).exists()]
+    if packed:
+        raise ValueError(f"{spatial}: expected unpacked files, found {', '.join(packed)}; gunzip them")
+
+
+def fit_positions(where: Path, positions: pd.DataFrame) -> Lattice | None:
+    """The lattice of all positions; of those under tissue where the others have no sensible pixels.
+
+    Measured places replace those of `positions`. None for a single position.
+    """
+    for used in (np.ones(len(positions), bool), positions["in_tissue"].to_numpy()):
+        found = positions[used]
+        if len(found) < 2:
+            continue
+        xy, array = (found[list(columns)].to_numpy() for columns in (POSITIONS_PX, POSITIONS_ARRAY))
+        try:
+            lattice = fit_lattice(str(where), xy, array)
+        except ValueError:
+            if used.all() and not positions["in_tissue"].all():
+                continue
+            raise
+        if not lattice.measured or not used.all() or positions["in_tissue"].all():
+            positions.loc[used, list(POSITIONS_ARRAY)] = lattice.array
+            return lattice
+    return None
+
+
+def _check_one_run(root: Path, positions: np.ndarray, barcodes: np.ndarray) -> None:
+    """Raises ValueError where the counts are of several runs (barcodes -1, -2, ...) and the positions of one."""
+    runs = [{name.rpartition("-")[2] for name in names if "-" in name} for names in (positions, barcodes)]
+    numbered = all(name.isdigit() for names in runs for name in names)
+    if numbered and len(runs[1]) > 1 and len(runs[0]) == 1:
+        found = ", ".join(f"-{number}" for number in sorted(runs[1], key=int)[:4])
+        raise ValueError(
+            f"{root}: expected counts of one section, found barcodes that end with {found}, as spaceranger aggr joins "
+            "them, and positions of one; give the counts of the section's own spaceranger count run"
+        )
+
+
+def _positive(root: Path, pitch_um: float | None) -> float | None:
+    if pitch_um is not None and not 0 < pitch_um < math.inf:
+        raise ValueError(f"{root}: expected a positive spot pitch in um, found {pitch_um}; correct spot_pitch_um")
+    return None if pitch_um is None else float(pitch_um)
+
+
+def _contradictions(slice_: Slice) -> list[str]:
+    """What the files of a slice say against each other and can still be worked with."""
+    lattice, factors = slice_.lattice, slice_.scalefactors
+    warnings: list[str] = []
+    if lattice is None:
+        return warnings
+    if lattice.measured:
+        warnings.append(
+            f"{slice_.root}: array places of the positions file do not fit its pixels; places measured from the pixels "
+            "are used"
+        )
+    spots_px = factors["spot_diameter_fullres"] / lattice.pitch_px
+    if not SPOT_DIAMETER[0] <= spots_px <= SPOT_DIAMETER[1]:
+        warnings.append(
+            f"{slice_.root}: spot_diameter_fullres is {spots_px:.2g} times the distance between spots; are positions "
+            "and scale factors those of one image?"
+        )
+    stated, measured = factors.get("microns_per_pixel"), slice_.um_per_px
+    if stated is not None and measured is not None and abs(stated / measured - 1) > DISAGREE:
+        warnings.append(
+            f"{slice_.root}: a pixel has {measured:.4g} um by the spots ({slice_.pitch_um:g} um apart) but "
+            f"{stated:.4g} um by microns_per_pixel of its scale factors; the former is used"
+        )
+    return warnings
+
+
+def read_slice(folder: str | Path, name: str | None = None, memory: float = math.inf) -> CountedSlice:
+    """Open a slice and read its counts."""
+    return open_slice(folder, name).with_counts(memory)
+
+
+def read_slice_genes(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Names and ids (G,) of the genes that read_slice would give, without reading positions or counts."""
+    root = find_root(folder)
+    return read_genes(slice_matrix(root) or root)
 
 
 def _match(
@@ -193,7 +358,7 @@ def _match(
     rows = np.flatnonzero(known)[in_tissue[place[known]]]
     if not len(rows):
         found = f"{in_tissue.sum()} of {len(positions)} positions in tissue, none of them with counts"
-        raise ValueError(f"{root}: expected spots in tissue, found {found}; mend in_tissue in the positions file")
+        raise ValueError(f"{root}: expected spots in tissue, found {found}; correct in_tissue in the positions file")
     unmatched = {
         "counts without position": int((~known).sum()),
         "tissue positions without counts": int(in_tissue.sum()) - len(rows),
@@ -202,85 +367,6 @@ def _match(
     return positions.iloc[place[rows]].drop(columns="in_tissue"), rows, unmatched
 
 
-def read_slice(folder: str | Path, name: str | None = None, memory: float = math.inf) -> Slice:
-    """Read the spots of a slice that are in tissue and have counts, in the order of the matrix.
-
-    Parameters
-    ----------
-    folder : the slice folder, as find_root takes it
-    name : what to call the slice; default the name of the folder
-    memory : bytes that the counts may take; more of them stay in their HDF5 file
-    """
-    root = find_root(folder)
-    matrix = read_matrix(slice_matrix(root) or root, memory)  # without any matrix read_matrix says what is missing
-    spots, rows, unmatched = _match(root, read_positions(root), matrix.barcodes)
-    name = name or Path(folder).absolute().name
-    counts = matrix.counts.of(rows) if isinstance(matrix.counts, StoredCounts) else matrix.counts[rows]
-    return Slice(name, root, counts, matrix.genes, matrix.gene_ids, spots, unmatched)
-
-
-def read_slice_genes(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Names and ids (G,) of the genes that read_slice would give, without reading counts."""
-    root = find_root(folder)
-    return read_genes(slice_matrix(root) or root)
-
-
-def tissue_spots(root: str | Path) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Find the spots that read_slice would give, in its order, without reading counts; for tiling.
-
-    Where there are no counts at all, every position in tissue is a spot, in the order of the positions file.
-    """
-    positions, barcodes = read_positions(root), read_barcodes(root)
-    spots, _, unmatched = _match(Path(root), positions, positions.index.to_numpy() if barcodes is None else barcodes)
-    return spots, unmatched
-
-
 def format_unmatched(unmatched: dict[str, int]) -> str:
     """The reasons that occurred, on one line; empty where every spot was matched."""
     return ", ".join(f"{number:,} {reason}" for reason, number in unmatched.items() if number)
-
-
-def is_staggered(positions: pd.DataFrame) -> bool:
-    """Whether the array is Visium's: every other row is shifted by half a pitch and columns step by two."""
-    row, col = positions["array_row"].to_numpy(), positions["array_col"].to_numpy()
-    return bool(np.all((row + col) % 2 == 0)) and len(np.unique(row % 2)) == 2
-
-
-def pitch_fullres_px(positions: pd.DataFrame) -> float:
-    """Measure the centre-to-centre distance between neighbouring spots, in full-resolution pixels.
-
-    An affine map from array places to pixels is fitted, which holes, turns and rounding hardly touch. Its determinant
-    is the area per place: pitch squared on a square array; on a staggered one, where a column is half a pitch and a row
-    sqrt(3)/2 of it, sqrt(3)/4 of that. Spots on one line have no area: their closest pair is taken.
-    """
-    array = positions[["array_col", "array_row"]].to_numpy(float)
-    pixels = positions[["x_fullres_px", "y_fullres_px"]].to_numpy(float)
-    if len(pixels) < 2:
-        raise ValueError(f"expected two spots or more to measure their pitch, found {len(pixels)}; check the positions")
-    slopes, _, rank, _ = np.linalg.lstsq(array - array.mean(0), pixels - pixels.mean(0), rcond=None)
-    area_px2 = abs(np.linalg.det(slopes))
-    if rank == 2 and area_px2 > 1e-9 * np.square(slopes).sum():
-        return math.sqrt(area_px2 * (4 / math.sqrt(3) if is_staggered(positions) else 1))
-    from scipy.spatial import KDTree
-
-    closest_px = float(KDTree(pixels).query(pixels, k=2)[0][:, 1].min())
-    if closest_px == 0:
-        raise ValueError(
-            "expected spots at different pixels to measure their pitch, found two at one; check the positions"
-        )
-    return closest_px
-
-
-def spot_pitch_um(root: str | Path, positions: pd.DataFrame, given: float | None = None) -> float:
-    """The distance between neighbouring spots in um: as given, else Visium's 100, else the bin size of Visium HD."""
-    if given is not None:
-        if not 0 < given < math.inf:
-            raise ValueError(f"{root}: expected a positive spot pitch in um, found {given}; mend spot_pitch_um")
-        return float(given)
-    if is_staggered(positions):
-        return VISIUM_PITCH_UM
-    bin_size_um = read_scalefactors(root).get("bin_size_um")
-    if bin_size_um is None:
-        mend = "add the column spot_pitch_um to slices.csv or use --spot_pitch_um (200 for legacy ST)"
-        raise ValueError(f"{root}: expected a Visium array or the bin size of Visium HD, found a square array; {mend}")
-    return bin_size_um

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import re
@@ -63,7 +64,10 @@ def _write_part(path: Path, state: dict[str, Any]) -> Path:
 
 
 def read_tensors(path: Path, flag: str) -> Any:
-    """What a .pth, .pt, .bin or .safetensors file holds, on the CPU; code in it is refused, never run."""
+    """What a .pth, .pt, .bin or .safetensors file holds, on the CPU; code in it is refused, never run.
+
+    Beside tensors and plain values it may hold flags (argparse.Namespace), as the checkpoints of timm, DINO and MAE do.
+    """
     import torch
 
     if not path.is_file():
@@ -75,7 +79,8 @@ def read_tensors(path: Path, flag: str) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a torn file makes the unpickler stumble over
         reason = " ".join(str(error).split()).split("WeightsUnpickler error: ")[-1]  # before that torch gives advice
         code = re.search(r"GLOBAL ([\w.]+)", reason)
@@ -157,7 +162,7 @@ def read_resumed(out: Path, kind: str, about: dict[str, Any]) -> dict[str, Any]:
 
 
 class Tensors(dict[str, Any]):
-    """Tensors by name, and the file they are from."""
+    """What a file holds by name, and the file."""
 
     source: str = ""
 

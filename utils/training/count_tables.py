@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from utils.genes import downsampling
+from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
 from utils.slices import content, splits
 from utils.training.datasets import SliceData
@@ -81,13 +81,14 @@ def find_held_out(slices: list[SliceData], rows: list[splits.SliceRow], args: An
 
 def read_one(path: Path, panel: list[str], held_out: HeldOut, allow_leak: bool, equal_depth: int | None) -> CountTable:
     names, barcodes, counts, total = read_counts(path)
-    measured = np.isin(panel, names)
+    called = gene_names.renamed(names, panel, gene_names.known_names(None, {}))
+    measured = np.isin(panel, called)
     if 2 * measured.sum() < len(panel):
         raise ValueError(
             f"{path}: expected at least half of the {len(panel)} input genes by name in var, found {measured.sum()} "
             f"(it has {names[0]}, ..., they are {panel[0]}, ...); rename its genes, or take the file away"
         )
-    of_panel = (counts @ gene_panels.gather(names, panel)).toarray().astype(np.int32)
+    of_panel = (counts @ gene_panels.gather(called, panel)).toarray().astype(np.int32)
     counts_hash = content.counts_hash(counts, barcodes, names)
     for leak in leaks(path, of_panel, measured, counts_hash, held_out):
         if not allow_leak:
@@ -99,13 +100,16 @@ def read_one(path: Path, panel: list[str], held_out: HeldOut, allow_leak: bool, 
     print(", ".join([f"{path.name}: {len(kept)} spots", f"{measured.sum()} input genes", *notes]))
     of_panel, total = of_panel[kept], total[kept]
     if equal_depth:
-        seeds = downsampling.spot_seeds(path.stem, barcodes[kept])
-        of_panel, total = downsampling.thin_counts(of_panel, total, equal_depth, seeds)
+        seeds = gene_panels.spot_seeds(path.stem, barcodes[kept])
+        of_panel, total = gene_panels.downsample_counts(of_panel, total, equal_depth, seeds)
     return CountTable(path.stem, gene_panels.bin_tokens(of_panel, total), measured, counts_hash)
 
 
 def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix, np.ndarray]:
-    """Gene names (A,), barcodes (S,), counts (S, A) and all counts of each spot (S,): those of obs, else the sums."""
+    """Gene names (A,), barcodes (S,), counts (S, A) and all counts of each spot (S,): those of obs, else the sums.
+
+    Control features are left out, names that were made unique are merged.
+    """
     import anndata
 
     try:
@@ -120,7 +124,11 @@ def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix, np.n
         raise ValueError(
             f"{path}: expected raw counts (0, 1, 2, ...) in X, found {counts.data[bad][0]}; put them there"
         )
-    counts = counts.astype(np.int64)
+    names = gene_names.without_unique_suffixes(adata.var_names.to_numpy())
+    of_genes = ~gene_names.are_controls(names)
+    if not of_genes.all():
+        print(f"{path.name}: {(~of_genes).sum()} control features left out")
+    names, counts = names[of_genes], counts[:, of_genes].astype(np.int64)
     counts.sum_duplicates()
     sums = np.asarray(counts.sum(1)).ravel()
     total = sums.astype(np.float64) if total is None else total
@@ -130,7 +138,7 @@ def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix, np.n
             f"{path}: expected obs['total_counts'] of at least the spot's counts, found {total[below][0]:g} where they "
             f"are {sums[below][0]}; mend or remove the column"
         )
-    return adata.var_names.to_numpy(str), adata.obs_names.to_numpy(str), counts, total
+    return names, adata.obs_names.to_numpy(str), counts, total
 
 
 def leaks(path: Path, counts: np.ndarray, measured: np.ndarray, counts_hash: str, held_out: HeldOut) -> Iterator[str]:

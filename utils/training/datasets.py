@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from utils.genes import downsampling
 from utils.genes import panels as gene_panels
 from utils.images.tiles import TilePack
 from utils.slices import splits, visium
@@ -44,8 +43,8 @@ class SliceData:
         """Input tokens of stage one: (S, G) uint8, in `out` if given."""
         counts, totals = self.panels["input"].counts, self.total_counts
         if self.equal_depth:
-            seeds = downsampling.spot_seeds(self.name, self.barcodes)
-            counts, totals = downsampling.thin_counts(counts, totals, self.equal_depth, seeds)
+            seeds = gene_panels.spot_seeds(self.name, self.barcodes)
+            counts, totals = gene_panels.downsample_counts(counts, totals, self.equal_depth, seeds)
         return gene_panels.bin_tokens(counts, totals, out)
 
     def rows_of(self, part: str) -> np.ndarray:
@@ -74,7 +73,7 @@ def load_slice(row: splits.SliceRow, args: Any, roles: tuple[str, ...], val_stri
         )
     kept = np.flatnonzero(tile_rows >= 0)
     if len(kept) < len(tile_rows):
-        print(f"{row.slice}: {len(tile_rows) - len(kept)} spots outside the picture are left out")
+        print(f"{row.slice}: {len(tile_rows) - len(kept)} spots outside the image are left out")
     xy = first.xy_fullres_px[kept]
     strip = val_strip and row.part == "train"
     return SliceData(
@@ -117,13 +116,13 @@ def load_slices(
     return slices
 
 
-def um_per_fullres_px(one: SliceData, hires_scale: float) -> float | None:
-    """Micrometres per full-resolution pixel, as the tiles' record tells; None where the spot pitch is not known."""
+def um_per_fullres_px(one: SliceData) -> float | None:
+    """Micrometres per full-resolution pixel, by the tiles' record; None where the spot pitch is not known."""
     record = one.pack.record or {}
     if record.get("um_per_px") is None:
         return None
     per_source_px = record["um_per_px"] * record["size"] / record["crop"]
-    return per_source_px * (hires_scale if record["source"] == "hires" else 1.0)
+    return per_source_px * record["scale"]
 
 
 def tile_scale(one: SliceData) -> tuple[int, float | None]:
@@ -221,14 +220,16 @@ class TileBatches:
 
 class EpochOrder:
     """Whole batches in an order drawn from (seed, epoch), an incomplete last one is dropped; of each the part of this
-    process. `accumulate` batches make a step, of which there are whole ones only. `first` is the batch to begin at."""
+    process. `accumulate` batches make a step, or all where an epoch has fewer; batches that make no whole step are
+    dropped. `first` is the batch to begin at."""
 
     def __init__(self, n_spots: int, batch_size: int, seed: int, accumulate: int = 1):
         self.n_spots, self.batch_size, self.seed = n_spots, batch_size, seed
-        self.accumulate, self.epoch, self.first = accumulate, 0, 0
+        self.n_batches, self.epoch, self.first = n_spots // batch_size, 0, 0
+        self.accumulate = max(min(accumulate, self.n_batches), 1)
 
     def __len__(self) -> int:
-        return self.n_spots // self.batch_size // self.accumulate * self.accumulate
+        return self.n_batches // self.accumulate * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_spots)

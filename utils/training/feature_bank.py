@@ -6,6 +6,7 @@ Letters: S spots, T tokens of a tile, D feature width, N context spots, R reache
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -106,7 +107,8 @@ def means_around(
         pairs = KDTree(xy_px[block]).sparse_distance_matrix(everywhere, farthest, output_type="ndarray")
         pairs = pairs[pairs["i"] + block.start != pairs["j"]]
         seen, column = np.unique(pairs["j"], return_inverse=True)
-        near, shape = features[seen].reshape(len(seen), -1).astype(np.float32), (block.stop - block.start, len(seen))
+        width, shape = math.prod(features.shape[1:]), (block.stop - block.start, len(seen))
+        near = features[seen].reshape(len(seen), width).astype(np.float32)
         found = []
         for reach in reaches:
             distance = pairs["v"] / (reach * pitch_px)

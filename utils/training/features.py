@@ -31,10 +31,15 @@ Encode = Callable[[Tensor], Tensor]  # tiles (B, 3, Z, Z) in 0..1 -> features (B
 
 
 def read_image_weights(text: str, flag: str) -> Any:
-    """--image_weights: "timm" for the hub's, None for none, else the tensors of a file."""
-    if text == "timm":
-        return "timm"
-    return None if text == "none" else checkpoint.read_weights(Path(text), flag)
+    """--image_weights: "timm" for the hub's, None for none, else what a file holds, tensors at any depth."""
+    if text in ("timm", "none"):
+        return "timm" if text == "timm" else None
+    content = checkpoint.read_tensors(Path(text), flag)
+    if not isinstance(content, dict):
+        raise ValueError(f"{flag}: expected named tensors in {text}, found {type(content).__name__}; save a state dict")
+    found = checkpoint.Tensors(content)
+    found.source = text
+    return found
 
 
 @dataclass

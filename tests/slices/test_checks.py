@@ -1,0 +1,194 @@
+"""An image against its slice: what fits passes without a word, what cannot be the same image is refused."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from spaceranger_folders import refused
+
+from utils.images.image import open_image
+from utils.slices import checks, visium
+
+REAL = os.environ.get("MAGIC_REAL_DATA")
+real = [pytest.mark.realdata, pytest.mark.skipif(not REAL, reason="MAGIC_REAL_DATA does not name the data folder")]
+GLASS, PINK = (243, 242, 244), (200, 110, 160)
+
+
+@pytest.fixture
+def slide(tmp_path, rng):
+    """An image of 800 x 600 px with tissue left of the middle, its hires and lowres images, and spots on the tissue."""
+    pixels = np.full((600, 800, 3), GLASS, np.uint8)
+    pixels[60:420, 50:390] = PINK
+    pixels[100:200, 90:200] = (120, 40, 130)
+    image = Image.fromarray(pixels)
+    paths = {"fullres": tmp_path / "he.png", "hires": tmp_path / "hires.png", "lowres": tmp_path / "lowres.png"}
+    for kind, scale in (("fullres", 1), ("hires", 0.5), ("lowres", 0.1)):
+        image.resize((round(800 * scale), round(600 * scale)), Image.Resampling.BOX).save(paths[kind])
+    x, y = np.meshgrid(np.arange(80, 380, 30.0), np.arange(90, 400, 30.0))
+    return image, paths, np.column_stack([x.ravel(), y.ravel()])
+
+
+def pixels_of(image):
+    return np.asarray(image.convert("RGB"))
+
+
+def test_few_spots_may_lie_outside_and_many_are_refused():
+    xy = np.column_stack([np.arange(100.0), np.full(100, 5.0)])
+    assert checks.spots_on_image("a.png", xy, (100, 10)).all()
+    inside = checks.spots_on_image("a.png", xy, (97, 10))
+    assert (~inside).sum() == 3 and not inside[97:].any()
+    assert "found 4 outside" in refused(
+        "a.png: expected 100 spots on its 96 x 10 px", checks.spots_on_image, "a.png", xy, (96, 10)
+    )
+    assert "x and y swapped all would lie on it" in refused("a.png", checks.spots_on_image, "a.png", xy, (10, 100))
+    refused("outside", checks.spots_on_image, "a.png", xy[:2] + 200, (100, 10))  # few, but all of them
+
+
+@pytest.mark.parametrize("small", ["hires", "lowres"])
+def test_the_same_image_in_other_colours_passes(slide, small):
+    image, paths, _ = slide
+    own = pixels_of(image)
+    brighter = np.clip(own * 1.15 + 5, 0, 255).astype(np.uint8)
+    gamma = (255 * (own / 255) ** 1.6).astype(np.uint8)
+    stained = (own * [1.0, 0.85, 1.05]).clip(0, 255).astype(np.uint8)
+    blurred = pixels_of(image.filter(ImageFilter.GaussianBlur(3)))
+    for pixels in (own, brighter, gamma, stained, blurred):
+        assert checks.check_content(Path("he.png"), pixels, paths[small]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        (lambda pixels: pixels[:, ::-1], "it fits mirrored left to right"),
+        (lambda pixels: pixels[::-1], "it fits mirrored top to bottom"),
+        (lambda pixels: pixels[::-1, ::-1], "it fits turned by 180 degrees"),
+        (lambda pixels: 255 - pixels, "found another"),
+        (lambda pixels: np.roll(pixels, 80, 1), "found another"),
+    ],
+)
+def test_another_image_is_refused(slide, change, hint):
+    image, paths, _ = slide
+    changed = np.ascontiguousarray(change(pixels_of(image)))
+    for small in ("hires", "lowres"):
+        assert hint in refused(
+            "he.png: expected the image", checks.check_content, Path("he.png"), changed, paths[small]
+        )
+
+
+def test_a_shift_is_warned_of_and_a_blank_image_tells_nothing(slide, tmp_path):
+    image, paths, _ = slide
+    shifted = np.roll(pixels_of(image), 12, 1)
+    assert "may be shifted or cropped" in checks.check_content(Path("he.png"), shifted, paths["hires"])[0]
+    Image.new("RGBA", (60, 40)).save(tmp_path / "blank.png")
+    assert checks.check_content(Path("he.png"), pixels_of(image), tmp_path / "blank.png") == []
+
+
+def test_sizes(slide):
+    _, paths, _ = slide
+    checks.check_size(Path("he.png"), [800, 600], paths["hires"], 0.5)
+    checks.check_size(Path("he.png"), [805, 600], paths["lowres"], 0.1)
+    for size in ([400, 300], [1600, 1200], [600, 800], [815, 600]):
+        refused("expected about 800 x 600", checks.check_size, Path("he.png"), size, paths["hires"], 0.5)
+
+
+@pytest.fixture
+def scanned(slide, simulated, tmp_path):
+    """A slice folder with small images, and a function that puts its scan there, changed."""
+    shutil.copytree(simulated / "P01_1", tmp_path / "S1", ignore=shutil.ignore_patterns("*_he.*", "truth*"))
+    scan = Image.open(next((simulated / "P01_1").glob("*_he.*"))).convert("RGB")
+
+    def put(change):
+        image = change(scan)
+        image.save(tmp_path / "S1" / "he.png")
+        slice_ = visium.open_slice(tmp_path / "S1")
+        source = slice_.source_image()
+        with open_image(source.path) as opened:
+            return source, checks.check_image(slice_, source, opened, opened.thumbnail(checks.THUMBNAIL_PX))
+
+    return put
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 1 / 3, 0.7])
+@pytest.mark.parametrize("only", ["tissue_hires_image.png", "tissue_lowres_image.png"])
+def test_a_scan_that_was_exported_smaller_or_larger_has_its_scale(scanned, tmp_path, factor, only):
+    for name in {"tissue_hires_image.png", "tissue_lowres_image.png"} - {only}:
+        (tmp_path / "S1" / "spatial" / name).unlink()
+    source, (inside, warnings) = scanned(lambda scan: scan.resize([round(side * factor) for side in scan.size]))
+    assert source.scale == pytest.approx(factor, rel=0.003) and inside.all()
+    assert f"has {source.scale:.4g} times the size" in warnings[0] and len(warnings) == 1
+    if factor != 0.7:
+        assert source.scale == factor  # a whole number of times
+
+
+def test_a_part_of_the_scan_is_not_taken_for_a_smaller_export(scanned):
+    def corner(scan):
+        return scan.crop((0, 0, scan.width // 2, scan.height // 2))
+
+    with pytest.raises(ValueError, match=r"he.png: expected"):
+        scanned(corner)
+    source, (inside, warnings) = scanned(lambda scan: scan)
+    assert source.scale == 1 and inside.all() and warnings == []
+
+
+def axes(slide, change, mirrored=False):
+    image, _, xy = slide
+    return checks.check_axes("he.png", change(xy), image.size, 8.0, (pixels_of(image), 1.0), mirrored)
+
+
+def test_spots_on_tissue_pass_and_a_mirrored_array_is_named(slide):
+    assert axes(slide, lambda xy: xy) == []
+    (warning,) = axes(slide, lambda xy: xy, mirrored=True)
+    assert "axes swapped or mirrored, or a flipped scan (100% of the spots lie on tissue" in warning
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda xy: np.column_stack([800 - xy[:, 0], xy[:, 1]]), "x mirrored"),
+        (lambda xy: np.column_stack([800 - xy[:, 0], 600 - xy[:, 1]]), "x and y mirrored"),
+    ],
+)
+def test_spots_on_glass_that_mirrored_lie_on_tissue_are_refused(slide, change, name):
+    assert f"100% with {name}" in refused("he.png: expected spots on tissue, found 0%", axes, slide, change)
+
+
+def test_a_mirrored_array_is_refused_where_the_tissue_says_which_way(slide):
+    def down(xy):
+        return np.column_stack([xy[:, 0], 600 - xy[:, 1]])
+
+    own = axes(slide, down)  # most spots are still on tissue: by itself no reason
+    assert own == []
+    assert "with y mirrored" in refused("expected spots on tissue", axes, slide, down, mirrored=True)
+
+
+def test_spots_beside_the_tissue_are_warned_of(slide):
+    (warning,) = axes(slide, lambda xy: xy + np.array([200, 0]))
+    assert "40% of the spots under tissue lie on what looks like tissue" in warning
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=real) for name in ("B4", "C2", "C3", "C4", "C5")])
+def test_real_sections_pass_and_their_neighbours_images_do_not(name):
+    data = Path(REAL) / "Breast_cancer"
+    slice_ = visium.open_slice(data / name, spot_pitch_um=200)
+    source = slice_.source_image("hires")
+    with open_image(source.path) as image:
+        thumbnail = image.thumbnail(checks.THUMBNAIL_PX)
+        inside, warnings = checks.check_image(slice_, source, image, thumbnail)
+    assert inside.all() and warnings == []
+    for other in {"B4", "C2", "C3", "C4", "C5"} - {name}:
+        small = data / other / "spatial" / "tissue_hires_image.png"
+        refused("found another", checks.check_content, source.path, thumbnail[0], small)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=real) for name in ("C2", "C4")])
+def test_swapped_axes_of_a_real_section_are_refused(name):
+    slice_ = visium.open_slice(Path(REAL) / "Breast_cancer" / name)
+    source = slice_.source_image("hires")
+    with open_image(source.path) as image:
+        thumbnail, size = image.thumbnail(checks.THUMBNAIL_PX), (image.width, image.height)
+    xy = slice_.xy_fullres_px[:, ::-1] * source.scale
+    radius = slice_.scalefactors["spot_diameter_fullres"] / 2 * source.scale
+    refused("with x and y swapped", checks.check_axes, "C.jpg", xy, size, radius, thumbnail, True)

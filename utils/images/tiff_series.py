@@ -1,0 +1,438 @@
+"""The images of a TIFF file, which of them is the scan, and what its samples mean.
+
+TIFF 6.0 (Adobe, 1992); OME-TIFF 6.3 (docs.openmicroscopy.org); ImageJ hyperstacks as tifffile describes them.
+A plane is a page (IFD) of one image; a series is all that belongs to one image: its planes and its coarser levels.
+Letters: h, w rows and columns, C samples of a pixel.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from utils.images.checks import ImageError
+from utils.images.flat import orientation_note
+from utils.images.samples import Samples
+
+# Photometric interpretations, compressions, extra samples and tags
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, MASK, CMYK, YCBCR = 0, 1, 2, 3, 4, 5, 6
+OLD_JPEG, JPEGS = 6, (7, 33007, 34892)
+UNSPECIFIED, PREMULTIPLIED, UNASSOCIATED = 0, 1, 2
+ORIENTATION, PAGE_NAME, MAX_SAMPLE_VALUE, RESOLUTION_UNIT, INK_SET = 274, 285, 281, 296, 332
+REDUCED, TRANSPARENCY = 1, 4  # bits of NewSubfileType
+UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "nm": 1e-3}
+UM |= {"inch": 25400.0, "in": 25400.0, "\\u00B5m": 1.0}  # micro sign, Greek mu, and what ImageJ writes
+RESOLUTION_UM = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}  # tag ResolutionUnit
+ASIDE = r"(?<![a-z])(label|macro|thumbnail|thumb|overview|preview|map)(?![a-z])"  # what is never the scan
+NUMBERED = re.compile(r"(channel|ch|c|bf|tl|brightfield)?[\s_:#-]*(\d+([:/]\d+)*)?")  # channel names that say nothing
+PRIMARY = re.compile(r"(r|red|g|green|b|blue|a|alpha)([\s_-]*(channel|ch))?")
+TO_RGB = "convert it to 8-bit RGB"
+
+
+@dataclass
+class Series:
+    """One image of a file.
+
+    Attributes
+    ----------
+    name : as the file names it
+    width, height : int
+    pages : one page, or a page per channel, in the order red, green, blue, alpha
+    samples : what its samples mean, None where `problem` says why it cannot be read
+    levels : pages of its coarser levels
+    mapped : offset and (h, w, C) of each plane, where they lie in one piece without a page of their own
+    stated_depth : bits of a channel that the file states, and where
+    is_aside : whether it is named label, macro, thumbnail, overview or map, or is a coarser copy of another
+    """
+
+    name: str
+    width: int
+    height: int
+    pages: list[Any]
+    samples: Samples | None = None
+    problem: str = ""
+    levels: list[list[Any]] = field(default_factory=list)
+    mapped: tuple[list[int], tuple[int, int, int]] | None = None
+    um_per_px: float | None = None
+    stated_depth: tuple[int, str] | None = None
+    notes: tuple[str, ...] = ()
+    is_aside: bool = False
+    is_mask: bool = False
+    looks_rgb: bool = False  # also where a problem hinders
+
+    @property
+    def key(self) -> Any:
+        return self.pages[0].keyframe
+
+
+# ---- which image
+
+
+def find_scan(path: Path, file: Any) -> Series:
+    """The largest RGB series of an open tifffile.TiffFile, else the largest grey one. Raises ImageError."""
+    found = read_series(path, file)
+    wanted = [series for series in found if not series.is_aside and not series.is_mask]
+    wanted = [series for series in wanted if series.looks_rgb] or wanted
+    if not wanted:
+        names = ", ".join(series.name or "a coarser copy" for series in found) or "none"
+        raise ImageError(f"{path}: expected the scan, found no image but {names}; export the scan itself")
+    area = max(series.width * series.height for series in wanted)
+    largest = [series for series in wanted if series.width * series.height == area]
+    scan = largest[0]
+    if len(largest) > 1:
+        names = ", ".join(_called(series, found) for series in largest[:4]) + (", ..." if len(largest) > 4 else "")
+        raise ImageError(
+            f"{path}: expected one scan, found {len(largest)} planes of equal size, "
+            f"{scan.width:,} x {scan.height:,} px ({names}); {save_one(path, scan)}"
+        )
+    if scan.problem:
+        raise ImageError(f"{path}: {scan.problem}")
+    if any(mask.is_mask and (mask.width, mask.height) == (scan.width, scan.height) for mask in found):
+        raise ImageError(
+            f"{path}: expected alpha or opaque pixels, found a transparency mask of its own; flatten it onto white"
+        )
+    if len(found) > 1:
+        what = "RGB" if scan.looks_rgb else "grey"
+        place = found.index(scan) + 1
+        scan.notes = (*scan.notes, f"image {place} of {len(found)} in the file, the largest {what} one")
+    return scan
+
+
+def _called(series: Series, found: list[Series]) -> str:
+    return series.name or f"image {found.index(series) + 1}"
+
+
+def save_one(path: Path, series: Series, n_channels: int = 1) -> str:
+    """How a plane becomes a file of its own."""
+    rgb = n_channels == 3 or int(series.key.samplesperpixel) >= 3
+    first, photometric = series.pages[0].index, "rgb" if rgb else "minisblack"
+    key = f"range({first}, {first + n_channels})" if n_channels > 1 else f"{first}"
+    return (
+        f"save one as a file of its own, the first one by: python -c \"import tifffile as t; t.imwrite('plane.tif', "
+        f"t.imread('{path}', key={key}), photometric='{photometric}')\""
+    )
+
+
+def read_series(path: Path, file: Any) -> list[Series]:
+    """All images of a file, in its order."""
+    if file.is_lsm:
+        raise ImageError(f"{path}: expected an H&E image, found a confocal stack (LSM)")
+    for kind, read in (("ome", _ome_series), ("imagej", _imagej_series), ("shaped", _shaped_series)):
+        if getattr(file, f"is_{kind}") and file.series and file.series[0].kind == kind:
+            return read(path, file)
+        if kind == "imagej" and file.is_imagej:
+            raise ValueError("ImageJ states more planes than the file holds")
+    return _plain_series(path, file)
+
+
+# ---- OME-TIFF, ImageJ, tifffile's own description
+
+
+def _ome_series(path: Path, file: Any) -> list[Series]:
+    images = list(ElementTree.fromstring(file.ome_metadata).iterfind("{*}Image"))
+    found = []
+    for series in file.series:
+        image = _ome_image(images, series)
+        pixels = None if image is None else image.find("{*}Pixels")
+        channels = [] if pixels is None else list(pixels.iterfind("{*}Channel"))
+        name = "" if image is None else image.get("Name") or ""
+        one = _from_tifffile(path, series, name, _ome_order(channels))
+        if pixels is not None:
+            one.um_per_px = _ome_um_per_px(pixels) or one.um_per_px
+            bits = pixels.get("SignificantBits", "")
+            one.stated_depth = (int(bits), "SignificantBits") if bits.isdigit() and int(bits) else one.stated_depth
+        found.append(one)
+    return found
+
+
+def _ome_image(images: list[Any], series: Any) -> Any:
+    """The element that a series was made from, which is taken out of the list: first of its name and size."""
+    sizes = dict(zip(series.get_axes(False), series.get_shape(False), strict=True))
+    for image in images:
+        pixels = image.find("{*}Pixels")
+        size = None if pixels is None else (pixels.get("SizeX"), pixels.get("SizeY"))
+        if size == (str(sizes.get("X")), str(sizes.get("Y"))) and (image.get("Name") or series.name) == series.name:
+            images.remove(image)
+            return image
+    return None
+
+
+def _ome_um_per_px(pixels: Any) -> float | None:
+    try:
+        sides = [float(pixels.get(f"PhysicalSize{a}")) * UM[pixels.get(f"PhysicalSize{a}Unit", "µm")] for a in "XY"]
+    except (TypeError, ValueError, KeyError):  # not stated, or in no known unit
+        return None
+    return math.sqrt(sides[0] * sides[1]) if min(sides) > 0 else None
+
+
+def _ome_order(channels: list[Any]) -> list[int] | str:
+    """Which primary each channel is, by name, else by colour; empty where neither tells, text where they are others."""
+    names = [(channel.get("Name") or channel.get("ID", "").split(":")[-1]).strip().lower() for channel in channels]
+    primaries = [PRIMARY.fullmatch(name) for name in names]
+    if primaries and all(primaries):
+        return ["rgba".index(match[1][0]) for match in primaries if match]
+    dyes = [channel.get("Fluor") or channel.get("EmissionWavelength") for channel in channels]
+    fluorescent = any(dyes) or any(channel.get("ContrastMethod") == "Fluorescence" for channel in channels)
+    if fluorescent or not all(NUMBERED.fullmatch(name) for name in names):
+        return ", ".join(channel.get("Name") or str(dye) for channel, dye in zip(channels, dyes, strict=True))
+    colours = [int(channel.get("Color", "-1")) % 2**32 >> 8 for channel in channels]
+    return _order_of_colours([((c >> 16) & 255, (c >> 8) & 255, c & 255) for c in colours])
+
+
+def _order_of_colours(colours: list[tuple[int, int, int]]) -> list[int] | str:
+    """Which primary each colour is; empty where all are alike, text where they are others."""
+    if len(set(colours)) <= 1:
+        return []
+    primaries = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    order = [primaries.index(colour) if colour in primaries else -1 for colour in colours]
+    if sorted(order) == list(range(len(colours))):
+        return order
+    return "coloured " + ", ".join("#{:02x}{:02x}{:02x}".format(*colour) for colour in colours)
+
+
+def _imagej_series(path: Path, file: Any) -> list[Series]:
+    meta = file.imagej_metadata or {}
+    tables = [np.asarray(table) for table in meta.get("LUTs", [])]
+    order = _order_of_colours([(int(table[0, -1]), int(table[1, -1]), int(table[2, -1])) for table in tables])
+    one = _from_tifffile(path, file.series[0], "", order)
+    unit = str(meta.get("unit", "")).strip()
+    if unit in UM:
+        one.um_per_px = _per_pixel(one.key, UM[unit])
+    return [one]
+
+
+def _shaped_series(path: Path, file: Any) -> list[Series]:
+    return [_from_tifffile(path, series, series.name, []) for series in file.series]
+
+
+def _from_tifffile(path: Path, series: Any, name: str, order: list[int] | str) -> Series:
+    """A series as tifffile sees it. `order` says which primary each channel is, or why they are none."""
+    sizes = dict(zip(series.get_axes(False), series.get_shape(False), strict=True))
+    key, width, height = series.keyframe, int(sizes.get("X", 1)), int(sizes.get("Y", 1))
+    one = Series(name, width, height, [key], um_per_px=_tag_um_per_px(key), stated_depth=_max_sample_depth(key))
+    one.is_aside = _is_aside(key, name) or (len(key.parent.series) > 1 and bool(key.subfiletype & REDUCED))
+    others = {axis: size for axis, size in sizes.items() if axis not in "YXSC" and size > 1}
+    channels = math.prod(series.get_shape(False)) // max(1, math.prod(others.values()) * width * height)
+    n_planes = max(1, channels // int(key.samplesperpixel))
+    if (width, height) != (int(key.imagewidth), int(key.imagelength)) and not others:
+        return _interleaved(one, series, channels)
+    _read_samples(one, n_planes, order)
+    if others:
+        planes = math.prod(others.values())
+        axes = ", ".join(f"{size} {axis}" for axis, size in others.items())
+        one.problem = f"expected one plane, found {planes} planes ({axes}); {save_one(path, one, n_planes)}"
+        return one
+    if one.samples is None:
+        return one
+    pages = list(series) if n_planes > 1 else [series[0]]
+    if n_planes > 1 and len(pages) < n_planes and series.dataoffset is not None:
+        plane = width * height * key.dtype.itemsize
+        one.mapped = [series.dataoffset + plane * number for number in range(n_planes)], (height, width, 1)
+    elif len(pages) < n_planes or any(page is None or page.parent is not key.parent for page in pages):
+        one.problem = f"expected all its planes in this file, found {n_planes} of which some are elsewhere; {TO_RGB}"
+        return one
+    else:
+        one.pages = pages
+    levels = [list(level) if n_planes > 1 else [level[0]] for level in series.levels[1:]]
+    one.levels = [pages for pages in levels if len(pages) == len(one.pages) and None not in pages]
+    return one
+
+
+def _interleaved(one: Series, series: Any, channels: int) -> Series:
+    """Pixels (h, w, C) that were written as h planes of w x C."""
+    one.looks_rgb = channels == 3
+    axes = series.get_axes(True)
+    if axes not in ("YXC", "YXS") or series.dataoffset is None or channels not in (1, 3):
+        one.problem = f"expected planes that are images, found axes {axes} of {series.get_shape(True)}; {TO_RGB}"
+        return one
+    colours = (0, 1, 2) if channels == 3 else (0,)
+    one.samples, one.problem = _plain_samples(one.key, "rgb" if channels == 3 else "grey", colours)
+    one.mapped = [series.dataoffset], (one.height, one.width, channels)
+    return one
+
+
+# ---- plain TIFF
+
+
+def _plain_series(path: Path, file: Any) -> list[Series]:
+    """A series per page; pages of reduced resolution and sub-pages are levels of the scan they fit."""
+    file.pages.useframes = False
+    pages = [file.pages[number].aspage() for number in range(len(file.pages))]
+    found, reduced = [], []
+    for page in pages:
+        if page.subfiletype & REDUCED and not page.subfiletype & TRANSPARENCY and len(pages) > 1:
+            reduced.append(page)
+            continue
+        name = _text(page.tags.valueof(PAGE_NAME, ""))
+        one = Series(name, int(page.imagewidth), int(page.imagelength), [page])
+        one.is_aside, one.is_mask = _is_aside(page, name), page.photometric == MASK
+        one.um_per_px, one.stated_depth = _tag_um_per_px(page), _max_sample_depth(page)
+        _read_samples(one, 1, [])
+        found.append(one)
+    for one in found:
+        candidates = [sub.aspage() for sub in one.pages[0].pages or []] + reduced
+        one.levels = [[page] for page in candidates if not _is_aside(page, "")]
+    return found
+
+
+def level_samples(scan: Series, pages: list[Any]) -> Samples | None:
+    """Samples of a coarser level; None where it is no level of the scan, by its shape to a pixel or by its samples."""
+    key = pages[0].keyframe
+    width, height = int(key.imagewidth), int(key.imagelength)
+    if scan.samples is None or not (0 < width < scan.width and 0 < height < scan.height) or key.dtype != scan.key.dtype:
+        return None
+    factor = scan.width / width
+    if abs(height * factor - scan.height) > factor * (1 + height / width):
+        return None
+    if len(pages) > 1:
+        return scan.samples if key.photometric == scan.key.photometric else None
+    samples = page_samples(key)[0]
+    return samples and replace(samples, depth=scan.samples.depth, alpha_depth=scan.samples.alpha_depth)
+
+
+# ---- what the samples mean
+
+
+def _read_samples(one: Series, n_planes: int, order: list[int] | str) -> None:
+    """Fill in samples, problem, notes and looks_rgb of a series of so many planes."""
+    key = one.key
+    if n_planes == 1:
+        one.samples, one.problem, notes = page_samples(key)
+    else:
+        one.samples, one.problem = _channel_samples(key, n_planes, order)
+        notes = ()
+    one.looks_rgb = one.samples is not None and one.samples.is_colour
+    if one.samples is None:
+        one.looks_rgb = key.photometric in (RGB, PALETTE, CMYK, YCBCR) and n_planes == 1
+    one.notes = (*orientation_note(key.tags.valueof(ORIENTATION)), *notes)
+
+
+def _channel_samples(key: Any, n_planes: int, order: list[int] | str) -> tuple[Samples | None, str]:
+    """Of planes that are a channel each."""
+    wanted = "expected red, green and blue, or grey"
+    if isinstance(order, str):
+        return None, f"{wanted}, found channels {order}; {TO_RGB}, or name the channels Red, Green and Blue"
+    order = order or [0, 1, 2]
+    is_single = key.samplesperpixel == 1 and key.photometric == BLACK_IS_ZERO
+    if not is_single or len(order) != n_planes or sorted(order) not in ([0, 1, 2], [0, 1, 2, 3]):
+        return None, f"{wanted}, found {n_planes} channels; {TO_RGB}"
+    places = [order.index(primary) for primary in range(n_planes)]
+    return _plain_samples(key, "rgb", tuple(places[:3]), places[3] if n_planes == 4 else None)
+
+
+def page_samples(key: Any) -> tuple[Samples | None, str, tuple[str, ...]]:
+    """Of one page: its samples, or what about them cannot be read, and notes."""
+    problem = _unreadable(key)
+    if problem:
+        return None, problem, ()
+    n, extras = int(key.samplesperpixel), [int(value) for value in key.extrasamples]
+    first = n - len(extras)
+    alpha = next((first + i for i, value in enumerate(extras) if value in (PREMULTIPLIED, UNASSOCIATED)), None)
+    premultiplied = alpha is not None and extras[alpha - first] == PREMULTIPLIED
+    kind = {RGB: "rgb", YCBCR: "rgb", CMYK: "cmyk", PALETTE: "palette", WHITE_IS_ZERO: "inverted"}
+    found = kind.get(key.photometric, "grey")
+    n_colours = {"rgb": 3, "cmyk": 4}.get(found, 1)
+    spare = n - n_colours - (alpha is not None)
+    notes: tuple[str, ...] = ()
+    if found == "grey" and spare == 2:  # written by programs that state no colours
+        found, n_colours, spare = "rgb", 3, 0
+        notes = ("three samples without stated colours read as red, green, blue",)
+    if spare < 0 or (n_colours == 1 and spare):
+        return None, f"expected grey or RGB, and alpha where the file states it, found {n} channels; {TO_RGB}", ()
+    if spare:
+        notes = (*notes, f"{spare} further channel{'s' if spare > 1 else ''} of no stated meaning ignored")
+    samples, problem = _plain_samples(key, found, tuple(range(n_colours)), alpha, premultiplied)
+    return samples, problem, notes
+
+
+def _unreadable(key: Any) -> str:
+    """What about colours and compression of a page cannot be read."""
+    photometric = getattr(key.photometric, "name", key.photometric)
+    if key.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR):
+        return f"expected grey or RGB pixels, found colours {photometric}; {TO_RGB}"
+    jpeg = key.compression in JPEGS
+    if key.compression == OLD_JPEG:
+        return f"expected JPEG as of TIFF 6.0's supplement 2, found old-style JPEG; {TO_RGB}"
+    if key.photometric == YCBCR and (not jpeg or key.planarconfig != 1 or key.extrasamples):
+        how = getattr(key.compression, "name", key.compression)
+        return f"expected YCbCr in JPEG, found it with compression {how} or in planes; {TO_RGB}"
+    if key.photometric == CMYK and (jpeg or key.tags.valueof(INK_SET, 1) != 1):
+        return f"expected CMYK inks without JPEG compression, found others; {TO_RGB}"
+    if max(int(key.imagedepth), int(key.tiledepth or 1)) > 1:
+        return f"expected a plane, found a volume {key.imagedepth} planes deep; {TO_RGB}"
+    return ""
+
+
+def _plain_samples(
+    key: Any, kind: str, colours: tuple[int, ...], alpha: int | None = None, premultiplied: bool = False
+) -> tuple[Samples | None, str]:
+    """Samples of the page's bits, where these can be read."""
+    bits, dtype = key.bitspersample, key.dtype
+    if dtype is None or isinstance(bits, tuple) or dtype.kind not in "ub" or dtype.itemsize > 2:
+        kinds = {"f": "floating-point", "i": "signed", "c": "complex"}
+        found = f"{kinds.get(dtype.kind if dtype is not None else '', 'unsigned')} samples of {bits} bits"
+        return None, f"expected unsigned samples of up to 16 bits, found {found}; {TO_RGB}"
+    palette = None
+    if kind == "palette":
+        table = key.colormap
+        if table is None:
+            return None, f"expected a colour map, found none; {TO_RGB}"
+        palette = np.asarray(table).reshape(3, -1).T  # 16 bits; some writers use 8 of them
+        palette = (palette >> 8 if palette.max(initial=0) > 255 else palette).astype(np.uint8)
+    return Samples(kind, colours, alpha, premultiplied, int(bits), palette=palette), ""
+
+
+# ---- what tags say
+
+
+def _is_aside(key: Any, name: str) -> bool:
+    """Whether an image is named or described as label, macro, thumbnail, overview or map."""
+    names = [name, _text(key.tags.valueof(PAGE_NAME, ""))]
+    for text in (key.description, key.description1):
+        names += _description_names(text or "")
+    return any(re.search(ASIDE, words, re.IGNORECASE) for words in names)
+
+
+def _description_names(text: str) -> Iterator[str]:
+    """What a description calls its image: a name in JSON or XML, short text, lines that begin with such a word."""
+    if text.startswith("{"):
+        try:
+            content = json.loads(text)
+        except ValueError:
+            return
+        yield from (str(value) for key, value in content.items() if key.lower() in ("name", "title"))
+    elif text.lstrip().startswith("<"):
+        yield from re.findall(r"<ImageType>([^<]*)</ImageType>", text)
+    elif len(text) <= 60 and "=" not in text:
+        yield text
+    else:
+        yield from re.findall(rf"^\W*{ASIDE}", text, re.IGNORECASE | re.MULTILINE)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _max_sample_depth(key: Any) -> tuple[int, str] | None:
+    value = key.tags.valueof(MAX_SAMPLE_VALUE)
+    largest = max(value) if isinstance(value, tuple) and value else value
+    return (largest.bit_length(), "MaxSampleValue") if isinstance(largest, int) and largest > 0 else None
+
+
+def _tag_um_per_px(key: Any) -> float | None:
+    unit = RESOLUTION_UM.get(int(key.tags.valueof(RESOLUTION_UNIT, 2) or 0))
+    return None if unit is None else _per_pixel(key, unit)
+
+
+def _per_pixel(key: Any, unit_um: float) -> float | None:
+    """Micrometres per pixel by the tags XResolution and YResolution, pixels per unit."""
+    per_unit = key.get_resolution()
+    return unit_um / math.sqrt(per_unit[0] * per_unit[1]) if min(per_unit) > 0 else None

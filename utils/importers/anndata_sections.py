@@ -1,0 +1,214 @@
+"""The sections of an AnnData: one, or several that were joined and that a column of obs separates.
+
+Shapes: S spots.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from utils.importers.base import place_spots
+
+LIBRARY_COLUMNS = ("library_id", "library", "libraryid")  # several values are several arrays, wherever they lie
+SECTION_COLUMNS = (
+    *LIBRARY_COLUMNS,
+    *("sample_id", "sample", "sampleid", "slice", "slice_id", "section", "section_id", "slide", "slide_id"),
+    *("orig.ident", "batch", "dataset", "capture_area", "puck"),
+)
+PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "donor_id", "donor", "subject", "subject_id", "individual")
+NOBODY = ("", "nan", "none", "unknown", "na", "n/a", "<na>")
+FEWEST = 3  # spots of a section
+CLOSE = 0.75  # of the distance between neighbours: nearer spots are of several sections
+
+
+def libraries(where: str, adata: Any) -> dict[str, dict[str, Any]]:
+    """The entries of uns['spatial'] that hold images or scale factors, by library.
+
+    Raises ValueError where the CELLxGENE schema says that the file is not of a single section.
+    """
+    spatial = adata.uns.get("spatial")
+    if not isinstance(spatial, dict):
+        return {}
+    if "is_single" in spatial and not bool(spatial["is_single"]):
+        raise ValueError(
+            f"{where}: expected one section, found uns['spatial']['is_single'] False: spots of several arrays without "
+            "images or places; get the file of each section"
+        )
+    return {
+        str(name): dict(entry)
+        for name, entry in spatial.items()
+        if isinstance(entry, dict) and (entry.get("images") or entry.get("scalefactors"))
+    }
+
+
+def choose_library(
+    where: str, found: dict[str, dict[str, Any]], obs: pd.DataFrame, fitting: list[str]
+) -> dict[str, Any]:
+    """The entry of the section: the only one, the one that a column of obs names, or the only one that fits.
+
+    Parameters
+    ----------
+    where : what messages name
+    found : entries of uns['spatial'] by library
+    obs : DataFrame (S, ...), the spots of one section
+    fitting : libraries whose image all spots lie on
+
+    Raises ValueError where several are left.
+    """
+    if len(found) < 2:
+        return next(iter(found.values()), {})
+    named = {column: str(obs[column].iloc[0]) for column in obs if obs[column].astype(str).nunique() == 1}
+    by_obs = {name for name in named.values() if name in found}
+    for column in LIBRARY_COLUMNS:
+        if named.get(column) in found:
+            by_obs = {named[column]}
+    for names in (by_obs, set(fitting)):
+        if len(names) == 1:
+            return found[names.pop()]
+    raise ValueError(
+        f"{where}: expected one library in uns['spatial'], found {', '.join(found)} and no column of obs that says "
+        "which is this section's; remove the others, or add obs['library_id']"
+    )
+
+
+def check_one_section(where: str, obs: pd.DataFrame, found: dict[str, Any], xy_px: np.ndarray, array: Any) -> None:
+    """Raises ValueError where several sections are joined and a column of obs separates them.
+
+    Parameters
+    ----------
+    where : what messages name
+    obs : DataFrame (S, ...)
+    found : libraries of uns['spatial']
+    xy_px, array : ndarray (S, 2), pixels and array places; None without places
+    """
+    column = separating_column(obs, found, xy_px, array)
+    if column is None:
+        return
+    values = list(dict.fromkeys(obs[column].astype(str)))
+    shown = ", ".join(values[:4]) + (", ..." if len(values) > 4 else "")
+    raise ValueError(
+        f"{where}: expected one section, found {len(values)} that obs['{column}'] tells apart ({shown}); split them "
+        f"with --library_key {column}"
+    )
+
+
+def separating_column(obs: pd.DataFrame, found: dict[str, Any], xy_px: np.ndarray, array: Any) -> str | None:
+    """The column of obs whose values are sections, None where the spots are of one section.
+
+    That is a column of library ids with several values; one that alone keeps spots apart which share a place or lie on
+    each other; or, where the spots as a whole lie on no lattice, one whose values each lie on one.
+    """
+    by_column = {column: labels for column in _in_order(obs) if (labels := _labels(obs[column])) is not None}
+    for column, labels in by_column.items():
+        of_libraries = len(found) > 1 and set(labels.astype(str)) <= set(found)
+        if str(column).lower() in LIBRARY_COLUMNS or of_libraries:
+            return column
+    nearest_px = _nearest(xy_px) if len(xy_px) > 1 else np.ones(1)
+    crowded = nearest_px.min() < CLOSE * np.median(nearest_px) or _repeated(array)
+    for column, labels in by_column.items():
+        if (crowded or str(column).lower() in SECTION_COLUMNS) and _keeps_apart(labels, xy_px, array, nearest_px):
+            return column
+    if _on_lattice(xy_px, array):
+        return None
+    for column, labels in by_column.items():
+        if str(column).lower() in SECTION_COLUMNS and all(
+            _on_lattice(xy_px[labels == label], None if array is None else array[labels == label])
+            for label in np.unique(labels)
+        ):
+            return column
+    return None
+
+
+def _in_order(obs: pd.DataFrame) -> list[Any]:
+    """Columns by how surely they name sections, then by how few values they have."""
+
+    def order(column: Any) -> tuple[int, int]:
+        name = str(column).lower()
+        known = SECTION_COLUMNS.index(name) if name in SECTION_COLUMNS else len(SECTION_COLUMNS)
+        return known, obs[column].astype(str).nunique()
+
+    return sorted(obs.columns, key=order)
+
+
+def _labels(values: pd.Series) -> np.ndarray | None:
+    """The values (S,) as text where they may name sections: several, none missing, each of a few spots or more."""
+    if values.dtype.kind == "f" or values.isna().any():
+        return None
+    labels = values.astype(str).to_numpy(dtype=str)
+    _, counts = np.unique(labels, return_counts=True)
+    return labels if len(counts) > 1 and counts.min() >= FEWEST else None
+
+
+def _keeps_apart(labels: np.ndarray, xy_px: np.ndarray, array: Any, nearest_px: np.ndarray) -> bool:
+    """Whether spots of one label (S,) are apart while those of several labels share places or lie on each other."""
+    numbers = np.unique(labels, return_inverse=True)[1]
+    within_px = min(_nearest(xy_px[numbers == number]).min() for number in range(numbers.max() + 1))
+    if within_px == 0:
+        return False
+    labelled = None if array is None else np.column_stack([numbers, array])
+    return bool(nearest_px.min() < CLOSE * within_px or (_repeated(array) and not _repeated(labelled)))
+
+
+def _repeated(rows: np.ndarray | None) -> bool:
+    return rows is not None and len(np.unique(rows, axis=0)) < len(rows)
+
+
+def _nearest(xy_px: np.ndarray) -> np.ndarray:
+    """Distance of each spot (S,) to its nearest neighbour, in px."""
+    from scipy.spatial import KDTree
+
+    return KDTree(xy_px).query(xy_px, k=2)[0][:, 1]
+
+
+def _on_lattice(xy_px: np.ndarray, array: Any) -> bool:
+    try:
+        place_spots("", pd.RangeIndex(len(xy_px)), xy_px, array)
+    except ValueError:
+        return False
+    return True
+
+
+def split(where: str, adata: Any, column: str, stem: str) -> list[tuple[str, np.ndarray]]:
+    """Name and spots (S,) bool of each section that a column tells apart, in the order of the file.
+
+    A section is named by its value, behind `stem` where the value is but a number. Raises ValueError where there is no
+    such column, or spots without a value.
+    """
+    if column not in adata.obs:
+        columns = ", ".join(map(str, adata.obs.columns)) or "none"
+        raise ValueError(f"{where}: expected the column {column} of --library_key in obs, found {columns}")
+    if adata.obs[column].isna().any():
+        number = adata.obs[column].isna().sum()
+        raise ValueError(
+            f"{where}: expected a section for each spot in obs['{column}'], found {number} without; fix it"
+        )
+    labels = adata.obs[column].astype(str).to_numpy()
+    by_name: dict[str, list[str]] = {}
+    for label in dict.fromkeys(labels):
+        by_name.setdefault(_folder_name(stem, label), []).append(label)
+    for name, alike in by_name.items():
+        if len(alike) > 1:
+            raise ValueError(
+                f"{where}: expected sections with names of their own, found {alike} for {name}; rename one"
+            )
+    return [(name, labels == alike[0]) for name, alike in by_name.items()]
+
+
+def _folder_name(stem: str, value: str) -> str:
+    name = re.sub(r"[^\w.+-]+", "_", value).strip("_.")
+    return name if re.search(r"[^\W\d_]", name) else f"{stem}_{name}"
+
+
+def patient_of(obs: pd.DataFrame, stated: Any, name: str) -> str:
+    """The patient: as stated, else the only value of a column of patients, else the slice's own name."""
+    columns = {str(column).lower(): column for column in obs}
+    values = [stated]
+    for wanted in PATIENT_COLUMNS:
+        if wanted in columns and obs[columns[wanted]].astype(str).nunique() == 1:
+            values.append(obs[columns[wanted]].iloc[0])
+    texts = (str(int(v)) if isinstance(v, float) and v.is_integer() else str(v).strip() for v in values)
+    return next((text for text in texts if text.lower() not in NOBODY), name)

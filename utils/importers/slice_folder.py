@@ -1,0 +1,185 @@
+"""The files of an imported slice, as Space Ranger names them, and its line of slices.csv.
+
+Shapes: S spots, G genes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from utils.files.atomic import write_whole
+from utils.importers.images import image_size, reduced_image
+from utils.slices import splits, visium
+
+if TYPE_CHECKING:
+    from utils.importers.base import Source
+
+LONGEST_PX = {"hires": 2000, "lowres": 600}  # sides of Space Ranger's small images
+CHUNK = 2**16  # numbers of a compressed piece of the matrix
+
+
+def write_folder(folder: Path, source: Source, memory: float) -> str | None:
+    """Write all files of a slice into a new folder; gives the name of the full-resolution image, if there is one."""
+    (folder / "spatial").mkdir(parents=True)
+    image = _write_image(folder, source)
+    write_matrix(folder / "filtered_feature_bc_matrix.h5", source, memory)
+    write_positions(folder / "spatial" / "tissue_positions.csv", source)
+    scales = _write_small(folder / "spatial", source)
+    factors = source.scalefactors | scales
+    for key in ("fiducial_diameter_fullres", "spot_diameter_fullres"):  # the first is there because readers expect it
+        factors.setdefault(key, source.spot_diameter_px)
+    (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(factors, indent=1) + "\n")
+    return image
+
+
+def _write_image(folder: Path, source: Source) -> str | None:
+    """The full-resolution image: a file byte for byte, pixels as TIFF without loss."""
+    if source.image is None:
+        return None
+    if isinstance(source.image, Path):
+        shutil.copyfile(source.image, folder / source.image.name)
+        return source.image.name
+    import tifffile
+
+    name = f"{source.name}.tif"
+    tiled: Any = {"photometric": "rgb", "tile": (256, 256), "compression": "zlib", "metadata": None}
+    tifffile.imwrite(folder / name, source.image, **tiled)
+    return name
+
+
+def _write_small(folder: Path, source: Source) -> dict[str, float]:
+    """The hires and lowres image: those of the source, else the largest one there is, made smaller by Lanczos.
+
+    Gives their scale factors. Where there is but a lowres image, hires is left out.
+    """
+    largest, scale = source.image, 1.0
+    if largest is None and "hires" in source.small:
+        largest, scale = source.small["hires"], source.scalefactors["tissue_hires_scalef"]
+    full = None if largest is None else [side / scale for side in image_size(largest)]
+    scales, files = {}, {kind: folder / f"tissue_{kind}_image.png" for kind in LONGEST_PX}
+    for kind, longest in LONGEST_PX.items():
+        usual = 1.0 if full is None else min(1.0, longest / max(full))
+        scales[kind] = float(source.scalefactors.get(f"tissue_{kind}_scalef", usual))
+        given = source.small.get(kind)
+        if isinstance(given, Path):
+            shutil.copyfile(given, files[kind])
+        elif given is not None:
+            Image.fromarray(given).save(files[kind])
+    missing = [kind for kind in LONGEST_PX if kind not in source.small]
+    if largest is not None and full is not None and missing:
+        opened = reduced_image(largest, round(max(full) * max(scales[kind] for kind in missing)))
+        for kind in missing:
+            size = [round(side * scales[kind]) for side in full]
+            opened.resize(size, Image.Resampling.LANCZOS).save(files[kind])
+    return {f"tissue_{kind}_scalef": scale for kind, scale in scales.items()}
+
+
+def write_positions(path: Path, source: Source) -> None:
+    """The positions with a header, as Space Ranger 2 writes them; only spots that are kept, all under tissue."""
+    spots = source.spots
+    columns: dict[str, Any] = {
+        "in_tissue": 1,
+        "array_row": spots["array_row"].astype(int),
+        "array_col": spots["array_col"].astype(int),
+    }
+    for name, axis in (("pxl_row_in_fullres", "y_fullres_px"), ("pxl_col_in_fullres", "x_fullres_px")):
+        whole = (spots[axis] == spots[axis].round()).all()
+        columns[name] = spots[axis].astype(np.int64) if whole else spots[axis]
+    pd.DataFrame(columns, index=spots.index).to_csv(path, index_label="barcode")
+
+
+def write_matrix(path: Path, source: Source, memory: float) -> None:
+    """Counts in the 10x schema of version 3 (genes x barcodes, by column), span by span where they do not fit."""
+    texts: dict[str, Any] = {
+        "barcodes": source.spots.index,
+        "features/name": source.genes,
+        "features/id": source.gene_ids,
+    }
+    n_spots, n_genes = source.counts.shape
+    texts |= {"features/feature_type": ["Gene Expression"] * n_genes, "features/genome": ["unknown"] * n_genes}
+    with h5py.File(path, "w") as file:
+        file.attrs.update(
+            {
+                "chemistry_description": "unknown",
+                "filetype": "matrix",
+                "library_ids": np.array([source.name.encode()]),
+                "original_gem_groups": np.array([1]),
+                "software_version": "magic import_slices",
+                "version": 2,
+            }
+        )
+        group = file.create_group("matrix")
+        for name, values in texts.items():
+            encoded = np.array([str(value).encode() for value in values], dtype="S")
+            group.create_dataset(name, data=encoded, compression="gzip")
+        group["features/_all_tag_keys"] = np.array([b"genome"])
+        group["shape"] = np.array([n_genes, n_spots], np.int32)
+        numbers = {
+            name: group.create_dataset(name, (0,), kind, maxshape=(None,), chunks=(CHUNK,), compression="gzip")
+            for name, kind in (("data", "int32"), ("indices", "int64"))
+        }
+        lengths = [np.zeros(1, np.int64)]
+        for span in visium.spans(source.counts, memory):
+            counts = source.counts[span]
+            counts.sort_indices()
+            for name, values in (("data", counts.data), ("indices", counts.indices)):
+                numbers[name].resize(numbers[name].size + len(values), axis=0)
+                numbers[name][numbers[name].size - len(values) :] = values
+            lengths.append(np.diff(counts.indptr).astype(np.int64))
+        group.create_dataset("indptr", data=np.cumsum(np.concatenate(lengths)), compression="gzip")
+
+
+def add_row(out: Path, row: splits.SliceRow) -> None:
+    """Add a line to slices.csv; the lines that are there stay as they are, and one of this slice is kept.
+
+    Where there is no table yet, slices that lie there already are listed too: a table leaves out what it does not list.
+    """
+    path = out / "slices.csv"
+    if not path.exists():
+        others = [other for other in splits.read_table(out, split=False)[0] if other.slice != row.slice]
+        splits.write_table([*others, row], path)
+        return
+    lines = path.read_bytes().decode("utf-8").splitlines(keepends=True)
+    first, header = _header(path, lines)
+    if any(_cells(line)[header.index("slice") :][:1] == [row.slice] for line in lines[first + 1 :]):
+        return
+    missing = [name for name in splits.COLUMNS if name not in header]
+    end = "\r\n" if lines[first].endswith("\r\n") else "\n"
+    lines[first] = ",".join([lines[first].rstrip("\r\n"), *missing]) + end
+    lines[-1] = lines[-1].rstrip("\r\n") + end
+    values: dict[str, Any] = {"slice": row.slice, "patient": row.patient, "part": row.part, "image": row.image or ""}
+    values["spot_pitch_um"] = "" if row.spot_pitch_um is None else f"{row.spot_pitch_um:.12g}"
+    added = io.StringIO()
+    csv.writer(added, lineterminator=end).writerow([values.get(name, "") for name in [*header, *missing]])
+    write_whole(path, "".join([*lines, added.getvalue()]).encode())
+
+
+def check_table(out: Path) -> None:
+    """Raises ValueError where there is a slices.csv that a line cannot be added to."""
+    path = out / "slices.csv"
+    if path.exists():
+        _header(path, path.read_bytes().decode("utf-8", errors="replace").splitlines())
+
+
+def _header(path: Path, lines: list[str]) -> tuple[int, list[str]]:
+    """Number and cells of the first line that is not blank."""
+    first = next((i for i, line in enumerate(lines) if line.strip()), 0)
+    header = _cells(lines[first].lstrip("\ufeff")) if lines else []
+    if "slice" not in header:
+        found = ",".join(header) or "an empty file"
+        raise ValueError(f"{path}: expected the header {','.join(splits.COLUMNS)}, found {found}; fix the header")
+    return first, header
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in next(csv.reader([line]), [])]

@@ -1,0 +1,196 @@
+"""An image held against what its slice says of it: sizes, content, spots on it and on its tissue, um per px.
+
+Each check raises a ValueError of one line where the image cannot be the one that the positions refer to, and returns
+warnings where something is odd. Shapes: S spots; h, w pixels of a thumbnail. Coordinates are x, y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.images import tissue
+from utils.images.image import TissueImage, image_size, open_image
+from utils.slices.visium import DISAGREE, SIZE
+
+if TYPE_CHECKING:
+    from utils.slices.visium import Slice, SourceImage
+
+FEW, FEW_FRACTION = 3, 0.02  # spots outside the image that are no reason to doubt it
+# Correlation of two grey images of SIDE x SIDE px. The five HER2+ sections and a Visium one have .99 with themselves in
+# other colours, .80 at most with one another (neighbouring sections), .85 mirrored, .89 to .95 shifted by 2 % of a side
+SIDE, SAME, RESEMBLING = 64, 0.9, 0.97
+FLAT = 2.0  # grey levels: standard deviation of an image that shows nothing
+THUMBNAIL_PX = 1000
+Thumbnail = tuple[np.ndarray, float]  # an image (h, w, 3) uint8 made small, and its pixels per pixel of the image
+# Fractions of spots with half of their disc on tissue: .90 and more on all real slices at hand, as they stand
+MOSTLY, LARGELY, BETTER = 0.5, 0.9, 0.05
+
+
+def check_image(
+    slice_: Slice, source: SourceImage, image: TissueImage, thumbnail: Thumbnail
+) -> tuple[np.ndarray, list[str]]:
+    """All checks of the open image that tiles are to be cut from.
+
+    Returns
+    -------
+    which spots (S,) have their centre on the image, and warnings
+    """
+    xy_px, size = slice_.xy_fullres_px * source.scale, (image.width, image.height)
+    inside = spots_on_image(f"{source.path}", xy_px, size)
+    warnings = _check_scale(slice_, source, image)
+    exported = source.kind == "fullres" and source.scale != 1
+    if exported:
+        warnings.append(
+            f"{source.path}: has {source.scale:.4g} times the size of the image that the positions refer to; they are "
+            "scaled with it"
+        )
+    for kind in ("hires", "lowres"):
+        small = slice_.small_image(kind)
+        if small is not None and kind != source.kind:
+            check_size(source.path, [side / source.scale for side in size], small.path, small.scale)
+            warnings += check_content(source.path, thumbnail[0], small.path, RESEMBLING if exported else SAME)
+    radius_px = slice_.scalefactors["spot_diameter_fullres"] / 2 * source.scale
+    hd = "bin_size_um" in slice_.scalefactors  # whose array is a mirror image of the pixels by itself
+    mirrored = slice_.lattice is not None and slice_.lattice.mirrored and not hd
+    return inside, warnings + check_axes(f"{source.path}", xy_px[inside], size, radius_px, thumbnail, mirrored)
+
+
+def spots_on_image(where: str, xy_px: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Which spots (S,) have their centre on an image of that width and height.
+
+    Raises ValueError where more than a few (3, or 2 %) have not: it is another image, another scale, or swapped axes.
+    """
+    inside = np.asarray(((xy_px >= 0) & (xy_px < size)).all(axis=1))
+    n_outside = int((~inside).sum())
+    if n_outside > max(FEW, FEW_FRACTION * len(inside)) or not inside.any():
+        swapped = int(((xy_px[:, ::-1] >= 0) & (xy_px[:, ::-1] < size)).all(axis=1).sum())
+        hint = "; with x and y swapped all would lie on it" if swapped == len(inside) else ""
+        farthest = ", ".join(f"{value:.0f}" for value in xy_px.max(axis=0))
+        raise ValueError(
+            f"{where}: expected {len(inside)} spots on its {size[0]} x {size[1]} px, found {n_outside} outside "
+            f"(farthest x, y: {farthest}){hint}; give the image that the positions refer to, at its full size"
+        )
+    return inside
+
+
+def _check_scale(slice_: Slice, source: SourceImage, image: TissueImage) -> list[str]:
+    """Micrometres per pixel as the image's file states them against those of the spots."""
+    stated, known = image.metadata_um_per_px, slice_.um_per_px
+    known = None if known is None else known / source.scale
+    if stated is None or known is None or source.kind != "fullres" or abs(stated / known - 1) <= DISAGREE:
+        return []
+    return [
+        f"{source.path}: a pixel has {known:.4g} um by the spots ({slice_.pitch_um:g} um apart) but {stated:.4g} um by "
+        "the file itself; the former is used: check the image and --spot_pitch_um"
+    ]
+
+
+def check_size(path: Path, fullres_px: list[float], small: Path, small_scale: float) -> None:
+    """Raises ValueError where the sides of an image are not those of its small one over that one's scale factor."""
+    expected = [side / small_scale for side in image_size(small)]
+    if any(abs(found - side) > SIZE * side + 2 for found, side in zip(fullres_px, expected, strict=True)):
+        raise ValueError(
+            f"{path}: expected about {expected[0]:.0f} x {expected[1]:.0f} full-resolution px ({small.name} over its "
+            f"scale factor), found {fullres_px[0]:.0f} x {fullres_px[1]:.0f}; give the image that the positions refer "
+            "to (column image of slices.csv), at its full size"
+        )
+
+
+def check_content(path: Path, thumbnail: np.ndarray, small: Path, least: float = SAME) -> list[str]:
+    """Raises ValueError where an image does not show what its small one shows, by a correlation of `least`.
+
+    One that is blank tells nothing, which is refused where another size has to be confirmed by it.
+    """
+    with open_image(small) as image:
+        grey = [_small_grey(pixels) for pixels in (thumbnail, image.thumbnail(THUMBNAIL_PX)[0])]
+    blank = min(pixels.std() for pixels in grey) < FLAT
+    if blank and least == SAME:
+        return []
+    alike = 0.0 if blank else _correlation(*grey)
+    if alike < least:
+        turned = [name for name, pixels in _turned(grey[0]) if not blank and _correlation(pixels, grey[1]) >= SAME]
+        hint = f"; it fits {turned[0]}" if turned else ""
+        raise ValueError(
+            f"{path}: expected the image that {small.name} was made of, found another (correlation {alike:.2f}, of the "
+            f"same image above {least}){hint}; give the image that the positions refer to, unchanged"
+        )
+    if alike < RESEMBLING:
+        return [f"{path}: resembles {small.name} (correlation {alike:.2f}) but may be shifted or cropped against it"]
+    return []
+
+
+def _small_grey(pixels: np.ndarray) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), float)
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.corrcoef(one.ravel(), other.ravel())[0, 1])
+
+
+def _turned(pixels: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    yield "mirrored left to right", pixels[:, ::-1]
+    yield "mirrored top to bottom", pixels[::-1]
+    yield "turned by 180 degrees", pixels[::-1, ::-1]
+    yield "with x and y swapped", pixels.T
+    yield "turned by 90 degrees", np.rot90(pixels)
+    yield "turned by 270 degrees", np.rot90(pixels, 3)
+
+
+def check_axes(
+    where: str,
+    xy_px: np.ndarray,
+    size: tuple[int, int],
+    radius_px: float,
+    thumbnail: Thumbnail,
+    mirrored: bool,
+) -> list[str]:
+    """Spots against the tissue, as they stand and with swapped or mirrored axes.
+
+    Parameters
+    ----------
+    where : what messages name
+    xy_px : ndarray (S, 2), centres of spots under tissue, in pixels of the image
+    size : width and height of the image
+    radius_px : of a spot
+    thumbnail : the image (h, w, 3) uint8 made small, and its pixels per pixel of the image
+    mirrored : whether array places and pixels are mirror images of each other
+
+    Raises
+    ------
+    ValueError where spots lie on glass that swapped or mirrored would lie on tissue.
+    """
+    mask = tissue.tissue_mask(thumbnail[0])
+
+    def on_tissue(centres_px: np.ndarray) -> float:
+        return float(tissue.on_tissue(centres_px, mask, thumbnail[1], radius_px).mean())
+
+    own = on_tissue(xy_px)
+    x, y = xy_px.T
+    others = {
+        "x and y swapped": np.column_stack([y, x]),
+        "x mirrored": np.column_stack([size[0] - x, y]),
+        "y mirrored": np.column_stack([x, size[1] - y]),
+        "x and y mirrored": np.column_stack([size[0] - x, size[1] - y]),
+    }
+    name, best = max(((name, on_tissue(centres)) for name, centres in others.items()), key=lambda one: one[1])
+    if best >= LARGELY and (own < MOSTLY or (mirrored and best - own > BETTER)):
+        raise ValueError(
+            f"{where}: expected spots on tissue, found {own:.0%} of {len(xy_px)} there and {best:.0%} with {name}; "
+            "correct the axes of the positions, or give the image that they refer to"
+        )
+    if mirrored:
+        return [
+            f"{where}: array places and pixels are mirror images of each other: axes swapped or mirrored, or a flipped "
+            f"scan ({own:.0%} of the spots lie on tissue as they stand)"
+        ]
+    if own < MOSTLY and mask.any():
+        return [
+            f"{where}: {own:.0%} of the spots under tissue lie on what looks like tissue; are axes and image right?"
+        ]
+    return []

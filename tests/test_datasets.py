@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from spaceranger_folders import refused
-from tiny_runs import Work, data_flags, row
+from tiny_runs import Work, data_flags, rewrite_matrix, row, stderr_line
 
 from utils.files.atomic import write_record
 from utils.genes import panels as gene_panels
@@ -229,3 +229,35 @@ def test_reading_processes_end_with_the_block(batches):
     assert not [reader for reader in readers if reader.is_alive()]
     with pytest.raises(ValueError, match="found one whose block has ended"):
         next(iter(loader))
+
+
+def replaced(data, what):
+    """Another file of the same kind in a slice, as a user would put it there."""
+    if what == "counts":
+        rewrite_matrix(data / "P01_1", lambda counts, *names: (counts + (counts > 0), *names))
+    else:
+        path = next((data / "P01_1" / "spatial").glob("tissue_positions*"))
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([lines[0], lines[1].rstrip("\n") + "1\n", *lines[2:]]))
+
+
+@pytest.mark.parametrize("what", ["counts", "positions"])
+@pytest.mark.parametrize("script", ["train_mymodel", "train_decoder", "get_accuracy_image", "decoder_similarity"])
+def test_panels_of_replaced_files_are_refused(what, script, trained, tmp_path, capsys):
+    """Whatever was made of a slice says which files it was made of."""
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    replaced(data, what)
+    work = Work(data, trained.tiles, trained.panels, tmp_path)
+    model = ("--decoder", trained.decoder) if script == "decoder_similarity" else ("--encoder", trained.encoder)
+    flags = () if script == "train_mymodel" else model
+    flags += ("--part", "train", "--allow_leak") if script in ("get_accuracy_image", "decoder_similarity") else ()
+    assert work.exit_code(script, *flags) == 2
+    stderr_line(capsys, "P01_1/.*h5ad: expected genes of the counts and positions in .*found those of other files; fix")
+
+
+def test_panels_of_counts_that_are_no_longer_there_serve(trained, work):
+    """Counts may be put away once the panels are written."""
+    data = work.out / "data"
+    shutil.copytree(trained.data, data, ignore=shutil.ignore_patterns("filtered_feature_bc_matrix.h5"))
+    flags = data_flags(Work(data, work.tiles, work.panels, work.out))
+    assert len(datasets.load_slice(row("P01_1", "train"), flags, ROLES, False).barcodes) == 70

@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.genes import panels as gene_panels
 from utils.images.tiles import TilePack
-from utils.slices import splits, visium
+from utils.slices import content, splits, visium
 from utils.training import distributed, leaks, overlap
 
 
@@ -57,10 +57,16 @@ def load_slice(row: splits.SliceRow, args: Any, roles: tuple[str, ...], val_stri
     panels = {
         role: gene_panels.read_panel(gene_panels.panel_path(args.data, args.panels, row.slice, role)) for role in roles
     }
-    first = panels[roles[0]]
+    root = visium.find_root(splits.slice_folder(args.data, row))
+    first, files_hash = panels[roles[0]], content.files_hash(root)
     for panel in panels.values():
         if not np.array_equal(panel.barcodes, first.barcodes):
             raise ValueError(f"{panel.path}: expected the spots of {first.path}; run make_decoder_data.py again")
+        if files_hash not in (None, panel.files_hash):  # without counts there is nothing to compare with
+            raise ValueError(
+                f"{panel.path}: expected genes of the counts and positions in {root}, found those of other files; "
+                "fix: run make_decoder_data.py again"
+            )
     pack = TilePack(args.tiles / row.slice)
     place = {barcode: i for i, barcode in enumerate(pack.barcodes)}
     tile_rows = np.array([place.get(barcode, -1) for barcode in first.barcodes])
@@ -87,7 +93,7 @@ def load_slice(row: splits.SliceRow, args: Any, roles: tuple[str, ...], val_stri
         pack=pack,
         tile_rows=tile_rows[kept],
         panels={role: panel.of(kept) for role, panel in panels.items()},
-        root=visium.find_root(splits.slice_folder(args.data, row)),
+        root=root,
         equal_depth=getattr(args, "equal_depth", None),
     )
 

@@ -19,28 +19,35 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def launch(n: int, *words) -> subprocess.CompletedProcess:
-    """parallel_run.py in n processes, by torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-    command += ["--", str(ROOT / "tests" / "parallel_run.py"), *map(str, words)]  # torchrun takes --logs for its own
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-
-
 def started(n: int, *words) -> list[subprocess.Popen]:
     """parallel_run.py in n processes that nothing watches, as Slurm starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, str(ROOT / "tests" / "parallel_run.py"), *words]
+    command = [sys.executable, str(ROOT / "tests" / "parallel_run.py"), *map(str, words)]
     where = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [ENVIRONMENT | where | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(command, cwd=ROOT, env=env, **pipe) for env in ranks]
 
 
+def launch(n: int, *words) -> str:
+    """What n processes of parallel_run.py print, each of which must end well."""
+    processes, printed = started(n, *words), ""
+    try:
+        for process in processes:
+            out, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error[-2000:]
+            printed += out
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return printed
+
+
 def step(n: int, out: Path, *words) -> dict:
-    done = launch(n, "gradients", out, *words)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch(n, "gradients", out, *words)
     return torch.load(out, weights_only=True)
 
 
@@ -75,8 +82,7 @@ def trained_by_two(trained, tmp_path_factory):
     """Both stages, trained and evaluated by two processes with the flags of `trained`."""
     work = Work(trained.data, trained.tiles, trained.panels, tmp_path_factory.mktemp("two"))
     for script in ("train_mymodel", "train_decoder"):
-        done = launch(2, script, *work.argv(script, "--Epoch", 1, "--Init_lr", 1e-3))
-        assert done.returncode == 0, done.stderr[-2000:]
+        launch(2, script, *work.argv(script, "--Epoch", 1, "--Init_lr", 1e-3))
     return work
 
 
@@ -98,9 +104,7 @@ def test_evaluation_by_two_processes_is_that_of_one(trained, tmp_path, script, f
     one, two = (Work(trained.data, trained.tiles, trained.panels, tmp_path / name) for name in ("one", "two"))
     model = (flag, getattr(trained, flag[2:]), "--batch_size", 16)
     one.run(script, *model)
-    done = launch(2, script, *two.argv(script, *model))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("results in") == 1
+    assert launch(2, script, *two.argv(script, *model)).count("results in") == 1
     expected, found = (json.loads((w.out / "results" / folder / "metrics.json").read_text()) for w in (one, two))
     assert_near(found, expected)
 
@@ -120,8 +124,12 @@ def assert_near(found, expected):
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(trained, tmp_path):
+    """By torchrun, as a user calls it."""
     work = Work(trained.data, trained.tiles, trained.panels, tmp_path)
-    done = launch(2, "train_mymodel", *work.argv("train_mymodel", "--batch_size", 15, "--Epoch", 1))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    command += ["tests/parallel_run.py", "train_mymodel"]  # behind --, as torchrun takes --logs for its own
+    command += work.argv("train_mymodel", "--batch_size", 15, "--Epoch", 1)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "--batch_size 15: expected a multiple of the 2 processes" in done.stderr
 

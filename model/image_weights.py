@@ -89,7 +89,10 @@ def in_brackets(names: Iterable[str], most: int = 4) -> str:
 
 WRAPPERS = ("module", "_orig_mod", "model", "backbone", "encoder", "trunk", "visual")
 KINDS = (  # of several sets of weights the first of these that is there is taken, before any other
-    re.compile(r"(^|[._])(ema|momentum|averaged?|avg|swa|shadow|encoder_k|key_encoder)([._]|$)", re.IGNORECASE),
+    re.compile(
+        r"(^|[._]|model|net|weights)(ema|momentum|averaged?|avg|swa|shadow|encoder_k|key_encoder)([._]|$)",
+        re.IGNORECASE,
+    ),
     re.compile(r"(^|[._])(teacher|target)([._]|$)", re.IGNORECASE),
     re.compile(r"(^|[._])(student|online|encoder_q|query_encoder|base_encoder)([._]|$)", re.IGNORECASE),
 )

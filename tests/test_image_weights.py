@@ -222,6 +222,7 @@ SETS = {  # what a file holds of weights w that are wanted and others x, and whe
         },
         "state_dict_ema: module.*",
     ),
+    "an average in camel case": (lambda w, x: {"model": x, "modelEMA": w}, "modelEMA"),
     "an average alone": (lambda w, x: {"state_dict_ema": w, "arch": "test_vit"}, "state_dict_ema"),
     "an average of its own class": (lambda w, x: {"model": x, "ema": {"decay": 0.9, "module": w}}, "ema.module"),
     "DeiT": (lambda w, x: {"model": x, "optimizer": optimizer(x), "model_ema": w, "epoch": 3}, "model_ema"),

@@ -79,6 +79,8 @@ def test_a_wrong_bin_names_those_there(run, tmp_path):
     refused("found --bin 4; use --bin with: 8, 16", find_bin, run, 4)
     refused("found --bin 16; use --bin with: 8", find_bin, run / "binned_outputs" / "square_008um", 16)
     refused("expected binned_outputs/square_", find_bin, tmp_path, None)
+    (tmp_path / "GSM1_P1_filtered_feature_bc_matrix.h5").write_text("")
+    refused("found files as GEO keeps them .GSM1_P1_filtered_feature_bc_matrix.h5.: gunzip", find_bin, tmp_path, None)
     refused("no such file or folder", find_bin, tmp_path / "nowhere", None)
 
 

@@ -111,6 +111,9 @@ def test_sections_joined_are_refused(folder):
 def test_scale_factors_of_another_image_are_warned_of(folder):
     write_spatial(folder, scales=SCALES | {"spot_diameter_fullres": 6.5})
     assert "0.065 times the distance" in visium.open_slice(folder).warnings[0]
+    for kind, factor in (("hires", 0.2), ("lowres", 0.06)):  # positions in pixels of a small image
+        write_spatial(folder, scales=SCALES | {"spot_diameter_fullres": 65 / factor})
+        refused(f"as in pixels of the {kind} image; divide the positions", visium.open_slice, folder)
     write_spatial(folder, scales=SCALES | {"microns_per_pixel": 0.5, "bin_size_um": 8.0, "spot_diameter_fullres": 100})
     assert "0.08 um by the spots (8 um apart) but 0.5 um by microns_per_pixel" in visium.open_slice(folder).warnings[0]
 
@@ -135,6 +138,16 @@ def packed(folder):
         path.unlink()
 
 
+def prefixed(folder):
+    for path in list((folder / "spatial").iterdir()):
+        path.rename(path.with_name(f"GSM1_{path.name}"))
+
+
+def archived(folder):
+    shutil.rmtree(folder / "spatial")
+    (folder / "GSM1_spatial.tar.gz").write_bytes(b"")
+
+
 def segmented(folder):
     (folder / "outs").mkdir()
     (folder / "spatial").rename(folder / "outs" / "spatial")
@@ -153,6 +166,8 @@ def aggregated(folder):
         (geo, "gunzip"),
         (flat, "as in a GEO download"),
         (packed, "gunzip"),
+        (prefixed, "GEO download"),
+        (archived, "GEO download"),
         (segmented, "segmented"),
         (aggregated, "aggr"),
     ],
@@ -180,6 +195,13 @@ def test_one_packed_file_among_good_ones_is_not_passed_over(folder):
     refused(r"found tissue_hires_image.png.gz; gunzip", visium.open_slice, folder)
     (folder / "spatial" / "tissue_hires_image.png").write_bytes(b"")
     visium.open_slice(folder)
+
+
+def test_a_packed_scan_is_not_passed_over_for_the_hires_image(folder):
+    Image.new("RGB", (20, 30)).save(folder / "spatial" / "tissue_hires_image.png")
+    (folder / "A1_he.png.gz").write_bytes(b"")
+    refused("found A1_he.png.gz; gunzip it", visium.open_slice(folder).source_image)
+    assert visium.open_slice(folder).source_image("hires").kind == "hires"
 
 
 def test_a_table_row_stays_inside_the_folder(folder):

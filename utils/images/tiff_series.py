@@ -31,7 +31,10 @@ REDUCED, TRANSPARENCY = 1, 4  # bits of NewSubfileType
 UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "nm": 1e-3}
 UM |= {"inch": 25400.0, "in": 25400.0, "\\u00B5m": 1.0}  # micro sign, Greek mu, and what ImageJ writes
 RESOLUTION_UM = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}  # tag ResolutionUnit
-ASIDE = r"(?<![a-z])(label|macro|thumbnail|thumb|overview|preview|map)(?![a-z])"  # what is never the scan
+ASIDE = (  # what is never the scan: SlideLabel, label_image, macroimage, Thumbnail1, but not label-free, macrophages
+    r"((label|macro|thumbnail|thumb|overview|preview|barcode)s?(image|img|pic|picture)?(?![a-z]|-free)"
+    r"|(?<![a-z])(map|lbl)(?![a-z]))"
+)
 NUMBERED = re.compile(r"(channel|ch|c|bf|tl|brightfield)?[\s_:#-]*(\d+([:/]\d+)*)?")  # channel names that say nothing
 PRIMARY = re.compile(r"(r|red|g|green|b|blue|a|alpha)([\s_-]*(channel|ch))?")
 TO_RGB = "convert it to 8-bit RGB"
@@ -414,7 +417,7 @@ def _description_names(text: str) -> Iterator[str]:
     elif len(text) <= 60 and "=" not in text:
         yield text
     else:
-        yield from re.findall(rf"^\W*{ASIDE}", text, re.IGNORECASE | re.MULTILINE)
+        yield from (found[0] for found in re.finditer(rf"^\W*{ASIDE}", text, re.IGNORECASE | re.MULTILINE))
 
 
 def _text(value: Any) -> str:

@@ -57,6 +57,7 @@ class Source:
     left_out : dict, how many spots are not imported, by reason
     notes : list of str, further remarks for the line of the slice
     warnings : list of str, a line each
+    without_image : bool, whether the image may be added to the folder afterwards, as of several sections of one file
     """
 
     name: str
@@ -76,6 +77,7 @@ class Source:
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    without_image: bool = False
 
     @property
     def um_per_px(self) -> float:
@@ -146,7 +148,7 @@ def check(source: Source) -> None:
     tiles.tile_files(source.origin, source.spots.index)
     if not np.isfinite(source.spots[SPOT_COLUMNS].to_numpy(float)).all():
         raise ValueError(f"{source.origin}: expected finite spot positions, found NaN or infinity; fix the positions")
-    if source.image is None and not source.small:
+    if source.image is None and not source.small and not source.without_image:
         raise ValueError(f"{source.origin}: expected an H&E image, found none; name it with --image")
 
 
@@ -180,11 +182,13 @@ def lie_on(xy_px: np.ndarray, size: tuple[int, int]) -> bool:
     return True
 
 
-def shown_image(source: Source) -> tuple[Path | np.ndarray, float]:
-    """The image in full resolution, else hires, else lowres, and its pixels per full-resolution pixel."""
+def shown_image(source: Source) -> tuple[Path | np.ndarray, float] | None:
+    """The image in full resolution, else hires, else lowres, and its pixels per full-resolution pixel; None without."""
     if source.image is not None:
         return source.image, 1.0
-    kind = next(kind for kind in ("hires", "lowres") if kind in source.small)
+    kind = next((kind for kind in ("hires", "lowres") if kind in source.small), None)
+    if kind is None:
+        return None
     return source.small[kind], float(source.scalefactors[f"tissue_{kind}_scalef"])
 
 
@@ -239,14 +243,15 @@ def import_slice(source: Source, out: Path, memory: float = math.inf) -> list[st
     """
     source = without_controls(source)
     check(source)
-    shown, scale = shown_image(source)
-    thumbnail = make_thumbnail(shown, checks.THUMBNAIL_PX)
-    n_outside, warnings = check_spots(source, shown, scale, thumbnail)
+    shown, n_outside, warnings = shown_image(source), 0, ["no image yet: put the H&E of this section into its folder"]
+    thumbnail = None if shown is None else make_thumbnail(shown[0], checks.THUMBNAIL_PX)
+    if shown is not None and thumbnail is not None:
+        n_outside, warnings = check_spots(source, *shown, thumbnail)
     part, folder = out / f".{source.name}.part", out / source.name  # hidden: never taken for a slice
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
         image = slice_folder.write_folder(part, source, memory)
-        warnings += check_small(part, source, thumbnail)
+        warnings += [] if thumbnail is None else check_small(part, source, thumbnail)
         check_written(part, source, memory)
         if folder.exists():
             other = _first_difference(part, folder)
@@ -262,7 +267,7 @@ def import_slice(source: Source, out: Path, memory: float = math.inf) -> list[st
     slice_folder.add_row(out, splits.SliceRow(source.name, source.patient, "", source.pitch_um, image))
     lines = [*source.warnings, *_pixel_sizes(source), *warnings]
     return [
-        summary(source, n_outside, thumbnail.notes, memory),
+        summary(source, n_outside, () if thumbnail is None else thumbnail.notes, memory),
         *(f"warning: {source.name}: {line}" for line in lines),
     ]
 

@@ -122,10 +122,13 @@ def read_sample(sample: Sample, pitch_um: float | None = None, library_key: str 
     if sample.image is not None and len(parts) > 1:
         found = f"{len(parts)} in obs['{library_key}']"
         raise ValueError(f"{sample.image}: expected the image of one section, found {found}; import without --image")
-    yield from [  # all of them are read before the first is written
+    sources = [  # all of them are read before the first is written
         from_anndata(adata[spots], name, sample.path, xy_px[spots], sample.image, pitch_um, sample.metadata)
         for name, spots in parts
     ]
+    for source in sources:
+        source.without_image = True
+    yield from sources
 
 
 def _coordinates(path: Path, adata: Any) -> np.ndarray:

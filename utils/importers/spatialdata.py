@@ -24,7 +24,7 @@ from utils.slices.matrix import reading
 
 BIN = re.compile(r"_(\d{3})um$")
 # Words in the names of images that are not the H&E, and of those that are
-OTHERS = {"cytassist", "lowres", "thumbnail", "dapi", "if", "fluorescence", "hoechst", "alignment", "aligned"}
+OTHERS = {"cytassist", "lowres", "thumbnail", "dapi", "if", "fluorescence", "hoechst", "alignment"}
 OTHERS |= {"fiducials", "detected", "label", "macro", "mask", "overview"}
 REDUCED, HISTOLOGY = {"hires", "downscaled"}, {"he", "hne", "full", "fullres", "histology", "brightfield"}
 NUMBERED = re.compile(r"(c|ch|channel)?[\W_]*\d+([\W_]\d+)*", re.IGNORECASE)  # channels without a name
@@ -287,7 +287,6 @@ def read_spatialdata(
     if image is not None and len(parts) > 1:
         found = f"{len(parts)} in obs['{library_key}']"
         raise ValueError(f"--image {image}: expected the image of one section, found {found}; import without --image")
-    yield from [
-        read_part(source, data, table if rows.all() else table[rows], own, image, pitch_um, of_bins is not None)
-        for own, rows in parts
-    ]
+    for own, rows in parts:  # one after the other: each holds its image
+        part = table if rows.all() else table[rows]
+        yield read_part(source, data, part, own, image, pitch_um, of_bins is not None)

@@ -23,11 +23,12 @@ FEW, FEW_FRACTION = 3, 0.02  # spots outside the image that are no reason to dou
 # Correlation of two grey images of SIDE x SIDE px. The five HER2+ sections and a Visium one have .99 with themselves in
 # other colours, .80 at most with one another (neighbouring sections), .85 mirrored, .89 to .95 shifted by 2 % of a side
 SIDE, SAME, RESEMBLING = 64, 0.9, 0.97
+COLOURS = 12.0  # of 255: mean difference of an export from the small image; a crop of it has other colours
 FLAT = 2.0  # grey levels: standard deviation of an image that shows nothing
 THUMBNAIL_PX = 1000
 Thumbnail = tuple[np.ndarray, float]  # an image (h, w, 3) uint8 made small, and its pixels per pixel of the image
 # Fractions of spots with half of their disc on tissue: .90 and more on all real slices at hand, as they stand
-MOSTLY, LARGELY, BETTER = 0.5, 0.9, 0.05
+HARDLY, MOSTLY, LARGELY, BETTER = 0.1, 0.5, 0.9, 0.05
 
 
 def check_image(
@@ -52,11 +53,22 @@ def check_image(
         small = slice_.small_image(kind)
         if small is not None and kind != source.kind:
             check_size(source.path, [side / source.scale for side in size], small.path, small.scale)
-            warnings += check_content(source.path, thumbnail[0], small.path, RESEMBLING if exported else SAME)
+            warnings += check_content(source.path, thumbnail[0], small.path, exported)
+    if stated_nothing(slice_, source, image):
+        warnings.append(
+            f"{source.path}: expected a hires or lowres image, or a pixel size in the file, to check its scale by, "
+            "found none; look at the spots on it"
+        )
     radius_px = slice_.scalefactors["spot_diameter_fullres"] / 2 * source.scale
     hd = "bin_size_um" in slice_.scalefactors  # whose array is a mirror image of the pixels by itself
     mirrored = slice_.lattice is not None and slice_.lattice.mirrored and not hd
     return inside, warnings + check_axes(f"{source.path}", xy_px[inside], size, radius_px, thumbnail, mirrored)
+
+
+def stated_nothing(slice_: Slice, source: SourceImage, image: TissueImage) -> bool:
+    """Whether nothing tells that a full-resolution image has the size that the positions are in."""
+    small = any(slice_.small_image(kind) is not None for kind in ("hires", "lowres"))
+    return source.kind == "fullres" and not small and image.metadata_um_per_px is None
 
 
 def spots_on_image(where: str, xy_px: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -92,7 +104,8 @@ def _check_scale(slice_: Slice, source: SourceImage, image: TissueImage) -> list
 def check_size(path: Path, fullres_px: list[float], small: Path, small_scale: float) -> None:
     """Raises ValueError where the sides of an image are not those of its small one over that one's scale factor."""
     expected = [side / small_scale for side in image_size(small)]
-    if any(abs(found - side) > SIZE * side + 2 for found, side in zip(fullres_px, expected, strict=True)):
+    rounding = 1.5 / small_scale
+    if any(abs(found - side) > SIZE * side + rounding for found, side in zip(fullres_px, expected, strict=True)):
         raise ValueError(
             f"{path}: expected about {expected[0]:.0f} x {expected[1]:.0f} full-resolution px ({small.name} over its "
             f"scale factor), found {fullres_px[0]:.0f} x {fullres_px[1]:.0f}; give the image that the positions refer "
@@ -100,33 +113,38 @@ def check_size(path: Path, fullres_px: list[float], small: Path, small_scale: fl
         )
 
 
-def check_content(path: Path, thumbnail: np.ndarray, small: Path, least: float = SAME) -> list[str]:
-    """Raises ValueError where an image does not show what its small one shows, by a correlation of `least`.
+def check_content(path: Path, thumbnail: np.ndarray, small: Path, exported: bool = False) -> list[str]:
+    """Raises ValueError where an image does not show what its small one shows.
 
-    One that is blank tells nothing, which is refused where another size has to be confirmed by it.
+    A small image that is blank tells nothing. Where it has to confirm that the image was `exported` at another size,
+    that is not enough, and the colours have to agree too: a correlation does not tell a smooth image from a part of it.
     """
     with open_image(small) as image:
-        grey = [_small_grey(pixels) for pixels in (thumbnail, image.thumbnail(THUMBNAIL_PX)[0])]
-    blank = min(pixels.std() for pixels in grey) < FLAT
-    if blank and least == SAME:
+        pixels = [_made_small(one) for one in (thumbnail, image.thumbnail(THUMBNAIL_PX)[0])]
+    grey, least = [one.mean(2) for one in pixels], RESEMBLING if exported else SAME
+    blank = min(one.std() for one in grey) < FLAT
+    if blank and not exported:
         return []
-    alike = 0.0 if blank else _correlation(*grey)
+    other_colours = exported and np.abs(pixels[0] - pixels[1]).mean() > COLOURS
+    alike = 0.0 if blank or other_colours else _correlation(*grey)
     if alike < least:
+        differs = "other colours" if other_colours else f"correlation {alike:.2f}"
         turned = [name for name, pixels in _turned(grey[0]) if not blank and _correlation(pixels, grey[1]) >= SAME]
         hint = f"; it fits {turned[0]}" if turned else ""
         raise ValueError(
-            f"{path}: expected the image that {small.name} was made of, found another (correlation {alike:.2f}, of the "
-            f"same image above {least}){hint}; give the image that the positions refer to, unchanged"
+            f"{path}: expected the image that {small.name} was made of, found another ({differs}; of the "
+            f"same image the correlation is above {least}){hint}; give the image that the positions refer to, unchanged"
         )
     if alike < RESEMBLING:
         return [f"{path}: resembles {small.name} (correlation {alike:.2f}) but may be shifted or cropped against it"]
     return []
 
 
-def _small_grey(pixels: np.ndarray) -> np.ndarray:
+def _made_small(pixels: np.ndarray) -> np.ndarray:
+    """(h, w, 3) uint8 -> (SIDE, SIDE, 3)."""
     from PIL import Image
 
-    return np.asarray(Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), float)
+    return np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX), float)
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float:
@@ -163,7 +181,7 @@ def check_axes(
 
     Raises
     ------
-    ValueError where spots lie on glass that swapped or mirrored would lie on tissue.
+    ValueError where hardly a spot lies on tissue, or most would with swapped or mirrored axes and do not now.
     """
     mask = tissue.tissue_mask(thumbnail[0])
 
@@ -183,6 +201,11 @@ def check_axes(
         raise ValueError(
             f"{where}: expected spots on tissue, found {own:.0%} of {len(xy_px)} there and {best:.0%} with {name}; "
             "correct the axes of the positions, or give the image that they refer to"
+        )
+    if own < HARDLY and mask.any():
+        raise ValueError(
+            f"{where}: expected spots on tissue, found {own:.0%} of {len(xy_px)} there; give the image that the "
+            "positions refer to"
         )
     if mirrored:
         return [

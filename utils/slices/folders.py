@@ -67,16 +67,25 @@ def why_no_slice(folder: Path) -> str | None:
             "expected one section, found several joined by spaceranger aggr; give the outs/ of each section's own "
             "spaceranger count run"
         )
-    packed = [name for name in names if name.endswith(".gz") and _published_name(name) in SPATIAL_FILES]
-    files = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
-    loose = [name for name in files if _published_name(name) not in (None, *({name} - set(SPATIAL_FILES)))]
-    if packed or loose:
+    files = [path for place in places for path in sorted(place.iterdir()) if path.is_file()]
+    kept = [path.name for path in files if _is_as_geo_keeps_it(path)]
+    if kept:
         return (
             f"expected spatial/ with {POSITION_FILES[0]}, {SCALEFACTORS} and {HIRES}, unpacked, found "
-            f"{', '.join((packed or loose)[:3])} as in a GEO download (.gz, prefixes, no folders); gunzip them, cut "
+            f"{', '.join(kept[:3])} as in a GEO download (.gz, prefixes, no folders); gunzip them, cut "
             "their names back to Space Ranger's and move those of the image and the positions into spatial/"
         )
     return None
+
+
+def _is_as_geo_keeps_it(path: Path) -> bool:
+    """Whether a file is an archive, or one of Space Ranger's with a prefix, packed, or of spatial/ and not in it."""
+    if path.name.lower().endswith((".tar.gz", ".tgz", ".tar", ".zip")):
+        return True
+    published, inside = _published_name(path.name), path.parent.name == "spatial"
+    if published not in SPATIAL_FILES:  # none of ours, or a matrix, whose own name may be a good one
+        return published is not None and published != path.name and not inside
+    return published != path.name or not inside
 
 
 def _published_name(name: str) -> str | None:

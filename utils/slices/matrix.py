@@ -255,7 +255,8 @@ def _matrix_path(root: Path) -> Path:
     path = root if itself else first_of(root, MATRICES)
     if path is None:
         found = listing(root) if root.is_dir() else "nothing"
-        raise ValueError(f"{root}: expected counts ({', '.join(MATRICES)}), found {found}; add or rename the matrix")
+        fix = "gunzip the matrix, or cut the prefix off its name" if "feature_bc_matrix" in found else "add the matrix"
+        raise ValueError(f"{root}: expected counts ({', '.join(MATRICES)}), found {found}; {fix}")
     return path
 
 

@@ -68,7 +68,8 @@ BY_PRODUCTS = (  # of Space Ranger: never the full-resolution image
 POSITIONS_ARRAY, POSITIONS_PX = ("array_row", "array_col"), ("x_fullres_px", "y_fullres_px")
 VISIUM_PITCH_UM = 100.0
 DISAGREE = 0.05  # two statements of um per px that differ by more are worth a warning
-SIZE = 0.01  # by which a side may differ from what a small image, whose sides are rounded, makes of it
+SIZE = 0.003  # by which a side may differ from what a small image makes of it, beside its own rounding
+EXPORT = 0.005  # by which the scale of an export may differ from a whole number or its inverse
 SPOT_DIAMETER = 0.3, 1.2  # pitches: 0.5 legacy ST, 0.65 Visium, 1 Visium HD
 
 
@@ -170,6 +171,9 @@ class Slice:
             return found[0]
         files = [path for place in places for path in sorted(place.iterdir()) if path.suffix.lower() in SUFFIXES]
         images = [path for path in files if path.is_file() and path.name[0] != "." and path.name not in BY_PRODUCTS]
+        packed = [path.name for place in places for path in place.iterdir() if _is_packed_image(path)]
+        if packed and not images:
+            raise ValueError(f"{self.folder}: expected an unpacked image, found {min(packed)}; gunzip it")
         if len(images) > 1:
             found_names = ", ".join(path.relative_to(self.folder).as_posix() for path in images)
             raise ValueError(
@@ -189,15 +193,14 @@ class Slice:
         return hires
 
     def export_scale(self, size: tuple[int, int]) -> float:
-        """Pixels of an image of that width and height per full-resolution pixel, by the size of the small images: 1, or
-        what the scan was made smaller or larger by, where both sides agree."""
+        """Pixels of an image of that width and height per full-resolution pixel: 1, or 2, 3, ..., 1/2, 1/3, ... where
+        the sizes of the small images say that the scan was exported so. Other ratios may be those of a crop."""
         for small in filter(None, map(self.small_image, ("hires", "lowres"))):
             ratios = [side * small.scale / other for side, other in zip(size, image_size(small.path), strict=True)]
-            scale = math.sqrt(ratios[0] * ratios[1])
-            if abs(scale - 1) > SIZE and abs(ratios[0] / ratios[1] - 1) <= SIZE:
-                whole = round(max(scale, 1 / scale))  # exports are halves, thirds, ... of a scan
-                exact = whole if scale > 1 else 1 / whole
-                return float(exact) if abs(scale / exact - 1) <= SIZE else scale
+            whole = round(max(max(ratios), 1 / min(ratios)))
+            for exact in (float(whole), 1 / whole):
+                if all(abs(ratio / exact - 1) <= EXPORT for ratio in ratios):
+                    return exact
             return 1.0
         return 1.0
 
@@ -299,6 +302,11 @@ def _check_one_run(root: Path, positions: np.ndarray, barcodes: np.ndarray) -> N
         )
 
 
+def _is_packed_image(path: Path) -> bool:
+    inner = path.name.removesuffix(".gz")
+    return path.name.endswith(".gz") and inner not in BY_PRODUCTS and Path(inner).suffix.lower() in SUFFIXES
+
+
 def _positive(root: Path, pitch_um: float | None) -> float | None:
     if pitch_um is not None and not 0 < pitch_um < math.inf:
         raise ValueError(f"{root}: expected a positive spot pitch in um, found {pitch_um}; correct spot_pitch_um")
@@ -318,6 +326,7 @@ def _contradictions(slice_: Slice) -> list[str]:
         )
     spots_px = factors["spot_diameter_fullres"] / lattice.pitch_px
     if not SPOT_DIAMETER[0] <= spots_px <= SPOT_DIAMETER[1]:
+        _refuse_small_pixels(slice_, spots_px)
         warnings.append(
             f"{slice_.root}: spot_diameter_fullres is {spots_px:.2g} times the distance between spots; are positions "
             "and scale factors those of one image?"
@@ -329,6 +338,16 @@ def _contradictions(slice_: Slice) -> list[str]:
             f"{stated:.4g} um by microns_per_pixel of its scale factors; the former is used"
         )
     return warnings
+
+
+def _refuse_small_pixels(slice_: Slice, spots_px: float) -> None:
+    """Raises ValueError where spots are so large against their distance because positions are in a small image's px."""
+    for kind in ("hires", "lowres"):
+        if SPOT_DIAMETER[0] <= spots_px * slice_.scalefactors[f"tissue_{kind}_scalef"] <= SPOT_DIAMETER[1]:
+            raise ValueError(
+                f"{slice_.root}: expected positions in full-resolution pixels, found spots {1 / spots_px:.2g} diameters"
+                f" apart, as in pixels of the {kind} image; divide the positions by tissue_{kind}_scalef"
+            )
 
 
 def read_slice(folder: str | Path, name: str | None = None, memory: float = math.inf) -> CountedSlice:

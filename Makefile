@@ -36,7 +36,8 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
-# Kills, faults and fuzzing, five minutes on a quiet machine; the table goes into docs/reliability.md.
+# Kills with all threads and with one, faults and fuzzing, fifteen minutes on a quiet machine; the table goes into
+# docs/reliability.md.
 torture: .venv/installed
 	$(BIN)/python tests/torture.py --kills 20 --keep
 

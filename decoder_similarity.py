@@ -17,7 +17,7 @@ import numpy as np
 from utils.files.atomic import write_record
 from utils.prediction.outputs import UNITS
 from utils.slices import export
-from utils.training import arguments, checkpoint, datasets
+from utils.training import arguments, checkpoint, datasets, distributed
 from utils.training.folder import alone_in
 
 SHOWN = (
@@ -52,7 +52,7 @@ def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndar
 
     Features are computed, used and dropped slice by slice.
     """
-    from utils.training import distributed, feature_bank, features, spill
+    from utils.training import feature_bank, features, spill
 
     def encode(tiles):
         with accelerator.autocast():
@@ -210,14 +210,13 @@ def main(args):
     state = checkpoint.load(args.decoder, "stage_two", "--decoder")
     slices, taught = datasets.load_evaluation(args, state, "--decoder", ("target",))
     from utils.evaluation import expression
-    from utils.training import distributed
 
-    accelerator = distributed.start(args.device, args.precision)
-    model = load_model(args, state, accelerator.device)
-    rows = {"model": predict_model(model, state, slices, accelerator, args)}
-    rows |= predict_cheap(args, state, slices, taught, accelerator)
-    if not distributed.go_on_alone():
-        return
+    with distributed.running(args.device, args.precision) as accelerator:
+        model = load_model(args, state, accelerator.device)
+        rows = {"model": predict_model(model, state, slices, accelerator, args)}
+        rows |= predict_cheap(args, state, slices, taught, accelerator)
+        if not distributed.go_on_alone():
+            return
     measured = [
         {
             "name": one.name,

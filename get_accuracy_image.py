@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.files.atomic import write_record
 from utils.slices import export
-from utils.training import arguments, checkpoint, datasets
+from utils.training import arguments, checkpoint, datasets, distributed
 from utils.training.folder import alone_in
 
 ROWS = ("depth", "contrastive", "matching", "reranked")
@@ -44,8 +44,6 @@ def load_model(args, state: dict, device):
 def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndarray:
     """Fusion logit of each spot's picture with each candidate's profile: (S, K); 0 where it is padding."""
     import torch
-
-    from utils.training import distributed
 
     order, device = datasets.in_turn(len(candidates), SPOTS_AT_ONCE), accelerator.device
 
@@ -263,14 +261,12 @@ def main(args):
     arguments.require_checkpoint(args.encoder, "--encoder", "run train_mymodel.py first")
     state = checkpoint.load(args.encoder, "stage_one", "--encoder")
     slices, taught = datasets.load_evaluation(args, state, "--encoder", ("input",))
-    from utils.training import distributed
-
-    accelerator = distributed.start(args.device, args.precision)
-    model = load_model(args, state, accelerator.device)
-    depths = predicted_depths(args, state, slices, taught, accelerator)
-    scored = [score_slice(model, one, depth, accelerator, args) for one, depth in zip(slices, depths, strict=True)]
-    if not distributed.go_on_alone():
-        return
+    with distributed.running(args.device, args.precision) as accelerator:
+        model = load_model(args, state, accelerator.device)
+        depths = predicted_depths(args, state, slices, taught, accelerator)
+        scored = [score_slice(model, one, depth, accelerator, args) for one, depth in zip(slices, depths, strict=True)]
+        if not distributed.go_on_alone():
+            return
     metrics = figures_of(scored, args.seed)
     metrics["per_slice"] = {one.name: figures_of([s], args.seed) for one, s in zip(slices, scored, strict=True)}
     write_results(args.out, metrics, slices, scored, state["genes"])

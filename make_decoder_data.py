@@ -21,7 +21,7 @@ from tqdm import tqdm
 from utils.genes import lists as gene_lists
 from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
-from utils.slices import matrix, splits, visium
+from utils.slices import content, matrix, splits, visium
 from utils.training import arguments
 from utils.training.folder import alone_in
 
@@ -57,6 +57,7 @@ class Surveyed:
     kept: np.ndarray  # (S,) bool: not empty, not below --min_counts
     pitch_px: float
     counts_hash: str
+    files_hash: str  # of the matrix and the positions
     profile: gene_panels.Profile  # of the kept train spots
 
 
@@ -91,8 +92,8 @@ def survey(row, slice_names: gene_names.SliceNames, args) -> Surveyed:
         profile = part if profile is None else gene_panels.merged(profile, part)
     kept = total >= least
     tell(row, source, total, kept, len(names), least)
-    content = visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes, bytes_of(args))
-    return Surveyed(row, total, kept, pitch_px, content, profile)
+    counts_hash = visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes, bytes_of(args))
+    return Surveyed(row, total, kept, pitch_px, counts_hash, content.files_hash(source.root), profile)
 
 
 def tell(row, source: visium.CountedSlice, total: np.ndarray, kept: np.ndarray, n_genes: int, least: int) -> None:
@@ -170,6 +171,7 @@ def panel_file(one: Surveyed, spots, measured: np.ndarray, role: str, choice: tu
         "train_slices": np.array([t.row.slice for t in train]),
         "train_hashes": np.array([t.counts_hash for t in train]),
         "counts_hash": one.counts_hash,
+        "files_hash": one.files_hash,
         "spot_pitch_fullres_px": one.pitch_px,
     }
     return adata
@@ -190,7 +192,7 @@ def write_panels(one: Surveyed, panels: dict[str, tuple[list[str], str]], train,
         gene_panels.write_panel(gene_panels.panel_path(args.data, args.panels, one.row.slice, role), adata, blocks)
 
 
-@alone_in("panels")
+@alone_in("panels", "data")
 def main(args):
     rows, warnings = splits.read_table(args.data, args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)
     arguments.say(warnings)

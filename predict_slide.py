@@ -23,7 +23,7 @@ import numpy as np
 from utils.files.atomic import write_record, write_whole
 from utils.prediction import layout, measured, outputs
 from utils.prediction import slides as slide_list
-from utils.training import arguments, checkpoint, folder
+from utils.training import arguments, checkpoint, distributed, folder
 
 SETTINGS, FEATURES = "settings.json", "features"
 RESULT_FLAGS = ("grid", "spread", "maps", "spatialdata", "precision")  # another value of them gives other files
@@ -87,14 +87,12 @@ def read_checkpoints(paths: list[Path]) -> list[dict]:
     return states
 
 
-def load_run(args):
+def load_run(states: list[dict], accelerator, args):
     """All models on the device, and how they are run."""
-    states = read_checkpoints(args.decoder)
     from model.stage_two import StageTwo, StageTwoSizes, domain_score
     from utils.prediction.predict import Member, Run
-    from utils.training import distributed
 
-    accelerator, members = distributed.start(args.device, args.precision), []
+    members = []
     for path, state in zip(args.decoder, states, strict=True):
         model = StageTwo(StageTwoSizes(**state["sizes"]))
         checkpoint.fit(model, state.pop("model"), path, "--decoder")
@@ -225,6 +223,22 @@ def do_slide(request: slide_list.Request, run, args) -> None:
         predict_one(planned, key, run, args)
 
 
+def predict_all(own: list, run, args) -> None:
+    """Slides one after the other. Raises ValueError that names those which failed, once the others are done."""
+    failed = []
+    for request in own:
+        try:
+            do_slide(request, run, args)
+        except Exception as error:  # one torn or large file must not end a night's work on the others
+            line = arguments.line_of(error)
+            if len(own) == 1 or line is None:
+                raise
+            failed.append(f"{request.name} ({line})")
+            print(f"{request.name}: left out: {line}", flush=True)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(own)} slides could not be predicted: {'; '.join(failed)}")
+
+
 def main(args):
     if args.spread and len(args.decoder) > 1:
         raise ValueError("--spread: several decoders give a spread by themselves; leave --spread or the others out")
@@ -235,21 +249,13 @@ def main(args):
     given = slide_list.Request(Path(), args.um_per_px, args.positions, args.mask, args.spot_pitch_um)
     slides = slide_list.list_slides(args.slides, args.out, given)
     index, number = args.shard
-    own, failed = slides[index::number], []
+    own = slides[index::number]
     if not own:
         print(f"shard {index + 1} of {number}: none of {len(slides)} slides is its own")
         return
-    run = load_run(args)
-    for request in own:
-        try:
-            do_slide(request, run, args)
-        except (ValueError, OSError) as error:  # one torn file must not end a night's work on the others
-            if len(own) == 1:
-                raise
-            failed.append(f"{request.name} ({error})")
-            print(f"{request.name}: left out: {error}", flush=True)
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(own)} slides could not be predicted: {'; '.join(failed)}")
+    states = read_checkpoints(args.decoder)
+    with distributed.running(args.device, args.precision) as accelerator:
+        predict_all(own, load_run(states, accelerator, args), args)
 
 
 if __name__ == "__main__":

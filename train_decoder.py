@@ -21,7 +21,7 @@ from utils import targets
 from utils.decoder_scores import validate, widen
 from utils.decoder_start import LANDMARKS, start_from_ridge
 from utils.slices import splits
-from utils.training import arguments, checkpoint, datasets, leaks, overlap
+from utils.training import arguments, checkpoint, datasets, distributed, leaks, overlap
 from utils.training.folder import alone_in
 
 
@@ -118,7 +118,7 @@ def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator
     import torch
 
     from model import losses
-    from utils.training import augment, distributed, loop
+    from utils.training import augment, loop
 
     model.train()
     epoch, total = progress.epoch, progress.sums.get("loss", 0.0)
@@ -182,19 +182,14 @@ def describe(args, model, encoder: dict, slices, rows, kept, moments) -> dict:
     }
 
 
-@alone_in("out")
-def main(args):
-    arguments.check_training(args)
-    arguments.require_checkpoint(args.encoder, "--encoder", "run train_mymodel.py first")
-    encoder = checkpoint.load(args.encoder, "stage_one", "--encoder")
-    slices, rows = load_data(args, encoder)
+def train(encoder: dict, slices, rows, accelerator, args) -> None:
+    """From kept features to the last epoch, or on from where a run was interrupted."""
     import torch
 
     from utils.evaluation import plotting
-    from utils.training import distributed, feature_bank, loop, spill
+    from utils.training import feature_bank, loop, spill
     from utils.training.progress import Progress
 
-    accelerator = distributed.start(args.device, args.precision)
     loop.seed_everything(args.seed)
     memory = spill.Spill(args.memory, args.out)
     target, mean, sd = targets.standardised(slices, args.target, memory)
@@ -213,35 +208,45 @@ def main(args):
     optimizer = loop.make_optimizer(model.decoder.parameters(), args)
     schedule = loop.schedule(optimizer, len(order) * (args.Epoch - args.Init_Epoch), args)
     about = describe(args, model, encoder, slices, rows, views[0], moments)
+    about["conditions"] = distributed.conditions(accelerator, args)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": accelerator.scaler}
-    progress = Progress(args, "stage_two", about, **parts)
-    optimizer = accelerator.prepare(optimizer)
-    if args.compile:
-        model.decoder.compile()
-    log = loop.RunLog(args.logs, "stage_two", vars(args) | {"n_train_spots": len(spots)})
-    splits.write_table(rows, args.out / "slices.csv")
-
-    if not args.resume:
-        print(start_from_ridge(model, bank, slices, target, truth, args))
-        val_pcc = validate(model, bank, slices, truth, accelerator, args)
-        widen(model, bank, slices, target, sd, accelerator, args)
-        row = {"epoch": args.Init_Epoch - 1, "val_pcc_residuals": float(val_pcc.mean())}
-        progress.begin(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
-    for epoch in range(progress.epoch, args.Epoch):
-        start = time.monotonic()
-        loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, progress, args)
-        with progress.looking():
+    with (
+        Progress(args, "stage_two", about, **parts) as progress,
+        loop.RunLog(args.logs, "stage_two", vars(args) | {"n_train_spots": len(spots)}) as log,
+    ):
+        optimizer = accelerator.prepare(optimizer)
+        if args.compile:
+            model.decoder.compile()
+        splits.write_table(rows, args.out / "slices.csv")
+        if not args.resume:
+            print(start_from_ridge(model, bank, slices, target, truth, args))
             val_pcc = validate(model, bank, slices, truth, accelerator, args)
             widen(model, bank, slices, target, sd, accelerator, args)
-        row = {"epoch": epoch, "loss": loss, "val_pcc_residuals": float(val_pcc.mean())}
-        row |= {"lr": schedule.get_last_lr()[0], "seconds": time.monotonic() - start}
-        log.add(row)
-        print(report(row), flush=True)
-        progress.after_epoch(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
-    progress.end()
+            row = {"epoch": args.Init_Epoch - 1, "val_pcc_residuals": float(val_pcc.mean())}
+            progress.begin(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
+        for epoch in range(progress.epoch, args.Epoch):
+            start = time.monotonic()
+            loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, progress, args)
+            with progress.looking():
+                val_pcc = validate(model, bank, slices, truth, accelerator, args)
+                widen(model, bank, slices, target, sd, accelerator, args)
+            row = {"epoch": epoch, "loss": loss, "val_pcc_residuals": float(val_pcc.mean())}
+            row |= {"lr": schedule.get_last_lr()[0], "seconds": time.monotonic() - start}
+            log.add(row)
+            print(report(row), flush=True)
+            progress.after_epoch(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
     plotting.save(plotting.loss_curves(log.rows, {"loss": 1.0}, "Stage two"), log.folder / "epoch_loss.png")
-    log.close()
     print(f"{args.out / checkpoint.BEST}: validation PCC per gene {progress.best:.4f}; log in {log.folder}")
+
+
+@alone_in("out")
+def main(args):
+    arguments.check_training(args)
+    arguments.require_checkpoint(args.encoder, "--encoder", "run train_mymodel.py first")
+    encoder = checkpoint.load(args.encoder, "stage_one", "--encoder")
+    slices, rows = load_data(args, encoder)
+    with distributed.running(args.device, args.precision) as accelerator:
+        train(encoder, slices, rows, accelerator, args)
     if args.export is not None and distributed.is_main():
         from utils.training import sharing
 

@@ -21,7 +21,7 @@ from model import tuning
 from utils import gene_weights, targets
 from utils.slices import splits
 from utils.start import start_from_ridge
-from utils.training import arguments, checkpoint, datasets
+from utils.training import arguments, checkpoint, datasets, distributed
 from utils.training.folder import alone_in
 
 MEASURED_SPOTS = 20_000  # tell mean and deviation of each gene's bins well enough
@@ -149,7 +149,7 @@ def log_row(out, candidates: int) -> dict[str, float]:
 
 def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, progress, args) -> dict[str, float]:
     """Means over the epoch's batches of every loss. The gradients of `order.accumulate` batches make a step."""
-    from utils.training import distributed, loop
+    from utils.training import loop
 
     model.train()
     order, epoch, sums, twins = loader.batch_sampler, progress.epoch, progress.sums, []
@@ -216,15 +216,12 @@ def draw_losses(log) -> None:
     plotting.save(figure, log.folder / "epoch_loss.png")
 
 
-@alone_in("out")
-def main(args):
-    check(args)
-    slices, rows = load_data(args)
+def train(slices, rows, accelerator, args) -> None:
+    """From the encoders' start to the last epoch, or on from where a run was interrupted."""
     from model.masked_bins import MaskedBins
-    from utils.training import count_tables, distributed, frozen, loop, pretrain, spill
+    from utils.training import count_tables, frozen, loop, pretrain, spill
     from utils.training.progress import Progress
 
-    accelerator = distributed.start(args.device, args.precision)
     loop.seed_everything(args.seed)
     memory = spill.Spill(args.memory, args.out)
     spots = datasets.spots_of(slices, "train")
@@ -250,7 +247,6 @@ def main(args):
     order = datasets.EpochOrder(len(spots), args.batch_size, args.seed, args.accumulate)
     if order.accumulate < args.accumulate:
         arguments.say([f"--accumulate {args.accumulate}: an epoch has {order.n_batches} batches, which make one step"])
-    loader = datasets.loader(datasets.TileBatches(slices, spots, extra), order, args.workers)
     shares = tuning.rate_shares(model.image_encoder, args.layer_decay)
     optimizer = loop.make_optimizer(model.parameters(), args, shares)
     schedule = loop.schedule(optimizer, len(order) // order.accumulate * (args.Epoch - args.Init_Epoch), args)
@@ -262,32 +258,42 @@ def main(args):
         "counts_hashes": datasets.counts_hashes(slices),
         "pretrain_hashes": {one.name: one.counts_hash for one in tables},
         "settings": checkpoint.plain(vars(args)),
+        "conditions": distributed.conditions(accelerator, args),
     }
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": accelerator.scaler}
-    progress = Progress(args, "stage_one", about, **parts)
-    replica, optimizer = accelerator.prepare(model, optimizer)
-    if args.compile:
-        model.compile_encoders()
-    log = loop.RunLog(args.logs, "stage_one", vars(args) | {"n_train_spots": len(spots)})
-    if distributed.is_main():
-        splits.write_table(rows, args.out / "slices.csv")
-    if not args.resume:
-        progress.begin()
-    for epoch in range(progress.epoch, args.Epoch):
-        began = time.monotonic()
-        row = {"epoch": epoch}
-        row |= train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, progress, args)
-        with progress.looking():
-            row |= validate(model, slices, bins, accelerator, args) | {"lr": schedule.get_last_lr()[0]}
-        row["seconds"] = time.monotonic() - began
-        log.add(row)
-        print(report(row), flush=True)
+    with (
+        Progress(args, "stage_one", about, **parts) as progress,
+        datasets.loader(datasets.TileBatches(slices, spots, extra), order, args.workers) as loader,
+        loop.RunLog(args.logs, "stage_one", vars(args) | {"n_train_spots": len(spots)}) as log,
+    ):
+        replica, optimizer = accelerator.prepare(model, optimizer)
+        if args.compile:
+            model.compile_encoders()
         if distributed.is_main():
-            draw_losses(log)
-        progress.after_epoch(row["val_R@5"], row=row)
-    progress.end()
-    log.close()
+            splits.write_table(rows, args.out / "slices.csv")
+        if not args.resume:
+            progress.begin()
+        for epoch in range(progress.epoch, args.Epoch):
+            began = time.monotonic()
+            row = {"epoch": epoch}
+            row |= train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, progress, args)
+            with progress.looking():
+                row |= validate(model, slices, bins, accelerator, args) | {"lr": schedule.get_last_lr()[0]}
+            row["seconds"] = time.monotonic() - began
+            log.add(row)
+            print(report(row), flush=True)
+            if distributed.is_main():
+                draw_losses(log)
+            progress.after_epoch(row["val_R@5"], row=row)
     print(f"{args.out / checkpoint.BEST}: R@5 {progress.best:.3f}; log in {log.folder}")
+
+
+@alone_in("out")
+def main(args):
+    check(args)
+    slices, rows = load_data(args)
+    with distributed.running(args.device, args.precision) as accelerator:
+        train(slices, rows, accelerator, args)
     if args.export is not None and distributed.is_main():
         from utils.training import sharing
 

@@ -1,7 +1,8 @@
 """One run of accuracy.py, a fold with a seed: the six scripts as a user calls them, then every row, into one JSON.
 
 A step is repeated only where its key has changed. The key of a step is a hash of RULES, of the flags of its script that
-differ from their defaults, and of the keys of the steps that it reads from; that of the first is the data's.
+differ from their defaults, and of the keys of the steps that it reads from; those of the first are hashes of what the
+data hold: counts, images, positions, scale factors, lines of the table, and the encoder's weights.
 
 The JSON of a run holds: fold, seed, ablation, key, settings (flags by script), date, machine, seconds by step, `rows`
 (figures of each row, means over slices), `retrieval`, `diagnostics`, and `draws`: of magic, the cheap rows and
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from benchmarks import accuracy_folds as folds
 from benchmarks.accuracy_folds import Fold
 from benchmarks.speed import machine_name
 from utils.files.atomic import write_record, write_whole
+from utils.files.hashing import content_hash
 from utils.slices import splits, visium
 from utils.training import arguments
 
@@ -88,10 +90,13 @@ class Step:
 
 
 @cache
-def content_of(folder: Path, name: str) -> str:
-    """Hash of a slice's counts."""
+def content_of(folder: Path, name: str, image: str | None) -> str:
+    """Hash of a slice's counts, of its image, and of all that lies in its spatial/."""
     source = visium.read_slice(folder, name)
-    return visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes)
+    counts = visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes)
+    files = sorted(path for path in (source.root / "spatial").iterdir() if path.is_file())
+    fullres = source.fullres_image(image)
+    return digest(counts, [content_hash(path) for path in (*files, fullres) if path is not None])
 
 
 @cache
@@ -128,16 +133,18 @@ class Run:
         self.slices = args.out / fold.name / "slices.csv"
         self.encoder = self.home / "encoder_model" / BEST
         self.untouched_encoder = self.folder / f"encoder_model{UNTOUCHED}" / BEST
-        parts = [(r.slice, r.part, content_of(splits.slice_folder(args.data, r), r.slice)) for r in fold.rows]
-        self.data_key = digest(parts, fold.flags, args.shuffled, weights_key(args.encoder_weights))
+        contents = [content_of(splits.slice_folder(args.data, r), r.slice, r.image) for r in fold.rows]
+        self.slices_key = digest([(r.slice, r.spot_pitch_um) for r in fold.rows], contents)
+        rows = [asdict(r) for r in fold.rows]
+        self.data_key = digest(rows, contents, fold.flags, args.shuffled, weights_key(args.encoder_weights))
         self.prepare, self.steps = self.plan()
 
     def step(self, name: str, folder: Path, after: Sequence[Step], **files: Any) -> Step:
         """Flags: where the data lie, what the settings say, and the `files` of this call."""
         script = name.removesuffix(UNTOUCHED)
         flags = {"data": self.args.data, "tiles": self.tiles, "device": self.args.device, "workers": self.args.workers}
-        if script == "image_tilling":  # every slice of the data, for all folds
-            keys, own = (str(self.args.data),), ()
+        if script == "image_tilling":  # every slice of the data, for all folds; only what is missing is cut
+            keys, own = (self.slices_key,), ()
         else:
             chosen = script == "make_decoder_data"
             flags |= {"panels": self.chosen_panels if chosen else self.panels, "slices": self.slices}

@@ -81,7 +81,8 @@ def loading(setting: Setting) -> Work:
 
     def read_plainly() -> None:
         data = plain_tiles.TileFiles(paths, setting.seed)
-        for batch in DataLoader(data, batch_size=32, shuffle=True, num_workers=2):
+        context = datasets.reading_context()
+        for batch in DataLoader(data, batch_size=32, shuffle=True, num_workers=2, multiprocessing_context=context):
             batch.to(machine.device)
 
     return Work(lambda: machine.timed(read_plainly if setting.plainly else read_ours), n, "tiles")

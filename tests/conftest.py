@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait
 os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])  # scanpy's numba sets torch's threads, too
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,20 @@ from tiny_runs import EVALUATION, ONE_EPOCH, PREPROCESSING, Work, snapshot, stde
 settings.register_profile("default", deadline=None, max_examples=40)
 settings.register_profile("torture", deadline=None, max_examples=2000)
 settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """torch draws alike whatever ran before; random and NumPy are seeded by pytest-randomly."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    """In which order a run failed, which -q does not say."""
+    seed = getattr(config.option, "randomly_seed", None)
+    if exitstatus and seed is not None:
+        terminalreporter.write_line(f"the same order again: pytest --randomly-seed={seed}")
 
 
 @pytest.fixture

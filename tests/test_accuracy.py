@@ -1,6 +1,7 @@
 """benchmarks/accuracy.py: folds, what is repeated and what is not, the rows, the table; slowly, all of it at once."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import anndata
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_runs import row
+from tiny_runs import rewrite_matrix, row
 
 from benchmarks import accuracy, accuracy_run, accuracy_table
 from benchmarks import accuracy_folds as folds
@@ -121,6 +122,39 @@ def test_a_key_knows_data_parts_and_settings_but_neither_paths_nor_machine(run, 
     monkeypatch.setitem(folds.SMALL, "train_mymodel", "--Epoch 4")
     others.append(run())
     assert len({one.key for one in [same, *others]}) == 7
+
+
+def other_bytes(path):
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+REPLACED = {
+    "image": lambda data: other_bytes(data / "P01_1" / "P01_1_he.jpg"),
+    "hires": lambda data: other_bytes(data / "P02_1" / "spatial" / "tissue_hires_image.png"),
+    "positions": lambda data: other_bytes(next((data / "P03_1" / "spatial").glob("tissue_positions*"))),
+    "scale factors": lambda data: other_bytes(data / "P01_1" / "spatial" / "scalefactors_json.json"),
+    "counts": lambda data: rewrite_matrix(data / "P01_1", lambda counts, *names: (counts + (counts > 0), *names)),
+    "pitch in slices.csv": lambda data: (data / "slices.csv").write_text(
+        (data / "slices.csv").read_text().replace(",100,", ",55,")
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_a_replaced_input_repeats_every_step(simulated, tmp_path, what):
+    """Under the same name: rows of a run and each of its steps are those of what the files hold."""
+    data = shutil.copytree(simulated, tmp_path / "data")
+
+    def keys():
+        accuracy_run.content_of.cache_clear()
+        fold = folds.given_folds(splits.read_table(data)[0])[0]
+        one = accuracy_run.Run(fold, 0, tiny(data, tmp_path / "out"))
+        return [one.key, *(step.key for step in (*one.prepare, *one.steps))]
+
+    before = keys()
+    assert keys() == before
+    REPLACED[what](data)
+    assert all(old != new for old, new in zip(before, keys(), strict=True))
 
 
 def test_weights_are_known_by_their_tensors(tmp_path):

@@ -1,5 +1,7 @@
 """Slices as training sees them: joined by barcode, divided into parts, given out in batches."""
 
+import multiprocessing
+import pickle
 import shutil
 
 import h5py
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from spaceranger_folders import refused
-from tiny_runs import Work, data_flags, row
+from tiny_runs import Work, data_flags, rewrite_matrix, row, stderr_line
 
 from utils.files.atomic import write_record
 from utils.genes import panels as gene_panels
@@ -15,6 +17,7 @@ from utils.images import tiles
 from utils.images.image import open_image
 from utils.slices import splits, visium
 from utils.training import datasets
+from utils.training.spill import Spill
 
 ROLES = ("input", "target")
 
@@ -184,8 +187,8 @@ def batches(work):
 def test_a_batch_over_two_slices_keeps_its_order(batches, work):
     data, slices = batches
     numbers = [100, 3, 69, 70, 3]
-    found = data.__getitems__(numbers)
-    assert len(data) == 140 and found["spot"].tolist() == numbers and found["tiles"].dtype == np.uint8
+    (found,) = datasets.loader(data, [numbers], 0)
+    assert len(data) == 140 and found["spot"].tolist() == numbers and found["tiles"].dtype == torch.uint8
     for i, number in enumerate(numbers):
         one, at = slices[number // 70], number % 70
         np.testing.assert_array_equal(found["tiles"][i], square(work, one.name, one.barcodes[at]))
@@ -204,3 +207,57 @@ def test_reading_processes_give_the_same_batches(batches):
             assert set(one) == set(other) == {"tiles", "spot", "bins"}
             assert all(torch.equal(one[name], other[name]) for name in one)
     assert [batch["spot"].tolist() for batch in expected] == list(order)
+
+
+def test_reading_processes_are_handed_where_tiles_lie_and_no_more(batches, tmp_path):
+    """Whatever is kept per spot stays in this process, in memory or in a file without a name."""
+    data, _ = batches
+    before = len(pickle.dumps(data))
+    data.extra["wide"] = Spill(0, tmp_path).empty((len(data), 10_000), np.uint8)
+    assert len(pickle.dumps(data)) == before < 200 * len(data)
+    again = pickle.loads(pickle.dumps(data))
+    np.testing.assert_array_equal(again.__getitems__([5, 99])["tiles"], data.__getitems__([5, 99])["tiles"])
+
+
+def test_reading_processes_end_with_the_block(batches):
+    data, _ = batches
+    with pytest.raises(KeyError), datasets.loader(data, datasets.in_turn(len(data), 16), 2) as loader:
+        next(iter(loader))
+        readers = [child for child in multiprocessing.active_children() if child.is_alive()]
+        assert len(readers) == 2
+        raise KeyError("training")
+    assert not [reader for reader in readers if reader.is_alive()]
+    with pytest.raises(ValueError, match="found one whose block has ended"):
+        next(iter(loader))
+
+
+def replaced(data, what):
+    """Another file of the same kind in a slice, as a user would put it there."""
+    if what == "counts":
+        rewrite_matrix(data / "P01_1", lambda counts, *names: (counts + (counts > 0), *names))
+    else:
+        path = next((data / "P01_1" / "spatial").glob("tissue_positions*"))
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([lines[0], lines[1].rstrip("\n") + "1\n", *lines[2:]]))
+
+
+@pytest.mark.parametrize("what", ["counts", "positions"])
+@pytest.mark.parametrize("script", ["train_mymodel", "train_decoder", "get_accuracy_image", "decoder_similarity"])
+def test_panels_of_replaced_files_are_refused(what, script, trained, tmp_path, capsys):
+    """Whatever was made of a slice says which files it was made of."""
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    replaced(data, what)
+    work = Work(data, trained.tiles, trained.panels, tmp_path)
+    model = ("--decoder", trained.decoder) if script == "decoder_similarity" else ("--encoder", trained.encoder)
+    flags = () if script == "train_mymodel" else model
+    flags += ("--part", "train", "--allow_leak") if script in ("get_accuracy_image", "decoder_similarity") else ()
+    assert work.exit_code(script, *flags) == 2
+    stderr_line(capsys, "P01_1/.*h5ad: expected genes of the counts and positions in .*found those of other files; fix")
+
+
+def test_panels_of_counts_that_are_no_longer_there_serve(trained, work):
+    """Counts may be put away once the panels are written."""
+    data = work.out / "data"
+    shutil.copytree(trained.data, data, ignore=shutil.ignore_patterns("filtered_feature_bc_matrix.h5"))
+    flags = data_flags(Work(data, work.tiles, work.panels, work.out))
+    assert len(datasets.load_slice(row("P01_1", "train"), flags, ROLES, False).barcodes) == 70

@@ -104,11 +104,10 @@ def test_a_bad_loss_stops_with_advice(loss):
 
 
 def test_a_run_keeps_its_settings_and_a_line_per_epoch(tmp_path):
-    log = loop.RunLog(tmp_path, "stage_one", {"out": Path("a/b"), "Min_lr": 1e-6, "slices": None})
     rows = [{"epoch": i, "loss": 1 / (i + 1), "seconds": 0.5} for i in range(3)]
-    for one in rows:
-        log.add(one)
-    log.close()
+    with loop.RunLog(tmp_path, "stage_one", {"out": Path("a/b"), "Min_lr": 1e-6, "slices": None}) as log:
+        for one in rows:
+            log.add(one)
     assert log.folder.parent == tmp_path / "stage_one" and log.rows == rows
     assert json.loads((log.folder / "settings.json").read_text()) == {"out": "a/b", "Min_lr": 1e-6, "slices": None}
     assert [json.loads(line) for line in (log.folder / "log.jsonl").read_text().splitlines()] == rows
@@ -130,9 +129,8 @@ def test_tensorboard_events_where_it_is_installed(tmp_path):
     pytest.importorskip("torch.utils.tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = loop.RunLog(tmp_path, "stage_one", {})
-    log.add({"epoch": 4, "loss": 0.25, "name": "text"})
-    log.close()
+    with loop.RunLog(tmp_path, "stage_one", {}) as log:
+        log.add({"epoch": 4, "loss": 0.25, "name": "text"})
     events = EventAccumulator(str(log.folder)).Reload()
     assert events.Tags()["scalars"] == ["loss"]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(4, 0.25)]
@@ -140,7 +138,6 @@ def test_tensorboard_events_where_it_is_installed(tmp_path):
 
 def test_without_tensorboard_the_log_is_kept_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.RunLog, "_tensorboard", lambda self: None)
-    log = loop.RunLog(tmp_path, "stage_one", {})
-    log.add({"epoch": 0, "loss": 1.0})
-    log.close()
+    with loop.RunLog(tmp_path, "stage_one", {}) as log:
+        log.add({"epoch": 0, "loss": 1.0})
     assert sorted(path.name for path in log.folder.iterdir()) == ["log.jsonl", "settings.json"]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +16,38 @@ from tiny_runs import BEST, Work
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launch(n: int, *words) -> subprocess.CompletedProcess:
-    """parallel_run.py in n processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += ["--", str(ROOT / "tests" / "parallel_run.py"), *map(str, words)]  # torchrun takes --logs for its own
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def started(n: int, *words) -> list[subprocess.Popen]:
+    """parallel_run.py in n processes that nothing watches, as Slurm starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(ROOT / "tests" / "parallel_run.py"), *map(str, words)]
+    where = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [ENVIRONMENT | where | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, cwd=ROOT, env=env, **pipe) for env in ranks]
+
+
+def launch(n: int, *words) -> str:
+    """What n processes of parallel_run.py print, each of which must end well."""
+    processes, printed = started(n, *words), ""
+    try:
+        for process in processes:
+            out, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error[-2000:]
+            printed += out
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return printed
 
 
 def step(n: int, out: Path, *words) -> dict:
-    done = launch(n, "gradients", out, *words)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch(n, "gradients", out, *words)
     return torch.load(out, weights_only=True)
 
 
@@ -59,8 +82,7 @@ def trained_by_two(trained, tmp_path_factory):
     """Both stages, trained and evaluated by two processes with the flags of `trained`."""
     work = Work(trained.data, trained.tiles, trained.panels, tmp_path_factory.mktemp("two"))
     for script in ("train_mymodel", "train_decoder"):
-        done = launch(2, script, *work.argv(script, "--Epoch", 1, "--Init_lr", 1e-3))
-        assert done.returncode == 0, done.stderr[-2000:]
+        launch(2, script, *work.argv(script, "--Epoch", 1, "--Init_lr", 1e-3))
     return work
 
 
@@ -82,9 +104,7 @@ def test_evaluation_by_two_processes_is_that_of_one(trained, tmp_path, script, f
     one, two = (Work(trained.data, trained.tiles, trained.panels, tmp_path / name) for name in ("one", "two"))
     model = (flag, getattr(trained, flag[2:]), "--batch_size", 16)
     one.run(script, *model)
-    done = launch(2, script, *two.argv(script, *model))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("results in") == 1
+    assert launch(2, script, *two.argv(script, *model)).count("results in") == 1
     expected, found = (json.loads((w.out / "results" / folder / "metrics.json").read_text()) for w in (one, two))
     assert_near(found, expected)
 
@@ -104,7 +124,36 @@ def assert_near(found, expected):
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(trained, tmp_path):
+    """By torchrun, as a user calls it."""
     work = Work(trained.data, trained.tiles, trained.panels, tmp_path)
-    done = launch(2, "train_mymodel", *work.argv("train_mymodel", "--batch_size", 15, "--Epoch", 1))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    command += ["tests/parallel_run.py", "train_mymodel"]  # behind --, as torchrun takes --logs for its own
+    command += work.argv("train_mymodel", "--batch_size", 15, "--Epoch", 1)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "--batch_size 15: expected a multiple of the 2 processes" in done.stderr
+
+
+# ---- the end of a process is the end of the others
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("killed", -signal.SIGKILL), ("raises", 1), ("refuses", 2), ("terminated", 143), ("stopped", None)],
+)
+def test_a_process_whose_peer_is_gone_ends_with_a_line(how, code):
+    """The second one ends in each way, or is silent; the first waits for it."""
+    first, second = started(2, "ends", how)
+    try:
+        error = first.communicate(timeout=120)[1]
+        if code is not None:
+            second.communicate(timeout=120)
+            assert second.returncode == code
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert first.returncode == 2, error
+    last = error.splitlines()[-1]
+    assert last.startswith("parallel_run.py: process 0 of 2: expected an answer of the others, found one of them gone")
+    assert "Traceback" not in error

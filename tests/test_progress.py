@@ -1,18 +1,22 @@
 """Interrupted trainings: stopped by a signal, killed, out of minutes or disk, two at once, and gone on with."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import LAST, STAGES, Work, different, progress, state, stderr_line
 
+import make_decoder_data
 import train_decoder
 import train_mymodel
-from utils.training import checkpoint, datasets, folder
+from utils.training import arguments, checkpoint, datasets, folder
 from utils.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,8 +107,6 @@ def test_signals_do_again_what_they_did(broken):
 def test_killed_and_gone_on_with(script, unbroken, broken, trained):
     """SIGKILL in the 10th of the moments that count; tests/torture.py does it at many."""
     command = [sys.executable, ROOT / "tests" / "killed_run.py", 10, script]
-    import torch
-
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         [*map(str, command), *broken.argv(script, *flags_of(script, trained))], cwd=ROOT, env=env, capture_output=True
@@ -138,6 +140,30 @@ def test_other_flags_are_said_at_resume(broken, trained, capsys):
     assert "warning: --resume with --Epoch 2, not 1, --Init_lr 0.0002, not 0.0001, --Min_lr" in told
 
 
+@pytest.mark.parametrize("script", STAGES)
+def test_other_conditions_are_said_at_resume(script, broken, trained, capsys, monkeypatch):
+    """What the last digits depend on, in one line; nothing where all is the same, or an older file does not tell."""
+    flags = ("--Epoch", 1) if script == "train_mymodel" else ("--Epoch", 1, "--encoder", trained.encoder)
+    broken.run(script, *flags)
+    kept = state(broken, script, LAST)
+    now = {"threads": torch.get_num_threads(), "processes": 1, "workers": 0, "precision": "fp32", "compile": False}
+    assert kept["conditions"] == now
+
+    def told(**changed):
+        torch.save(kept | changed, broken.out / STAGES[script] / LAST)
+        capsys.readouterr()
+        broken.run(script, *flags, "--resume")
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: --resume with")]
+
+    assert told() == told(conditions={}) == []
+    other = {"threads": 32, "processes": 4, "workers": 2, "precision": "bf16", "compile": True}
+    (line,) = told(conditions=other)
+    assert line == (
+        f"warning: --resume with compile False, not True, precision fp32, not bf16, processes 1, not 4, threads "
+        f"{now['threads']}, not 32, workers 0, not 2: the end is close to that of an unbroken run, not equal"
+    )
+
+
 def test_other_parameters_at_resume_are_refused(broken, capsys):
     broken.run("train_mymodel", "--Epoch", 1)
     assert broken.exit_code("train_mymodel", "--Epoch", 2, "--tune", "none", "--resume") == 2
@@ -147,7 +173,8 @@ def test_other_parameters_at_resume_are_refused(broken, capsys):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_order_does_not_depend_on_the_readers(broken, trained, unbroken, workers):
     broken.run("train_mymodel", *flags_of("train_mymodel", trained), "--workers", workers)
-    assert not different(progress(broken, "train_mymodel"), progress(unbroken("train_mymodel"), "train_mymodel"))
+    changed = different(progress(broken, "train_mymodel"), progress(unbroken("train_mymodel"), "train_mymodel"))
+    assert all(name.endswith("/conditions/workers") for name in changed) and len(changed) == (2 if workers else 0)
 
 
 # ---- accumulated gradients
@@ -155,8 +182,6 @@ def test_the_order_does_not_depend_on_the_readers(broken, trained, unbroken, wor
 
 def test_gradients_of_several_batches_make_one_step(broken, trained, monkeypatch):
     """Four batches of 16, two and two: two steps, each of the mean of two gradients."""
-    import torch
-
     grads, step = [], torch.optim.AdamW.step
 
     def recorded(self, *args, **more):
@@ -215,6 +240,42 @@ def test_a_second_run_into_a_folder_is_refused(broken, capsys):
         )
     assert broken.encoder.parent.exists() and not list(broken.encoder.parent.iterdir())
     broken.run("train_mymodel", "--Epoch", 1)
+
+
+def test_panels_beside_the_counts_are_written_by_one_run_at_a_time(simulated, tmp_path, capsys):
+    """Without --panels they go into --data, which is held then."""
+    data = shutil.copytree(simulated, tmp_path / "data")
+    argv = ["--data", str(data), "--n_input_genes", "50", "--n_top_genes", "20"]
+
+    def code(*flags):
+        with pytest.raises(SystemExit) as stop:
+            arguments.run(make_decoder_data.main, make_decoder_data.parse_args([*argv, *flags]))
+        return stop.value.code
+
+    with folder.held(data, "--data"):
+        assert code() == 2
+        stderr_line(capsys, "--data: expected a folder of this run's own, found another run writing to .*data; wait")
+        assert not list(data.rglob("*.h5ad.part")) and code("--panels", str(tmp_path / "panels")) == 0
+    assert code() == 0 and not (data / folder.LOCK).exists()
+    assert len(list(data.rglob("filtered_feature_bc_matrix_one.h5ad"))) == 3
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_panels_into_read_only_data_are_refused_with_the_flag_to_use(simulated, tmp_path, monkeypatch, capsys, number):
+    def refuse(path, *_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(SystemExit):
+        arguments.run(make_decoder_data.main, make_decoder_data.parse_args(["--data", str(simulated)]))
+    stderr_line(capsys, "--data: expected a folder that can be written to, found .*; fix: name one by --panels")
+
+
+def test_missing_data_are_not_made_for_a_lock(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        arguments.run(make_decoder_data.main, make_decoder_data.parse_args(["--data", str(tmp_path / "none")]))
+    stderr_line(capsys, "none: expected")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_killed_process_lets_go(tmp_path):

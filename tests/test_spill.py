@@ -2,11 +2,12 @@
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from utils.training.spill import Spill
+from utils.training.spill import Spill, _reserve
 
 
 def test_the_budget_is_spent_and_then_files_are_mapped(tmp_path):
@@ -32,3 +33,28 @@ def test_a_full_disk_is_named_before_anything_is_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"expected 3\.0 GiB of disk .* --memory .*No space left"):
         Spill(gib=1, folder=tmp_path).empty((3 * 2**30,), np.uint8)
+
+
+@pytest.mark.parametrize("how", ["missing", errno.EOPNOTSUPP, errno.EINVAL])
+def test_without_posix_fallocate_zeros_take_the_room(tmp_path, monkeypatch, how):
+    """macOS lacks it, ZFS and some network file systems refuse it."""
+
+    def refused(*_):
+        raise OSError(how, os.strerror(how))
+
+    if how == "missing":
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refused)
+    n = 2**20 + 12345  # two writes, the second one of less
+    array = Spill(gib=0, folder=tmp_path).empty((n,), np.uint8)
+    assert array.shape == (n,) and array._mmap.size() == n and not array.any()
+    array[-1] = 7
+    assert array[-1] == 7
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_zeros_that_find_no_room_are_an_error(monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    with Path("/dev/full").open("wb") as file, pytest.raises(OSError, match="No space left"):
+        _reserve(file, 2**21)

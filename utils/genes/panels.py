@@ -196,6 +196,7 @@ class Panel:
     pitch_fullres_px: float
     train_slices: list[str]  # that the panel was chosen on
     counts_hash: str
+    files_hash: str = ""  # of the slice's matrix and positions that it was written from
     columns: np.ndarray | None = None  # (P,) of the file, -1 for a gene that it lacks; None: all, in its order
 
     @property
@@ -266,6 +267,7 @@ def read_panel(path: Path) -> Panel:
             pitch_fullres_px=float(note["spot_pitch_fullres_px"]),
             train_slices=[str(s) for s in np.atleast_1d(note["train_slices"])],
             counts_hash=str(note["counts_hash"]),
+            files_hash=str(note.get("files_hash", "")),
         )
     except (OSError, KeyError) as error:
         raise ValueError(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from utils.files.hashing import content_hash
 from utils.prediction.layout import SlideSpots
 from utils.training.features import TileEncoder
+from utils.training.memory import WithinMemory
 from utils.training.spill import Spill
 
 TURNS = 8
@@ -50,10 +51,11 @@ def views_of(encode: Callable[[Tensor], Tensor], encode_turned: Callable[[Tensor
 @torch.no_grad()
 def encode_stream(how: TileEncoder, batches: Iterable[np.ndarray], n_spots: int, name: str) -> Iterator[np.ndarray]:
     """Batches of tiles (B, Z, Z, 3) uint8 -> (B, ...) float32, in their order."""
+    encode = WithinMemory(how.encode, name)
     with tqdm(total=n_spots, desc=f"{name}: features", unit="spot", disable=None) as bar:
         for tiles in batches:
             looked_at = how.look(torch.from_numpy(tiles).to(how.device), name, np.arange(len(tiles)), 0)
-            yield how.encode(looked_at).float().cpu().numpy()
+            yield encode(looked_at).float().cpu().numpy()
             bar.update(len(tiles))
 
 

@@ -1,15 +1,18 @@
-"""What a slice's counts hold, as one hash by which the same section under two names is found.
+"""What a slice holds as hashes: its counts, by which the same section under two names is found, and its files.
 
 Shapes: S spots, G genes.
 """
 
 import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from utils.slices.matrix import StoredCounts, longest, runs, spans
+from utils.files.hashing import content_hash
+from utils.slices.folders import POSITION_FILES
+from utils.slices.matrix import StoredCounts, first_of, longest, runs, slice_matrix, spans
 
 
 def _by_rank(counts: csr_matrix, rank: np.ndarray) -> csr_matrix:
@@ -53,3 +56,17 @@ def counts_hash(
     for some in in_order:  # read again: a digest has no second place to write to
         digest.update(_by_rank(counts[some], rank).data.astype("<i8"))
     return digest.hexdigest()
+
+
+def files_hash(root: Path) -> str | None:
+    """SHA-256 of the files that spots and counts are read from, matrix and positions; None where there are no counts.
+
+    Quick, where `counts_hash` reads the counts: what was made of a slice is checked by it before it is used.
+    """
+    matrix = slice_matrix(root)
+    if matrix is None:
+        return None
+    files = [matrix] if matrix.is_file() else sorted(path for path in matrix.iterdir() if path.is_file())
+    positions = first_of(root / "spatial", POSITION_FILES)
+    hashes = [content_hash(path) for path in (*files, positions) if path is not None]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.training import checkpoint, distributed
+from utils.training import checkpoint, distributed, memory
 
 PARTS = ("train", "val", "test")
 # flags that say where and on what a script works, and how long, not what it computes
@@ -253,18 +253,31 @@ def say(warnings: list[str]) -> None:
         print(f"warning: {warning}")
 
 
+def line_of(error: BaseException) -> str | None:
+    """What is wrong with files, flags or memory, in one line; None for any other error, which is due its traceback."""
+    text = " ".join(str(error).split())
+    if memory.is_out_of_memory(error):
+        return (
+            f"expected memory for the work, found too little ({text[:100]}); fix: lower --batch_size, --workers or "
+            "--memory, or take a machine with more"
+        )
+    return text if isinstance(error, (ValueError, OSError)) else None
+
+
 def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> NoReturn:
-    """Call main(args); what is wrong with files or flags ends in one line on stderr and exit code 2. Of several
+    """Call main(args); what is wrong with files, flags or memory ends in one line on stderr and exit code 2. Of several
     processes the first one talks."""
     if int(os.environ.get("RANK", 0)) > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (as long as the process)
+    code = 0
     try:
         main(args)
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    raise SystemExit(0)
+        code = 130
+    except Exception as error:
+        line = line_of(error)
+        if args.debug or line is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        code = 2
+    raise SystemExit(code)  # out here, where nothing that the error refers to is left

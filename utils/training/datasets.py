@@ -9,13 +9,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from utils.genes import panels as gene_panels
 from utils.images.tiles import TilePack
-from utils.slices import splits, visium
+from utils.slices import content, splits, visium
 from utils.training import distributed, leaks, overlap
 
 
@@ -57,10 +57,16 @@ def load_slice(row: splits.SliceRow, args: Any, roles: tuple[str, ...], val_stri
     panels = {
         role: gene_panels.read_panel(gene_panels.panel_path(args.data, args.panels, row.slice, role)) for role in roles
     }
-    first = panels[roles[0]]
+    root = visium.find_root(splits.slice_folder(args.data, row))
+    first, files_hash = panels[roles[0]], content.files_hash(root)
     for panel in panels.values():
         if not np.array_equal(panel.barcodes, first.barcodes):
             raise ValueError(f"{panel.path}: expected the spots of {first.path}; run make_decoder_data.py again")
+        if files_hash not in (None, panel.files_hash):  # without counts there is nothing to compare with
+            raise ValueError(
+                f"{panel.path}: expected genes of the counts and positions in {root}, found those of other files; "
+                "fix: run make_decoder_data.py again"
+            )
     pack = TilePack(args.tiles / row.slice)
     place = {barcode: i for i, barcode in enumerate(pack.barcodes)}
     tile_rows = np.array([place.get(barcode, -1) for barcode in first.barcodes])
@@ -87,7 +93,7 @@ def load_slice(row: splits.SliceRow, args: Any, roles: tuple[str, ...], val_stri
         pack=pack,
         tile_rows=tile_rows[kept],
         panels={role: panel.of(kept) for role, panel in panels.items()},
-        root=visium.find_root(splits.slice_folder(args.data, row)),
+        root=root,
         equal_depth=getattr(args, "equal_depth", None),
     )
 
@@ -189,14 +195,16 @@ def spots_of(slices: list[SliceData], part: str) -> np.ndarray:
 
 
 class TileBatches:
-    """Batches of tiles and whatever else is kept per spot, read as uint8 by whole batch.
+    """Batches of tiles, read as uint8 by whole batch, and whatever else is kept per spot.
 
-    A map-style data set for torch's DataLoader, whose `__getitems__` gives one dict per batch: tiles (B, Z, Z, 3)
-    uint8, spot (B,) the number in this set, and a row per spot of each array in `extra`.
+    A map-style data set for torch's DataLoader, whose `__getitems__` gives one dict per batch: tiles (B, Z, Z, 3) uint8
+    and spot (B,), the number in this set. `extra` has a row per spot in each of its arrays; those of a batch are added
+    by the process that asks for it (`Loader`). One that reads tiles for it is not handed them, only where tiles lie.
     """
 
     def __init__(self, slices: list[SliceData], spots: np.ndarray, extra: dict[str, np.ndarray] | None = None):
-        self.slices, self.spots, self.extra = slices, spots, extra or {}
+        self.packs = [(one.pack, one.tile_rows) for one in slices]
+        self.spots, self.extra = spots, extra or {}
 
     def __len__(self) -> int:
         return len(self.spots)
@@ -204,12 +212,16 @@ class TileBatches:
     def __getitems__(self, numbers: list[int]) -> dict[str, np.ndarray]:
         chosen = np.asarray(numbers)
         places = self.spots[chosen]
-        size = self.slices[0].pack.size
+        size = self.packs[0][0].size
         tiles = np.empty((len(chosen), size, size, 3), np.uint8)
         for i in np.unique(places[:, 0]):
             here = places[:, 0] == i
-            tiles[here] = self.slices[i].pack.read(self.slices[i].tile_rows[places[here, 1]])
-        return {"tiles": tiles, "spot": chosen, **{name: rows[chosen] for name, rows in self.extra.items()}}
+            pack, rows = self.packs[i]
+            tiles[here] = pack.read(rows[places[here, 1]])
+        return {"tiles": tiles, "spot": chosen}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"extra": {}}
 
 
 class EpochOrder:
@@ -239,21 +251,68 @@ def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, Any]:
     return {name: torch.from_numpy(rows) for name, rows in batch.items()}
 
 
-def loader(batches: TileBatches, order: Any, workers: int | None) -> Any:
-    """A DataLoader over `order` (an iterable of lists of spot numbers) with `workers` reading processes.
+class Loader:
+    """Batches of a set as tensors, in an order; a `with` block ends the processes that read for it.
+
+    The order, an iterable of lists of spot numbers, is `batch_sampler`, as in the DataLoader within.
+    """
+
+    def __init__(self, batches: TileBatches, order: Any, workers: int):
+        from torch.utils.data import DataLoader
+
+        self.batch_sampler, self.extra = order, batches.extra
+        data: Any = batches
+        collate: Any = to_tensors  # `__getitems__` gives a whole batch, so there is nothing to put together
+        self.reader: DataLoader | None = DataLoader(
+            data,
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=collate,
+            persistent_workers=workers > 0,
+            multiprocessing_context=reading_context() if workers else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.reader is None:
+            raise ValueError("expected a loader that is open, found one whose block has ended")
+        for batch in self.reader:
+            chosen = batch["spot"].numpy()
+            yield batch | to_tensors({name: rows[chosen] for name, rows in self.extra.items()})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.reader = None  # nothing else refers to it: it joins its processes
+
+
+def reading_context() -> Any:
+    """How processes that read start: from a server without threads. One forked from a process that has threads, those
+    of a process group or of a BLAS, may wait for ever for a lock that a thread held."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return context
+
+
+def loader(batches: TileBatches, order: Any, workers: int | None) -> Loader:
+    """A loader with `workers` reading processes.
 
     None: as many as --workers says, which on a CPU is none. A tile is read in 50 us, less than handing it over costs.
     """
-    import torch
-    from torch.utils.data import DataLoader
+    return Loader(batches, order, n_workers(workers))
 
-    if workers is None:
-        workers = min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
-    data: Any = batches
-    collate: Any = to_tensors  # `__getitems__` gives a whole batch, so there is nothing to put together
-    return DataLoader(
-        data, batch_sampler=order, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
-    )
+
+def n_workers(asked: int | None) -> int:
+    import torch
+
+    if asked is not None:
+        return asked
+    return min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
 
 
 def in_turn(n_spots: int, batch_size: int) -> list[list[int]]:

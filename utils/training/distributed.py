@@ -1,4 +1,4 @@
-"""Device, precision and processes, through accelerate; what processes gather from each other.
+"""Device, precision and processes, through accelerate, from start to end; what processes gather from each other.
 
 Of N processes each has an N-th of every batch. Losses and gradients are those of one process with the whole batch: what
 a loss needs of the other processes' spots comes by `gather`, whose backward pass adds up what all of them ask for, and
@@ -7,9 +7,13 @@ the mean that is taken over the processes' gradients is the gradient of the mean
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
+TIMEOUT = timedelta(minutes=30)  # that a process waits for the others; the longest work of one alone is far shorter
+TALKERS = ("gloo", "nccl")  # stand in the errors of what processes talk by
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
@@ -62,14 +68,82 @@ def start(device: str, precision: str) -> Accelerator:
         precision = "bf16" if bf16_is_fast(target) else "fp32"
     if precision == "fp16" and target.type == "cpu":
         raise ValueError("--precision fp16 needs a CUDA device; use bf16 or fp32")
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     alike = DistributedDataParallelKwargs(broadcast_buffers=False)  # queues and twins, the same in all processes
     return Accelerator(
         cpu=target.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
-        kwargs_handlers=[alike],
+        kwargs_handlers=[alike, InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
+
+
+@contextmanager
+def running(device: str, precision: str) -> Iterator[Accelerator]:
+    """The accelerator of a run (see `start`), whose process group is destroyed however the run ends.
+
+    SIGTERM ends the block with SystemExit(143), as SIGINT does with KeyboardInterrupt. An error of this process closes
+    its connections, which ends the others. Raises ConnectionError where another process is gone, or silent for TIMEOUT.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        accelerator = start(device, precision)
+        signal.signal(signal.SIGTERM, _terminate)
+        yield accelerator
+    except BaseException as error:
+        if n_processes() == 1:
+            raise
+        traceback.clear_frames(error.__traceback__)  # their variables refer to the group and would keep it alive
+        if _is_lost_peer(error):
+            reason = str(error).split("] ", 1)[-1]  # behind gloo's own line of source
+            raise ConnectionError(
+                f"process {rank()} of {n_processes()}: expected an answer of the others, found one of them gone, or "
+                f"silent for {TIMEOUT} ({' '.join(reason.split())[:80]}); fix: read what it says and start again, a "
+                "training with --resume"
+            ) from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _end()
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """An error of torch.distributed; that of gloo is a RuntimeError which its text alone tells from others."""
+    from torch import distributed
+
+    if isinstance(error, distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(name in str(error).lower() for name in TALKERS)
+
+
+def _end() -> None:
+    """Forget the accelerator's settings, which it keeps for a next one, and join the threads of the process group:
+    those that still run when the interpreter ends abort the process."""
+    from accelerate.state import AcceleratorState
+    from torch import distributed
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # what refers to the group in a circle
+        distributed.destroy_process_group()
+
+
+def conditions(accelerator: Accelerator, args: Any) -> dict[str, Any]:
+    """What the last digits of a training depend on beside its flags and data: the same weights bit for bit need all of
+    it to be the same."""
+    import torch
+
+    return {
+        "threads": torch.get_num_threads(),
+        "processes": n_processes(),
+        "workers": args.workers,
+        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        "compile": args.compile,
+    }
 
 
 def rank() -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from utils.training import datasets
+from utils.training.memory import WithinMemory
 from utils.training.spill import Spill
 
 MIN_SPOTS = 64  # under so many tiles a slice's own statistics are too rough
@@ -257,8 +258,10 @@ def predict(
     model: Any, bank: FeatureBank, spots: np.ndarray, autocast: Callable[[], AbstractContextManager], batch_size: int
 ) -> np.ndarray:
     """Expression (n, G) in the target's units of spot numbers (n,) of the bank."""
-    done = []
-    for start in range(0, len(spots), batch_size):
+
+    def decode(chosen: np.ndarray) -> Tensor:
         with autocast():
-            done.append(model.predict(bank.batch(spots[start : start + batch_size])).cpu().numpy())
-    return np.concatenate(done)
+            return model.predict(bank.batch(chosen))
+
+    within, starts = WithinMemory(decode, "decoder"), range(0, len(spots), batch_size)
+    return np.concatenate([within(spots[start : start + batch_size]).cpu().numpy() for start in starts])

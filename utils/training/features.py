@@ -24,6 +24,7 @@ from utils.files.atomic import write_record
 from utils.training import augment, checkpoint, datasets, distributed
 from utils.training.augment import to_float
 from utils.training.loop import seed_everything
+from utils.training.memory import WithinMemory
 from utils.training.spill import Spill
 
 Encode = Callable[[Tensor], Tensor]  # tiles (B, 3, Z, Z) in 0..1 -> features (B, ...)
@@ -122,13 +123,13 @@ class TileEncoder:
 @torch.no_grad()
 def encode_slice(how: TileEncoder, one: datasets.SliceData, view: int = 0) -> Iterator[np.ndarray]:
     """Features of all tiles of a slice, in its order: (B, ...) float32, batch by batch."""
-    batches = datasets.TileBatches([one], datasets.all_spots(one))
+    batches, encode = datasets.TileBatches([one], datasets.all_spots(one)), WithinMemory(how.encode, one.name)
     order = datasets.in_turn(len(batches), how.batch_size)
 
     def own() -> Iterator[tuple[Tensor, ...]]:
         for batch in datasets.loader(batches, distributed.own_batches(order), how.workers):
             tiles = how.look(batch["tiles"].to(how.device), one.name, batch["spot"].numpy(), view)
-            yield (how.encode(tiles).float(),)
+            yield (encode(tiles).float(),)
 
     what = f"{one.name}: features" + (f" of view {view}" if view else "")
     with tqdm(total=len(batches), desc=what, unit="spot", disable=None) as bar:

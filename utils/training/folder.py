@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import os
@@ -13,6 +14,7 @@ from typing import Any
 from utils.training import distributed
 
 LOCK = ".lock"
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _open_lock(path: Path) -> int | None:
@@ -32,14 +34,21 @@ def _open_lock(path: Path) -> int | None:
 
 
 @contextmanager
-def held(folder: Path, flag: str) -> Iterator[None]:
+def held(folder: Path, flag: str, remedy: str = "name another folder") -> Iterator[None]:
     """No other run writes to the folder meanwhile; it is made where it is missing, and not left behind empty.
 
-    Raises ValueError where another process holds it.
+    Raises ValueError where another process holds it, or nothing can be written there.
     """
     new = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = _open_lock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_lock(folder / LOCK)
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        raise ValueError(
+            f"{flag}: expected a folder that can be written to, found {folder} ({error.strerror}); fix: {remedy}"
+        ) from error
     if descriptor is None:
         raise ValueError(
             f"{flag}: expected a folder of this run's own, found another run writing to {folder}; wait for it, or "
@@ -55,17 +64,22 @@ def held(folder: Path, flag: str) -> Iterator[None]:
                 one.rmdir()
 
 
-def alone_in(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Decorator of a script's main(args): the folder that the flag --`name` gives, if it gives one, is held while it
-    runs; of several processes the first one holds it for all."""
+def alone_in(name: str, instead: str | None = None) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Decorator of a script's main(args): the folder that it writes to is held while it runs.
+
+    That is what the flag --`name` gives, which is made where it is missing, or if it gives none what --`instead` gives,
+    which main is to refuse where it is missing. Of several processes the first one holds it for all.
+    """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[Any], None]:
         @functools.wraps(main)
         def alone(args: Any) -> None:
-            folder = getattr(args, name)
+            folder, flag = getattr(args, name), name
+            if folder is None and instead is not None and getattr(args, instead).is_dir():
+                folder, flag = getattr(args, instead), instead
             if folder is None or not distributed.is_main():
                 return main(args)
-            with held(folder, f"--{name}"):
+            with held(folder, f"--{flag}", f"name one by --{name}"):
                 return main(args)
 
         return alone

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from utils.training import distributed
 from utils.training.checkpoint import plain
@@ -115,6 +115,9 @@ class RunLog:
                     self.events.add_scalar(name, value, row["epoch"])
             self.events.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self.events is not None:
             self.events.close()

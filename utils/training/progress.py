@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from utils.training import arguments, checkpoint, distributed
 
@@ -21,8 +21,14 @@ class _Stopped(Exception):
     """A signal came while nothing was being learnt."""
 
 
+def _changed(now: dict[str, Any], then: dict[str, Any], before_name: str = "", but: tuple[str, ...] = ()) -> str:
+    """In words what differs of what both have, but for some names; nothing where all is the same."""
+    names = sorted((now.keys() & then.keys()).difference(but))
+    return ", ".join(f"{before_name}{name} {now[name]}, not {then[name]}" for name in names if now[name] != then[name])
+
+
 class Progress:
-    """Place of a run in its epochs and steps, its best score, and its files in --out.
+    """Place of a run in its epochs and steps, its best score, and its files in --out; within it signals save and leave.
 
     `epoch` and `step` are the next to do, `sums` what the epoch's steps before added up to. Of several processes all
     must call the methods, the first one writes.
@@ -43,20 +49,27 @@ class Progress:
         self.ends = time.monotonic() + 60 * (args.max_minutes or float("inf"))
         self.signal: int | None = None
         self.at_once = False
-        self.before = [signal.signal(number, self._take) for number in SIGNALS]
+        self.before: list[Any] = []
         if args.resume:
             self._resume()
+
+    def __enter__(self) -> Self:
+        self.before = [signal.signal(number, self._take) for number in SIGNALS]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, before in zip(SIGNALS, self.before, strict=True):
+            signal.signal(number, before)
 
     def _resume(self) -> None:
         state = checkpoint.read_resumed(self.args.out, self.kind, self.about)
         checkpoint.fit(self.parts["model"], state["model"], self.args.out / checkpoint.LAST, "--resume")
-        now, then = self.about["settings"], state["settings"]
-        compared = [name for name in now.keys() & then.keys() if name not in arguments.WHERE]
-        changed = ", ".join(
-            f"--{name} {now[name]}, not {then[name]}" for name in sorted(compared) if now[name] != then[name]
-        )
+        changed = _changed(self.about["settings"], state["settings"], "--", (*arguments.WHERE, "precision"))
         if changed:
             print(f"warning: --resume with {changed}: the run ends otherwise than it would have")
+        others = _changed(self.about["conditions"], state.get("conditions", {}))
+        if others:
+            print(f"warning: --resume with {others}: the end is close to that of an unbroken run, not equal")
         try:
             for name in self.parts.keys() - {"model"}:
                 self.parts[name].load_state_dict(state[name])
@@ -117,11 +130,6 @@ class Progress:
             checkpoint.save(self.args.out / checkpoint.BEST, self.kind, **state)
         self.best, self.found = max(score, self.best), found or self.found
 
-    def end(self) -> None:
-        """Signals do again what they did."""
-        for number, before in zip(SIGNALS, self.before, strict=True):
-            signal.signal(number, before)
-
     def _why(self) -> str | None:
         """A reason to stop that one of the processes has."""
         late = time.monotonic() > self.ends
@@ -144,5 +152,4 @@ class Progress:
             "go on with the same command and --resume",
             flush=True,
         )
-        self.end()
         raise SystemExit(128 + self.signal if self.signal else 0)

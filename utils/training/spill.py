@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -29,8 +30,26 @@ class Spill:
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.folder) as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, size)
+                _reserve(file, size)
             except OSError as error:
                 needed = f"expected {size / 2**30:.1f} GiB of disk for what is beyond --memory"
                 raise OSError(f"{self.folder}: {needed} ({error.strerror})") from error
             return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Give an empty file its size, and the disk its room. Raises OSError where there is none.
+
+    macOS has no posix_fallocate, some file systems do not know it: there zeros are written.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+    zeros = bytes(2**20)
+    for start in range(0, size, len(zeros)):
+        file.write(zeros[: size - start])
+    file.flush()

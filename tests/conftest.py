@@ -21,7 +21,7 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def same_draws():
-    """torch draws alike whatever ran before; random and NumPy are seeded by pytest-randomly."""
+    """torch draws alike whatever ran before; random and NumPy are seeded by pytest-randomly where it is installed."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 

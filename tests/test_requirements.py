@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[1]
 INDIRECT = {
     "torchvision": "timm imports it",
     "pyarrow": "pandas reads and writes tissue_positions.parquet by it",
-    "imagecodecs": "tifffile decodes compressed images by it",
     "scanpy": "what users open and plot the results with",
     "openslide-bin": "the library behind openslide-python",
     "tensorboard": "torch.utils.tensorboard writes events by it",
@@ -26,7 +25,6 @@ INDIRECT = {
     "pandas-stubs": "make types",
     "types-tqdm": "make types",
     "pytest-timeout": "ends a test that hangs (pyproject.toml)",
-    "pytest-randomly": "draws the order of tests (pyproject.toml)",
 }
 BROUGHT = {"httpx2": "huggingface_hub, whose own errors a test raises"}  # by what is asked for, for tests alone
 SHIPPED = ("model", "utils", "benchmarks")

@@ -33,11 +33,23 @@ INSIDE = [(0, 0), (0, 2), (1, 1), (1, 3), (2, 4), (3, 5)]
 
 
 def write_slice(data):
-    """One slice of six spots and one position without tissue, with its full-resolution and hires pictures."""
+    """One slice of six spots and one position without tissue, with its full-resolution and hires images."""
     spatial = write_spatial(data / "slice", [*grid_lines(INSIDE), *grid_lines([(2, 0)], in_tissue=0)], scales=SCALES)
     ramps(*SIZE).save(data / "slice" / "he.png")
     ramps(*SIZE).resize((200, 150)).save(spatial / "tissue_hires_image.png")
     return data
+
+
+def speckled(rng):
+    """Squares of 10 px in the colours of stained tissue."""
+    squares = rng.integers((150, 60, 110), (240, 140, 200), (30, 40, 3), dtype=np.uint8)
+    return Image.fromarray(squares).resize(SIZE, Image.Resampling.NEAREST)
+
+
+def put_image(data, image):
+    """Another full-resolution image, and the hires image made of it."""
+    image.save(data / "slice" / "he.png")
+    image.resize((200, 150)).save(data / "slice" / "spatial" / "tissue_hires_image.png")
 
 
 def cut(data, *flags):

@@ -129,6 +129,13 @@ def stage_two(data, monkeypatch, *flags, precision="no", turns=1, seed=0, views=
     return [np.array(view[0]) for view in found], computed
 
 
+def mirror_slice(data):
+    """The image, and the hires image made of it."""
+    mirror(data / "slice" / "he.png")
+    hires = data / "slice" / "spatial" / "tissue_hires_image.png"
+    Image.fromarray(np.asarray(Image.open(hires))[:, ::-1]).save(hires)
+
+
 def move_spot(data):
     lines = grid_lines(INSIDE)
     write_spatial(data / "slice", [lines[0].replace("60.0,60.0", "66.0,60.0"), *lines[1:]], scales=SCALES)
@@ -137,7 +144,7 @@ def move_spot(data):
 @pytest.mark.parametrize(
     ("change", "flags"),
     [
-        (lambda data: mirror(data / "slice" / "he.png"), ()),
+        (mirror_slice, ()),
         (move_spot, ()),
         (lambda data: None, ("--tile_um", 56)),
         (lambda data: keep_size_and_time(data.parent / "encoder.pth", b"two encoder"), ()),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from spaceranger_folders import refused
-from tile_slices import SIZE, cut, ramps, times, write_slice
+from tile_slices import SIZE, cut, put_image, ramps, speckled, times, write_slice
 
 from utils.files.atomic import write_record
 from utils.images import tiles
@@ -69,14 +69,14 @@ def test_a_file_that_is_no_picture_is_refused(data):
 
 
 @pytest.mark.parametrize(
-    ("size", "fits"), [((400, 300), True), ((404, 303), True), ((300, 400), False), ((800, 600), False)]
+    ("size", "fits"), [((400, 300), True), ((404, 303), True), ((300, 400), False), ((700, 525), False)]
 )
 def test_a_picture_of_another_size_than_the_positions_is_refused(data, size, fits):
     ramps(*size).save(data / "slice" / "he.png")
     if fits:
         cut(data)
     else:
-        refused(f"he.png: expected about 400 x 300 px .* found {size[0]} x {size[1]}", cut, data)
+        refused(f"he.png: expected about 400 x 300 full-resolution px .* found {size[0]} x {size[1]}", cut, data)
         assert not (data.parent / "tiles").exists()
 
 
@@ -181,7 +181,7 @@ def test_an_interrupted_pack_leaves_the_old_one(pack):
 @pytest.mark.parametrize("flags", [("--source", "hires", "--crop_size", 40), ("--tile_px", 28, "--jpeg")])
 def test_the_jpegs_are_those_of_the_packed_pixels(data, rng, flags):
     """Each under its barcode, in whatever order they were cut."""
-    Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(data / "slice" / "he.png")
+    put_image(data, speckled(rng))
     folder = cut(data, *flags, "--workers", 2)
     pack, quality = tiles.TilePack(folder), 75 if "--crop_size" in flags else 95
     assert len(list(folder.glob("*.jpeg"))) == 6

@@ -34,7 +34,7 @@ from utils.slices import splits, visium
 from utils.training import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-RULES = 5  # raised whenever a step, row or figure comes to be computed otherwise: older ones are then repeated
+RULES = 6  # raised whenever a step, row or figure comes to be computed otherwise: older ones are then repeated
 BEST = "best_epoch_weights.pth"
 UNTOUCHED = "_untouched"  # stage two on the encoder as stage one found it
 

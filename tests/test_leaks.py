@@ -47,14 +47,18 @@ def test_a_batch_larger_than_the_train_set_is_refused(work):
     refused(f"the train set of {n} spots", training, work, rows, batch_size=70, val_strip=True)
 
 
-def test_the_same_counts_in_two_parts_are_refused(work, capsys):
+def test_the_same_counts_in_two_parts_are_refused(work, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(work.data, data)
+    work = dataclasses.replace(work, data=data)
     for role in gene_panels.FILES:
         shutil.copy(
             gene_panels.panel_path(work.data, work.panels, "P01_1", role),
             gene_panels.panel_path(work.data, work.panels, "P02_1", role),
         )
-    shutil.rmtree(work.tiles / "P02_1")
-    shutil.copytree(work.tiles / "P01_1", work.tiles / "P02_1")
+    for folder in (work.tiles, work.data):  # the whole slice under another name
+        shutil.rmtree(folder / "P02_1")
+        shutil.copytree(folder / "P01_1", folder / "P02_1")
     rows = [row("P01_1"), row("P02_1", "val")]
     refused(r"identical counts in two parts: P01_1 \(train\), P02_1 \(val\)", training, work, rows)
     assert training(work, rows, allow_leak=True)

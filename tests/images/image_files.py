@@ -695,6 +695,54 @@ def um_of_the_page(path: Path, pixels: np.ndarray) -> None:
 add(ROW, "um per px of the second, ome", "a.ome.tif", um_of_the_scan, um_per_px=0.25, notes="image 2 of 3")
 add(ROW, "um per px of the second", "a.tif", um_of_the_page, um_per_px=0.5, notes="image 2 of 2")
 
+for words in ("Overview of a section, H&E", "tissue map 3"):
+    add(ROW, f"an image alone, described as {words}", "a.tif", partial(tiff, description=words))
+LONE = {"ome": True, "metadata": {"axes": "YXS", "Name": "overview scan 7.ome.tif"}}
+add(ROW, "an image alone, named overview scan", "a.ome.tif", partial(tiff, **LONE))
+LONE = {"ome": True, "metadata": {"axes": "YXS", "Name": "Macro image"}}
+add(ROW, "a macro image alone", "a.ome.tif", partial(tiff, **LONE), refused="found no image but Macro image")
+
+
+def larger_sub_page(path: Path, pixels: np.ndarray) -> None:
+    """The scan as a SubIFD of its thumbnail."""
+    with tifffile.TiffWriter(path) as file:
+        file.write(SMALL, photometric="rgb", subfiletype=1, subifds=1, metadata=None)
+        file.write(pixels, photometric="rgb", metadata=None)
+
+
+add(ROW, "scan below its thumbnail", "a.tif", larger_sub_page)
+
+
+def with_xml(path: Path, pixels: np.ndarray, change: Callable[[str], str], **how: Any) -> None:
+    """An OME-TIFF with other XML."""
+    tiff(path, pixels, ome=True, **how)
+    text = tifffile.tiffcomment(path)
+    tifffile.tiffcomment(path, change(text).encode())
+
+
+def other_size(text: str) -> str:
+    return text.replace(f'SizeX="{WIDTH}"', 'SizeX="9000"').replace(f'SizeY="{HEIGHT}"', 'SizeY="8000"')
+
+
+ROW = "OME-TIFF"
+add(ROW, "ome of another size", "a.ome.tif", partial(with_xml, change=other_size, metadata={"axes": "YXS"}))
+COMPANION = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><BinaryOnly MetadataFile="a.ome"/></OME>'
+add(ROW, "a channel of several files", "a.ome.tif",
+    lambda path, p: with_xml(path, grey(p), lambda _: COMPANION, photometric="minisblack", metadata={"axes": "YX"}),
+    refused="expected all channels in this file, found pages that its OME-XML does not explain")  # fmt: skip
+
+
+def second_missing(text: str) -> str:
+    """The XML of one more image, larger, whose planes are not there."""
+    start, end = text.index("<Image"), text.index("</Image>") + len("</Image>")
+    image = text[start:end].replace('ID="Image:0"', 'ID="Image:1"').replace('Name="Image0"', 'Name="Image1"')
+    return text[:end] + other_size(image).replace('IFD="0"', 'IFD="7"') + text[end:]
+
+
+add(ROW, "the largest image is missing", "a.ome.tif",
+    partial(with_xml, change=second_missing, metadata={"axes": "YXS"}),
+    refused="expected the planes of its largest image, found none that fit its OME-XML")  # fmt: skip
+
 ROW = "pyramids: SubIFDs or pages of reduced resolution"
 add(ROW, "pyramid of subifds", "a.tif", partial(pyramid, sub=True))
 add(ROW, "pyramid of pages", "a.tif", partial(pyramid, sub=False))

@@ -63,6 +63,44 @@ def test_a_refusal_is_one_line_that_names_file_and_remedy(name, tmp_path):
     assert re.search(r"; .*(convert|save|copy|name|export|fetch|download|correct|flatten)", line), line
 
 
+READ = {case.row: name for name, case in reversed(CASES.items()) if not case.refused}  # the first case of each row
+
+
+def opened_or_refused(path: Path) -> np.ndarray | None:
+    """Pixels (h, w, 3); None where the file is refused, which is one line that names it."""
+    try:
+        image_size(path), stated_um_per_px(path)
+        with open_image(path) as image:
+            return image.thumbnail()[0]
+    except ValueError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)
+        return None
+
+
+@pytest.mark.parametrize("name", READ.values(), ids=READ)
+def test_a_file_that_is_cut_short_is_never_read_in_part(name, tmp_path, rng):
+    path = tmp_path / CASES[name].file
+    CASES[name].write(path, coded())
+    whole, data = opened_or_refused(path), path.read_bytes()
+    for end in (0, 7, 100, *rng.integers(0, len(data), 8), len(data) - 1):
+        path.write_bytes(data[:end])
+        found = opened_or_refused(path)
+        assert found is None or np.array_equal(found, whole), f"{end} of {len(data)} bytes"
+
+
+@pytest.mark.parametrize("name", READ.values(), ids=READ)
+def test_damaged_bytes_are_read_or_refused(name, tmp_path, rng):
+    path = tmp_path / CASES[name].file
+    CASES[name].write(path, coded())
+    data = path.read_bytes()
+    for limit in (100, 600, len(data)) * 3:
+        damaged = bytearray(data)
+        for place in rng.integers(0, min(limit, len(data)), 4):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(bytes(damaged))
+        opened_or_refused(path)
+
+
 def rows_of_the_table() -> list[str]:
     text = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
     table = text[text.index("| format |") :].split("\n\n")[0]

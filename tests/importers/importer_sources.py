@@ -86,7 +86,7 @@ def write_hd(folder: Path, root: Path, sizes=(8, 16), images=("hires", "lowres")
         shutil.copy(root / "filtered_feature_bc_matrix.h5", square)
         columns = {"barcode": found.spots.index, "in_tissue": (place > 2).astype("int32")}
         columns |= {"array_row": place // n, "array_col": place % n}
-        columns |= {f"pxl_{a}_in_fullres": columns[f"array_{a}"] * size / 0.3 + 40 + 1 / 3 for a in ("row", "col")}
+        columns |= {f"pxl_{a}_in_fullres": columns[f"array_{a}"] * size / 0.3 + 500 + 1 / 3 for a in ("row", "col")}
         pd.DataFrame(columns).to_parquet(square / "spatial" / "tissue_positions.parquet", index=False)
         content = factors | {"bin_size_um": float(size), "microns_per_pixel": 0.3, "spot_diameter_fullres": size / 0.3}
         (square / "spatial" / "scalefactors_json.json").write_text(json.dumps(content | {"note": "kept"}))

@@ -26,7 +26,9 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:  # tifffile, imagecodecs, Pillow and openslide raise what they like
         text = " ".join(str(error).split()) or type(error).__name__
         if "imagecodecs" in text and "requires" in text:
-            raise ImageError(f"{path}: this compression needs `pip install imagecodecs` ({text})") from error
+            raise ImageError(
+                f"{path}: this compression needs `pip install --upgrade imagecodecs` ({text}); or convert it to LZW"
+            ) from error
         raise ImageError(
             f"{path}: expected an image, found one that cannot be read ({text[:200]}); copy it anew"
         ) from error

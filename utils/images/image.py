@@ -223,7 +223,7 @@ def _reader(path: Path) -> Source:
     if (is_tiff or suffix in SCANNERS or not flat.is_flat(head)) and scanner.vendor(path):
         return scanner.ScannerImage(path)
     if is_tiff:
-        return tiff.TiffImage(path, scanner.is_installed(), scanner.NEEDED)
+        return tiff.TiffImage(path)
     if flat.is_flat(head) and suffix not in ONLY_SCANNERS:
         return flat.FlatImage(path)
     if suffix in SCANNERS and not scanner.is_installed():

@@ -14,7 +14,6 @@ import numpy as np
 from utils.images.checks import ImageError
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras have
-N_COLOURS = {"grey": 1, "inverted": 1, "palette": 1, "rgb": 3, "cmyk": 4}
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,15 @@ class Samples:
         alpha = _to_8_bits(stored[..., self.alpha : self.alpha + 1], self.bits, self.alpha_depth)
         return on_white(rgb, alpha, self.premultiplied)
 
+    def colours_of(self, stored: np.ndarray) -> np.ndarray:
+        """(h, w, C) -> (h, w, n); not copied where the colours lie in their order."""
+        first, end = self.colours[0], self.colours[0] + len(self.colours)
+        return stored[..., first:end] if self.colours == tuple(range(first, end)) else stored[..., list(self.colours)]
+
     def _colours(self, stored: np.ndarray) -> np.ndarray:
         if self.palette is not None:
             return self.palette[stored[..., self.colours[0]]]
-        first = self.colours[0]
-        in_order = self.colours == tuple(range(first, first + len(self.colours)))
-        chosen = stored[..., first : first + len(self.colours)] if in_order else stored[..., list(self.colours)]
-        values = _to_8_bits(chosen, self.bits, self.depth)
+        values = _to_8_bits(self.colours_of(stored), self.bits, self.depth)
         if self.kind == "inverted":
             values = 255 - values
         if self.kind == "cmyk":
@@ -124,7 +125,7 @@ def largest_values(blocks: Iterable[np.ndarray], samples: Samples) -> tuple[int,
     """Largest colour and largest opacity of blocks (h, w, C)."""
     colour = alpha = 0
     for block in blocks:
-        colour = max(colour, int(block[..., list(samples.colours)].max(initial=0)))
+        colour = max(colour, int(samples.colours_of(block).max(initial=0)))
         if samples.alpha is not None:
             alpha = max(alpha, int(block[..., samples.alpha].max(initial=0)))
     return colour, alpha

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.images import scanner
 from utils.images.checks import ImageError, check_size, reading
 from utils.images.samples import Samples, largest_values, measured_depth
 from utils.images.tiff_series import Series, find_scan, level_samples
@@ -197,7 +198,7 @@ class TiffLevel:
 class TiffImage:
     """The scan of a TIFF file by its tags, with the attributes of flat.FlatImage."""
 
-    def __init__(self, path: Path, openslide_installed: bool, openslide_hint: str):
+    def __init__(self, path: Path):
         import tifffile
 
         logging.getLogger("tifffile").addHandler(logging.NullHandler())  # its remarks would be further lines on stderr
@@ -206,7 +207,7 @@ class TiffImage:
             self._file = tifffile.TiffFile(path)
         try:
             with reading(path):
-                _check_vendor(path, self._file, openslide_installed, openslide_hint)
+                _check_vendor(path, self._file)
                 _check_directories(path)
                 self.scan = find_scan(path, self._file)
                 self._stored = self._planes(self.scan.pages, self.scan)
@@ -277,11 +278,11 @@ def _check_directories(path: Path) -> None:
             offset = struct.unpack(order + word, following)[0]
 
 
-def _check_vendor(path: Path, file: Any, openslide_installed: bool, hint: str) -> None:
+def _check_vendor(path: Path, file: Any) -> None:
     """A scanner's file that openslide has not recognised is read only where its pages are plain images."""
     kinds = [kind for kind in VENDORS if getattr(file, f"is_{kind}")]
-    if kinds and not openslide_installed:
-        raise ImageError(f"{path}: {hint}")
+    if kinds and not scanner.is_installed():
+        raise ImageError(f"{path}: {scanner.NEEDED}")
     if kinds and kinds != ["svs"]:
         raise ImageError(
             f"{path}: expected a slide that openslide reads, found a damaged or unknown {kinds[0]} file; convert it to "

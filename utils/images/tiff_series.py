@@ -35,6 +35,8 @@ ASIDE = (  # what is never the scan: SlideLabel, label_image, macroimage, Thumbn
     r"((label|macro|thumbnail|thumb|overview|preview|barcode)s?(image|img|pic|picture)?(?![a-z]|-free)"
     r"|(?<![a-z])(map|lbl)(?![a-z]))"
 )
+ONLY_ASIDE = rf"\W*(slide|the)?[\W_]*{ASIDE}[\W_]*(image)?[\W_]*\d*\W*"  # nothing but such a name
+UNNAMED_AXES = {"Q": "without a name", "I": "pages"}
 NUMBERED = re.compile(r"(channel|ch|c|bf|tl|brightfield)?[\s_:#-]*(\d+([:/]\d+)*)?")  # channel names that say nothing
 PRIMARY = re.compile(r"(r|red|g|green|b|blue|a|alpha)([\s_-]*(channel|ch))?")
 TO_RGB = "convert it to 8-bit RGB"
@@ -53,7 +55,9 @@ class Series:
     levels : pages of its coarser levels
     mapped : offset and (h, w, C) of each plane, where they lie in one piece without a page of their own
     stated_depth : bits of a channel that the file states, and where
-    is_aside : whether it is named label, macro, thumbnail, overview or map, or is a coarser copy of another
+    titles : what name and descriptions call it
+    is_reduced, is_mask : whether it is a coarser copy of another image, or a transparency mask
+    looks_rgb : whether it is in colour, also where a problem hinders
     """
 
     name: str
@@ -67,13 +71,24 @@ class Series:
     um_per_px: float | None = None
     stated_depth: tuple[int, str] | None = None
     notes: tuple[str, ...] = ()
-    is_aside: bool = False
+    titles: tuple[str, ...] = ()
+    is_reduced: bool = False
     is_mask: bool = False
-    looks_rgb: bool = False  # also where a problem hinders
+    looks_rgb: bool = False
 
     @property
     def key(self) -> Any:
         return self.pages[0].keyframe
+
+    @property
+    def area(self) -> int:
+        return self.width * self.height
+
+    def is_aside(self, alone: bool) -> bool:
+        """Whether it is called label, macro, thumbnail, overview or map; an image alone in its file by nothing else."""
+        if alone:
+            return any(re.fullmatch(ONLY_ASIDE, title, re.IGNORECASE) for title in self.titles)
+        return any(re.search(ASIDE, title, re.IGNORECASE) for title in self.titles)
 
 
 # ---- which image
@@ -82,13 +97,14 @@ class Series:
 def find_scan(path: Path, file: Any) -> Series:
     """The largest RGB series of an open tifffile.TiffFile, else the largest grey one. Raises ImageError."""
     found = read_series(path, file)
-    wanted = [series for series in found if not series.is_aside and not series.is_mask]
+    alone = len(found) == 1
+    wanted = [series for series in found if not (series.is_reduced or series.is_mask or series.is_aside(alone))]
     wanted = [series for series in wanted if series.looks_rgb] or wanted
     if not wanted:
-        names = ", ".join(series.name or "a coarser copy" for series in found) or "none"
+        names = ", ".join(title for series in found for title in series.titles if title) or "coarser copies"
         raise ImageError(f"{path}: expected the scan, found no image but {names}; export the scan itself")
-    area = max(series.width * series.height for series in wanted)
-    largest = [series for series in wanted if series.width * series.height == area]
+    area = max(series.area for series in wanted)
+    largest = [series for series in wanted if series.area == area]
     scan = largest[0]
     if len(largest) > 1:
         names = ", ".join(_called(series, found) for series in largest[:4]) + (", ..." if len(largest) > 4 else "")
@@ -133,7 +149,11 @@ def read_series(path: Path, file: Any) -> list[Series]:
             return read(path, file)
         if kind == "imagej" and file.is_imagej:
             raise ValueError("ImageJ states more planes than the file holds")
-    return _plain_series(path, file)
+    found = _plain_series(file)
+    for one in found if file.is_ome else []:  # OME-XML that does not fit: only pages in RGB are an image by themselves
+        if not one.looks_rgb:
+            one.problem = f"expected all channels in this file, found pages that its OME-XML does not explain; {TO_RGB}"
+    return found
 
 
 # ---- OME-TIFF, ImageJ, tifffile's own description
@@ -153,6 +173,15 @@ def _ome_series(path: Path, file: Any) -> list[Series]:
             bits = pixels.get("SignificantBits", "")
             one.stated_depth = (int(bits), "SignificantBits") if bits.isdigit() and int(bits) else one.stated_depth
         found.append(one)
+    most = max((one.area for one in found), default=0)
+    for image in images:  # which tifffile has left out
+        pixels = image.find("{*}Pixels")
+        width, height = (0, 0) if pixels is None else (int(pixels.get("SizeX", 0)), int(pixels.get("SizeY", 0)))
+        if width * height > most:
+            one = Series(image.get("Name") or "", width, height, [file.pages.first], looks_rgb=True)
+            one.titles = (one.name,)
+            one.problem = f"expected the planes of its largest image, found none that fit its OME-XML; {TO_RGB}"
+            found.append(one)
     return found
 
 
@@ -221,7 +250,7 @@ def _from_tifffile(path: Path, series: Any, name: str, order: list[int] | str) -
     sizes = dict(zip(series.get_axes(False), series.get_shape(False), strict=True))
     key, width, height = series.keyframe, int(sizes.get("X", 1)), int(sizes.get("Y", 1))
     one = Series(name, width, height, [key], um_per_px=_tag_um_per_px(key), stated_depth=_max_sample_depth(key))
-    one.is_aside = _is_aside(key, name) or (len(key.parent.series) > 1 and bool(key.subfiletype & REDUCED))
+    one.titles, one.is_reduced = _titles(key, name), len(key.parent.series) > 1 and bool(key.subfiletype & REDUCED)
     others = {axis: size for axis, size in sizes.items() if axis not in "YXSC" and size > 1}
     channels = math.prod(series.get_shape(False)) // max(1, math.prod(others.values()) * width * height)
     n_planes = max(1, channels // int(key.samplesperpixel))
@@ -230,7 +259,7 @@ def _from_tifffile(path: Path, series: Any, name: str, order: list[int] | str) -
     _read_samples(one, n_planes, order)
     if others:
         planes = math.prod(others.values())
-        axes = ", ".join(f"{size} {axis}" for axis, size in others.items())
+        axes = ", ".join(f"{size} {UNNAMED_AXES.get(axis, axis)}" for axis, size in others.items())
         one.problem = f"expected one plane, found {planes} planes ({axes}); {save_one(path, one, n_planes)}"
         return one
     if one.samples is None:
@@ -265,25 +294,33 @@ def _interleaved(one: Series, series: Any, channels: int) -> Series:
 # ---- plain TIFF
 
 
-def _plain_series(path: Path, file: Any) -> list[Series]:
+def _plain_series(file: Any) -> list[Series]:
     """A series per page; pages of reduced resolution and sub-pages are levels of the scan they fit."""
     file.pages.useframes = False
     pages = [file.pages[number].aspage() for number in range(len(file.pages))]
+    sub_pages = {page.index: [sub.aspage() for sub in page.pages or []] for page in pages}
+    larger = [sub for page in pages for sub in sub_pages[page.index] if sub.imagewidth > page.imagewidth]
     found, reduced = [], []
-    for page in pages:
-        if page.subfiletype & REDUCED and not page.subfiletype & TRANSPARENCY and len(pages) > 1:
+    for page in [*pages, *larger]:
+        is_reduced = bool(page.subfiletype & REDUCED) and not page.subfiletype & TRANSPARENCY
+        if is_reduced and len(pages) + len(larger) > 1:
             reduced.append(page)
-            continue
-        name = _text(page.tags.valueof(PAGE_NAME, ""))
-        one = Series(name, int(page.imagewidth), int(page.imagelength), [page])
-        one.is_aside, one.is_mask = _is_aside(page, name), page.photometric == MASK
-        one.um_per_px, one.stated_depth = _tag_um_per_px(page), _max_sample_depth(page)
-        _read_samples(one, 1, [])
-        found.append(one)
+        else:
+            found.append(_page_series(page, sub_pages.get(page.index, []) if page in pages else []))
+    levels = [[page] for page in reduced if not any(re.search(ASIDE, t, re.IGNORECASE) for t in _titles(page, ""))]
     for one in found:
-        candidates = [sub.aspage() for sub in one.pages[0].pages or []] + reduced
-        one.levels = [[page] for page in candidates if not _is_aside(page, "")]
+        one.levels += levels
     return found
+
+
+def _page_series(page: Any, sub_pages: list[Any]) -> Series:
+    name = _text(page.tags.valueof(PAGE_NAME, ""))
+    one = Series(name, int(page.imagewidth), int(page.imagelength), [page])
+    one.titles, one.is_mask = _titles(page, name), page.photometric == MASK
+    one.um_per_px, one.stated_depth = _tag_um_per_px(page), _max_sample_depth(page)
+    one.levels = [[sub] for sub in sub_pages]
+    _read_samples(one, 1, [])
+    return one
 
 
 def level_samples(scan: Series, pages: list[Any]) -> Samples | None:
@@ -345,7 +382,7 @@ def page_samples(key: Any) -> tuple[Samples | None, str, tuple[str, ...]]:
     n_colours = {"rgb": 3, "cmyk": 4}.get(found, 1)
     spare = n - n_colours - (alpha is not None)
     notes: tuple[str, ...] = ()
-    if found == "grey" and spare == 2:  # written by programs that state no colours
+    if found == "grey" and spare == 2 and alpha in (None, 3):  # written by programs that state no colours
         found, n_colours, spare = "rgb", 3, 0
         notes = ("three samples without stated colours read as red, green, blue",)
     if spare < 0 or (n_colours == 1 and spare):
@@ -396,12 +433,12 @@ def _plain_samples(
 # ---- what tags say
 
 
-def _is_aside(key: Any, name: str) -> bool:
-    """Whether an image is named or described as label, macro, thumbnail, overview or map."""
-    names = [name, _text(key.tags.valueof(PAGE_NAME, ""))]
+def _titles(key: Any, name: str) -> tuple[str, ...]:
+    """What an image is called by its name, its page's name and its descriptions."""
+    texts = [name, _text(key.tags.valueof(PAGE_NAME, ""))]
     for text in (key.description, key.description1):
-        names += _description_names(text or "")
-    return any(re.search(ASIDE, words, re.IGNORECASE) for words in names)
+        texts += _description_names(text or "")
+    return tuple(dict.fromkeys(text for text in texts if text))
 
 
 def _description_names(text: str) -> Iterator[str]:
@@ -426,13 +463,15 @@ def _text(value: Any) -> str:
 
 def _max_sample_depth(key: Any) -> tuple[int, str] | None:
     value = key.tags.valueof(MAX_SAMPLE_VALUE)
-    largest = max(value) if isinstance(value, tuple) and value else value
+    if isinstance(value, tuple):  # a value per sample, the opacity's last
+        value = max(value[:3] if len(value) > 2 else value[:1], default=None)
+    largest = value
     return (largest.bit_length(), "MaxSampleValue") if isinstance(largest, int) and largest > 0 else None
 
 
 def _tag_um_per_px(key: Any) -> float | None:
-    unit = RESOLUTION_UM.get(int(key.tags.valueof(RESOLUTION_UNIT, 2) or 0))
-    return None if unit is None else _per_pixel(key, unit)
+    unit = key.tags.valueof(RESOLUTION_UNIT, 2)
+    return _per_pixel(key, RESOLUTION_UM[unit]) if unit in RESOLUTION_UM else None
 
 
 def _per_pixel(key: Any, unit_um: float) -> float | None:

@@ -295,6 +295,8 @@ def _pixel_sizes(source: Source) -> list[str]:
     if isinstance(source.image, Path):
         own = stated_um_per_px(source.image)
         stated |= {source.image.name: own} if own is not None else {}
+    if not stated and not source.small and isinstance(source.image, Path):
+        return [f"{source.image.name}: no small image and no pixel size to check it by; look at the spots on it"]
     measured = source.um_per_px
     others = [f"{um:.4g} um by {where}" for where, um in stated.items() if abs(um - measured) > DISAGREE * measured]
     spots = f"the spots ({source.pitch_um:.4g} um from spot to spot)"

@@ -214,8 +214,9 @@ def test_a_section_without_spot_file_or_spots_in_common(tmp_path, simulated):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=real) for name in ("B4", "C2", "C3", "C4", "C5")])
 def test_the_real_sections_equal_their_published_conversion(name, tmp_path):
     source = only(Path(REAL) / "her2st" / "ST-cnts" / f"{name}.tsv.gz")
-    (line,) = import_slice(source, tmp_path)
+    line, warning = import_slice(source, tmp_path)
     assert line.startswith(f"{name}: ") and source.patient == name[0]
+    assert warning.startswith(f"warning: {name}: ") and "no small image and no pixel size to check it by" in warning
     found, true = (visium.read_slice(folder / name) for folder in (tmp_path, Path(REAL) / "Breast_cancer"))
     assert (found.counts != true.counts).nnz == 0
     pd.testing.assert_frame_equal(found.spots, true.spots)

@@ -18,7 +18,7 @@ DEMO_TWO := --decoder_layers 2 --decoder_width 32 --Init_lr 1e-3 --Epoch 15 --pr
 # Simulated slices, all six scripts with a small ViT, the table of both evaluations and report.html: all under demo/.
 demo: .venv/installed
 	rm -rf demo
-	$(BIN)/python -m utils.slices.simulate --out demo/data --patients 6 --spots 300 --genes 600 --seed 0
+	$(BIN)/python -m utils.simulation --out demo/data --patients 6 --spots 300 --genes 600 --seed 0
 	$(BIN)/python image_tilling.py $(SHARED) --tile_px 64
 	$(BIN)/python make_decoder_data.py $(SHARED) --n_input_genes 600
 	$(BIN)/python train_mymodel.py $(SHARED) $(DEMO_ONE) --out demo/encoder_model --logs demo/logs
@@ -28,7 +28,7 @@ demo: .venv/installed
 		--out demo/results/retrieval
 	$(BIN)/python decoder_similarity.py $(SHARED) --decoder demo/decoder_model/best_epoch_weights.pth \
 		--out demo/results/similarity
-	$(BIN)/python -m utils.evaluation.report demo/results --truth demo/data --html demo/report.html
+	$(BIN)/python -m utils.report demo/results --truth demo/data --html demo/report.html
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"

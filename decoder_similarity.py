@@ -1,9 +1,9 @@
-"""Evaluate stage two: how well is the expression of the target genes predicted from the picture alone?
+"""Evaluate stage two: how well is the expression of the target genes predicted from the image alone?
 
     python decoder_similarity.py --decoder decoder_model/best_epoch_weights.pth --part test
 
 Reads the checkpoint, tiles and target genes of the part's slices, and of the train and validation slices for the cheap
-rows on the untouched encoder. Writes results/similarity/: metrics.json, genes.csv, predictions.h5ad, figures, and
+rows on the pretrained encoder. Writes results/similarity/: metrics.json, genes.csv, predictions.h5ad, figures, and
 report.html, one page to look through them.
 """
 
@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from utils import distributed, settings
+from utils.features import dataset
 from utils.files.atomic import write_record
+from utils.files.exclusive import exclusive_folder
 from utils.prediction.outputs import UNITS
 from utils.slices import export
-from utils.training import arguments, checkpoint, datasets, distributed
-from utils.training.folder import alone_in
+from utils.training import checkpoint, split
 
 SHOWN = (
     "pcc_gene_mean",
@@ -32,9 +34,9 @@ SHOWN = (
 
 
 def parse_args(argv=None):
-    parser = arguments.shared(__doc__, part="test")
-    group = arguments.add_evaluation(parser, out="results/similarity")
-    arguments.add_memory(parser)
+    parser = settings.shared(__doc__, part="test")
+    group = settings.add_evaluation(parser, out="results/similarity")
+    settings.add_memory(parser)
     group.add_argument("--decoder", type=Path, default=Path("decoder_model/best_epoch_weights.pth"), help="stage two")
     return parser.parse_args(argv)
 
@@ -52,45 +54,46 @@ def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndar
 
     Features are computed, used and dropped slice by slice.
     """
-    from utils.training import feature_bank, features, spill
+    from utils.features import cache, neighbourhoods
+    from utils.files import arrays
 
     def encode(tiles):
         with accelerator.autocast():
             return model.encode(tiles)
 
     device, around = accelerator.device, (model.sizes.context, model.sizes.reaches)
-    how = features.TileEncoder(encode, model.sizes.image_size, device, args.batch_size, args.workers)
-    moments = feature_bank.Moments(*(state["feature_moments"][key].numpy() for key in ("mean", "sd")))
+    how = cache.TileEncoder(encode, model.sizes.image_size, device, args.batch_size, args.workers)
+    moments = neighbourhoods.Moments(*(state["feature_moments"][key].numpy() for key in ("mean", "sd")))
     autocast, predicted = partial(distributed.decoder_autocast, accelerator, args.precision), []
     for one in slices:
-        memory = spill.Spill(args.memory, args.out)
-        kept = features.in_budget(features.encode_slice(how, one), len(one.barcodes), memory)
-        bank = feature_bank.FeatureBank([one], [[kept]], moments, *around, device, memory)
+        memory = arrays.ArrayStore(args.memory, args.out)
+        kept = cache.in_budget(cache.encode_slice(how, one), len(one.barcodes), memory)
+        bank = neighbourhoods.FeatureBank([one], [[kept]], moments, *around, device, memory)
         spots = one.rows_of(args.part)
-        predicted.append(feature_bank.predict(model, bank, spots, autocast, args.batch_size))
+        predicted.append(neighbourhoods.predict(model, bank, spots, autocast, args.batch_size))
     return predicted
 
 
 def predict_cheap(args, state: dict, slices, taught, accelerator) -> dict[str, list[np.ndarray]]:
-    """Rows on the untouched encoder's features, fitted on the same slices and target: (S, G) per slice."""
+    """Rows on the pretrained encoder's features, fitted on the same slices and target: (S, G) per slice."""
     from model.image_encoder import ImageEncoder
     from utils.evaluation import baselines, metrics
-    from utils.training import features
+    from utils.features import cache
 
     several = [*taught, *slices]
-    found = features.untouched_features(ImageEncoder, state, state["encoder_settings"], several, accelerator, args)
+    found = cache.pretrained_features(ImageEncoder, state, state["encoder_settings"], several, accelerator, args)
     found = [baselines.standardise(f) for f in found]
     seen: dict[str, list] = {"train": [], "val": []}
     for one, own in zip(taught, found, strict=False):
         panel = one.panels["target"]
         scaled = metrics.to_scale(state["target"], panel.counts, one.total_counts)
         target = np.where(panel.measured, scaled, np.nan)
-        for part, pictures in seen.items():
+        for part, images in seen.items():
             if len(one.rows_of(part)):
-                pictures.append(features.as_pictures(one, own, part) | {"target": target[one.rows_of(part)]})
+                images.append(cache.as_images(one, own, part) | {"target": target[one.rows_of(part)]})
     cheap = baselines.fit_baselines(seen["train"], seen["val"])
-    pictures = [features.as_pictures(one, f, args.part) for one, f in zip(slices, found[len(taught) :], strict=True)]
-    return {row: [predict(p) for p in pictures] for row, predict in cheap.items()}
+    images = [cache.as_images(one, f, args.part) for one, f in zip(slices, found[len(taught) :], strict=True)]
+    return {row: [predict(p) for p in images] for row, predict in cheap.items()}
 
 
 def draw(out: Path, slices, rows: dict, measured: list[dict], genes: list[str], target: str, table) -> None:
@@ -107,9 +110,9 @@ def draw(out: Path, slices, rows: dict, measured: list[dict], genes: list[str], 
         if not len(known):
             continue
         order = known[np.argsort(pcc[known])]
-        picture = export.small_picture(one.root)
-        image, scale_px = picture if picture else (None, 1.0)
-        um = datasets.um_per_fullres_px(one)
+        image = export.small_image(one.root)
+        image, scale_px = image if image else (None, 1.0)
+        um = dataset.um_per_fullres_px(one)
         for kind, gene in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0])):
             figure = plotting.gene_maps(
                 image,
@@ -126,28 +129,28 @@ def draw(out: Path, slices, rows: dict, measured: list[dict], genes: list[str], 
 
 def write_page(path: Path, state: dict, slices, rows: dict, measured: list[dict], metrics: dict, table, args) -> None:
     """report.html: maps of every gene in the unit of the target, correlations beside mean expression, all rows."""
-    from utils.evaluation import html_report, report_parts
     from utils.evaluation.metrics import to_scale
+    from utils.report import html, parts
 
     maps = []
     for one, what, predicted in zip(slices, measured, rows["model"], strict=True):
-        picture, scale_px = export.small_picture(one.root) or (None, 1.0)
+        image, scale_px = export.small_image(one.root) or (None, 1.0)
         truth = to_scale(state["target"], what["counts"], what["total_counts"])
         maps.append(
-            html_report.SliceMaps(
+            html.SliceMaps(
                 name=one.name,
-                picture=picture,
-                picture_scale=scale_px,
+                image=image,
+                image_scale=scale_px,
                 xy_fullres_px=what["xy"],
                 spot_diameter_px=0.8 * one.pitch_fullres_px,
                 barcodes=one.barcodes[one.rows_of(args.part)],
                 predicted=predicted,
                 measured=np.where(what["measured"], truth, np.nan),
-                um_per_fullres_px=datasets.um_per_fullres_px(one),
+                um_per_fullres_px=dataset.um_per_fullres_px(one),
             )
         )
-    report = html_report.Report(
-        title=f"Expression from the picture: {args.part} slices",
+    report = html.Report(
+        title=f"Expression from the image: {args.part} slices",
         unit=UNITS[state["target"]],
         genes=state["genes"],
         slices=maps,
@@ -158,10 +161,10 @@ def write_page(path: Path, state: dict, slices, rows: dict, measured: list[dict]
             "mean counts per 10,000": table["counts_per_10k"].to_numpy(),
         },
         val_pcc=table["val_pcc"].to_numpy(),
-        tables=report_parts.similarity_tables(metrics),
+        tables=parts.similarity_tables(metrics),
         settings=vars(args) | {f"training: {key}": value for key, value in state["settings"].items()},
     )
-    html_report.write_report(path, report)
+    html.write_report(path, report)
 
 
 def write_results(out: Path, state: dict, slices, rows: dict, measured: list[dict], metrics: dict, args) -> None:
@@ -204,11 +207,11 @@ def summary(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-@alone_in("out")
+@exclusive_folder("out")
 def main(args):
-    arguments.require_checkpoint(args.decoder, "--decoder", "run train_decoder.py first")
+    checkpoint.require_checkpoint(args.decoder, "--decoder", "run train_decoder.py first")
     state = checkpoint.load(args.decoder, "stage_two", "--decoder")
-    slices, taught = datasets.load_evaluation(args, state, "--decoder", ("target",))
+    slices, taught = split.load_evaluation(args, state, "--decoder", ("target",))
     from utils.evaluation import expression
 
     with distributed.running(args.device, args.precision) as accelerator:
@@ -235,4 +238,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

@@ -1,9 +1,9 @@
-"""Evaluate stage one: does a picture find its own expression profile among others?
+"""Evaluate stage one: does a image find its own expression profile among others?
 
     python get_accuracy_image.py --encoder encoder_model/best_epoch_weights.pth --part test
 
 Reads the checkpoint, tiles and input genes of the part's slices, and of the train and validation slices for the cheap
-row `depth`. Writes results/retrieval/: metrics.json, spots.csv, predictions.h5ad (vectors, and for each picture the ten
+row `depth`. Writes results/retrieval/: metrics.json, spots.csv, predictions.h5ad (vectors, and for each image the ten
 most similar profiles of its slice), retrieval_curve.png, report.html with the table and examples.
 """
 
@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from utils import distributed, settings
+from utils.features import dataset
 from utils.files.atomic import write_record
+from utils.files.exclusive import exclusive_folder
 from utils.slices import export
-from utils.training import arguments, checkpoint, datasets, distributed
-from utils.training.folder import alone_in
+from utils.training import checkpoint, split
 
 ROWS = ("depth", "contrastive", "matching", "reranked")
 SPOTS_AT_ONCE = 32  # neighbours in the file are often neighbours in the tissue, and share candidates
@@ -25,11 +27,11 @@ SHOWN = 6  # of them beside an example
 
 
 def parse_args(argv=None):
-    parser = arguments.shared(__doc__, part="test")
-    group = arguments.add_evaluation(parser, out="results/retrieval")
+    parser = settings.shared(__doc__, part="test")
+    group = settings.add_evaluation(parser, out="results/retrieval")
     group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
-    group.add_argument("--neighbours", type=arguments.count, default=8, help="nearest spots that stand as candidates")
-    arguments.add_memory(parser)
+    group.add_argument("--neighbours", type=settings.count, default=8, help="nearest spots that stand as candidates")
+    settings.add_memory(parser)
     return parser.parse_args(argv)
 
 
@@ -42,10 +44,10 @@ def load_model(args, state: dict, device):
 
 
 def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndarray:
-    """Fusion logit of each spot's picture with each candidate's profile: (S, K); 0 where it is padding."""
+    """Fusion logit of each spot's image with each candidate's profile: (S, K); 0 where it is padding."""
     import torch
 
-    order, device = datasets.in_turn(len(candidates), SPOTS_AT_ONCE), accelerator.device
+    order, device = dataset.in_turn(len(candidates), SPOTS_AT_ONCE), accelerator.device
 
     def own():
         for rows in distributed.own_batches(order):
@@ -61,7 +63,7 @@ def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndar
 
 
 def nearest_profiles(encoded, device) -> np.ndarray:
-    """Rows of the profiles most similar to each picture, best first: (S, NEAREST), -1 where there are fewer."""
+    """Rows of the profiles most similar to each image, best first: (S, NEAREST), -1 where there are fewer."""
     import torch
 
     from utils.evaluation.gallery import top_k
@@ -91,34 +93,34 @@ def gallery_scores(model, encoded, predicted_depth, log_depth, candidates, accel
 
 
 def predicted_depths(args, state: dict, slices, taught, accelerator) -> list[np.ndarray]:
-    """Log total counts, relative to the slice's mean, that ridge reads off the untouched encoder's features."""
+    """Log total counts, relative to the slice's mean, that ridge reads off the pretrained encoder's features."""
     from model.image_encoder import ImageEncoder
     from utils.evaluation import baselines
-    from utils.training import features
+    from utils.features import cache
 
     several = [*taught, *slices]
-    found = features.untouched_features(ImageEncoder, state, state["settings"], several, accelerator, args)
+    found = cache.pretrained_features(ImageEncoder, state, state["settings"], several, accelerator, args)
     found = [baselines.standardise(f) for f in found]
 
-    def pictures(part, some, some_features):
-        seen = [features.as_pictures(one, f, part) for one, f in zip(some, some_features, strict=True)]
+    def images(part, some, some_features):
+        seen = [cache.as_images(one, f, part) for one, f in zip(some, some_features, strict=True)]
         return [p for p in seen if len(p["log_depth"])]
 
-    train, val = (pictures(part, taught, found[: len(taught)]) for part in ("train", "val"))
+    train, val = (images(part, taught, found[: len(taught)]) for part in ("train", "val"))
     x_train, x_val = ([baselines.rings(p) for p in part] for part in (train, val))
     ridge = baselines.fit_depth(x_train, [p["log_depth"] for p in train], x_val, [p["log_depth"] for p in val])
-    return [ridge.predict(baselines.rings(p))[:, 0] for p in pictures(args.part, slices, found[len(taught) :])]
+    return [ridge.predict(baselines.rings(p))[:, 0] for p in images(args.part, slices, found[len(taught) :])]
 
 
 def score_slice(model, one, predicted_depth, accelerator, args) -> dict:
     """Everything measured on one slice: galleries, scores, blocks, ranks, nearest profiles, vectors."""
     from utils.evaluation import bootstrap, retrieval
-    from utils.training import features
-    from utils.training.spill import Spill
+    from utils.features import cache
+    from utils.files.arrays import ArrayStore
 
     rows = one.rows_of(args.part)
-    spill = Spill(args.memory, args.out)
-    encoded = features.encode_pairs(model, one, one.bins(), rows, accelerator, args, spill)
+    store = ArrayStore(args.memory, args.out)
+    encoded = cache.encode_pairs(model, one, one.bins(), rows, accelerator, args, store)
     image, gene = encoded.vectors()
     log_depth = np.log(one.total_counts[rows])
     galleries = {
@@ -155,12 +157,12 @@ def figures_of(scored: list[dict], seed: int) -> dict:
 
 
 def examples_of(one, scored: dict, seed: int) -> list:
-    """Pictures of one slice with the profiles most similar to them, by the rule that the page states."""
-    from utils.evaluation import html_report, report_parts
+    """Images of one slice with the profiles most similar to them, by the rule that the page states."""
+    from utils.report import html, parts
 
     rows, ranks, (image, gene) = scored["rows"], scored["ranks"][0], scored["vectors"]
     found = []
-    for kind, spot in report_parts.choose_examples(ranks, NEAREST, seed):
+    for kind, spot in parts.choose_examples(ranks, NEAREST, seed):
         places = {int(other): rank for rank, other in enumerate(scored["nearest"][spot][:SHOWN], 1) if other >= 0}
         places.setdefault(spot, int(ranks[spot]))
         tiles = one.pack.read(one.tile_rows[rows[[spot, *places]]])
@@ -168,27 +170,27 @@ def examples_of(one, scored: dict, seed: int) -> list:
             (tile, f"rank {rank}: {one.barcodes[rows[other]]}", float(image[spot] @ gene[other]), other == spot)
             for tile, (other, rank) in zip(tiles[1:], places.items(), strict=True)
         ]
-        words = f"{report_parts.KINDS[kind]} (rank {ranks[spot]} of {len(rows)})"
+        words = f"{parts.KINDS[kind]} (rank {ranks[spot]} of {len(rows)})"
         title = f"{one.name}, {one.barcodes[rows[spot]]}: {words}"
-        found.append(html_report.RetrievalExample(tiles[0], title, candidates))
+        found.append(html.RetrievalExample(tiles[0], title, candidates))
     return found
 
 
 def write_page(path: Path, metrics: dict, slices, scored: list[dict], state: dict, args) -> None:
-    from utils.evaluation import html_report, report_parts
+    from utils.report import html, parts
 
-    report = html_report.Report(
+    report = html.Report(
         title=f"Retrieval: {args.part} slices",
         unit="",
         genes=[],
         slices=[],
         gene_columns={},
-        tables=report_parts.retrieval_tables(metrics),
+        tables=parts.retrieval_tables(metrics),
         examples=[e for one, s in zip(slices, scored, strict=True) for e in examples_of(one, s, args.seed)],
-        examples_note=report_parts.EXAMPLES_NOTE.format(seed=args.seed, n=SHOWN),
+        examples_note=parts.EXAMPLES_NOTE.format(seed=args.seed, n=SHOWN),
         settings=vars(args) | {f"training: {key}": value for key, value in state["settings"].items()},
     )
-    html_report.write_report(path, report)
+    html.write_report(path, report)
 
 
 def write_results(out: Path, metrics: dict, slices, scored: list[dict], genes: list[str]) -> None:
@@ -224,7 +226,7 @@ def write_results(out: Path, metrics: dict, slices, scored: list[dict], genes: l
     )
     adata.uns["magic"] = {
         "X": "bins of log2(1 + counts per 10,000), as the gene encoder reads them",
-        "nearest_profiles": "rows of this file whose profiles are most similar to the picture, within the slice",
+        "nearest_profiles": "rows of this file whose profiles are most similar to the image, within the slice",
     }
     export.write_anndata(out / "predictions.h5ad", adata)
     adata.obs.to_csv(out / "spots.csv.part", index_label="spot")
@@ -256,11 +258,11 @@ def summary(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-@alone_in("out")
+@exclusive_folder("out")
 def main(args):
-    arguments.require_checkpoint(args.encoder, "--encoder", "run train_mymodel.py first")
+    checkpoint.require_checkpoint(args.encoder, "--encoder", "run train_mymodel.py first")
     state = checkpoint.load(args.encoder, "stage_one", "--encoder")
-    slices, taught = datasets.load_evaluation(args, state, "--encoder", ("input",))
+    slices, taught = split.load_evaluation(args, state, "--encoder", ("input",))
     with distributed.running(args.device, args.precision) as accelerator:
         model = load_model(args, state, accelerator.device)
         depths = predicted_depths(args, state, slices, taught, accelerator)
@@ -276,4 +278,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

@@ -18,33 +18,33 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from utils import settings
+from utils.files.exclusive import exclusive_folder
 from utils.files.hashing import content_hash
 from utils.images import tiles
 from utils.images.image import TissueImage, open_image
 from utils.slices import checks, splits, visium
-from utils.training import arguments
-from utils.training.folder import alone_in
 
 BATCH = 64  # tiles cut at a time
 
 
 def parse_args(argv=None):
-    parser = arguments.shared(__doc__, part="all")
+    parser = settings.shared(__doc__, part="all")
     group = parser.add_argument_group("tiles")
     group.add_argument(
         "--source", choices=["auto", "fullres", "hires"], default="auto", help="image: fullres if there, else hires"
     )
     group.add_argument(
         "--tile_um",
-        type=arguments.positive,
+        type=settings.positive,
         default=112.0,
         help="side of the tissue square, um (112); more shows the surroundings: 310 in the benchmark of few spots",
     )
-    group.add_argument("--tile_px", type=arguments.count, default=224, help="side of the tile, pixels (224)")
-    group.add_argument("--crop_size", type=arguments.count, help="instead: a square of so many source pixels, unscaled")
+    group.add_argument("--tile_px", type=settings.count, default=224, help="side of the tile, pixels (224)")
+    group.add_argument("--crop_size", type=settings.count, help="instead: a square of so many source pixels, unscaled")
     group.add_argument(
         "--spot_pitch_um",
-        type=arguments.positive,
+        type=settings.positive,
         help="centre to centre, um, on square arrays (200 on legacy ST); slices.csv may state it slice by slice",
     )
     group.add_argument("--jpeg", action="store_true", help="a JPEG per tile too, to look at; nothing reads them")
@@ -108,7 +108,7 @@ def cut_slice(slice_: visium.Slice, source: visium.SourceImage, cut: tiles.Cut, 
         inside, warnings = checks.check_image(slice_, source, image, image.thumbnail(checks.THUMBNAIL_PX))
         for note in image.notes:
             print(f"{slice_.name}: {source.path.name}: {note}")
-        arguments.say([f"{slice_.name}: {warning}" for warning in (*slice_.warnings, *warnings)])
+        settings.say([f"{slice_.name}: {warning}" for warning in (*slice_.warnings, *warnings)])
         outside = slice_.spots.index[~inside].tolist()
         barcodes, xy_px = slice_.spots.index.to_numpy(str)[inside], slice_.xy_fullres_px[inside]
         about = {"number": len(barcodes), "outside": outside, "image_hash": image_hash}
@@ -129,14 +129,14 @@ def with_bar(image: TissueImage, centres, cut: tiles.Cut, workers: int | None, n
             yield block
 
 
-@alone_in("tiles")
+@exclusive_folder("tiles")
 def main(args):
     rows, warnings = splits.read_table(args.data, args.slices, split=args.part != "all")
-    arguments.say(warnings)
-    rows = arguments.chosen(rows, args.part)
+    settings.say(warnings)
+    rows = settings.chosen(rows, args.part)
     number = sum(tile_slice(row, args) for row in rows)
     print(f"{number} tiles of {len(rows)} slices in {args.tiles}")
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

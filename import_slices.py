@@ -16,14 +16,15 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.training import arguments, folder
+from utils import settings
+from utils.files import exclusive
 
 FORMATS = ("legacy_st", "visium_hd", "h5ad", "spatialdata")
 BINNED, JOINED = ("visium_hd", "spatialdata"), ("h5ad", "spatialdata")
 
 
 def parse_args(argv=None):
-    parser = arguments.Parser(
+    parser = settings.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
@@ -35,13 +36,13 @@ def parse_args(argv=None):
     group.add_argument(
         "--image", type=Path, help="full-resolution H&E of the only slice, where SOURCE does not hold it"
     )
-    group.add_argument("--bin", type=arguments.count, help="Visium HD: bin size in um (default: 16)")
+    group.add_argument("--bin", type=settings.count, help="Visium HD: bin size in um (default: 16)")
     group.add_argument(
         "--library_key", metavar="COLUMN", help="column of obs that tells joined sections apart: a slice for each value"
     )
-    group.add_argument("--spot_pitch_um", type=arguments.positive, help="um centre to centre, where it is not known")
+    group.add_argument("--spot_pitch_um", type=settings.positive, help="um centre to centre, where it is not known")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments.add_memory(parser)
+    settings.add_memory(parser)
     return parser.parse_args(argv)
 
 
@@ -65,7 +66,7 @@ def sources(args) -> Iterator:
     return read_spatialdata(*flags, args.bin, args.library_key)
 
 
-@folder.alone_in("out")
+@exclusive.exclusive_folder("out")
 def main(args):
     from utils.importers import base, images, slice_folder
 
@@ -83,4 +84,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

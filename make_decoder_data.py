@@ -18,22 +18,22 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from utils import settings
+from utils.files.exclusive import exclusive_folder
 from utils.genes import lists as gene_lists
 from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
 from utils.slices import content, matrix, splits, visium
-from utils.training import arguments
-from utils.training.folder import alone_in
 
 
 def parse_args(argv=None):
-    parser = arguments.shared(__doc__, part="all")
+    parser = settings.shared(__doc__, part="all")
     group = parser.add_argument_group("panels")
     group.add_argument(
-        "--n_top_genes", type=arguments.count, default=300, help="target genes: highest expressed, common"
+        "--n_top_genes", type=settings.count, default=300, help="target genes: highest expressed, common"
     )
     group.add_argument(
-        "--n_input_genes", type=arguments.count, default=2000, help="input genes: highly variable, common"
+        "--n_input_genes", type=settings.count, default=2000, help="input genes: highly variable, common"
     )
     group.add_argument("--target_genes", type=Path, help="file with the target genes instead, e.g. one per line")
     group.add_argument("--input_genes", type=Path, help="file with the input genes instead, a list or an h5ad")
@@ -43,8 +43,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--gene_aliases", type=Path, help="other names of genes: a table laid out as HGNC's complete set"
     )
-    group.add_argument("--min_counts", type=arguments.count_or_zero, default=0, help="drop spots with fewer counts")
-    arguments.add_memory(parser)
+    group.add_argument("--min_counts", type=settings.count_or_zero, default=0, help="drop spots with fewer counts")
+    settings.add_memory(parser)
     return parser.parse_args(argv)
 
 
@@ -192,20 +192,20 @@ def write_panels(one: Surveyed, panels: dict[str, tuple[list[str], str]], train,
         gene_panels.write_panel(gene_panels.panel_path(args.data, args.panels, one.row.slice, role), adata, blocks)
 
 
-@alone_in("panels", "data")
+@exclusive_folder("panels", "data")
 def main(args):
     rows, warnings = splits.read_table(args.data, args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)
-    arguments.say(warnings)
+    settings.say(warnings)
     rows = [row for row in rows if row.part]
     print(splits.format_table(rows))
     if args.full_vocabulary and args.input_genes is None:
         raise ValueError("--full_vocabulary: expected --input_genes with the vocabulary, found none; give the file")
     for part in ("train", args.part):
-        arguments.chosen(rows, part)
+        settings.chosen(rows, part)
     slice_names = gene_names.slice_names(visium.read_slice_genes(splits.slice_folder(args.data, row)) for row in rows)
     known = gene_names.known_names(args.gene_aliases, slice_names.symbols)
     surveyed = [survey(row, slice_names, args) for row in rows]
-    arguments.say(splits.check_identical(rows, {one.row.slice: one.counts_hash for one in surveyed}, args.allow_leak))
+    settings.say(splits.check_identical(rows, {one.row.slice: one.counts_hash for one in surveyed}, args.allow_leak))
     train = [one for one in surveyed if one.row.part == "train"]
     panels = {role: choose(role, train, known, args) for role in gene_panels.FILES}
     wanted = [one for one in surveyed if args.part in ("all", one.row.part)]
@@ -216,4 +216,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

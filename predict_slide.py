@@ -20,10 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+from utils import distributed, settings
+from utils.files import atomic, exclusive
 from utils.files.atomic import write_record, write_whole
 from utils.prediction import layout, measured, outputs
 from utils.prediction import slides as slide_list
-from utils.training import arguments, checkpoint, distributed, folder
+from utils.training import checkpoint
 
 SETTINGS, FEATURES = "settings.json", "features"
 RESULT_FLAGS = ("grid", "spread", "maps", "spatialdata", "precision")  # another value of them gives other files
@@ -31,14 +33,14 @@ RESULT_FLAGS = ("grid", "spread", "maps", "spatialdata", "precision")  # another
 
 def parse_args(argv=None):
     form = argparse.RawDescriptionHelpFormatter
-    parser = arguments.Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = settings.Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("slides", nargs="+", type=Path, metavar="SLIDE", help="images, slice folders, tables (.csv)")
     group = parser.add_argument_group("slides")
-    group.add_argument("--um_per_px", type=arguments.positive, help="of the full-resolution image, if it does not say")
+    group.add_argument("--um_per_px", type=settings.positive, help="of the full-resolution image, if it does not say")
     group.add_argument("--positions", type=Path, help="Space Ranger positions of the spots, in place of a grid")
     group.add_argument("--mask", type=Path, help="image of any size, above zero where there is tissue")
     group.add_argument(
-        "--spot_pitch_um", type=arguments.positive, help="um between spots (default: 100, a slice's its own)"
+        "--spot_pitch_um", type=settings.positive, help="um between spots (default: 100, a slice's its own)"
     )
     group.add_argument("--huge", action="store_true", help="allow large images that are decoded as a whole")
     group.add_argument("--grid", choices=["hexagonal", "square"], default="hexagonal", help="of the spots (hexagonal)")
@@ -51,17 +53,17 @@ def parse_args(argv=None):
         help="stage two; of several the mean is predicted, and their deviation is its spread",
     )
     group.add_argument("--spread", action="store_true", help="deviation over 8 turned views of a tile: 9 x the time")
-    group.add_argument("--batch_size", type=arguments.count, default=32, help="spots encoded at a time")
+    group.add_argument("--batch_size", type=settings.count, default=32, help="spots encoded at a time")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, required=True, help="one slide: its folder; several: a folder each below it")
-    group.add_argument("--maps", type=arguments.count_or_zero, default=12, help="genes drawn, best by validation PCC")
+    group.add_argument("--maps", type=settings.count_or_zero, default=12, help="genes drawn, best by validation PCC")
     group.add_argument("--spatialdata", action="store_true", help="predictions.zarr too (needs spatialdata)")
     group = parser.add_argument_group("machine")
     group.add_argument("--shard", help="I/N: every N-th slide from the I-th on (default: Slurm's array, a launcher's)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    group.add_argument("--workers", type=arguments.count_or_zero, help="that cut tiles (default: up to 4)")
-    arguments.add_memory(parser)
+    group.add_argument("--workers", type=settings.count_or_zero, help="that cut tiles (default: up to 4)")
+    settings.add_memory(parser)
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     try:
@@ -96,7 +98,7 @@ def load_run(states: list[dict], accelerator, args):
     for path, state in zip(args.decoder, states, strict=True):
         model = StageTwo(StageTwoSizes(**state["sizes"]))
         checkpoint.fit(model, state.pop("model"), path, "--decoder")
-        members.append(Member(model.to(accelerator.device).eval(), state, checkpoint.file_hash(path)))
+        members.append(Member(model.to(accelerator.device).eval(), state, checkpoint.model_hash(path)))
     same = (args.precision, args.batch_size, args.workers, args.memory, args.spread)
     return Run(members, domain_score, accelerator, *same)
 
@@ -148,7 +150,7 @@ def write_results(one: outputs.Prediction, metrics: dict | None, args, out: Path
     outputs.write_maps(out / "maps", one, one.best_genes(args.maps))
     if args.spatialdata:
         outputs.write_spatialdata(out / "predictions.zarr", one, adata)
-    outputs.write_report(out / "report.html", one, metrics, checkpoint.plain(vars(args)) | one.about)
+    outputs.write_report(out / "report.html", one, metrics, atomic.plain(vars(args)) | one.about)
 
 
 def describe(planned: layout.Plan, spots: layout.SlideSpots, image, found, args) -> dict:
@@ -201,14 +203,14 @@ def predict_one(planned: layout.Plan, key: dict, run, args) -> None:
         genes=state["genes"],
         target=state["target"],
         val_pcc=val_pcc,
-        picture=thumbnail,
-        picture_scale=scale * spots.image_scale,
+        image=thumbnail,
+        image_scale=scale * spots.image_scale,
         about=about,
         **vars(found),
         **extra,
     )
     write_results(one, metrics, args, out)
-    write_record(out / SETTINGS, {"key": key, "settings": checkpoint.plain(vars(args)), **about})
+    write_record(out / SETTINGS, {"key": key, "settings": atomic.plain(vars(args)), **about})
     shutil.rmtree(out / FEATURES)
     print(f"{spots.name}: {len(spots.barcodes)} spots, {len(one.genes)} genes in {out}")
 
@@ -219,7 +221,7 @@ def do_slide(request: slide_list.Request, run, args) -> None:
     if is_done(request.out, key):
         print(f"{request.name}: done already, in {request.out}")
         return
-    with folder.held(request.out, "--out"):
+    with exclusive.exclusive(request.out, "--out"):
         predict_one(planned, key, run, args)
 
 
@@ -229,8 +231,8 @@ def predict_all(own: list, run, args) -> None:
     for request in own:
         try:
             do_slide(request, run, args)
-        except Exception as error:  # one torn or large file must not end a night's work on the others
-            line = arguments.line_of(error)
+        except Exception as error:  # one corrupt or large file must not end a night's work on the others
+            line = settings.line_of(error)
             if len(own) == 1 or line is None:
                 raise
             failed.append(f"{request.name} ({line})")
@@ -245,7 +247,7 @@ def main(args):
     if args.spatialdata and importlib.util.find_spec("spatialdata") is None:
         raise ValueError("--spatialdata: expected the package spatialdata, found none; pip install spatialdata")
     for path in args.decoder:
-        arguments.require_checkpoint(path, "--decoder", "run train_decoder.py first")
+        checkpoint.require_checkpoint(path, "--decoder", "run train_decoder.py first")
     given = slide_list.Request(Path(), args.um_per_px, args.positions, args.mask, args.spot_pitch_um)
     slides = slide_list.list_slides(args.slides, args.out, given)
     index, number = args.shard
@@ -259,4 +261,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

@@ -17,49 +17,51 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import targets
-from utils.decoder_scores import validate, widen
-from utils.decoder_start import LANDMARKS, start_from_ridge
+from utils import distributed, settings
+from utils.features import dataset
+from utils.files import atomic
+from utils.files.exclusive import exclusive_folder
 from utils.slices import splits
-from utils.training import arguments, checkpoint, datasets, distributed, leaks, overlap
-from utils.training.folder import alone_in
+from utils.training import checkpoint, split, targets
+from utils.training.decoder_initialisation import LANDMARKS, start_from_ridge
+from utils.training.decoder_validation import validate, widen
 
 
 def parse_args(argv=None):
-    parser = arguments.shared(__doc__)
-    arguments.add_training(parser, out="decoder_model")
-    arguments.add_memory(parser)
+    parser = settings.shared(__doc__)
+    settings.add_training(parser, out="decoder_model")
+    settings.add_memory(parser)
     group = parser.add_argument_group("method")
     group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
     group.add_argument(
         "--target", choices=["lognorm", "residuals", "counts"], default="residuals", help="what is learnt"
     )
-    group.add_argument("--context", type=arguments.count_or_zero, default=18, help="nearest spots the decoder sees")
-    group.add_argument("--decoder_layers", type=arguments.count_or_zero, default=6, help="0: ridge and expansion alone")
-    group.add_argument("--decoder_width", type=arguments.count, default=64, help="a multiple of 4, its heads")
+    group.add_argument("--context", type=settings.count_or_zero, default=18, help="nearest spots the decoder sees")
+    group.add_argument("--decoder_layers", type=settings.count_or_zero, default=6, help="0: ridge and expansion alone")
+    group.add_argument("--decoder_width", type=settings.count, default=64, help="a multiple of 4, its heads")
     group.add_argument(
-        "--turns", type=int, choices=[1, 2, 4, 8], default=1, help="of a tile that its features are averaged over"
+        "--tta", type=int, choices=[1, 2, 4, 8], default=1, help="of a tile that its features are averaged over"
     )
     group.add_argument(
         "--keep_variance",
-        type=arguments.fraction,
+        type=settings.fraction,
         default=0.0,
         help="0: predictions of least error; 1: of the measured deviation, as far as validation spots tell",
     )
-    group.add_argument("--views", type=arguments.count, default=1, help="kept of a train tile: itself, augmented ones")
-    group.add_argument("--feature_budget", type=arguments.positive, default=20.0, help="GiB on disk for kept features")
+    group.add_argument("--views", type=settings.count, default=1, help="kept of a train tile: itself, augmented ones")
+    group.add_argument("--feature_budget", type=settings.positive, default=20.0, help="GiB on disk for kept features")
     return parser.parse_args(argv)
 
 
 def load_data(args, encoder: dict):
     """Slices of the train and validation part, and the rows of the table."""
-    rows, warnings = datasets.read_split(args)
-    arguments.say(warnings)
+    rows, warnings = split.read_split(args)
+    settings.say(warnings)
     print(splits.format_table(rows))
-    slices = datasets.load_training(rows, args, ("target",))
+    slices = split.load_training(rows, args, ("target",))
     first = slices[0]
-    overlap.check_tiles(first.pack.folder, datasets.tile_scale(first), tuple(encoder["tile_scale"]), "--encoder")
-    leaks.check_unseen(rows, encoder, "--encoder", args.allow_leak)
+    split.check_tiles(first.pack.folder, dataset.tile_scale(first), tuple(encoder["tile_scale"]), "--encoder")
+    split.check_unseen(rows, encoder, "--encoder", args.allow_leak)
     return slices, rows
 
 
@@ -71,8 +73,8 @@ def build_model(args, encoder: dict, n_genes: int, n_train_spots: int):
         n_genes=n_genes,
         landmarks=min(LANDMARKS, n_train_spots),
         reaches=list(StageTwoSizes.reaches) if args.context else [],
-        **{name: encoder["sizes"][name] for name in ("image_encoder", "image_size", "scales", "width")},
-        **{name: getattr(args, name) for name in ("decoder_layers", "decoder_width", "context", "turns")},
+        **{name: encoder["sizes"][name] for name in ("image_encoder", "image_size", "crop_scales", "width")},
+        **{name: getattr(args, name) for name in ("decoder_layers", "decoder_width", "context", "tta")},
     )
     model = StageTwo(sizes)
     prefix = "image_encoder."
@@ -87,21 +89,21 @@ def all_features(model, slices, accelerator, args) -> list[list[np.ndarray]]:
     View 0 is the tile as it is, the others are augmented; a slice without train spots has only view 0, which stands
     for all.
     """
-    from utils.training import features
+    from utils.features import cache
 
     def encode(tiles):
         with accelerator.autocast():
             return model.encode(tiles)
 
     size, folder = model.sizes.image_size, args.out / "features"
-    how = features.TileEncoder(encode, size, accelerator.device, args.batch_size, args.workers, args.seed)
-    n_views = features.views_in_budget(slices, how, folder, args)
-    encoder = f"{checkpoint.file_hash(args.encoder)} {accelerator.mixed_precision} pooled, {args.turns} turns"
+    how = cache.TileEncoder(encode, size, accelerator.device, args.batch_size, args.workers, args.seed)
+    n_views = cache.views_in_budget(slices, how, folder, args)
+    encoder = f"{checkpoint.model_hash(args.encoder)} {accelerator.mixed_precision} pooled, {args.tta} turns"
 
     def kept(one, view):
         draws = f" of seed {args.seed}" if view else ""
         key = f"{encoder} {one.pack.content} view {view}{draws}"
-        return features.kept_features(folder, key, one, lambda: features.encode_slice(how, one, view), view)
+        return cache.kept_features(folder, key, one, lambda: cache.encode_slice(how, one, view), view)
 
     plain = [kept(one, 0) for one in slices]
     return [plain] + [
@@ -153,7 +155,7 @@ def describe_domain(slices, kept, n_vectors: int, seed: int) -> dict:
     import torch
 
     from model.stage_two import domain_score, fit_domain
-    from utils.training.feature_bank import domain_vectors
+    from utils.features.neighbourhoods import domain_vectors
 
     mean, covariance = fit_domain(domain_vectors(slices, kept, n_vectors, "train", seed))
     score = domain_score(domain_vectors(slices, kept, n_vectors, "val", seed), mean, covariance)
@@ -169,12 +171,12 @@ def describe(args, model, encoder: dict, slices, rows, kept, moments) -> dict:
         "sizes": asdict(model.sizes),
         "genes": slices[0].panels["target"].genes,
         "target": args.target,
-        "tile_scale": list(datasets.tile_scale(slices[0])),
+        "tile_scale": list(dataset.tile_scale(slices[0])),
         "table": [asdict(row) for row in rows],
-        "counts_hashes": encoder["counts_hashes"] | datasets.counts_hashes(slices),
-        "settings": checkpoint.plain(vars(args)),
+        "counts_hashes": encoder["counts_hashes"] | dataset.counts_hashes(slices),
+        "settings": atomic.plain(vars(args)),
         "pretrain_hashes": encoder["pretrain_hashes"],
-        "encoder_hash": checkpoint.file_hash(args.encoder),
+        "encoder_hash": checkpoint.model_hash(args.encoder),
         "encoder_settings": encoder["settings"],
         "encoder_table": encoder["table"],
         "feature_moments": {"mean": torch.from_numpy(moments.mean), "sd": torch.from_numpy(moments.sd)},
@@ -187,24 +189,26 @@ def train(encoder: dict, slices, rows, accelerator, args) -> None:
     import torch
 
     from utils.evaluation import plotting
-    from utils.training import feature_bank, loop, spill
+    from utils.features import neighbourhoods
+    from utils.files import arrays
+    from utils.training import loop
     from utils.training.progress import Progress
 
     loop.seed_everything(args.seed)
-    memory = spill.Spill(args.memory, args.out)
+    memory = arrays.ArrayStore(args.memory, args.out)
     target, mean, sd = targets.standardised(slices, args.target, memory)
-    chosen = datasets.spots_of(slices, "train")
+    chosen = dataset.spots_of(slices, "train")
     model = build_model(args, encoder, len(mean), len(chosen)).to(accelerator.device)
     model.set_target_scale(torch.from_numpy(mean), torch.from_numpy(sd))
     views = all_features(model, slices, accelerator, args)
     if not distributed.go_on_alone():  # on kept features one process trains
         return
-    moments = feature_bank.moments(views[0], model.n_vectors, [one.rows_of("train") for one in slices])
+    moments = neighbourhoods.moments(views[0], model.n_vectors, [one.rows_of("train") for one in slices])
     around = (model.sizes.context, model.sizes.reaches)
-    bank = feature_bank.FeatureBank(slices, views, moments, *around, accelerator.device, memory)
+    bank = neighbourhoods.FeatureBank(slices, views, moments, *around, accelerator.device, memory)
     truth = targets.validation_residuals(slices)
     spots = bank.first[chosen[:, 0]] + chosen[:, 1]
-    order = datasets.EpochOrder(len(spots), args.batch_size, args.seed)
+    order = loop.EpochOrder(len(spots), args.batch_size, args.seed)
     optimizer = loop.make_optimizer(model.decoder.parameters(), args)
     schedule = loop.schedule(optimizer, len(order) * (args.Epoch - args.Init_Epoch), args)
     about = describe(args, model, encoder, slices, rows, views[0], moments)
@@ -227,7 +231,7 @@ def train(encoder: dict, slices, rows, accelerator, args) -> None:
         for epoch in range(progress.epoch, args.Epoch):
             start = time.monotonic()
             loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, progress, args)
-            with progress.looking():
+            with progress.interruptible():
                 val_pcc = validate(model, bank, slices, truth, accelerator, args)
                 widen(model, bank, slices, target, sd, accelerator, args)
             row = {"epoch": epoch, "loss": loss, "val_pcc_residuals": float(val_pcc.mean())}
@@ -239,20 +243,20 @@ def train(encoder: dict, slices, rows, accelerator, args) -> None:
     print(f"{args.out / checkpoint.BEST}: validation PCC per gene {progress.best:.4f}; log in {log.folder}")
 
 
-@alone_in("out")
+@exclusive_folder("out")
 def main(args):
-    arguments.check_training(args)
-    arguments.require_checkpoint(args.encoder, "--encoder", "run train_mymodel.py first")
+    settings.check_training(args)
+    checkpoint.require_checkpoint(args.encoder, "--encoder", "run train_mymodel.py first")
     encoder = checkpoint.load(args.encoder, "stage_one", "--encoder")
     slices, rows = load_data(args, encoder)
     with distributed.running(args.device, args.precision) as accelerator:
         train(encoder, slices, rows, accelerator, args)
     if args.export is not None and distributed.is_main():
-        from utils.training import sharing
+        from utils.sharing import folder
 
-        sharing.export(args.out / checkpoint.BEST, args.export)
+        folder.export(args.out / checkpoint.BEST, args.export)
         print(f"{args.export}: to share")
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

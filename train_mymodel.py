@@ -1,4 +1,4 @@
-"""Stage one: align pictures and expression profiles by contrast with momentum distillation, and learn to match them.
+"""Stage one: align images and expression profiles by contrast with momentum distillation, and learn to match them.
 
     python train_mymodel.py --data data/Breast_cancer --image_weights deit_base_patch16_224-b5f2ef4d.pth
     python train_mymodel.py --resume
@@ -18,45 +18,47 @@ import numpy as np
 from tqdm import tqdm
 
 from model import tuning
-from utils import gene_weights, targets
+from utils import distributed, settings
+from utils.features import dataset
+from utils.files import atomic
+from utils.files.exclusive import exclusive_folder
 from utils.slices import splits
-from utils.start import start_from_ridge
-from utils.training import arguments, checkpoint, datasets, distributed
-from utils.training.folder import alone_in
+from utils.training import checkpoint, gene_weights, split, targets
+from utils.training.initialisation import start_from_ridge
 
 MEASURED_SPOTS = 20_000  # tell mean and deviation of each gene's bins well enough
 MATCHING_CHANCE = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)  # one pair to two non-pairs, judged by their rate
 
 
 def parse_args(argv=None):
-    parser = arguments.shared(__doc__)
-    arguments.add_training(parser, out="encoder_model")
-    arguments.add_memory(parser)
-    group = arguments.add_encoders(parser)
+    parser = settings.shared(__doc__)
+    settings.add_training(parser, out="encoder_model")
+    settings.add_memory(parser)
+    group = settings.add_encoders(parser)
     group.add_argument("--tune", type=tuning.choice, default="all", help="of the image trunk: all, last:N, norm, none")
     group.add_argument(
         "--layer_decay",
-        type=arguments.share,
+        type=settings.share,
         default=1.0,
         help="rate of each lower layer, as a share of the next one's",
     )
     gene_weights.add_flags(parser)
     group = parser.add_argument_group("method")
-    group.add_argument("--width", type=arguments.count, default=512, help="shared width of pictures and profiles")
-    group.add_argument("--fusion_blocks", type=arguments.count, default=3, help="depth of the matching module")
-    group.add_argument("--queue_size", type=arguments.count_or_zero, default=4096, help="earlier spots as negatives")
-    group.add_argument("--alpha", type=arguments.fraction, default=0.4, help="share of the twin in the target; 0: none")
-    group.add_argument("--expression_weight", type=arguments.not_negative, default=5.0, help="of the expression loss")
-    group.add_argument("--components", type=arguments.count, default=10, help="of expression that are learnt")
-    group.add_argument("--matching_weight", type=arguments.not_negative, default=1.0, help="of the matching loss")
-    group.add_argument("--accumulate", type=arguments.count, default=1, help="batches of one step, at most an epoch")
+    group.add_argument("--width", type=settings.count, default=512, help="shared width of images and profiles")
+    group.add_argument("--fusion_blocks", type=settings.count, default=3, help="depth of the matching module")
+    group.add_argument("--queue_size", type=settings.count_or_zero, default=4096, help="earlier spots as negatives")
+    group.add_argument("--alpha", type=settings.fraction, default=0.4, help="share of the twin in the target; 0: none")
+    group.add_argument("--expression_weight", type=settings.not_negative, default=5.0, help="of the expression loss")
+    group.add_argument("--components", type=settings.count, default=10, help="of expression that are learnt")
+    group.add_argument("--matching_weight", type=settings.not_negative, default=1.0, help="of the matching loss")
+    group.add_argument("--accumulate", type=settings.count, default=1, help="batches of one step, at most an epoch")
     return parser.parse_args(argv)
 
 
 def check(args):
     """Flags and files, before anything heavy is imported."""
-    arguments.check_training(args)
-    arguments.check_encoders(args)
+    settings.check_training(args)
+    settings.check_encoders(args)
     gene_weights.check(args)
     if args.expression_weight and args.components > args.width:
         raise ValueError(f"--components {args.components}: expected at most --width {args.width}; raise it")
@@ -64,18 +66,18 @@ def check(args):
 
 def load_data(args):
     """Slices of the train and validation part, the rows of the table, and what the split left to say."""
-    rows, warnings = datasets.read_split(args)
-    arguments.say(warnings)
+    rows, warnings = split.read_split(args)
+    settings.say(warnings)
     print(splits.format_table(rows))
-    return datasets.load_training(rows, args, ("input", "target") if args.expression_weight else ("input",)), rows
+    return split.load_training(rows, args, ("input", "target") if args.expression_weight else ("input",)), rows
 
 
-def tokens_of(slices, spill) -> tuple[list[np.ndarray], np.ndarray]:
+def tokens_of(slices, store) -> tuple[list[np.ndarray], np.ndarray]:
     """Bins (S, G) uint8 of each slice, and of the train spots of all of them (n, G)."""
     n_genes = len(slices[0].panels["input"].genes)
-    bins = [one.bins(spill.empty((len(one.barcodes), n_genes), np.uint8)) for one in slices]
+    bins = [one.bins(store.empty((len(one.barcodes), n_genes), np.uint8)) for one in slices]
     rows = [one.rows_of("train") for one in slices]
-    train = spill.empty((sum(map(len, rows)), n_genes), np.uint8)
+    train = store.empty((sum(map(len, rows)), n_genes), np.uint8)
     ends = np.cumsum([0, *map(len, rows)])
     for own, chosen, start, stop in zip(bins, rows, ends, ends[1:], strict=False):
         train[start:stop] = own[chosen]
@@ -87,7 +89,7 @@ def build_model(args, slices, train_bins: np.ndarray, n_components: int):
 
     from model import scbert
     from model.stage_one import StageOne, StageOneSizes
-    from utils.training.features import read_image_weights
+    from utils.features.cache import read_image_weights
 
     weights = read_image_weights(args.image_weights, "--image_weights")
     sizes = StageOneSizes(
@@ -184,7 +186,7 @@ def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, pr
 def validate(model, slices, bins, accelerator, args) -> dict[str, float]:
     """R@5 in whole slices, mean of both directions and of slices, beside its chance."""
     from utils.evaluation import retrieval
-    from utils.training.features import encode_pairs
+    from utils.features.cache import encode_pairs
 
     model.eval()
     found, chances = [], []
@@ -219,18 +221,21 @@ def draw_losses(log) -> None:
 def train(slices, rows, accelerator, args) -> None:
     """From the encoders' start to the last epoch, or on from where a run was interrupted."""
     from model.masked_bins import MaskedBins
-    from utils.training import count_tables, frozen, loop, pretrain, spill
+    from utils.files import arrays
+    from utils.training import count_tables, frozen, loop, pretrain
     from utils.training.progress import Progress
 
     loop.seed_everything(args.seed)
-    memory = spill.Spill(args.memory, args.out)
-    spots = datasets.spots_of(slices, "train")
+    memory = arrays.ArrayStore(args.memory, args.out)
+    spots = dataset.spots_of(slices, "train")
     bins, train_bins = tokens_of(slices, memory)
     expression = targets.components(slices, args.components) if args.expression_weight else None
     n_components = len(expression.weights) if expression else 0
     model = build_model(args, slices, train_bins, n_components).to(accelerator.device)
     tables = (
-        count_tables.read_tables(args.pretrain_data, slices, rows, args, args.equal_depth) if args.pretrain_data else []
+        count_tables.read_tables(args.pretrain_data, slices, rows, args, args.downsample_counts)
+        if args.pretrain_data
+        else []
     )
     if args.pretrain_genes and not args.resume:
         pretrain.pretrain(
@@ -244,26 +249,26 @@ def train(slices, rows, accelerator, args) -> None:
     if expression and not args.resume:
         print(start_from_ridge(model, slices, bins, expression, accelerator, args))
         model.make_twins()
-    order = datasets.EpochOrder(len(spots), args.batch_size, args.seed, args.accumulate)
+    order = loop.EpochOrder(len(spots), args.batch_size, args.seed, args.accumulate)
     if order.accumulate < args.accumulate:
-        arguments.say([f"--accumulate {args.accumulate}: an epoch has {order.n_batches} batches, which make one step"])
+        settings.say([f"--accumulate {args.accumulate}: an epoch has {order.n_batches} batches, which make one step"])
     shares = tuning.rate_shares(model.image_encoder, args.layer_decay)
     optimizer = loop.make_optimizer(model.parameters(), args, shares)
     schedule = loop.schedule(optimizer, len(order) // order.accumulate * (args.Epoch - args.Init_Epoch), args)
     about = {
         "sizes": asdict(model.sizes),
         "genes": slices[0].panels["input"].genes,
-        "tile_scale": list(datasets.tile_scale(slices[0])),
+        "tile_scale": list(dataset.tile_scale(slices[0])),
         "table": [asdict(row) for row in rows],
-        "counts_hashes": datasets.counts_hashes(slices),
+        "counts_hashes": dataset.counts_hashes(slices),
         "pretrain_hashes": {one.name: one.counts_hash for one in tables},
-        "settings": checkpoint.plain(vars(args)),
+        "settings": atomic.plain(vars(args)),
         "conditions": distributed.conditions(accelerator, args),
     }
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": accelerator.scaler}
     with (
         Progress(args, "stage_one", about, **parts) as progress,
-        datasets.loader(datasets.TileBatches(slices, spots, extra), order, args.workers) as loader,
+        dataset.loader(dataset.TileBatches(slices, spots, extra), order, args.workers) as loader,
         loop.RunLog(args.logs, "stage_one", vars(args) | {"n_train_spots": len(spots)}) as log,
     ):
         replica, optimizer = accelerator.prepare(model, optimizer)
@@ -277,7 +282,7 @@ def train(slices, rows, accelerator, args) -> None:
             began = time.monotonic()
             row = {"epoch": epoch}
             row |= train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, progress, args)
-            with progress.looking():
+            with progress.interruptible():
                 row |= validate(model, slices, bins, accelerator, args) | {"lr": schedule.get_last_lr()[0]}
             row["seconds"] = time.monotonic() - began
             log.add(row)
@@ -288,18 +293,18 @@ def train(slices, rows, accelerator, args) -> None:
     print(f"{args.out / checkpoint.BEST}: R@5 {progress.best:.3f}; log in {log.folder}")
 
 
-@alone_in("out")
+@exclusive_folder("out")
 def main(args):
     check(args)
     slices, rows = load_data(args)
     with distributed.running(args.device, args.precision) as accelerator:
         train(slices, rows, accelerator, args)
     if args.export is not None and distributed.is_main():
-        from utils.training import sharing
+        from utils.sharing import folder
 
-        sharing.export(args.out / checkpoint.BEST, args.export)
+        folder.export(args.out / checkpoint.BEST, args.export)
         print(f"{args.export}: to share")
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

@@ -1,4 +1,4 @@
-"""How well does Magic predict expression from pictures of unseen tissue, beside the cheap ways to do it?
+"""How well does Magic predict expression from images of unseen tissue, beside the cheap ways to do it?
 
     python benchmarks/accuracy.py --data data/Breast_cancer --out results/accuracy            # three folds, three seeds
     python benchmarks/accuracy.py --data data/mine --out results/mine --protocol patients     # leave one patient out
@@ -27,15 +27,15 @@ from benchmarks import accuracy_folds as folds
 from benchmarks import accuracy_table
 from benchmarks.accuracy_run import ROOT, Run, done
 from benchmarks.speed import machine_name, put_into
+from utils import settings
 from utils.files.atomic import write_record, write_whole
 from utils.slices import splits
-from utils.training import arguments
 
 FOLDER = ROOT / "benchmarks"
 
 
 def parse_args(argv=None):
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of slices")
     parser.add_argument("--out", type=Path, default=Path("results/accuracy"), help="tiles, models, results; gigabytes")
     parser.add_argument("--runs", type=Path, default=FOLDER / "runs", help="a JSON per finished run")
@@ -45,7 +45,7 @@ def parse_args(argv=None):
         default="default",
         help="default: the sections C2 to C5 and B4; patients: leave one out; given: the split of slices.csv",
     )
-    parser.add_argument("--seeds", type=arguments.count_or_zero, nargs="+", help="default: 0 1 2, with --small 0")
+    parser.add_argument("--seeds", type=settings.count_or_zero, nargs="+", help="default: 0 1 2, with --small 0")
     parser.add_argument(
         "--only", nargs=2, metavar=("FOLD", "SEED"), help="this run alone, then the table of all there are"
     )
@@ -54,9 +54,9 @@ def parse_args(argv=None):
     parser.add_argument("--shuffled", action="store_true", help="counts shuffled against tiles: all must be chance")
     parser.add_argument("--encoder", default=folds.DEFAULT_ENCODER, help="image encoder, name of a timm model")
     parser.add_argument("--encoder_weights", help="timm, none or a file (default: those of EfficientNet-Lite0)")
-    parser.add_argument("--tile_px", type=arguments.count, default=folds.DEFAULT_PX, help="side of the tiles, pixels")
+    parser.add_argument("--tile_px", type=settings.count, default=folds.DEFAULT_PX, help="side of the tiles, pixels")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--workers", type=arguments.count_or_zero, help="as every script takes it")
+    parser.add_argument("--workers", type=settings.count_or_zero, help="as every script takes it")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -78,7 +78,7 @@ def find_weights(args) -> str:
     if given in ("timm", "none"):
         return given
     if given is not None:
-        return str(arguments.require_file(Path(given), "--encoder_weights", "or use timm or none").absolute())
+        return str(settings.require_file(Path(given), "--encoder_weights", "or use timm or none").absolute())
     if args.encoder != folds.DEFAULT_ENCODER:
         return "timm"
     path = args.out / f"{folds.DEFAULT_ENCODER}.pth"
@@ -150,7 +150,7 @@ def ablate(args, all_folds: list[folds.Fold]) -> None:
 def main(args: argparse.Namespace) -> None:
     check(args)
     rows, warnings = splits.read_table(args.data, split=False)
-    arguments.say(warnings)
+    settings.say(warnings)
     all_folds = folds.PROTOCOLS[args.protocol](rows)
     runs = chosen(args, all_folds)
     args.encoder_weights = find_weights(args)
@@ -163,4 +163,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

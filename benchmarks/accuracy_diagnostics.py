@@ -55,7 +55,7 @@ def calibration_error(logits: np.ndarray, is_pair: np.ndarray, n_bins: int = 10)
 
 
 def matching_calibration(model: Any, encoded: Sequence[Any], accelerator: Any, seed: int) -> float:
-    """Of each picture with its own profile and two others of its slice: a third are pairs, as in training."""
+    """Of each image with its own profile and two others of its slice: a third are pairs, as in training."""
     from get_accuracy_image import match_scores
     from utils.evaluation import retrieval
 
@@ -77,19 +77,19 @@ def losses(logs: Path) -> dict[str, Any]:
 
 
 def of_stage_one(
-    encoded: Mapping[str, Sequence[Any]], untouched: Sequence[np.ndarray], model: Any, accelerator: Any, seed: int
+    encoded: Mapping[str, Sequence[Any]], pretrained: Sequence[np.ndarray], model: Any, accelerator: Any, seed: int
 ) -> dict[str, Any]:
     """Diagnostics of the embeddings.
 
     Parameters
     ----------
     encoded : "train", "test": per slice features.EncodedPairs, the test ones with tokens
-    untouched : per train slice, features (S, C) of the encoder before stage one, of its train spots
+    pretrained : per train slice, features (S, C) of the encoder before stage one, of its train spots
     """
     image, gene = (np.concatenate([getattr(one, side) for one in encoded["test"]]) for side in ("image", "gene"))
     return {
         "slice_classifier": {
-            "before": slice_accuracy(untouched),
+            "before": slice_accuracy(pretrained),
             "after": slice_accuracy([one.image for one in encoded["train"]]),
         },
         "effective_rank": {"image": effective_rank(image), "gene": effective_rank(gene)},

@@ -20,9 +20,9 @@ from utils.slices.splits import SliceRow
 FULL = {
     "image_tilling": "--tile_um 310",
     "make_decoder_data": "--n_input_genes 500",
-    "train_mymodel": "--scales 1 0.5 --gene_depth 2 --gene_heads 4 --gene_tokens 32 --fusion_blocks 1 --alpha 0 "
+    "train_mymodel": "--crop_scales 1 0.5 --gene_depth 2 --gene_heads 4 --gene_tokens 32 --fusion_blocks 1 --alpha 0 "
     "--queue_size 0 --Init_lr 2e-4 --Epoch 8",
-    "train_decoder": "--turns 8 --context 20 --decoder_layers 2 --Init_lr 5e-4 --Epoch 4",
+    "train_decoder": "--tta 8 --context 20 --decoder_layers 2 --Init_lr 5e-4 --Epoch 4",
 }
 SMALL = {"train_mymodel": "--Epoch 3", "train_decoder": "--Epoch 2"}
 ABLATIONS: dict[str, dict[str, str]] = {

@@ -17,20 +17,21 @@ import torch
 from torch import Tensor
 
 from benchmarks import accuracy_diagnostics, st_net
-from benchmarks.accuracy_run import UNTOUCHED, Run, digest, weights_key
+from benchmarks.accuracy_run import PRETRAINED, Run, digest, weights_key
 from benchmarks.accuracy_table import CHEAP
 from model.image_encoder import ImageEncoder
 from model.stage_one import StageOne, StageOneSizes
 from utils.evaluation import baselines, bootstrap, expression, metrics
 from utils.evaluation.gallery import top_k
 from utils.evaluation.ridge import RANKS, fit_ridge, validation_pcc
-from utils.training import checkpoint, datasets, features, loop
-from utils.training.spill import Spill
+from utils.features import cache, dataset
+from utils.files.arrays import ArrayStore
+from utils.training import checkpoint, loop, split
 
 SCALE = "residuals"
 NORMALISATIONS = {"half": (0.5,) * 6, "imagenet": (0.485, 0.456, 0.406, 0.229, 0.224, 0.225)}  # mean, std
 KEPT = (*CHEAP, "ridge_scales")  # rows that do not depend on the seed
-N_PROFILES = 50  # that a picture's profile is averaged from, as in BLEEP (Xie et al. 2023)
+N_PROFILES = 50  # that a image's profile is averaged from, as in BLEEP (Xie et al. 2023)
 
 
 class Row(NamedTuple):
@@ -57,8 +58,8 @@ class Tissue:
     """Slices of a fold: what all rows see and are judged by."""
 
     def __init__(self, args: Any):
-        rows, _ = datasets.read_split(args)  # whose warnings every script has in its log
-        self.slices = datasets.load_slices(rows, args, ("target", "input"), args.val_strip)
+        rows, _ = split.read_split(args)  # whose warnings every script has in its log
+        self.slices = dataset.load_slices(rows, args, ("target", "input"), args.val_strip)
         self.genes = self.slices[0].panels["target"].genes
         self.targets = {one.name: self.residuals(one) for one in self.slices}
         self.test = [one for one in self.slices if len(one.rows_of("test"))]
@@ -77,15 +78,15 @@ class Tissue:
         self.blocks = [bootstrap.blocks(one.xy_fullres_px, one.pitch_fullres_px) for one in self.test]
 
     @staticmethod
-    def residuals(one: datasets.SliceData) -> np.ndarray:
+    def residuals(one: dataset.SliceData) -> np.ndarray:
         """(S, G), NaN where the slice lacks a gene."""
         panel = one.panels["target"]
         return np.where(panel.measured, metrics.to_scale(SCALE, panel.counts, one.total_counts), np.nan)
 
-    def pictures(self, found: Sequence[np.ndarray], part: str) -> list[dict[str, Any]]:
+    def images(self, found: Sequence[np.ndarray], part: str) -> list[dict[str, Any]]:
         """Standardised features (S, C) of all slices as the cheap rows read the spots of a part, with targets."""
         seen = [
-            features.as_pictures(one, own, part) | {"target": self.targets[one.name][one.rows_of(part)]}
+            cache.as_images(one, own, part) | {"target": self.targets[one.name][one.rows_of(part)]}
             for one, own in zip(self.slices, found, strict=True)
         ]
         return [one for one in seen if len(one["target"])]
@@ -94,16 +95,16 @@ class Tissue:
         return Row(self.spots, self.genes, list(values))
 
 
-def untouched(args: Any, scales: Sequence[float]) -> ImageEncoder:
+def pretrained(args: Any, crop_scales: Sequence[float]) -> ImageEncoder:
     """The image encoder as stage one finds it; `args` are the flags of train_mymodel.py."""
     loop.seed_everything(args.seed)
-    weights = features.read_image_weights(args.image_weights, "--image_weights")
-    return ImageEncoder(args.image_encoder, args.image_size, args.width, weights, scales=scales)
+    weights = cache.read_image_weights(args.image_weights, "--image_weights")
+    return ImageEncoder(args.image_encoder, args.image_size, args.width, weights, crop_scales=crop_scales)
 
 
-def write_untouched(source: Path, target: Path, args: Any) -> None:
+def write_pretrained(source: Path, target: Path, args: Any) -> None:
     """Copy of a stage-one checkpoint with the image encoder as it was before: the trunk, and fresh projections."""
-    state, encoder = checkpoint.load(source, "stage_one", "--encoder"), untouched(args, args.scales)
+    state, encoder = checkpoint.load(source, "stage_one", "--encoder"), pretrained(args, args.crop_scales)
     state["model"] |= {f"image_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     checkpoint.save(target, **{name: value for name, value in state.items() if name != "format"})
 
@@ -128,14 +129,14 @@ def pooled(
         return torch.stack([views[0], views.mean(0)], dim=1)
 
     encoder = encoder.to(accelerator.device).eval()
-    how = features.TileEncoder(encode, args.image_size, accelerator.device, args.batch_size, args.workers)
+    how = cache.TileEncoder(encode, args.image_size, accelerator.device, args.batch_size, args.workers)
     found = []
     for one in tissue.slices:
         if folder is None:
-            found.append(np.concatenate(list(features.encode_slice(how, one))))
+            found.append(np.concatenate(list(cache.encode_slice(how, one))))
         else:
             key_of_slice = f"{key} {one.pack.content}"
-            found.append(features.kept_features(folder, key_of_slice, one, partial(features.encode_slice, how, one)))
+            found.append(cache.kept_features(folder, key_of_slice, one, partial(cache.encode_slice, how, one)))
     one_way, averaged = ([baselines.standardise(f[:, i].astype(np.float32)) for f in found] for i in (0, 1))
     return one_way, averaged
 
@@ -143,16 +144,16 @@ def pooled(
 def fit_turns_lowrank(tissue: Tissue, averaged: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:
     """Ridge on the averaged features and their rings, along few components of the target where that is better:
     validation PCC, predictions of the test slices."""
-    train, val, test = (tissue.pictures(averaged, part) for part in ("train", "val", "test"))
+    train, val, test = (tissue.images(averaged, part) for part in ("train", "val", "test"))
     x_train, x_val = ([baselines.rings(p) for p in part] for part in (train, val))
     y_train = [np.nan_to_num(p["target"]) for p in train]  # a gene not measured is at its expectation, 0
     fitted = fit_ridge(x_train, y_train, x_val, [p["target"] for p in val], ranks=RANKS)
-    return fitted.val_pcc, [fitted.predict(baselines.rings(picture)) for picture in test]
+    return fitted.val_pcc, [fitted.predict(baselines.rings(image)) for image in test]
 
 
 def fit_on(tissue: Tissue, one_way: list, averaged: list) -> dict[str, tuple[float, list[np.ndarray]]]:
     """Cheap rows on one set of features: row -> validation PCC, predictions of the test slices."""
-    train, val, test = (tissue.pictures(one_way, part) for part in ("train", "val", "test"))
+    train, val, test = (tissue.images(one_way, part) for part in ("train", "val", "test"))
     found = {
         name: (
             validation_pcc([predict(p) for p in val], [p["target"] for p in val]),
@@ -165,11 +166,11 @@ def fit_on(tissue: Tissue, one_way: list, averaged: list) -> dict[str, tuple[flo
 
 def cheap_rows(run: Run, tissue: Tissue, accelerator: Any, args: Any) -> tuple[dict[str, list[np.ndarray]], dict]:
     """Predictions of each cheap row, and of `ridge_scales`, ridge_turns_lowrank on what stage one sees of a tile
-    (`--scales`); and the input normalisation with which each did best on validation."""
+    (`--crop_scales`); and the input normalisation with which each did best on validation."""
     best: dict[str, tuple[float, list[np.ndarray]]] = {}
     choice: dict[str, str] = {}
-    for scales in ([1.0], args.scales):
-        encoder = untouched(args, scales)
+    for scales in ([1.0], args.crop_scales):
+        encoder = pretrained(args, scales)
         own = torch.cat([encoder.mean, encoder.std]).flatten().tolist()
         tried = {"own": own} | {name: list(v) for name, v in NORMALISATIONS.items() if not np.allclose(v, own)}
         for name, values in tried.items():
@@ -177,7 +178,7 @@ def cheap_rows(run: Run, tissue: Tissue, accelerator: Any, args: Any) -> tuple[d
             encoder.std.copy_(torch.tensor(values[3:]).view(3, 1, 1))
             what = f"{scales} {name}"
             key = digest(what, args.image_encoder, args.image_size, weights_key(str(args.image_weights)))
-            found = pooled(encoder, tissue, accelerator, args, run.args.out / "untouched" / what.replace(" ", ""), key)
+            found = pooled(encoder, tissue, accelerator, args, run.args.out / "pretrained" / what.replace(" ", ""), key)
             fitted = (
                 fit_on(tissue, *found) if scales == [1.0] else {"ridge_scales": fit_turns_lowrank(tissue, found[1])}
             )
@@ -192,7 +193,7 @@ def kept_cheap_rows(run: Run, tissue: Tissue, accelerator: Any, args: Any) -> tu
     path = run.fold_folder / "baselines.npz"
     args = Namespace(**vars(args) | {"seed": 0})  # of an encoder without weights
     key = digest(
-        run.data_key, [step.settings for step in run.prepare], args.image_encoder, args.image_size, args.scales
+        run.data_key, [step.settings for step in run.prepare], args.image_encoder, args.image_size, args.crop_scales
     )
     ends = np.cumsum([len(one.barcodes) for one in tissue.test])[:-1]
     if path.exists():
@@ -209,9 +210,9 @@ def kept_cheap_rows(run: Run, tissue: Tissue, accelerator: Any, args: Any) -> tu
 
 
 def weighted_profiles(image: np.ndarray, gene: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
-    """Mean of the train values (N, G) over each picture's most similar train profiles, weights softmax(scale * cosine).
+    """Mean of the train values (N, G) over each image's most similar train profiles, weights softmax(scale * cosine).
 
-    Shapes: unit vectors (S, D) of pictures, (N, D) of profiles -> (S, G).
+    Shapes: unit vectors (S, D) of images, (N, D) of profiles -> (S, G).
     """
     cosine, near = top_k(torch.from_numpy(image), torch.from_numpy(gene), min(N_PROFILES, len(gene)))
     weights = (cosine.double() * scale).softmax(1).numpy()
@@ -239,23 +240,25 @@ def stronger_rows(run: Run, tissue: Tissue, model: Any, encoded: dict, accelerat
     return {
         "ridge_tuned": tissue.row(tuned),
         "st_net": tissue.row(
-            st_net.fit_predict(untouched(args, args.scales), tissue.taught, targets, tissue.test, accelerator, args)
+            st_net.fit_predict(
+                pretrained(args, args.crop_scales), tissue.taught, targets, tissue.test, accelerator, args
+            )
         ),
         "retrieval": tissue.row([weighted_profiles(p.image, gene, profiles, scale) for p in encoded["test"]]),
-        "stage_two_untouched": read_row(run.similarity(UNTOUCHED)),
+        "stage_two_pretrained": read_row(run.similarity(PRETRAINED)),
     }
 
 
-def encode_all(model: Any, tissue: Tissue, accelerator: Any, args: Any) -> dict[str, list[features.EncodedPairs]]:
-    """Pictures and profiles of the train and test spots in the shared space; tokens of the test spots, too."""
-    spill = Spill(args.memory, args.out)
+def encode_all(model: Any, tissue: Tissue, accelerator: Any, args: Any) -> dict[str, list[cache.EncodedPairs]]:
+    """Images and profiles of the train and test spots in the shared space; tokens of the test spots, too."""
+    store = ArrayStore(args.memory, args.out)
     return {
         part: [
-            features.encode_pairs(model, one, one.bins(), one.rows_of(part), accelerator, args, tokens)
+            cache.encode_pairs(model, one, one.bins(), one.rows_of(part), accelerator, args, tokens)
             for one in tissue.slices
             if len(one.rows_of(part))
         ]
-        for part, tokens in (("train", None), ("test", spill))
+        for part, tokens in (("train", None), ("test", store))
     }
 
 
@@ -267,7 +270,7 @@ def all_rows(run: Run, tissue: Tissue, accelerator: Any, args: Any) -> tuple[dic
     checkpoint.fit(model, state["model"], run.encoder, "--encoder")
     model = model.to(accelerator.device).eval()
     encoded = encode_all(model, tissue, accelerator, args)
-    before = features.untouched_features(ImageEncoder, state, state["settings"], tissue.taught, accelerator, args)
+    before = cache.pretrained_features(ImageEncoder, state, state["settings"], tissue.taught, accelerator, args)
     before = [f[rows] for one, f in zip(tissue.taught, before, strict=True) if len(rows := one.rows_of("train"))]
     told = accuracy_diagnostics.of_stage_one(encoded, before, model, accelerator, args.seed)
     rows = {name: tissue.row(values) for name, values in cheap.items()}

@@ -5,9 +5,9 @@ differ from their defaults, and of the keys of the steps that it reads from; tho
 data hold: counts, images, positions, scale factors, lines of the table, and the encoder's weights.
 
 The JSON of a run holds: fold, seed, ablation, key, settings (flags by script), date, machine, seconds by step, `rows`
-(figures of each row, means over slices), `retrieval`, `diagnostics`, and `draws`: of magic, the cheap rows and
-stage_two_untouched the PCC per gene against residuals in 2,000 resamples, in whole units of 1e-5. The resamples are the
-same for all rows and seeds of a fold, so a difference of two rows is the difference of their draws.
+(figures of each row, means over slices), `retrieval`, `diagnostics`, and `draws`: of magic, the baselines and
+stage_two_pretrained the PCC per gene against residuals in 2,000 resamples, in whole units of 1e-5. The resamples are
+the same for all rows and seeds of a fold, so a difference of two rows is the difference of their draws.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from typing import Any
 from benchmarks import accuracy_folds as folds
 from benchmarks.accuracy_folds import Fold
 from benchmarks.speed import machine_name
+from utils import settings
 from utils.files.atomic import write_record, write_whole
 from utils.files.hashing import content_hash
 from utils.slices import splits, visium
-from utils.training import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = 6  # raised whenever a step, row or figure comes to be computed otherwise: older ones are then repeated
 BEST = "best_epoch_weights.pth"
-UNTOUCHED = "_untouched"  # stage two on the encoder as stage one found it
+PRETRAINED = "_pretrained"  # stage two on the encoder as stage one found it
 
 
 def digest(*what: Any) -> str:
@@ -54,7 +54,7 @@ class Step:
 
     @property
     def script(self) -> str:
-        return self.name.removesuffix(UNTOUCHED)
+        return self.name.removesuffix(PRETRAINED)
 
     def parsed(self) -> Any:
         return importlib.import_module(self.script).parse_args(list(self.argv))
@@ -64,7 +64,7 @@ class Step:
         """Flags that are not at their defaults, and say what is computed: a default that is changed raises RULES."""
         module, parsed = importlib.import_module(self.script), vars(self.parsed())
         default = vars(module.parse_args([]))
-        return {name: value for name, value in parsed.items() if name not in arguments.WHERE and value != default[name]}
+        return {name: value for name, value in parsed.items() if name not in settings.WHERE and value != default[name]}
 
     @property
     def key(self) -> str:
@@ -132,7 +132,7 @@ class Run:
         self.chosen_panels, self.panels = args.out / fold.name / "panels", self.fold_folder / "panels"
         self.slices = args.out / fold.name / "slices.csv"
         self.encoder = self.home / "encoder_model" / BEST
-        self.untouched_encoder = self.folder / f"encoder_model{UNTOUCHED}" / BEST
+        self.pretrained_encoder = self.folder / f"encoder_model{PRETRAINED}" / BEST
         contents = [content_of(splits.slice_folder(args.data, r), r.slice, r.image) for r in fold.rows]
         self.slices_key = digest([(r.slice, r.spot_pitch_um) for r in fold.rows], contents)
         rows = [asdict(r) for r in fold.rows]
@@ -141,7 +141,7 @@ class Run:
 
     def step(self, name: str, folder: Path, after: Sequence[Step], **files: Any) -> Step:
         """Flags: where the data lie, what the settings say, and the `files` of this call."""
-        script = name.removesuffix(UNTOUCHED)
+        script = name.removesuffix(PRETRAINED)
         flags = {"data": self.args.data, "tiles": self.tiles, "device": self.args.device, "workers": self.args.workers}
         if script == "image_tilling":  # every slice of the data, for all folds; only what is missing is cut
             keys, own = (self.slices_key,), ()
@@ -167,8 +167,8 @@ class Run:
             logs=self.home / "logs",
         )
         steps = [first, self.step("get_accuracy_image", self.home, [first], **encoder, out=self.home / "retrieval")]
-        for kind in ("", UNTOUCHED) if self.ablation == "default" else ("",):
-            files = {"encoder": self.untouched_encoder} if kind else encoder
+        for kind in ("", PRETRAINED) if self.ablation == "default" else ("",):
+            files = {"encoder": self.pretrained_encoder} if kind else encoder
             out, logs = self.folder / f"decoder_model{kind}", self.folder / f"logs{kind}"
             second = self.step(f"train_decoder{kind}", self.folder, [first], **files, out=out, logs=logs)
             files = {"decoder": out / BEST, "out": self.similarity(kind)}
@@ -208,8 +208,8 @@ class Run:
         if self.args.shuffled:
             folds.shuffle_panels(self.chosen_panels, self.panels, [row.slice for row in self.fold.rows])
         for step in self.steps:
-            if step.name == f"train_decoder{UNTOUCHED}":
-                accuracy_rows.write_untouched(self.encoder, self.untouched_encoder, self.parsed("train_mymodel"))
+            if step.name == f"train_decoder{PRETRAINED}":
+                accuracy_rows.write_pretrained(self.encoder, self.pretrained_encoder, self.parsed("train_mymodel"))
             seconds[step.name] = step.run()
         start = time.perf_counter()
         found = accuracy_scores.evaluate(self)

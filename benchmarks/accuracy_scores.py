@@ -13,10 +13,10 @@ from benchmarks import accuracy_bootstrap, accuracy_diagnostics
 from benchmarks.accuracy_rows import SCALE, Row, Tissue, all_rows, check_rows, read_row
 from benchmarks.accuracy_run import Run
 from benchmarks.accuracy_table import CHEAP
+from utils import distributed, settings
 from utils.evaluation import expression
-from utils.training import arguments, distributed
 
-DRAWN = (*CHEAP, "stage_two_untouched", "magic")  # rows whose differences are given with an interval
+DRAWN = (*CHEAP, "stage_two_pretrained", "magic")  # rows whose differences are given with an interval
 
 
 def figures(rows: Mapping[str, Row], tissue: Tissue) -> dict[str, dict[str, float | None]]:
@@ -48,7 +48,7 @@ def retrieval_figures(folder: Path) -> dict[str, Any]:
 def evaluate(run: Run) -> dict[str, Any]:
     """`rows`, `retrieval`, `diagnostics` and `draws` of a run whose steps are done; see accuracy_run.py."""
     args = run.parsed("train_mymodel")
-    arguments.check_training(args)
+    settings.check_training(args)
     accelerator = distributed.start(args.device, args.precision)
     tissue = Tissue(args)
     rows, told = all_rows(run, tissue, accelerator, args) if run.ablation == "default" else ({}, {})

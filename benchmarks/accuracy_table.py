@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.accuracy_bootstrap import interval
 
 CHEAP = ("mean", "depth", "ridge", "ridge_neighbours", "ridge_turns_lowrank", "knn")
-STRONGER = ("ridge_scales", "ridge_tuned", "st_net", "retrieval", "stage_two_untouched")
+STRONGER = ("ridge_scales", "ridge_tuned", "st_net", "retrieval", "stage_two_pretrained")
 ROWS = (*CHEAP, *STRONGER, "magic")
 FIGURES = {
     "residuals": "PCC, residuals",
@@ -103,7 +103,7 @@ def diagnostics_markdown(told: Mapping[str, float | None]) -> str:
         "Stage one: contrast {contrast_loss} (chance {contrast_chance}), matching {matching_loss} (chance "
         "{matching_chance}) at the best epoch; a linear classifier tells the train slices apart at {slice_before} "
         "before and {slice_after} after (chance {slice_chance}); effective rank of the test embeddings {rank_image} "
-        "(pictures), {rank_gene} (profiles); dead units {dead_units}; calibration error of matching "
+        "(images), {rank_gene} (profiles); dead units {dead_units}; calibration error of matching "
         "{calibration_error}. Predicted over measured deviation of a gene: {sd_ratio}."
     ).format(**shown)
 
@@ -118,7 +118,7 @@ def ablation_table(records: Mapping[str, Record]) -> dict[str, Any]:
     """Ablation -> figures of its run and its difference to the default; `no_stage_one` is a row of the default run."""
     default = records["default"]
     runs = {name: (record, "magic") for name, record in records.items()}
-    runs["no_stage_one"] = default, "stage_two_untouched"
+    runs["no_stage_one"] = default, "stage_two_pretrained"
     return {
         name: {
             "residuals": record["rows"][row]["residuals"],

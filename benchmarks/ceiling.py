@@ -6,7 +6,7 @@ A perfect prediction of a gene's expected count correlates with what was counted
 reliability. That is measured by splitting the counts into two halves, count by count: residuals of the halves correlate
 at r, those of the whole with another such whole at 2 r / (1 + r) (Spearman 1910, Brown 1910). The root of the mean over
 genes is not below their mean ceiling, and takes no noise for signal. Halves share whatever is not chance of counting,
-so this is an upper bound: nobody promises that a picture shows all of it.
+so this is an upper bound: nobody promises that a image shows all of it.
 
 Prints a table, for the genes of the highest total count in all slices of the folder; --keep puts it into
 benchmarks/RESULTS.md.
@@ -24,19 +24,19 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed import machine_name, put_into
+from utils import settings
 from utils.evaluation import metrics
 from utils.genes import panels as gene_panels
 from utils.slices import splits, visium
-from utils.training import arguments
 
 DRAWS = 20  # splits that r is a mean of
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of slices")
-    parser.add_argument("--n_top_genes", type=arguments.count, default=300, help="genes, highest total count first")
-    parser.add_argument("--seed", type=arguments.count_or_zero, default=0)
+    parser.add_argument("--n_top_genes", type=settings.count, default=300, help="genes, highest total count first")
+    parser.add_argument("--seed", type=settings.count_or_zero, default=0)
     parser.add_argument("--keep", action="store_true", help="put the table into benchmarks/RESULTS.md")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -59,7 +59,7 @@ def ceiling(counts: np.ndarray, total_counts: np.ndarray, seed: int) -> float:
 
 def main(args: argparse.Namespace) -> None:
     rows, warnings = splits.read_table(args.data, split=False)
-    arguments.say(warnings)
+    settings.say(warnings)
     slices = [visium.read_slice(splits.slice_folder(args.data, row), row.slice) for row in rows]
     panel = gene_panels.highest_expressed(
         [gene_panels.profile(one.counts, one.genes) for one in slices], args.n_top_genes
@@ -84,4 +84,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

@@ -18,13 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed import FOLDER, machine_name, put_into
-from utils.training import arguments
+from utils import settings
 
 SPOTS, BATCH, GENES, SAVE_EVERY, REPEATS = 75_760, 32, 2_000, 1_000, 3
 
 
 def parse_args(argv=None):
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/checkpoints"), help="the checkpoints go here: 6 GB")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -67,7 +67,8 @@ def seconds_of(function, repeats: int = REPEATS) -> float:
 
 
 def main(args) -> None:
-    from utils.training import checkpoint, distributed
+    from utils import distributed
+    from utils.training import checkpoint
 
     device = distributed.pick_device(args.device)
     if device.type == "cpu":
@@ -105,4 +106,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

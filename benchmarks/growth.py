@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import growth_parts
 from benchmarks.speed import machine_name, put_into
+from utils import settings
 from utils.evaluation import plotting
 from utils.files.atomic import write_record
-from utils.training import arguments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,9 +61,9 @@ LOOK_S = 0.02  # between two looks at the memory of a process
 
 
 def parse_args(argv=None):
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=AGAINST, help="this one alone")
-    parser.add_argument("--largest", type=arguments.positive, default=1e6, help="no size above this one")
+    parser.add_argument("--largest", type=settings.positive, default=1e6, help="no size above this one")
     parser.add_argument("--out", type=Path, help="folder for the results and the temporary files")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -154,7 +154,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(rows: Sequence[dict[str, Any]]) -> Figure:
+def image(rows: Sequence[dict[str, Any]]) -> Figure:
     """Seconds above, peak memory below, a column for each of spots, genes and batch; both axes are logarithmic."""
     from matplotlib.figure import Figure
 
@@ -209,11 +209,11 @@ def main(args: argparse.Namespace) -> None:
     rows = merged(kept_rows(path, machine), new)
     results = {"machine": machine, "date": date.today().isoformat(), "rows": rows}
     write_record(path, results)
-    plotting.save(picture(rows), (args.out or FOLDER.parent / "docs") / "growth.png")
+    plotting.save(image(rows), (args.out or FOLDER.parent / "docs") / "growth.png")
     if args.out is None:
         put_into(FOLDER / "RESULTS.md", "growth", table(results))
     print(table(results))
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

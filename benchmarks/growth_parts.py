@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.training import arguments, datasets
+from utils import settings
+from utils.features import dataset
+from utils.training import loop
 
 SEED, SLICE_SPOTS, BATCH = 0, 5000, 32
 N_LOADED, N_STEPS, N_QUERIES, WIDTH = 200, 20, 1000, 512
@@ -60,7 +62,7 @@ class Work:
     unit: str = "spots"
 
 
-class Steps(datasets.EpochOrder):
+class Steps(loop.EpochOrder):
     """A fixed number of batches drawn from all spots, of as many epochs as that takes."""
 
     def __init__(self, n_spots: int, n_steps: int):
@@ -71,12 +73,12 @@ class Steps(datasets.EpochOrder):
         return self.n_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        epochs = (datasets.EpochOrder(self.n_spots, self.batch_size, epoch) for epoch in itertools.count())
+        epochs = (loop.EpochOrder(self.n_spots, self.batch_size, epoch) for epoch in itertools.count())
         return itertools.islice(itertools.chain.from_iterable(epochs), self.n_steps)
 
 
-def prepare_pictures(setting: Setting) -> None:
-    """Slice folders below data/ with one hires picture and its positions, linked into all of them."""
+def prepare_images(setting: Setting) -> None:
+    """Slice folders below data/ with one hires image and its positions, linked into all of them."""
     from benchmarks.speed_data import simulated_slice
 
     simulated_slice(setting.folder / "first", setting.slice_spots, SEED)
@@ -85,7 +87,7 @@ def prepare_pictures(setting: Setting) -> None:
 
 
 def tiling(setting: Setting) -> Work:
-    """image_tilling.py: tiles of 16 px of the hires pictures, one JPEG per spot and their packs."""
+    """image_tilling.py: tiles of 16 px of the hires images, one JPEG per spot and their packs."""
     import image_tilling
 
     flags = ["--data", str(setting.folder / "data"), "--tiles", str(setting.folder / "tiles"), "--source", "hires"]
@@ -104,16 +106,17 @@ def some_counts(n_spots: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def prepare_counts(setting: Setting) -> None:
-    """A 10x matrix beside each picture, all alike but for one count, and slices.csv: 8 of 10 slices to train."""
+    """A 10x matrix beside each image, all alike but for one count, and slices.csv: 8 of 10 slices to train."""
     import h5py
 
-    from utils.slices import simulate_files, splits
+    from utils.simulation import files
+    from utils.slices import splits
 
-    prepare_pictures(setting)
+    prepare_images(setting)
     counts = some_counts(setting.slice_spots, np.random.default_rng(SEED))
     barcodes = [f"SPOT{i}-1" for i in range(setting.slice_spots)]
     first, data = setting.folder / "first.h5", setting.folder / "data"
-    simulate_files.write_matrix(first, counts, barcodes, [f"G{g}" for g in range(PANEL_GENES)], "slice", "growth.py")
+    files.write_matrix(first, counts, barcodes, [f"G{g}" for g in range(PANEL_GENES)], "slice", "growth.py")
     rows = []
     for i, name in enumerate(setting.slices):
         path = shutil.copy(first, data / name / "filtered_feature_bc_matrix.h5")
@@ -150,8 +153,9 @@ def prepare_packs(setting: Setting) -> None:
 
 def loading(setting: Setting) -> Work:
     """200 batches of 32 augmented tiles of 32 px, drawn from all slices."""
+    from utils import distributed
     from utils.images import tiles
-    from utils.training import augment, distributed
+    from utils.training import augment
 
     distributed.start("cpu", "auto")
     rows = np.arange(setting.slice_spots)
@@ -160,7 +164,7 @@ def loading(setting: Setting) -> Work:
     order = Steps(setting.n_spots, N_LOADED)
 
     def read() -> None:
-        for batch in datasets.loader(datasets.TileBatches(slices, spots), order, workers=None):
+        for batch in dataset.loader(dataset.TileBatches(slices, spots), order, workers=None):
             augment.augment(batch["tiles"], batch["spot"].numpy(), SEED, 0, LOADED_PX)
 
     return Work(read, N_LOADED * order.batch_size, "tiles")
@@ -179,7 +183,7 @@ def feature_bank(setting: Setting, memory: Any) -> Any:
     import torch
 
     from model.stage_two import StageTwoSizes
-    from utils.training import feature_bank as banks
+    from utils.features import neighbourhoods as banks
 
     features = [np.load(setting.folder / f"{name}.npy", mmap_mode="r") for name in setting.slices]
     xy = np.column_stack(np.divmod(np.arange(setting.slice_spots), 71)).astype(float)  # 71 x 71 hold 5,000 spots
@@ -201,12 +205,14 @@ def stage_two(setting: Setting) -> Work:
     """20 steps of train_decoder.py at the published sizes, a batch of 32 of all spots, --memory 4."""
     import train_decoder
     from model.stage_two import StageTwo, StageTwoSizes
-    from utils.training import distributed, loop, spill
+    from utils import distributed
+    from utils.files import arrays
+    from utils.training import loop
 
     args = train_decoder.parse_args(["--device", "cpu"])
-    arguments.check_training(args)
+    settings.check_training(args)
     accelerator = distributed.start("cpu", args.precision)
-    memory = spill.Spill(args.memory, setting.folder)
+    memory = arrays.ArrayStore(args.memory, setting.folder)
     target = some_targets(setting, memory)
     model = StageTwo(StageTwoSizes(N_TARGETS, setting.image_encoder, 224, width=WIDTH))
     bank = feature_bank(setting, memory)
@@ -245,7 +251,7 @@ def forward_backward(model: Any, inputs: Any, backward: bool = True, method: str
     """One pass in the precision of the scripts, after one that warms up; without `backward` as in evaluation."""
     import torch
 
-    from utils.training import distributed
+    from utils import distributed
 
     accelerator = distributed.start("cpu", "auto")
 
@@ -278,7 +284,7 @@ def image_encoder(setting: Setting) -> Work:
 
 
 PARTS: dict[str, tuple[Callable[[Setting], None] | None, Callable[[Setting], Work]]] = {
-    "tiling": (prepare_pictures, tiling),
+    "tiling": (prepare_images, tiling),
     "panels": (prepare_counts, panels),
     "loading": (prepare_packs, loading),
     "stage_two": (prepare_features, stage_two),

@@ -1,7 +1,7 @@
 """The plain twins of speed.py: what the published method costs when its equations are written down directly.
 
 fp32, one thing after the other: kernel features of all heads and tokens at once, every temporary kept for backward;
-each picture opened, augmented and encoded alone; each candidate of a retrieval encoded anew; the frozen encoder run in
+each image opened, augmented and encoded alone; each candidate of a retrieval encoded anew; the frozen encoder run in
 every epoch. Nothing is slower than it has to be to stay that plain. Tests hold each against the fast path's numbers.
 """
 
@@ -98,7 +98,7 @@ def stage_one_loss(model: StageOne, tiles: Tensor, bins: Tensor, generator: torc
 
 @torch.no_grad()
 def retrieval_scores(model: StageOne, tiles: Tensor, bins: Tensor, candidates: Tensor) -> dict[str, Tensor]:
-    """Scores (S, K) of the first S spots' pictures with their candidates (S, K), each profile encoded anew."""
+    """Scores (S, K) of the first S spots' images with their candidates (S, K), each profile encoded anew."""
     contrastive, matching = torch.zeros(candidates.shape), torch.zeros(candidates.shape)
     for spot, row in enumerate(candidates):
         image, image_tokens = model.encode_images(tiles[spot : spot + 1])
@@ -124,7 +124,7 @@ def stage_two_step(model: StageTwo, tiles: Tensor, around: dict[str, Tensor], ta
 
 @torch.no_grad()
 def predict(model: StageTwo, tiles: Tensor, around: dict[str, Tensor]) -> Tensor:
-    """One picture at a time: (S, 3, Z, Z) -> (S, G)."""
+    """One image at a time: (S, 3, Z, Z) -> (S, G)."""
     done = []
     for i in range(len(tiles)):
         features = model.encode(tiles[i : i + 1])

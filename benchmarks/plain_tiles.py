@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def cut_tiles(picture_file: Path, centres: np.ndarray, out: Path) -> None:
-    """The published tiles: 40 x 40 px around each centre (S, 2) of the hires picture, one JPEG each."""
+def cut_tiles(image_file: Path, centres: np.ndarray, out: Path) -> None:
+    """The published tiles: 40 x 40 px around each centre (S, 2) of the hires image, one JPEG each."""
     out.mkdir(parents=True)
-    with Image.open(picture_file) as opened:
-        picture = opened.convert("RGB")
+    with Image.open(image_file) as opened:
+        image = opened.convert("RGB")
     for spot, (x, y) in enumerate(centres):
-        picture.crop((x - 20, y - 20, x + 20, y + 20)).save(out / f"{spot}.jpeg")
+        image.crop((x - 20, y - 20, x + 20, y + 20)).save(out / f"{spot}.jpeg")
 
 
 class TileFiles:
@@ -36,8 +36,8 @@ class TileFiles:
 
         from utils.training import augment
 
-        with Image.open(self.paths[spot]) as picture:
-            tile = np.asarray(picture.convert("RGB"))
+        with Image.open(self.paths[spot]) as image:
+            tile = np.asarray(image.convert("RGB"))
         draws = augment.uniforms(self.seed, 0, np.array([spot]), 10)[0]
         restained = restain(turn_and_shift(tile, draws[:4]), draws[4:])
         return torch.from_numpy(restained.astype(np.float32).transpose(2, 0, 1))

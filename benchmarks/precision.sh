@@ -13,7 +13,7 @@ one=(--image_encoder test_vit --image_size 64 --image_weights none --gene_depth 
   --gene_tokens 16 --fusion_blocks 1 --width 128 --queue_size 256 --Init_lr 1e-3 --Epoch 12)
 two=(--decoder_layers 2 --decoder_width 32 --Init_lr 1e-3 --Epoch 15)
 if [ ! -e "$out/panels" ]; then
-  $python -m utils.slices.simulate --out "$out/data" --patients 6 --spots 300 --genes 600 --seed 0
+  $python -m utils.simulation --out "$out/data" --patients 6 --spots 300 --genes 600 --seed 0
   $python image_tilling.py "${shared[@]}" --tile_px 64
   $python make_decoder_data.py "${shared[@]}" --n_input_genes 600
 fi
@@ -32,5 +32,5 @@ for seed in 0 1 2; do
 done
 for precision in fp32 bf16; do
   echo "-- $precision"
-  $python -m utils.evaluation.report "$out/$precision"/*/results
+  $python -m utils.report "$out/$precision"/*/results
 done

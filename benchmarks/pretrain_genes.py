@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import accuracy_folds as folds
 from benchmarks.speed import machine_name
+from utils import settings
 from utils.files.atomic import write_record
 from utils.genes import panels as gene_panels
 from utils.slices import splits
-from utils.training import arguments
 
 FOLD = "within_C"
 DEPTH, HEADS, WIDTH = 2, 4, 200  # blocks, heads of 64: those of accuracy_folds.FULL
@@ -39,12 +39,12 @@ FIGURES = ("val_R@5", "test_R@5_image_to_gene", "test_R@5_gene_to_image", "test_
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the sections of patient C")
     parser.add_argument("--out", type=Path, default=Path("results/pretrain_genes"), help="panels, models, results")
-    parser.add_argument("--seeds", type=arguments.count_or_zero, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=arguments.count, default=20, help="of pretraining")
-    parser.add_argument("--lr", type=arguments.positive, default=1e-3, help="highest learning rate of pretraining")
+    parser.add_argument("--seeds", type=settings.count_or_zero, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=settings.count, default=20, help="of pretraining")
+    parser.add_argument("--lr", type=settings.positive, default=1e-3, help="highest learning rate of pretraining")
     parser.add_argument("--stage_one", action="store_true", help="train stage one with and without pretraining")
     parser.add_argument("--image_weights", default="timm", help="of EfficientNet-Lite0, for --stage_one")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -54,7 +54,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Section:
-    """A slice as pretraining sees it, without pictures."""
+    """A slice as pretraining sees it, without images."""
 
     name: str
     part: str
@@ -122,8 +122,8 @@ def pooled(encoder, bins: np.ndarray) -> np.ndarray:
 
 def probe(features: list[np.ndarray], sections: list[Section]) -> float:
     """Correlation of components of expression that ridge reads off features (S, P) of each section, on validation."""
-    from utils import targets
     from utils.evaluation.ridge import fit_ridge
+    from utils.training import targets
 
     of = targets.components(sections, COMPONENTS)
     train = np.concatenate([x for x, one in zip(features, sections, strict=True) if one.part == "train"])
@@ -139,7 +139,8 @@ def run(sections: list[Section], bins: list[np.ndarray], seed: int, args) -> dic
     """One pretraining: figures of its best epoch on all places of the held-out spots, and the probes."""
     from model.gene_encoder import GeneEncoder
     from model.masked_bins import MaskedBins
-    from utils.training import distributed, loop, pretrain
+    from utils import distributed
+    from utils.training import loop, pretrain
 
     flags = {
         "seed": seed,
@@ -245,4 +246,4 @@ def main(args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

@@ -29,8 +29,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed_setting import SMALL, Machine, Setting, Sizes
+from utils import settings
 from utils.files.atomic import write_record, write_whole
-from utils.training import arguments
 
 PARTS = {  # and where each is written down
     **dict.fromkeys(
@@ -44,15 +44,15 @@ MARK = "<!-- speed: {} -->"
 
 
 def parse_args(argv=None):
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--batch_size", type=arguments.count, default=8, help="of the encoders and of training")
+    parser.add_argument("--batch_size", type=settings.count, default=8, help="of the encoders and of training")
     parser.add_argument("--small", action="store_true", help="tiny sizes, nothing is written")
     parser.add_argument("--part", choices=PARTS, help="this one alone, nothing is written")
     parser.add_argument("--profile", action="store_true", help="with --part: where our side's time goes, by operator")
-    parser.add_argument("--rounds", type=arguments.count, default=3, help="turns of each side, of which the median")
+    parser.add_argument("--rounds", type=settings.count, default=3, help="turns of each side, of which the median")
     parser.add_argument("--out", type=Path, default=FOLDER / "speed.json", help="where the figures of a whole run go")
-    parser.add_argument("--seed", type=arguments.count_or_zero, default=0)
+    parser.add_argument("--seed", type=settings.count_or_zero, default=0)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -275,4 +275,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

@@ -16,10 +16,11 @@ from PIL import Image
 
 from benchmarks import plain_tiles
 from benchmarks.speed_setting import SMALL, Machine, Setting, Work
+from utils.training import loop
 
 
 def tiling(setting: Setting) -> Work:
-    """The published tiles, 40 px of the hires picture, of a slice of 4,992 spots: picture opened, JPEGs written."""
+    """The published tiles, 40 px of the hires image, of a slice of 4,992 spots: image opened, JPEGs written."""
     import image_tilling
 
     folder = Path(tempfile.mkdtemp(prefix="magic_speed_"))
@@ -42,7 +43,7 @@ def tiling(setting: Setting) -> Work:
 
 
 def simulated_slice(folder: Path, n_spots: int, seed: int) -> np.ndarray:
-    """A slice folder with a hires picture of 2,000 px and spots on it, without counts: centres (S, 2) in its pixels."""
+    """A slice folder with a hires image of 2,000 px and spots on it, without counts: centres (S, 2) in its pixels."""
     rng = np.random.default_rng(seed)
     spatial = folder / "slice" / "spatial"
     spatial.mkdir(parents=True)
@@ -63,8 +64,9 @@ def loading(setting: Setting) -> Work:
     """Augmented tiles of 224 px in batches of 32, as training reads them: plainly from JPEGs, ours from the pack."""
     from torch.utils.data import DataLoader
 
+    from utils.features import dataset
     from utils.images import tiles
-    from utils.training import augment, datasets
+    from utils.training import augment
 
     s, machine = setting.sizes, Machine(setting)
     folder = Path(tempfile.mkdtemp(prefix="magic_speed_"))
@@ -75,13 +77,13 @@ def loading(setting: Setting) -> Work:
     def read_ours() -> None:
         one = SimpleNamespace(pack=tiles.TilePack(folder), tile_rows=np.arange(n))
         spots = np.column_stack([np.zeros(n, int), np.arange(n)])
-        order = datasets.EpochOrder(n, 32, setting.seed)
-        for batch in datasets.loader(datasets.TileBatches([one], spots), order, workers=None):
+        order = loop.EpochOrder(n, 32, setting.seed)
+        for batch in dataset.loader(dataset.TileBatches([one], spots), order, workers=None):
             augment.augment(batch["tiles"].to(machine.device), batch["spot"].numpy(), setting.seed, 0, s.image_size)
 
     def read_plainly() -> None:
         data = plain_tiles.TileFiles(paths, setting.seed)
-        context = datasets.reading_context()
+        context = dataset.reading_context()
         for batch in DataLoader(data, batch_size=32, shuffle=True, num_workers=2, multiprocessing_context=context):
             batch.to(machine.device)
 
@@ -94,8 +96,8 @@ def write_tiles(folder: Path, n: int, size: int, seed: int) -> list[Path]:
     from utils.images.image import open_image
 
     rng = np.random.default_rng(seed)
-    picture = Image.fromarray(rng.integers(60, 255, (64, 64, 3), dtype=np.uint8)).resize((4 * size, 4 * size))
-    picture.save(folder / "image.png")
+    image = Image.fromarray(rng.integers(60, 255, (64, 64, 3), dtype=np.uint8)).resize((4 * size, 4 * size))
+    image.save(folder / "image.png")
     barcodes, centres = np.array([f"SPOT{i}-1" for i in range(n)]), rng.uniform(size, 3 * size, (n, 2))
     cut = tiles.Cut("fullres", "image.png", 0.5, float(size), size, True)
     with open_image(folder / "image.png") as image:

@@ -92,7 +92,7 @@ def stage_one_eval(setting: Setting) -> Work:
 
 @torch.no_grad()
 def encode_all(model: StageOne, tiles: Tensor, bins: Tensor, machine: Machine) -> tuple[Tensor, Tensor]:
-    """Unit vectors of pictures and profiles, 32 at a time as the scripts do."""
+    """Unit vectors of images and profiles, 32 at a time as the scripts do."""
     image, gene = [], []
     for start in range(0, len(tiles), 32):
         with machine.autocast():
@@ -102,7 +102,7 @@ def encode_all(model: StageOne, tiles: Tensor, bins: Tensor, machine: Machine) -
 
 
 def retrieval(setting: Setting) -> Work:
-    """Nine candidates of each of 1,000 spots, three rows of scores: plainly each profile anew for each picture."""
+    """Nine candidates of each of 1,000 spots, three rows of scores: plainly each profile anew for each image."""
     s, machine = setting.sizes, Machine(setting)
     model = stage_one(setting, machine).eval()
     tiles, bins = machine.tiles(s.spots, s.image_size), machine.bins(s.spots, s.n_genes)
@@ -124,7 +124,7 @@ def retrieval(setting: Setting) -> Work:
 def score_all(model: StageOne, tiles: Tensor, bins: Tensor, candidates: np.ndarray, machine: Machine) -> None:
     """All rows of a gallery as get_accuracy_image.py scores them."""
     import get_accuracy_image
-    from utils.training.features import EncodedPairs
+    from utils.features.cache import EncodedPairs
 
     found = []
     for start in range(0, len(tiles), 32):
@@ -187,7 +187,7 @@ def stage_two(setting: Setting) -> Work:
 
 
 def prediction(setting: Setting) -> Work:
-    """From tiles to genes: plainly one picture at a time, ours 32."""
+    """From tiles to genes: plainly one image at a time, ours 32."""
     machine, n = Machine(setting), 8 if setting.plainly else 64
     model, around = stage_two_model(setting, machine, n)
     model.eval()

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from utils.training import distributed
+from utils import distributed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from model import losses
 from model.image_encoder import ImageEncoder
 from utils.evaluation.ridge import validation_pcc
-from utils.training import datasets, features, loop
+from utils.features import cache, dataset
+from utils.training import loop
 from utils.training.augment import augment
 
 
@@ -50,7 +51,7 @@ def train_one_epoch(
         schedule.step()
 
 
-def predict(model: StNet, slices: list[datasets.SliceData], accelerator: Any, args: Any) -> list[np.ndarray]:
+def predict(model: StNet, slices: list[dataset.SliceData], accelerator: Any, args: Any) -> list[np.ndarray]:
     """Standardised genes (S, G) of all spots of each slice."""
 
     def encode(tiles: Tensor) -> Tensor:
@@ -58,15 +59,15 @@ def predict(model: StNet, slices: list[datasets.SliceData], accelerator: Any, ar
             return model(tiles)
 
     model.eval()
-    how = features.TileEncoder(encode, args.image_size, accelerator.device, args.batch_size, args.workers)
-    return [np.concatenate(list(features.encode_slice(how, one))) for one in slices]
+    how = cache.TileEncoder(encode, args.image_size, accelerator.device, args.batch_size, args.workers)
+    return [np.concatenate(list(cache.encode_slice(how, one))) for one in slices]
 
 
 def fit_predict(
     encoder: ImageEncoder,
-    slices: list[datasets.SliceData],
+    slices: list[dataset.SliceData],
     targets: list[np.ndarray],
-    wanted: list[datasets.SliceData],
+    wanted: list[dataset.SliceData],
     accelerator: Any,
     args: Any,
 ) -> list[np.ndarray]:
@@ -74,7 +75,7 @@ def fit_predict(
 
     Parameters
     ----------
-    encoder : untouched; it is changed
+    encoder : pretrained; it is changed
     slices : that hold the train and validation spots
     targets : per slice (S, G), NaN where a gene was not measured
     wanted : slices to predict
@@ -88,10 +89,10 @@ def fit_predict(
     taught = np.concatenate([target[one.rows_of("train")] for one, target in zip(slices, targets, strict=True)])
     mean, sd = np.nanmean(taught, axis=0), np.maximum(np.nanstd(taught, axis=0), 1e-6)
     model = StNet(encoder, len(mean)).to(accelerator.device)
-    spots = datasets.spots_of(slices, "train")
-    order = datasets.EpochOrder(len(spots), args.batch_size, args.seed)
+    spots = dataset.spots_of(slices, "train")
+    order = loop.EpochOrder(len(spots), args.batch_size, args.seed)
     standardised = ((taught - mean) / sd).astype(np.float32)
-    loader = datasets.loader(datasets.TileBatches(slices, spots, {"target": standardised}), order, args.workers)
+    loader = dataset.loader(dataset.TileBatches(slices, spots, {"target": standardised}), order, args.workers)
     optimizer = loop.make_optimizer(model.parameters(), args)
     schedule = loop.schedule(optimizer, len(order) * args.Epoch, args)
     held_out = [i for i, one in enumerate(slices) if len(one.rows_of("val"))]

@@ -20,18 +20,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed import FOLDER, machine_name, peak_mib, put_into
+from utils import settings
 from utils.files.atomic import write_record
-from utils.training import arguments
 
 PITCH_UM, TILE_UM, TILE_PX = 100.0, 112.0, 224
 
 
 def parse_args(argv=None):
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/whole_slide"), help="slide and figures go here")
-    parser.add_argument("--n_read", type=arguments.count, default=2000, help="tiles that the reader reads alone")
-    parser.add_argument("--n_encode", type=arguments.count, default=384, help="tiles that the encoder takes")
-    parser.add_argument("--batch_size", type=arguments.count, default=64)
+    parser.add_argument("--n_read", type=settings.count, default=2000, help="tiles that the reader reads alone")
+    parser.add_argument("--n_encode", type=settings.count, default=384, help="tiles that the encoder takes")
+    parser.add_argument("--batch_size", type=settings.count, default=64)
     parser.add_argument("--note", default="", help="words for the table, such as what else the machine was doing")
     parser.add_argument("--small", action="store_true", help="a slide of 4,096 px and a tiny encoder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -148,4 +148,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main, parse_args())
+    settings.run(main, parse_args())

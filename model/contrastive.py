@@ -1,4 +1,4 @@
-"""Contrast of pictures and profiles with momentum distillation.
+"""Contrast of images and profiles with momentum distillation.
 
 Li et al. 2021 (ALBEF), arXiv 2107.07651, section 3.2 and equation 6. Letters: B batch, M = B + queue rows, D width.
 """
@@ -15,7 +15,7 @@ from model import losses
 
 
 class Pair(NamedTuple):
-    """Unit vectors of pictures and profiles, (B, D) each, and the spot they belong to, (B,)."""
+    """Unit vectors of images and profiles, (B, D) each, and the spot they belong to, (B,)."""
 
     image: Tensor
     gene: Tensor

@@ -1,6 +1,6 @@
-"""Linear expansion and Transformer decoder: from a picture and its surroundings to the expression of the panel's genes.
+"""Linear expansion and Transformer decoder: from a image and its surroundings to the expression of the panel's genes.
 
-Letters: B batch, G genes, D width of a picture's tokens, V D that of its vector, N context spots, T tokens of the
+Letters: B batch, G genes, D width of a image's tokens, V D that of its vector, N context spots, T tokens of the
 tile, W decoder width, R reaches, M landmarks.
 """
 
@@ -15,7 +15,8 @@ OWN_SHARE = 2.0  # of a spot's own vector, where the means around it have 1 each
 
 
 class KernelRidge(nn.Module):
-    """Ridge regression with a Gaussian kernel on landmark spots, solved beforehand (utils/decoder_start.py).
+    """Ridge regression with a Gaussian kernel on landmark spots, solved beforehand.
+    (utils/training/decoder_initialisation.py)
 
     What is seen of a spot has P parts: its vector, which weighs OWN_SHARE times, and the means around it at each reach,
     which weigh once. The squared distance of two spots is the weighted mean over the parts of theirs there, in units of
@@ -63,7 +64,7 @@ class KernelRidge(nn.Module):
 
 
 class LinearExpansion(nn.Sequential):
-    """The picture's vector to a start value for each gene, 512 -> 1024 -> 1500 -> G as published: (B, D) -> (B, G)."""
+    """The image's vector to a start value for each gene, 512 -> 1024 -> 1500 -> G as published: (B, D) -> (B, G)."""
 
     def __init__(self, width: int, n_genes: int, hidden: tuple[int, int] = (1024, 1500)):
         first, second = hidden
@@ -75,7 +76,7 @@ class LinearExpansion(nn.Sequential):
 
 
 class GeneDecoder(nn.Module):
-    """Genes are the queries, the picture is the memory.
+    """Genes are the queries, the image is the memory.
 
     A gene's start value is a kernel ridge regression on the vector of the spot and the means around it, solved
     beforehand (`start_from`), plus the linear expansion. A query is the gene's learned embedding plus its start value

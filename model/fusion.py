@@ -1,7 +1,7 @@
-"""Does this picture belong to this profile? Fusion blocks, hard negatives, matching head.
+"""Does this image belong to this profile? Fusion blocks, hard negatives, matching head.
 
 Li et al. 2021 (ALBEF), section 3.2. Both sides are sequences: attention over a single token would be a linear map.
-Letters: B batch, C candidates per picture, K gene tokens, P image tokens, D width.
+Letters: B batch, C candidates per image, K gene tokens, P image tokens, D width.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Fusion(nn.Module):
         nn.init.constant_(self.to_logit.bias, LOG_ODDS)
 
     def read_genes(self, gene_tokens: Tensor) -> Tensor:
-        """What a profile's tokens do before they see a picture: (B, K, D) -> (B, K, D)."""
+        """What a profile's tokens do before they see a image: (B, K, D) -> (B, K, D)."""
         return self.blocks[0].within(gene_tokens)
 
     def read_images(self, image_tokens: Tensor) -> list[Tensor]:
-        """Keys and values of the pictures for each block: (B, P, D) -> (2, B, heads, P, D / heads) each."""
+        """Keys and values of the images for each block: (B, P, D) -> (2, B, heads, P, D / heads) each."""
         memory = self.norm_image(image_tokens)
         return [block.attend_memory.keys_values(memory) for block in self.blocks]
 
     def judge(self, genes: Tensor, images: list[Tensor]) -> Tensor:
-        """Logits of each picture with each of its candidates, both as read before: genes (B, C, K, D) -> (B, C)."""
+        """Logits of each image with each of its candidates, both as read before: genes (B, C, K, D) -> (B, C)."""
         n_candidates = genes.shape[1]
         for i, (block, keys_values) in enumerate(zip(self.blocks, images, strict=True)):
             if i > 0:

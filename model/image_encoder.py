@@ -186,9 +186,9 @@ class ImageEncoder(nn.Module):
     BatchNorm of a pretrained convolutional trunk stays in evaluation mode, its affine part trained; parts of the trunk
     that are frozen (model/tuning.py) stay in evaluation mode altogether. `weights_report` says what was loaded.
 
-    With several `scales`, shares of the tile's side, the trunk sees as many squares around the tile's centre, all at
-    the pixels of the smallest: `--scales 1 0.5` is the tile at half its resolution, and its middle at the whole. Their
-    pooled features stand side by side; the tokens are those of the first.
+    With several `crop_scales`, fractions of the tile's side, the trunk reads one square per scale around the tile's
+    centre, all at the pixels of the smallest: `--crop_scales 1 0.5` is the tile at half its resolution, and its middle
+    at the full resolution. Their pooled features are concatenated; the tokens are those of the first.
     """
 
     def __init__(
@@ -198,10 +198,10 @@ class ImageEncoder(nn.Module):
         width: int,
         weights: Weights = None,
         pretrained: bool = False,
-        scales: Sequence[float] = (1.0,),
+        crop_scales: Sequence[float] = (1.0,),
     ):
         super().__init__()
-        self.scales, self.side = scales, round(image_size * min(scales))
+        self.crop_scales, self.side = crop_scales, round(image_size * min(crop_scales))
         self.trunk: Any
         self.trunk, self.weights_report = build_trunk(name, self.side, weights)
         self.trunk.to(memory_format=torch.channels_last)  # in which convolutions are faster, and all else is as it was
@@ -215,7 +215,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
         self.n_prefix = int(getattr(self.trunk, "num_prefix_tokens", 0))
-        self.to_vector = nn.Linear(len(scales) * self.trunk.head_hidden_size, width)
+        self.to_vector = nn.Linear(len(crop_scales) * self.trunk.head_hidden_size, width)
         self.to_token = nn.Linear(self.trunk.num_features, width)
 
     def train(self, mode: bool = True) -> ImageEncoder:
@@ -232,12 +232,12 @@ class ImageEncoder(nn.Module):
 
     def features(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """The trunk alone, as its authors left it: pooled features (B, scales * C'), tokens (B, P, C)."""
-        seen = torch.cat([self._square(tiles, scale) for scale in self.scales])
+        seen = torch.cat([self._square(tiles, scale) for scale in self.crop_scales])
         with self._precision(tiles):
             raw = self.trunk.forward_features(
                 ((seen - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
             )
-            pooled = self.trunk.forward_head(raw, pre_logits=True).unflatten(0, (len(self.scales), -1))
+            pooled = self.trunk.forward_head(raw, pre_logits=True).unflatten(0, (len(self.crop_scales), -1))
         pooled, raw = pooled.transpose(0, 1).flatten(1), raw[: len(tiles)]
         if raw.ndim == 4:  # a feature map, NCHW or (swin) NHWC
             raw = raw.flatten(2).transpose(1, 2) if raw.shape[1] == self.trunk.num_features else raw.flatten(1, 2)
@@ -254,7 +254,7 @@ class ImageEncoder(nn.Module):
         cut = round(whole * scale)
         start = (whole - cut) // 2
         square = tiles[..., start : start + cut, start : start + cut]
-        if cut == self.side or len(self.scales) == 1:
+        if cut == self.side or len(self.crop_scales) == 1:
             return square
         size = (self.side, self.side)
         return F.interpolate(square, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)

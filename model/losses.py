@@ -31,7 +31,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def matching_loss(logits: Tensor, is_pair: Tensor) -> Tensor:
-    """Binary cross entropy of 'this picture and this profile are one spot': (B,), (B,) bool -> scalar."""
+    """Binary cross entropy of 'this image and this profile are one spot': (B,), (B,) bool -> scalar."""
     return F.binary_cross_entropy_with_logits(logits.float(), is_pair.float())
 
 

@@ -30,7 +30,7 @@ def update_twin(twin: nn.Module, module: nn.Module, momentum: float) -> None:
 
 
 class FeatureQueue(nn.Module):
-    """The twin's latest features of pictures and profiles, with the spot each came from; a ring of `capacity` rows."""
+    """The twin's latest features of images and profiles, with the spot each came from; a ring of `capacity` rows."""
 
     def __init__(self, capacity: int, width: int):
         super().__init__()
@@ -45,7 +45,7 @@ class FeatureQueue(nn.Module):
         self.register_buffer("state", torch.zeros(2, dtype=torch.long))
 
     def filled(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of pictures and of profiles (n, D) and spot ids (n,) of the n rows filled so far, copied:
+        """Features of images and of profiles (n, D) and spot ids (n,) of the n rows filled so far, copied:
         the ring may be written before the backward pass reads them."""
         n = int(self.state[0])
         return self.image[:n].clone(), self.gene[:n].clone(), self.spot[:n].clone()

@@ -19,7 +19,7 @@ from model.fusion import Fusion, hard_negatives
 from model.gene_encoder import GeneEncoder
 from model.image_encoder import ImageEncoder, Weights
 from model.momentum import FeatureQueue, make_twin, update_twin
-from utils.training import distributed
+from utils import distributed
 
 TWIN_MOMENTUM = 0.995
 
@@ -32,7 +32,7 @@ class StageOneSizes:
     image_encoder: str = "deit_base_patch16_224.fb_in1k"
     image_size: int = 224
     image_pretrained: bool = False
-    scales: Sequence[float] = (1.0,)
+    crop_scales: Sequence[float] = (1.0,)
     gene_depth: int = 6
     gene_width: int = 200
     gene_heads: int = 10
@@ -76,7 +76,7 @@ class StageOne(nn.Module):
         super().__init__()
         s = self.sizes = sizes
         self.image_encoder = ImageEncoder(
-            s.image_encoder, s.image_size, s.width, image_weights, s.image_pretrained, s.scales
+            s.image_encoder, s.image_size, s.width, image_weights, s.image_pretrained, s.crop_scales
         )
         self.gene_encoder = GeneEncoder(s.n_genes, s.gene_depth, s.gene_width, s.gene_heads, s.gene_tokens, s.width)
         if s.n_components:  # then it is solved for them beforehand, and learning would only spoil it

@@ -27,7 +27,7 @@ class StageTwoSizes:
     n_genes: int
     image_encoder: str
     image_size: int
-    scales: Sequence[float] = (1.0,)
+    crop_scales: Sequence[float] = (1.0,)
     width: int = 512
     decoder_layers: int = 6
     decoder_width: int = 64
@@ -35,7 +35,7 @@ class StageTwoSizes:
     dropout: float = 0.1
     reaches: Sequence[float] = (1.0, 2.0, 4.0)  # in pitches, of the means around a spot
     landmarks: int = 2000  # spots that the decoder's start compares with
-    turns: int = 1  # of a tile that its features are averaged over: 1, 2, 4, or 8 with the flips
+    tta: int = 1  # of a tile that its features are averaged over: 1, 2, 4, or 8 with the flips
 
 
 class StageTwo(nn.Module):
@@ -44,7 +44,9 @@ class StageTwo(nn.Module):
     def __init__(self, sizes: StageTwoSizes):
         super().__init__()
         s = self.sizes = sizes
-        self.image_encoder = ImageEncoder(s.image_encoder, s.image_size, s.width, pretrained=True, scales=s.scales)
+        self.image_encoder = ImageEncoder(
+            s.image_encoder, s.image_size, s.width, pretrained=True, crop_scales=s.crop_scales
+        )
         self.image_encoder.requires_grad_(False).eval()
         self.n_vectors = -(-self.image_encoder.to_vector.in_features // s.width)
         self.decoder = GeneDecoder(
@@ -84,7 +86,7 @@ class StageTwo(nn.Module):
         What comes before a contrast's projection serves other ends better than what comes behind it (Chen et al. 2020,
         arXiv 2002.05709, section 4.2).
         """
-        turns = list(range(0, 8, 8 // self.sizes.turns))
+        turns = list(range(0, 8, 8 // self.sizes.tta))
         return torch.stack([self.encode_turned(tiles, turn) for turn in turns]).mean(0)
 
     def split(self, features: Tensor) -> dict[str, Tensor]:

@@ -56,12 +56,12 @@ def write_big_slide(
     jpeg: bool = True,
 ) -> None:
     """A square slide of `side` pixels, in JPEG or uncompressed; each of `shrink` must divide it and the tile's side."""
-    pictures, laid = [Image.fromarray(kind) for kind in paint_kinds(tile, seed)], lay_kinds(side, tile)
+    images, laid = [Image.fromarray(kind) for kind in paint_kinds(tile, seed)], lay_kinds(side, tile)
     with path.open("wb") as file:
         file.write(b"II*\0" + bytes(4))
         link = 4  # where the place of the next directory goes
         for factor in shrink:
-            small = [kind.reduce(factor) for kind in pictures]
+            small = [kind.reduce(factor) for kind in images]
             n = math.ceil(side / factor / tile)
             padded = np.full((n * factor, n * factor), GLASS)
             padded[: len(laid), : len(laid)] = laid
@@ -80,13 +80,13 @@ def write_big_slide(
 
 def _encode(small: list[Image.Image], part: np.ndarray, tile: int, jpeg: bool) -> bytes:
     """A tile put together from shrunk ones."""
-    picture, step = Image.new("RGB", (tile, tile)), small[0].width
+    image, step = Image.new("RGB", (tile, tile)), small[0].width
     for (row, col), kind in np.ndenumerate(part):
-        picture.paste(small[kind], (col * step, row * step))
+        image.paste(small[kind], (col * step, row * step))
     if not jpeg:
-        return picture.tobytes()
+        return image.tobytes()
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=80)
+    image.save(out, "JPEG", quality=80)
     return out.getvalue()
 
 

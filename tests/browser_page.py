@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from utils.evaluation.html_report import write_report
+from utils.report.html import write_report
 
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", "--disable-extensions")
 WEBGL = {"webgl": "--enable-unsafe-swiftshader", "svg": "--disable-3d-apis"}  # in software, and not at all
@@ -65,9 +65,9 @@ class Page:
 
     def halves(self) -> list[Image.Image]:
         """The two maps as they stand on the screen, without their titles."""
-        picture = Image.open(io.BytesIO(self.one("#plot").screenshot_as_png)).convert("RGB")
-        middle, bottom = picture.width // 2, picture.height
-        return [picture.crop((left, 40, left + middle - 20, bottom - 70)) for left in (0, middle + 20)]
+        image = Image.open(io.BytesIO(self.one("#plot").screenshot_as_png)).convert("RGB")
+        middle, bottom = image.width // 2, image.height
+        return [image.crop((left, 40, left + middle - 20, bottom - 70)) for left in (0, middle + 20)]
 
     def hover(self, spot: int, panel: str = "") -> None:
         from selenium.webdriver import ActionChains
@@ -103,7 +103,7 @@ class Page:
     def errors(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
-    def picture(self) -> bytes:
+    def image(self) -> bytes:
         height = self("return document.documentElement.scrollHeight")
         clip = {"x": 0, "y": 0, "width": self("return innerWidth"), "height": height, "scale": 1}
         shot = {"captureBeyondViewport": True, "clip": clip}

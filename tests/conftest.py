@@ -50,7 +50,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory) -> Path:
     """Three simulated patients of 70 spots and 60 genes: train, val, test. Read-only: copy before changing."""
-    from utils.slices.simulate import write_slices
+    from utils.simulation.slices import write_slices
 
     out = tmp_path_factory.mktemp("simulated") / "data"
     write_slices(out, n_patients=3, n_spots=70, n_genes=60, seed=1)
@@ -86,7 +86,7 @@ def work(prepared, tmp_path):
 
 @pytest.fixture
 def damaged(trained, tmp_path):
-    """All that the six scripts read and wrote, but for pictures that they can do without: for a test to damage."""
+    """All that the six scripts read and wrote, but for images that they can do without: for a test to damage."""
     own = Work(*(tmp_path / name for name in ("data", "tiles", "panels", "out")))
     for name in ("data", "tiles", "panels"):
         unread = shutil.ignore_patterns("*.png", "*.jpeg", "truth.h5ad")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from utils.training import arguments, progress  # noqa: E402
+from utils import settings  # noqa: E402
+from utils.training import progress  # noqa: E402
 
 
 def count_down(n: int) -> None:
@@ -50,4 +51,4 @@ if __name__ == "__main__":
     number, script, *flags = sys.argv[1:]
     main = importlib.import_module(script)
     count_down(int(number))
-    arguments.run(main.main, main.parse_args(flags))
+    settings.run(main.main, main.parse_args(flags))

@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from small_stage_one import batch_of, stage_one, step_of  # noqa: E402
 
-from utils.training import arguments, distributed  # noqa: E402
+from utils import distributed, settings  # noqa: E402
 
 WHOLE = 6  # spots of the batch
 
@@ -77,9 +77,9 @@ def ends(args: SimpleNamespace) -> None:
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "ends":
-        arguments.run(ends, SimpleNamespace(how=rest[0], debug=False))
+        settings.run(ends, SimpleNamespace(how=rest[0], debug=False))
     if what == "gradients":
         gradients(rest[0], "without" not in rest)
     else:
         script = importlib.import_module(what)
-        arguments.run(script.main, script.parse_args(rest))
+        settings.run(script.main, script.parse_args(rest))

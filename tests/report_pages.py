@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from utils.evaluation.html_report import Report, RetrievalExample, SliceMaps, Table
+from utils.report.html import Report, RetrievalExample, SliceMaps, Table
 
 HOSTILE = "</script><img src=x onerror=alert(1)><b>&amp;\u2028'\""
 BLOCK = re.compile(r'<script type="text/plain" id="([^"]+)">(.*?)</script>', re.DOTALL)
@@ -28,13 +28,13 @@ def hexagonal(n_spots: int, pitch: float) -> np.ndarray:
 
 
 def tissue(side: int, rng: np.random.Generator) -> np.ndarray:
-    """A picture that a JPEG does not make smaller than real tissue: (side, side, 3)."""
+    """A image that a JPEG does not make smaller than real tissue: (side, side, 3)."""
     coarse = rng.uniform(size=(side // 16 + 1, side // 16 + 1, 1)).repeat(16, 0).repeat(16, 1)[:side, :side]
     colour = np.array([205, 150, 195]) + coarse * [30, 60, 30] + rng.normal(scale=9, size=(side, side, 1))
     return np.clip(colour, 0, 255).astype(np.uint8)
 
 
-def a_report(genes=("A", "B", "C"), n_spots=30, name="P1", barcode=None, picture_px=60, seed=0) -> Report:
+def a_report(genes=("A", "B", "C"), n_spots=30, name="P1", barcode=None, image_px=60, seed=0) -> Report:
     """All that a report can hold. The second gene is weak, and unknown in the measurement of the first spot."""
     rng = np.random.default_rng(seed)
     pitch, n_genes = 20.0, len(genes)
@@ -49,8 +49,8 @@ def a_report(genes=("A", "B", "C"), n_spots=30, name="P1", barcode=None, picture
     tiles = rng.integers(0, 255, size=(4, 16, 16, 3), dtype=np.uint8)
     one = SliceMaps(
         name=name,
-        picture=tissue(picture_px, rng),
-        picture_scale=picture_px / (xy.max() + pitch),
+        image=tissue(image_px, rng),
+        image_scale=image_px / (xy.max() + pitch),
         xy_fullres_px=xy,
         spot_diameter_px=0.6 * pitch,
         barcodes=barcodes,

@@ -1,4 +1,4 @@
-"""One picture as a file of each format that whole_slide reads, and the slow twin of a region of it."""
+"""One image as a file of each format that whole_slide reads, and the slow twin of a region of it."""
 
 from pathlib import Path
 
@@ -13,42 +13,42 @@ def draw(height: int = 301, width: int = 417) -> np.ndarray:
     """Smooth colours and a few sharp edges: (height, width, 3) uint8."""
     y, x = np.mgrid[:height, :width]
     waves = [128 + 100 * np.sin(x / 17), 128 + 100 * np.cos(y / 23), (x + y) % 256]
-    picture = np.stack(waves, axis=-1).astype(np.uint8)
-    picture[100:140, 200:260] = (90, 20, 130)
-    return picture
+    image = np.stack(waves, axis=-1).astype(np.uint8)
+    image[100:140, 200:260] = (90, 20, 130)
+    return image
 
 
-def write_ome(path: Path, picture: np.ndarray, unit: str = "µm", size: float = 0.25, **options) -> None:
+def write_ome(path: Path, image: np.ndarray, unit: str = "µm", size: float = 0.25, **options) -> None:
     """Two levels, the second one as a SubIFD."""
     options = {"photometric": "rgb", "tile": (64, 64), "compression": "zlib", **options}
     with tifffile.TiffWriter(path, ome=True) as file:
         names = {"axes": "YXS", "PhysicalSizeX": size, "PhysicalSizeY": size}
         metadata = names | {"PhysicalSizeXUnit": unit, "PhysicalSizeYUnit": unit}
-        file.write(picture, subifds=1, metadata=metadata, **options)
-        half = np.asarray(Image.fromarray(picture).reduce(2))
+        file.write(image, subifds=1, metadata=metadata, **options)
+        half = np.asarray(Image.fromarray(image).reduce(2))
         file.write(half, subfiletype=1, **options)
 
 
 WRITERS = {
-    "png": lambda path, picture: Image.fromarray(picture).save(path),
-    "jpg": lambda path, picture: Image.fromarray(picture).save(path, quality=100, subsampling=0),
-    "plain.tif": lambda path, picture: tifffile.imwrite(path, picture, photometric="rgb", **MM),
-    "strips.tif": lambda path, picture: tifffile.imwrite(
-        path, picture, photometric="rgb", rowsperstrip=7, compression="lzw", **MM
+    "png": lambda path, image: Image.fromarray(image).save(path),
+    "jpg": lambda path, image: Image.fromarray(image).save(path, quality=100, subsampling=0),
+    "plain.tif": lambda path, image: tifffile.imwrite(path, image, photometric="rgb", **MM),
+    "strips.tif": lambda path, image: tifffile.imwrite(
+        path, image, photometric="rgb", rowsperstrip=7, compression="lzw", **MM
     ),
-    "tiled.tif": lambda path, picture: tifffile.imwrite(
-        path, picture, photometric="rgb", tile=(64, 80), compression="zlib", **MM
+    "tiled.tif": lambda path, image: tifffile.imwrite(
+        path, image, photometric="rgb", tile=(64, 80), compression="zlib", **MM
     ),
     "ome.tif": write_ome,
 }
 
 
-def twin(picture: np.ndarray, x: float, y: float, side: float, out_px: int) -> np.ndarray:
-    """A region by way of the whole picture on a white ground."""
-    height, width = picture.shape[:2]
+def twin(image: np.ndarray, x: float, y: float, side: float, out_px: int) -> np.ndarray:
+    """A region by way of the whole image on a white ground."""
+    height, width = image.shape[:2]
     beyond = max(-x, -y, x + side - width, y + side - height, 0)
     margin = int(beyond + 4 * max(side / out_px, 1)) + 1
-    ground = np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), constant_values=255)
+    ground = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), constant_values=255)
     box = (x + margin, y + margin, x + margin + side, y + margin + side)
     return np.asarray(Image.fromarray(ground).resize((out_px, out_px), Image.Resampling.BICUBIC, box=box))
 

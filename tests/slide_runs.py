@@ -6,7 +6,7 @@ import anndata
 import pytest
 
 import predict_slide
-from utils.training import arguments
+from utils import settings
 
 FLAGS = ("--device", "cpu", "--precision", "fp32", "--maps", 1, "--workers", 1)
 
@@ -25,7 +25,7 @@ def predict(slides, decoder, out, *flags):
 
 def exit_code(*args):
     with pytest.raises(SystemExit) as stop:
-        arguments.run(predict_slide.main, parsed(*args))
+        settings.run(predict_slide.main, parsed(*args))
     return stop.value.code
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from tiny_runs import Work
 
-from utils.training import checkpoint, sharing
+from utils.sharing import export
+from utils.training import checkpoint
 
 STAGES = {"stage_one": ("encoder", "get_accuracy_image"), "stage_two": ("decoder", "decoder_similarity")}
 KINDS = list(STAGES)
@@ -13,7 +14,7 @@ KINDS = list(STAGES)
 def exported(trained: Work, out: Path) -> dict[str, Path]:
     """Both stages of a run as folders below `out`, by kind."""
     for kind, (flag, _) in STAGES.items():
-        sharing.export(getattr(trained, flag), out / kind)
+        export.export(getattr(trained, flag), out / kind)
     return {kind: out / kind for kind in KINDS}
 
 

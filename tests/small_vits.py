@@ -5,7 +5,7 @@ import torch
 from timm.layers import SwiGLUPacked
 
 from model.image_weights import Published
-from utils.training import features
+from utils.features import cache
 
 WIDTH = 6
 ONES = torch.ones(3)
@@ -51,7 +51,7 @@ def same_answer(encoder, reference, side):
 
 
 def read(path):
-    return features.read_image_weights(str(path), "--image_weights")
+    return cache.read_image_weights(str(path), "--image_weights")
 
 
 def written(path, state):

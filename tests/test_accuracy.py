@@ -232,7 +232,7 @@ def record_of(rng, seed, magic=0.2, ablation="default"):
     figures["mean"] = dict.fromkeys(accuracy_table.FIGURES)
     found = dict.fromkeys(accuracy_table.GALLERY, 0.2 + seed / 10)
     noise = rng.normal(scale=500, size=2000)
-    drawn = [name for name in (*accuracy_table.CHEAP, "stage_two_untouched", "magic") if name != "mean"]
+    drawn = [name for name in (*accuracy_table.CHEAP, "stage_two_pretrained", "magic") if name != "mean"]
     return {
         "seed": seed,
         "ablation": ablation,

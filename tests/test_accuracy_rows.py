@@ -12,9 +12,10 @@ from tiny_runs import Work
 from benchmarks import accuracy_diagnostics, accuracy_rows, accuracy_table, st_net
 from benchmarks.accuracy_rows import Row
 from model.image_encoder import ImageEncoder
+from utils import distributed, settings
 from utils.evaluation import baselines, metrics
 from utils.evaluation.ridge import RANKS, fit_ridge
-from utils.training import arguments, checkpoint, distributed
+from utils.training import checkpoint
 
 
 def test_rows_of_other_spots_or_genes_are_refused():
@@ -33,19 +34,19 @@ def test_the_eight_views_are_all_turns_and_flips(rng):
     assert torch.equal(accuracy_rows.turned(tile)[0], tile)
 
 
-def picture(rng, n=40):
+def image(rng, n=40):
     xy = np.column_stack([np.arange(n) % 8, np.arange(n) // 8]).astype(float)
     return {"features": rng.normal(size=(n, 6)), "xy": xy, "pitch": 1.0, "target": rng.normal(size=(n, 5))}
 
 
 def test_ridge_on_averaged_features_is_a_low_rank_ridge_on_rings(rng):
-    train, val, other = [picture(rng), picture(rng)], [picture(rng)], picture(rng)
+    train, val, other = [image(rng), image(rng)], [image(rng)], image(rng)
     x = [[baselines.ring_features(p["features"], p["xy"], 1.0) for p in part] for part in (train, val)]
     y = [[p["target"] for p in part] for part in (train, val)]
     direct = fit_ridge(x[0], y[0], x[1], y[1], ranks=RANKS)
     expected = direct.predict(baselines.ring_features(other["features"], other["xy"], 1.0))
     parts = {"train": train, "val": val, "test": [other]}
-    tissue = SimpleNamespace(pictures=lambda averaged, part: parts[part])
+    tissue = SimpleNamespace(images=lambda averaged, part: parts[part])
     val_pcc, (found,) = accuracy_rows.fit_turns_lowrank(tissue, [])
     np.testing.assert_allclose(found, expected)
     assert val_pcc == direct.val_pcc
@@ -74,15 +75,15 @@ def stage_one_args(work: Work, *flags):
     import train_mymodel
 
     args = train_mymodel.parse_args(work.argv("train_mymodel", *flags))
-    arguments.check_training(args)
+    settings.check_training(args)
     return args
 
 
-def test_the_untouched_checkpoint_differs_by_the_image_encoder_alone(trained, tmp_path):
-    args, target = stage_one_args(trained), tmp_path / "untouched" / "best.pth"
-    accuracy_rows.write_untouched(trained.encoder, target, args)
+def test_the_pretrained_checkpoint_differs_by_the_image_encoder_alone(trained, tmp_path):
+    args, target = stage_one_args(trained), tmp_path / "pretrained" / "best.pth"
+    accuracy_rows.write_pretrained(trained.encoder, target, args)
     before, after = (checkpoint.load(path, "stage_one", "--encoder") for path in (trained.encoder, target))
-    encoder = accuracy_rows.untouched(args, args.scales)
+    encoder = accuracy_rows.pretrained(args, args.crop_scales)
     fresh = {f"image_encoder.{name}": tensor for name, tensor in encoder.named_parameters()}
     assert set(after["model"]) == set(before["model"])
     for name, tensor in after["model"].items():
@@ -92,7 +93,7 @@ def test_the_untouched_checkpoint_differs_by_the_image_encoder_alone(trained, tm
 
 
 def test_cheap_rows_are_of_every_test_spot_and_kept_for_other_seeds(prepared, tmp_path, monkeypatch):
-    args = stage_one_args(prepared, "--scales", 1, 0.5)
+    args = stage_one_args(prepared, "--crop_scales", 1, 0.5)
     tissue, accelerator = accuracy_rows.Tissue(args), distributed.start("cpu", "fp32")
     run = SimpleNamespace(fold_folder=tmp_path, data_key="data", prepare=[], args=SimpleNamespace(out=tmp_path))
     rows, choice = accuracy_rows.kept_cheap_rows(run, tissue, accelerator, args)
@@ -106,7 +107,7 @@ def test_cheap_rows_are_of_every_test_spot_and_kept_for_other_seeds(prepared, tm
         accuracy_rows.kept_cheap_rows(SimpleNamespace(**vars(run) | {"data_key": "x"}), tissue, accelerator, args)
 
 
-def test_st_net_learns_expression_from_pictures(prepared):
+def test_st_net_learns_expression_from_images(prepared):
     args = stage_one_args(prepared, "--Epoch", 12, "--Init_lr", 2e-3)
     tissue, accelerator = accuracy_rows.Tissue(args), distributed.start("cpu", "fp32")
     torch.manual_seed(0)

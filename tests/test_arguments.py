@@ -12,8 +12,8 @@ from spaceranger_folders import refused
 from tiny_runs import FLAGS
 
 import train_mymodel
+from utils import settings
 from utils.slices.splits import SliceRow
-from utils.training import arguments
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {
@@ -96,11 +96,11 @@ def test_every_flag_explains_itself_or_is_plain(script, capsys):
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (arguments.count, {"1": 1, "4096": 4096}, ["0", "-1", "1.5", "1e3", "", "x", "nan"]),
-        (arguments.count_or_zero, {"0": 0, "7": 7}, ["-1", "0.5", "none"]),
-        (arguments.positive, {"1e-4": 1e-4, "112": 112.0}, ["0", "-1", "nan", "inf", "x"]),
-        (arguments.not_negative, {"0": 0.0, "1e-2": 0.01}, ["-1e-9", "nan", "inf"]),
-        (arguments.fraction, {"0": 0.0, "1": 1.0, "0.4": 0.4}, ["-0.1", "1.1", "nan"]),
+        (settings.count, {"1": 1, "4096": 4096}, ["0", "-1", "1.5", "1e3", "", "x", "nan"]),
+        (settings.count_or_zero, {"0": 0, "7": 7}, ["-1", "0.5", "none"]),
+        (settings.positive, {"1e-4": 1e-4, "112": 112.0}, ["0", "-1", "nan", "inf", "x"]),
+        (settings.not_negative, {"0": 0.0, "1e-2": 0.01}, ["-1e-9", "nan", "inf"]),
+        (settings.fraction, {"0": 0.0, "1": 1.0, "0.4": 0.4}, ["-0.1", "1.1", "nan"]),
     ],
 )
 def test_values_of_flags(kind, good, bad):
@@ -160,9 +160,9 @@ def test_the_lowest_rate_is_a_hundredth_unless_told():
 
 def test_slices_of_a_part():
     rows = [SliceRow(name, name, part, None, None) for name, part in (("a", "train"), ("b", "test"), ("c", ""))]
-    assert [row.slice for row in arguments.chosen(rows, "all")] == ["a", "b", "c"]
-    assert [row.slice for row in arguments.chosen(rows, "test")] == ["b"]
-    refused("no slice has part val", arguments.chosen, rows, "val")
+    assert [row.slice for row in settings.chosen(rows, "all")] == ["a", "b", "c"]
+    assert [row.slice for row in settings.chosen(rows, "test")] == ["b"]
+    refused("no slice has part val", settings.chosen, rows, "val")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_how_a_script_ends(error, code, words, capsys):
             raise error
 
     with pytest.raises(SystemExit) as stop:
-        arguments.run(main, argparse.Namespace(debug=False))
+        settings.run(main, argparse.Namespace(debug=False))
     shown = capsys.readouterr().err
     assert stop.value.code == code and words in shown and shown.count("\n") == bool(words)
 
@@ -190,9 +190,9 @@ def test_what_is_a_bug_keeps_its_traceback_and_debug_shows_all():
         raise KeyError("bug") if args.bug else ValueError("bad file")
 
     with pytest.raises(KeyError):
-        arguments.run(main, argparse.Namespace(debug=False, bug=True))
+        settings.run(main, argparse.Namespace(debug=False, bug=True))
     with pytest.raises(ValueError, match="bad file"):
-        arguments.run(main, argparse.Namespace(debug=True, bug=False))
+        settings.run(main, argparse.Namespace(debug=True, bug=False))
 
 
 HEAVY = "torch timm scanpy accelerate torchvision sklearn matplotlib"
@@ -200,7 +200,7 @@ IMPORTED = """
 import sys, importlib
 script, flags = importlib.import_module(sys.argv[1]), sys.argv[2:]
 try:
-    importlib.import_module("utils.training.arguments").run(script.main, script.parse_args(flags))
+    importlib.import_module("utils.settings").run(script.main, script.parse_args(flags))
 except SystemExit as stop:
     loaded = [name for name in "{heavy}".split() if name in sys.modules]
     print("loaded", *loaded, "code", stop.code)

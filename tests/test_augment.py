@@ -166,12 +166,12 @@ def test_the_accelerator_gives_what_the_processor_gives(rng):
 def test_the_eight_turns_are_those_of_numpy(rng, size):
     """Without a shift every pixel only changes its place: the set of results is that of rot90 and flip."""
     tile = tiles_of(rng, size=size)
-    picture = tile[0].permute(2, 0, 1).numpy()
-    every = [np.rot90(p, k, axes=(1, 2)) for p in (picture, picture[:, :, ::-1]) for k in range(4)]
+    image = tile[0].permute(2, 0, 1).numpy()
+    every = [np.rot90(p, k, axes=(1, 2)) for p in (image, image[:, :, ::-1]) for k in range(4)]
     found = [turned(tile, quarter, mirror) for mirror in (False, True) for quarter in range(4)]
     which = [[i for i, expected in enumerate(every) if np.array_equal(one, expected)] for one in found]
     assert sorted(which) == [[i] for i in range(8)]
-    assert np.array_equal(found[0], picture)
+    assert np.array_equal(found[0], image)
 
 
 def test_each_turn_comes_as_often_as_the_others():
@@ -185,19 +185,19 @@ def test_each_turn_comes_as_often_as_the_others():
 def test_shifts_are_whole_pixels_as_far_as_a_twentieth(rng, size, reach):
     """In the interior the shift is numpy's roll; the ends of the draws are the ends of the reach."""
     tile = tiles_of(rng, size=size)
-    picture, edge = tile[0].permute(2, 0, 1).numpy(), reach
+    image, edge = tile[0].permute(2, 0, 1).numpy(), reach
     inside = (slice(None), slice(edge, -edge), slice(edge, -edge))
     for draw, by in ((0.0, -reach), (np.nextafter(1.0, 0.0), reach), (STILL, 0)):
         for axis, (x, y) in ((2, (draw, STILL)), (1, (STILL, draw))):
             found = turned(tile, 0, False, x, y)
-            np.testing.assert_array_equal(found[inside], np.roll(picture, -by, axis)[inside])
+            np.testing.assert_array_equal(found[inside], np.roll(image, -by, axis)[inside])
 
 
 def test_at_the_edge_a_shifted_tile_is_mirrored(rng):
     tile = tiles_of(rng, size=64)
-    picture = tile[0].permute(2, 0, 1).numpy()
+    image = tile[0].permute(2, 0, 1).numpy()
     found = turned(tile, 0, False, x=0.9999)  # three pixels: the right edge is reflected
-    np.testing.assert_array_equal(found[:, :, -3:], picture[:, :, -1:-4:-1])
+    np.testing.assert_array_equal(found[:, :, -3:], image[:, :, -1:-4:-1])
 
 
 def test_the_last_number_below_one_is_a_draw_as_any_other(rng):

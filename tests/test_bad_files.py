@@ -71,7 +71,7 @@ def test_a_torn_missing_or_foreign_checkpoint(damaged, refused, script):
     flag, path = ("--decoder", damaged.decoder) if script == "decoder_similarity" else ("--encoder", damaged.encoder)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    refused(script, [], f"{flag}: .*{path.parent.name}/{BEST} is torn")
+    refused(script, [], f"{flag}: .*{path.parent.name}/{BEST} is corrupt")
     path.unlink()
     refused(script, [], f"{flag}: expected the file .*{path.parent.name}/{BEST}, found none; run train_")
     torch.save({"weights": torch.ones(2)}, path)
@@ -97,7 +97,7 @@ def test_resume_from_what_does_not_fit(damaged, refused, script):
         refused(script, ["--resume", "--target", "counts"], "was trained with other target")
     for name in (LAST, PREVIOUS):
         (folder / name).write_bytes((folder / name).read_bytes()[:5000])
-    refused(script, ["--resume"], f"--resume: .*{LAST} is torn")
+    refused(script, ["--resume"], f"--resume: .*{LAST} is corrupt")
     for name in (LAST, PREVIOUS):
         (folder / name).unlink()
     refused(script, ["--resume"], f"--resume: expected the file .*{LAST}, found none; run without --resume first")
@@ -125,7 +125,7 @@ def test_foreign_gene_weights(damaged, refused):
     flags = ["--gene_weights", weights, "--gene_vocab", vocabulary, "--tune_block", 0]
     refused("train_mymodel", flags, "--gene_weights: 0 of scBERT's .* tensors found")
     weights.write_bytes(weights.read_bytes()[:300])
-    refused("train_mymodel", flags, "--gene_weights: .*weights.pth is torn")
+    refused("train_mymodel", flags, "--gene_weights: .*weights.pth is corrupt")
 
 
 def test_foreign_image_weights(damaged, refused):

@@ -1,4 +1,4 @@
-"""Bad slices, pictures and tables: one line that names the file or the flag, exit code 2, nothing on disk changed."""
+"""Bad slices, images and tables: one line that names the file or the flag, exit code 2, nothing on disk changed."""
 
 import re
 
@@ -80,19 +80,19 @@ def test_no_count_at_all(damaged, refused):
     refused("make_decoder_data", [], "P01_1: expected spots with counts, found none")
 
 
-# ---- pictures
+# ---- images
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.95])
-def test_corrupt_picture(damaged, refused, share):
-    """Packed tiles of other settings, cut from the whole picture, stay."""
+def test_corrupt_image(damaged, refused, share):
+    """Packed tiles of other settings, cut from the whole image, stay."""
     path = damaged.data / "P01_1" / "P01_1_he.jpg"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     words = "an empty file" if share == 0 else "one that cannot be read"
     refused("image_tilling", ["--tile_px", 16], f"P01_1_he.jpg: expected an image.*, found {words}")
 
 
-def test_no_picture(damaged, refused):
+def test_no_image(damaged, refused):
     (damaged.data / "P01_1" / "P01_1_he.jpg").unlink()
     refused("image_tilling", [], "expected the image P01_1_he.jpg")
     refused("image_tilling", ["--source", "hires"], "P01_1: expected a full-resolution image, found none")

@@ -128,7 +128,7 @@ def test_weak_genes_are_greyed(opened):
 def test_opacity_range_and_kind_of_map(opened):
     page = opened(a_report(n_spots=100))
     first = page.halves()
-    for name, script in (("opacity", "plot.data[0].marker.opacity"), ("picture", "plot.layout.images[0].opacity")):
+    for name, script in (("opacity", "plot.data[0].marker.opacity"), ("image", "plot.layout.images[0].opacity")):
         page("arguments[0].value = 0; arguments[0].dispatchEvent(new Event('input'))", page.one(f"#{name}"))
         page.until(f"return {script} === 0", name)
         assert page.text(f"#{name}-value") == "0 %"
@@ -138,6 +138,6 @@ def test_opacity_range_and_kind_of_map(opened):
     page("get('range').value = 'own'; get('range').dispatchEvent(new Event('change'))")
     page.until("return plot.dataset.drawn.endsWith('own')", "own ranges")
     assert page(limits)[0] != page(limits)[1]
-    for kind in ("spread", "domain", "picture"):
+    for kind in ("spread", "domain", "image"):
         page("get('right').value = arguments[0]; get('right').dispatchEvent(new Event('change'))", kind)
         page.until(f"return plot.dataset.drawn.includes(' {kind} ')", kind)

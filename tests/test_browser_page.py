@@ -1,6 +1,6 @@
-"""report.html in a real Chromium, looked at: hostile names, screen readers, contrast, widths, size, pictures of it.
+"""report.html in a real Chromium, looked at: hostile names, screen readers, contrast, widths, size, images of it.
 
-env MAGIC_SCREENSHOTS=docs pytest tests/test_browser_page.py -k pictures      # docs/report.png and docs/report_dark.png
+env MAGIC_SCREENSHOTS=docs pytest tests/test_browser_page.py -k images      # docs/report.png and docs/report_dark.png
 pytest tests/test_browser_page.py -k large -s                                 # size and times of the largest report
 """
 
@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from report_pages import HOSTILE, a_report
 
-from utils.evaluation.html_report import Table
+from utils.report.html import Table
 
 pytest_plugins = ["browser_page"]
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -78,19 +78,19 @@ def test_hostile_names_do_nothing(opened):
 def test_a_script_that_got_in_would_not_run(opened):
     page = opened(a_report())
     page("const s = document.createElement('script'); s.textContent = 'window.harm = 1'; document.body.append(s)")
-    picture = '<img src="http://127.0.0.1:9/x.png" onerror="window.harm = 2">'
-    page("document.body.insertAdjacentHTML('beforeend', arguments[0])", picture)
+    image = '<img src="http://127.0.0.1:9/x.png" onerror="window.harm = 2">'
+    page("document.body.insertAdjacentHTML('beforeend', arguments[0])", image)
     assert page("return window.harm") is None
     refused = page.errors()
     assert refused and all("Content Security Policy" in line for line in refused)
-    assert page.refused() == {"csp"}, "the picture was not asked for"
+    assert page.refused() == {"csp"}, "the image was not asked for"
 
 
-def test_a_page_of_several_slices_without_measurements_or_pictures(opened):
+def test_a_page_of_several_slices_without_measurements_or_images(opened):
     made = a_report()
-    bare = replace(made.slices[0], name="P2", picture=None, measured=None, spread=None, domain_score=None)
+    bare = replace(made.slices[0], name="P2", image=None, measured=None, spread=None, domain_score=None)
     page = opened(replace(made, slices=[replace(made.slices[0], measured=None), bare]))
-    assert page("return [state.left, state.right]") == ["picture", "predicted"]
+    assert page("return [state.left, state.right]") == ["image", "predicted"]
     page("get('slice').value = '1'; get('slice').dispatchEvent(new Event('change'))")
     page.until("return plot.dataset.drawn.startsWith('1 ')", "the other slice")
     assert page("return [state.left, state.right]") == ["predicted", "predicted"]
@@ -142,7 +142,7 @@ def test_no_page_is_wider_than_its_window(opened, width):
 
 @BOTH
 def test_a_large_report_is_below_15_mb_and_says_how_fast_it_was(opened):
-    made = a_report(genes=[f"GENE{i:03d}" for i in range(300)], n_spots=5000, picture_px=2000)
+    made = a_report(genes=[f"GENE{i:03d}" for i in range(300)], n_spots=5000, image_px=2000)
     page = opened(replace(made, slices=[replace(made.slices[0], spread=None)]))
     work = page.work_s()
     size = page.path.stat().st_size
@@ -155,17 +155,17 @@ def test_a_large_report_is_below_15_mb_and_says_how_fast_it_was(opened):
     )
 
 
-def test_pictures_for_the_documentation(opened):
+def test_images_for_the_documentation(opened):
     """Only where MAGIC_SCREENSHOTS names a folder: of demo/report.html, where `make demo` has left one."""
     folder = os.environ.get("MAGIC_SCREENSHOTS")
     if not folder:
-        pytest.skip("MAGIC_SCREENSHOTS names no folder for the pictures")
-    shown = opened(a_report(genes=[f"GENE{i:03d}" for i in range(40)], n_spots=600, picture_px=1200))
+        pytest.skip("MAGIC_SCREENSHOTS names no folder for the images")
+    shown = opened(a_report(genes=[f"GENE{i:03d}" for i in range(40)], n_spots=600, image_px=1200))
     own, demo = shown.path, Path(__file__).resolve().parents[1] / "demo" / "report.html"
     for name, dark in (("report", False), ("report_dark", True)):
         shown.open(demo if demo.exists() else own, dark)
         shown.hover(30)
         time.sleep(0.5)  # the label fades in
-        picture = Image.open(io.BytesIO(shown.picture())).convert("RGB").crop((0, 0, 1280, 1700))
-        picture.quantize(256).save(Path(folder) / f"{name}.png", optimize=True)
+        image = Image.open(io.BytesIO(shown.image())).convert("RGB").crop((0, 0, 1280, 1700))
+        image.quantize(256).save(Path(folder) / f"{name}.png", optimize=True)
     shown.asked()  # another page's

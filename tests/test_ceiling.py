@@ -31,7 +31,7 @@ def test_pure_noise_has_no_ceiling(rng):
 
 
 def test_a_simulated_slice_is_not_judged_below_its_known_ceiling(simulated):
-    """Its genes vary by more than chance, which no picture tells and both halves share: the bound lies above."""
+    """Its genes vary by more than chance, which no image tells and both halves share: the bound lies above."""
     one = visium.read_slice(simulated / "P01_1")
     total = np.asarray(one.counts.sum(1)).ravel()
     truth = anndata.read_h5ad(simulated / "P01_1" / "truth.h5ad").var["ceiling_residuals"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from spaceranger_folders import refused
 
+from utils.files import atomic, tensors
 from utils.training import checkpoint
-from utils.training.checkpoint import LAST, PREVIOUS, TORN
+from utils.training.checkpoint import CORRUPT, LAST, PREVIOUS
 
 ABOUT = {"sizes": {"width": 4}, "genes": ["a", "b"], "tile_scale": [32, 3.5], "counts_hashes": {"s": "h"}}
 
@@ -40,7 +41,7 @@ def test_round_trip(path):
 
 def test_settings_become_plain_values(path):
     settings = {"out": Path("a/b"), 3: (1, Path("c")), "deep": {"x": [Path("d"), None, True]}}
-    plain = checkpoint.plain(settings)
+    plain = atomic.plain(settings)
     assert plain == {"out": "a/b", "3": [1, "c"], "deep": {"x": ["d", None, True]}}
     checkpoint.save(path, "stage_one", settings=plain)
     assert checkpoint.load(path, "stage_one", "--encoder")["settings"] == plain
@@ -50,11 +51,11 @@ def test_an_interrupted_save_leaves_the_old_file(path, monkeypatch):
     checkpoint.save(path, "stage_one", epoch=1)
     whole = path.read_bytes()
 
-    def torn(state, file):
+    def corrupt(state, file):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", torn)
+    monkeypatch.setattr(torch, "save", corrupt)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(path, "stage_one", epoch=2)
     assert path.read_bytes() == whole
@@ -67,7 +68,7 @@ def test_an_interrupted_save_leaves_the_old_file(path, monkeypatch):
 def test_a_torn_file_is_refused(path, share):
     checkpoint.save(path, "stage_one", model={f"w{i}": torch.randn(40) for i in range(30)})
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    line = refused("--encoder: .*best_epoch_weights.pth is torn", checkpoint.load, path, "stage_one", "--encoder")
+    line = refused("--encoder: .*best_epoch_weights.pth is corrupt", checkpoint.load, path, "stage_one", "--encoder")
     assert len(line) < 400
 
 
@@ -77,9 +78,9 @@ def test_a_torn_file_of_the_old_format_is_refused(path, share):
     path.parent.mkdir()
     tensors = {f"w{i}": torch.randn(40) for i in range(30)}
     torch.save({"model": tensors}, path, _use_new_zipfile_serialization=False)
-    assert set(checkpoint.read_weights(path, "--image_weights")) == set(tensors)
+    assert set(tensors.read_weights(path, "--image_weights")) == set(tensors)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    refused("--image_weights: .* is torn", checkpoint.read_weights, path, "--image_weights")
+    refused("--image_weights: .* is corrupt", tensors.read_weights, path, "--image_weights")
 
 
 @pytest.mark.parametrize("content", [b"hello", b"\x80\x04K\x01.", b"PK\x03\x04", b"\x00" * 100, b"(lp0\n."])
@@ -176,18 +177,18 @@ def test_the_newest_two_are_kept(tmp_path):
     assert checkpoint.read_resumed(tmp_path, "stage_two", ABOUT)["step"] == 2
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "foreign", "missing"])
+@pytest.mark.parametrize("damage", ["corrupt", "empty", "foreign", "missing"])
 def test_a_useless_last_one_is_named_and_the_one_before_it_used(tmp_path, capsys, damage):
     for number in range(2):
         save_last(tmp_path, number)
     last = tmp_path / LAST
-    content = {"torn": last.read_bytes()[:-200], "empty": b"", "foreign": b"something else"}.get(damage)
+    content = {"corrupt": last.read_bytes()[:-200], "empty": b"", "foreign": b"something else"}.get(damage)
     last.unlink() if content is None else last.write_bytes(content)
     assert checkpoint.read_resumed(tmp_path, "stage_two", ABOUT)["step"] == 0
     told = capsys.readouterr().out
     assert LAST in told and "going on from the one before it" in told
     assert checkpoint.load(last, "stage_two", "--resume")["step"] == 0, "the good one stands in its place"
-    assert (tmp_path / TORN).exists() == (content is not None), "nothing is thrown away"
+    assert (tmp_path / CORRUPT).exists() == (content is not None), "nothing is thrown away"
     save_last(tmp_path, 2)
     assert checkpoint.load(tmp_path / PREVIOUS, "stage_two", "--resume")["step"] == 0
 
@@ -239,7 +240,7 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path, monkeypatch, error):
 def test_foreign_weights_are_found(tmp_path, key):
     tensors = {"module.a": torch.ones(2), "b.module.c": torch.zeros(1)}
     torch.save(tensors if key is None else {key: tensors, "epoch": 3}, tmp_path / "w.pth")
-    found = checkpoint.read_weights(tmp_path / "w.pth", "--image_weights")
+    found = tensors.read_weights(tmp_path / "w.pth", "--image_weights")
     assert set(found) == {"a", "b.module.c"} and torch.equal(found["a"], torch.ones(2))
 
 
@@ -247,7 +248,7 @@ def test_flags_beside_the_tensors_are_read(tmp_path):
     """The checkpoints of timm, DINO and MAE hold the flags of their run."""
     content = {"model": {"a": torch.ones(2)}, "args": argparse.Namespace(lr=0.1, inner=argparse.Namespace(x="y"))}
     torch.save(content, tmp_path / "w.pth")
-    found = checkpoint.read_tensors(tmp_path / "w.pth", "--x")
+    found = tensors.read_tensors(tmp_path / "w.pth", "--x")
     assert torch.equal(found["model"]["a"], torch.ones(2)) and found["args"] == content["args"]
 
 
@@ -255,20 +256,20 @@ def test_safetensors(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(2)}, tmp_path / "w.safetensors")
-    assert torch.equal(checkpoint.read_weights(tmp_path / "w.safetensors", "--x")["a"], torch.ones(2))
-    for content in (b"", b"torn" * 10, (tmp_path / "w.safetensors").read_bytes()[:-4]):
-        (tmp_path / "torn.safetensors").write_bytes(content)
-        refused("--x: .*torn.safetensors is torn", checkpoint.read_weights, tmp_path / "torn.safetensors", "--x")
+    assert torch.equal(tensors.read_weights(tmp_path / "w.safetensors", "--x")["a"], torch.ones(2))
+    for content in (b"", b"corrupt" * 10, (tmp_path / "w.safetensors").read_bytes()[:-4]):
+        (tmp_path / "corrupt.safetensors").write_bytes(content)
+        refused("--x: .*corrupt.safetensors is corrupt", tensors.read_weights, tmp_path / "corrupt.safetensors", "--x")
 
 
 @pytest.mark.parametrize("state", [{}, {"epoch": 3}, [1], torch.ones(2)])
 def test_files_without_named_tensors_are_refused(tmp_path, state):
     torch.save(state, tmp_path / "w.pth")
-    refused("--image_weights: expected named tensors", checkpoint.read_weights, tmp_path / "w.pth", "--image_weights")
+    refused("--image_weights: expected named tensors", tensors.read_weights, tmp_path / "w.pth", "--image_weights")
 
 
 def test_the_hash_of_a_file(tmp_path):
     import hashlib
 
     (tmp_path / "a").write_bytes(b"weights")
-    assert checkpoint.file_hash(tmp_path / "a") == hashlib.sha256(b"weights").hexdigest()
+    assert checkpoint.model_hash(tmp_path / "a") == hashlib.sha256(b"weights").hexdigest()

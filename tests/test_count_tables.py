@@ -7,8 +7,8 @@ import pytest
 import scipy.sparse as sp
 from tiny_runs import data_flags, row
 
+from utils.features import dataset
 from utils.genes import panels as gene_panels
-from utils.training import datasets
 from utils.training.count_tables import read_tables
 
 ROWS = row("P01_1"), row("P02_1", "val"), row("P03_1", "test")
@@ -17,7 +17,7 @@ ROWS = row("P01_1"), row("P02_1", "val"), row("P03_1", "test")
 @pytest.fixture(scope="module")
 def slices(prepared):
     flags = data_flags(prepared)
-    return [datasets.load_slice(one, flags, ("input",), val_strip=False) for one in ROWS[:2]]
+    return [dataset.load_slice(one, flags, ("input",), val_strip=False) for one in ROWS[:2]]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def write(path, counts, names, **obs):
     anndata.AnnData(sp.csr_matrix(counts), obs=frame, var=pd.DataFrame(index=list(names))).write_h5ad(path)
 
 
-def read(prepared, slices, folder, equal_depth=None, **flags):
-    return read_tables(folder, slices, list(ROWS), data_flags(prepared, **flags), equal_depth)
+def read(prepared, slices, folder, downsample_counts=None, **flags):
+    return read_tables(folder, slices, list(ROWS), data_flags(prepared, **flags), downsample_counts)
 
 
 def some_counts(n_genes, n_spots=8, seed=3):
@@ -129,7 +129,7 @@ def test_what_is_held_out_is_refused_unless_a_leak_is_allowed(
 
 def test_a_validation_strip_is_held_out_too(prepared, folder, panel):
     flags = data_flags(prepared, val_strip=True)
-    strip = [datasets.load_slice(ROWS[0], flags, ("input",), val_strip=True)]
+    strip = [dataset.load_slice(ROWS[0], flags, ("input",), val_strip=True)]
     counts, kept = strip[0].panels["input"].counts, strip[0].rows_of("train")
     write(folder / "rest.h5ad", counts[kept], panel)
     assert len(read_tables(folder, strip, [ROWS[0]], flags)) == 1
@@ -170,6 +170,6 @@ def test_a_torn_file_and_an_empty_folder_are_refused(prepared, slices, folder):
         read(prepared, slices, folder)
     with pytest.raises(ValueError, match="found no such folder"):
         read(prepared, slices, folder / "none")
-    (folder / "a.h5ad").write_bytes(b"torn")
+    (folder / "a.h5ad").write_bytes(b"corrupt")
     with pytest.raises(ValueError, match=r"a\.h5ad: expected an h5ad file with counts in X"):
         read(prepared, slices, folder)

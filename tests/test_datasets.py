@@ -11,19 +11,20 @@ import torch
 from spaceranger_folders import refused
 from tiny_runs import Work, data_flags, rewrite_matrix, row, stderr_line
 
+from utils.features import dataset
+from utils.files.arrays import ArrayStore
 from utils.files.atomic import write_record
 from utils.genes import panels as gene_panels
 from utils.images import tiles
 from utils.images.image import open_image
 from utils.slices import splits, visium
-from utils.training import datasets
-from utils.training.spill import Spill
+from utils.training import loop
 
 ROLES = ("input", "target")
 
 
 def load(work, name="P01_1", part="train", roles=ROLES, val_strip=False):
-    return datasets.load_slice(row(name, part), data_flags(work), roles, val_strip)
+    return dataset.load_slice(row(name, part), data_flags(work), roles, val_strip)
 
 
 def repack(folder, rows, record=None):
@@ -75,7 +76,7 @@ def test_spots_without_a_tile_are_refused(work):
     assert barcodes[4] in refused("expected a tile for each of 70 spots, 2 have none", load, work)
 
 
-def test_spots_outside_the_picture_are_left_out_and_said(work, capsys):
+def test_spots_outside_the_image_are_left_out_and_said(work, capsys):
     barcodes = repack(work.tiles / "P01_1", np.r_[0:4, 6:70])
     write_record(
         work.tiles / "P01_1" / "tiles.json",
@@ -96,9 +97,9 @@ def test_panels_of_other_spots_are_refused(work):
 
 def test_slices_of_another_panel_or_another_tile_scale_are_refused(work):
     rows = [row("P01_1"), row("P02_1", "val")]
-    assert len(datasets.load_slices(rows, data_flags(work), ROLES, False)) == 2
+    assert len(dataset.load_slices(rows, data_flags(work), ROLES, False)) == 2
     write_record(work.tiles / "P02_1" / "tiles.json", tiles.read_record(work.tiles / "P02_1") | {"um_per_px": 5.0})
-    refused(r"P02_1: tiles of \(32, 5.0\)", datasets.load_slices, rows, data_flags(work), ROLES, False)
+    refused(r"P02_1: tiles of \(32, 5.0\)", dataset.load_slices, rows, data_flags(work), ROLES, False)
     other = Work(work.data, work.tiles, work.out / "other", work.out)
     other.run("make_decoder_data", "--n_top_genes", 19)
     for role in gene_panels.FILES:
@@ -106,21 +107,21 @@ def test_slices_of_another_panel_or_another_tile_scale_are_refused(work):
             gene_panels.panel_path(other.data, other.panels, "P02_1", role),
             gene_panels.panel_path(work.data, work.panels, "P02_1", role),
         )
-    refused("its target genes differ from those of P01_1", datasets.load_slices, rows, data_flags(work), ROLES, False)
-    refused("tiles of", datasets.load_slices, rows, data_flags(work), ("input",), False)
+    refused("its target genes differ from those of P01_1", dataset.load_slices, rows, data_flags(work), ROLES, False)
+    refused("tiles of", dataset.load_slices, rows, data_flags(work), ("input",), False)
 
 
 def test_the_scale_of_tiles(work):
     one = load(work)
-    assert datasets.tile_scale(one) == (32, 3.5), "112 um over 32 px"
-    assert datasets.um_per_fullres_px(one) == pytest.approx(1.0, rel=0.01), "as simulated"
+    assert dataset.tile_scale(one) == (32, 3.5), "112 um over 32 px"
+    assert dataset.um_per_fullres_px(one) == pytest.approx(1.0, rel=0.01), "as simulated"
     of_hires = one.pack.record | {"source": "hires", "crop": one.pack.record["crop"] * 0.3, "scale": 0.3}
     one.pack.record = of_hires
-    assert datasets.um_per_fullres_px(one) == pytest.approx(1.0, rel=0.01)
+    assert dataset.um_per_fullres_px(one) == pytest.approx(1.0, rel=0.01)
     one.pack.record = of_hires | {"resampled": False}
-    assert datasets.tile_scale(one) == (32, None), "a published crop states no scale"
+    assert dataset.tile_scale(one) == (32, None), "a published crop states no scale"
     one.pack.record = of_hires | {"um_per_px": None}
-    assert datasets.um_per_fullres_px(one) is None
+    assert dataset.um_per_fullres_px(one) is None
 
 
 # ---- parts
@@ -142,16 +143,16 @@ def test_the_strip_of_a_train_slice_and_of_no_other(work):
 
 def test_spots_of_several_slices(work):
     slices = [load(work), load(work, "P02_1", "val"), load(work, "P03_1", "train")]
-    found = datasets.spots_of(slices, "train")
+    found = dataset.spots_of(slices, "train")
     assert found.tolist() == [[0, i] for i in range(70)] + [[2, i] for i in range(70)]
-    assert datasets.all_spots(slices[0]).tolist() == [[0, i] for i in range(70)]
+    assert dataset.all_spots(slices[0]).tolist() == [[0, i] for i in range(70)]
 
 
 # ---- batches
 
 
 def test_an_epoch_gives_every_spot_at_most_once_and_drops_the_rest():
-    order = datasets.EpochOrder(70, 16, seed=0)
+    order = loop.EpochOrder(70, 16, seed=0)
     batches = list(order)
     assert len(order) == len(batches) == 4 and all(len(batch) == 16 for batch in batches)
     spots = [spot for batch in batches for spot in batch]
@@ -161,7 +162,7 @@ def test_an_epoch_gives_every_spot_at_most_once_and_drops_the_rest():
 
 def test_the_order_is_that_of_seed_and_epoch():
     def drawn(seed, epoch, n=70):
-        order = datasets.EpochOrder(n, 16, seed)
+        order = loop.EpochOrder(n, 16, seed)
         order.epoch = epoch
         return list(order)
 
@@ -172,22 +173,22 @@ def test_the_order_is_that_of_seed_and_epoch():
 
 
 def test_spots_in_turn():
-    assert datasets.in_turn(5, 2) == [[0, 1], [2, 3], [4]]
+    assert dataset.in_turn(5, 2) == [[0, 1], [2, 3], [4]]
 
 
 @pytest.fixture
 def batches(work):
     slices = [load(work), load(work, "P02_1", "train")]
-    spots = datasets.spots_of(slices, "train")
+    spots = dataset.spots_of(slices, "train")
     bins = [one.bins() for one in slices]
     extra = {"bins": np.stack([bins[i][r] for i, r in spots])}
-    return datasets.TileBatches(slices, spots, extra), slices
+    return dataset.TileBatches(slices, spots, extra), slices
 
 
 def test_a_batch_over_two_slices_keeps_its_order(batches, work):
     data, slices = batches
     numbers = [100, 3, 69, 70, 3]
-    (found,) = datasets.loader(data, [numbers], 0)
+    (found,) = dataset.loader(data, [numbers], 0)
     assert len(data) == 140 and found["spot"].tolist() == numbers and found["tiles"].dtype == torch.uint8
     for i, number in enumerate(numbers):
         one, at = slices[number // 70], number % 70
@@ -197,8 +198,8 @@ def test_a_batch_over_two_slices_keeps_its_order(batches, work):
 
 def test_reading_processes_give_the_same_batches(batches):
     data, _ = batches
-    order = datasets.EpochOrder(len(data), 16, seed=4)
-    alone, two = datasets.loader(data, order, 0), datasets.loader(data, order, 2)
+    order = loop.EpochOrder(len(data), 16, seed=4)
+    alone, two = dataset.loader(data, order, 0), dataset.loader(data, order, 2)
     for epoch in range(2):
         order.epoch = epoch
         expected, found = list(alone), list(two)
@@ -213,7 +214,7 @@ def test_reading_processes_are_handed_where_tiles_lie_and_no_more(batches, tmp_p
     """Whatever is kept per spot stays in this process, in memory or in a file without a name."""
     data, _ = batches
     before = len(pickle.dumps(data))
-    data.extra["wide"] = Spill(0, tmp_path).empty((len(data), 10_000), np.uint8)
+    data.extra["wide"] = ArrayStore(0, tmp_path).empty((len(data), 10_000), np.uint8)
     assert len(pickle.dumps(data)) == before < 200 * len(data)
     again = pickle.loads(pickle.dumps(data))
     np.testing.assert_array_equal(again.__getitems__([5, 99])["tiles"], data.__getitems__([5, 99])["tiles"])
@@ -221,7 +222,7 @@ def test_reading_processes_are_handed_where_tiles_lie_and_no_more(batches, tmp_p
 
 def test_reading_processes_end_with_the_block(batches):
     data, _ = batches
-    with pytest.raises(KeyError), datasets.loader(data, datasets.in_turn(len(data), 16), 2) as loader:
+    with pytest.raises(KeyError), dataset.loader(data, dataset.in_turn(len(data), 16), 2) as loader:
         next(iter(loader))
         readers = [child for child in multiprocessing.active_children() if child.is_alive()]
         assert len(readers) == 2
@@ -260,4 +261,4 @@ def test_panels_of_counts_that_are_no_longer_there_serve(trained, work):
     data = work.out / "data"
     shutil.copytree(trained.data, data, ignore=shutil.ignore_patterns("filtered_feature_bc_matrix.h5"))
     flags = data_flags(Work(data, work.tiles, work.panels, work.out))
-    assert len(datasets.load_slice(row("P01_1", "train"), flags, ROLES, False).barcodes) == 70
+    assert len(dataset.load_slice(row("P01_1", "train"), flags, ROLES, False).barcodes) == 70

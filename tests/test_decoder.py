@@ -135,7 +135,7 @@ def test_a_part_without_spread_is_not_seen():
     assert torch.equal(model.distances(seen), model.distances(other)) and model.distances(seen).min() > 0
 
 
-def test_every_gene_changes_with_each_part_of_the_picture():
+def test_every_gene_changes_with_each_part_of_the_image():
     model, given = decoder(), batch()
     assert smallest_change(model, given, vector=torch.randn(3, WIDTH)) > 1e-4
     for name in ("tokens", "context"):

@@ -13,8 +13,9 @@ from tiny_runs import BEST, LAST, Work
 
 import train_decoder
 from model.image_encoder import ImageEncoder
-from utils import decoder_start
-from utils.training import checkpoint, distributed, feature_bank, features
+from utils import distributed
+from utils.features import cache, neighbourhoods
+from utils.training import checkpoint, decoder_initialisation
 
 NO_MEMORY = ("--memory", 1e-9)
 
@@ -59,13 +60,13 @@ def test_train_slices_have_all_views_the_others_one(of_three_views, trained):
 def test_views_are_kept_apart(of_three_views, trained, tmp_path, monkeypatch):
     """Those that fit are read again; another seed draws other augmented views, but the tile stays what it is."""
     shutil.copytree(of_three_views[0] / "decoder_model" / "features", tmp_path / "decoder_model" / "features")
-    encoded, encode_slice = [], features.encode_slice
+    encoded, encode_slice = [], cache.encode_slice
 
     def recorded(how, one, view):
         encoded.append((one.name, view))
         return encode_slice(how, one, view)
 
-    monkeypatch.setattr(features, "encode_slice", recorded)
+    monkeypatch.setattr(cache, "encode_slice", recorded)
     assert same_weights(run_decoder(trained, tmp_path, "--views", 3), of_three_views[1])
     run_decoder(trained, tmp_path, "--views", 2)
     assert not encoded
@@ -74,13 +75,13 @@ def test_views_are_kept_apart(of_three_views, trained, tmp_path, monkeypatch):
 
 
 def test_each_epoch_draws_a_view_of_each_spot_and_validation_sees_the_tile(trained, tmp_path, monkeypatch):
-    drawn, batch = [], feature_bank.FeatureBank.batch
+    drawn, batch = [], neighbourhoods.FeatureBank.batch
 
     def recorded(bank, spots, view=0):
         drawn.append((spots, view))
         return batch(bank, spots, view)
 
-    monkeypatch.setattr(feature_bank.FeatureBank, "batch", recorded)
+    monkeypatch.setattr(neighbourhoods.FeatureBank, "batch", recorded)
     epochs = []
     for first in (0, 1, 1):
         drawn.clear()
@@ -132,11 +133,11 @@ def test_the_start_is_numbered_before_the_first_epoch_and_is_not_solved_again(tr
 def test_every_train_slice_has_a_spot_in_the_ridge_however_few_are_drawn(trained, tmp_path, monkeypatch):
     """Two train slices, each with a strip to validate on."""
     (tmp_path / "slices.csv").write_text("slice,patient,part\nP01_1,P01,train\nP02_1,P02,train\n")
-    drawn, batch = [], feature_bank.FeatureBank.batch
+    drawn, batch = [], neighbourhoods.FeatureBank.batch
     monkeypatch.setattr(
-        feature_bank.FeatureBank, "batch", lambda bank, spots, *view: drawn.append(spots) or batch(bank, spots, *view)
+        neighbourhoods.FeatureBank, "batch", lambda bank, spots, *view: drawn.append(spots) or batch(bank, spots, *view)
     )
-    monkeypatch.setattr(decoder_start, "START_SPOTS", 1)
+    monkeypatch.setattr(decoder_initialisation, "START_SPOTS", 1)
     monkeypatch.setattr(train_decoder, "LANDMARKS", 2)
     state = run_decoder(trained, tmp_path, "--slices", tmp_path / "slices.csv", "--val_strip", "--allow_leak")
     landmarks, again, first, second = (spots.tolist() for spots in drawn[:4])
@@ -144,14 +145,14 @@ def test_every_train_slice_has_a_spot_in_the_ridge_however_few_are_drawn(trained
     assert state["sizes"]["landmarks"] == len(state["model"]["decoder.ridge.landmarks"]) == 2
 
 
-@pytest.mark.parametrize("turns", [1, 8])
+@pytest.mark.parametrize("tta", [1, 8])
 def test_features_are_those_of_as_many_turns(of_three_views, trained, tmp_path, turns):
     """And kept features of another number of turns are not taken for them."""
     kept = tmp_path / "decoder_model" / "features"
     shutil.copytree(of_three_views[0] / "decoder_model" / "features", kept)
     before = np.load(kept / "P01_1.npy")
-    state = run_decoder(trained, tmp_path, "--turns", turns)
-    assert state["sizes"]["turns"] == turns
+    state = run_decoder(trained, tmp_path, "--tta", turns)
+    assert state["sizes"]["tta"] == turns
     assert np.array_equal(np.load(kept / "P01_1.npy"), before) == (turns == 1)
 
 
@@ -179,7 +180,7 @@ def test_not_one_view_in_the_disk_budget(refused):
 def test_features_on_disk_teach_as_those_in_memory(trained, tmp_path, flags):
     one, other = (run_decoder(trained, tmp_path, *flags, *budget) for budget in ((), NO_MEMORY))
     assert same_weights(one, other) and torch.equal(one["val_pcc"], other["val_pcc"])
-    assert not different_files(tmp_path), "what was spilled has no name"
+    assert not different_files(tmp_path), "what was mapped_too has no name"
 
 
 def different_files(out):
@@ -194,7 +195,7 @@ def different_files(out):
 
 
 def test_the_evaluation_is_the_same_without_memory_and_goes_slice_by_slice(trained, tmp_path, monkeypatch):
-    events, encode_slice, predict = [], features.encode_slice, feature_bank.predict
+    events, encode_slice, predict = [], cache.encode_slice, neighbourhoods.predict
 
     def recorded_encode(how, one, *view):
         events.append(f"encode {one.name}")
@@ -204,8 +205,8 @@ def test_the_evaluation_is_the_same_without_memory_and_goes_slice_by_slice(train
         events.append("predict")
         return predict(*args)
 
-    monkeypatch.setattr(features, "encode_slice", recorded_encode)
-    monkeypatch.setattr(feature_bank, "predict", recorded_predict)
+    monkeypatch.setattr(cache, "encode_slice", recorded_encode)
+    monkeypatch.setattr(neighbourhoods, "predict", recorded_predict)
     found = []
     for budget in ((), NO_MEMORY):
         events.clear()
@@ -240,7 +241,7 @@ def test_the_decoder_is_in_fp32_on_a_cpu_that_may_choose(precision, device, expe
 def test_the_encoder_keeps_its_precision_where_the_decoder_has_another(trained, tmp_path, monkeypatch):
     from_encoder, from_decoder = [], []
     grid_tokens, autocast = ImageEncoder.grid_tokens, distributed.decoder_autocast
-    monkeypatch.setattr("utils.training.distributed.bf16_is_fast", lambda device: True)
+    monkeypatch.setattr("utils.distributed.bf16_is_fast", lambda device: True)
 
     def tokens(*args):
         from_encoder.append(grid_tokens(*args).dtype)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model.decoder import GeneDecoder
-from utils import decoder_start
 from utils.evaluation.ridge import validation_pcc
+from utils.training import decoder_initialisation
 
 WIDTH, GENES, REACHES = 6, 8, 2
 FLAGS = SimpleNamespace(seed=0, batch_size=7)
@@ -50,7 +50,7 @@ def made(rng, linear=False, noise=0.3, n_parts=1 + REACHES):
 def solve(slices, bank, target, truth, n_landmarks=85):
     torch.manual_seed(0)
     model = SimpleNamespace(decoder=GeneDecoder(WIDTH, GENES, 1, 16, n_landmarks=n_landmarks, n_reaches=REACHES).eval())
-    said = decoder_start.start_from_ridge(model, bank, slices, target, truth, FLAGS)
+    said = decoder_initialisation.start_from_ridge(model, bank, slices, target, truth, FLAGS)
     return model.decoder.ridge, said
 
 
@@ -76,9 +76,9 @@ def plain_kernel(seen, landmarks, sharpness, n_parts=1 + REACHES):
 @pytest.mark.parametrize("sharpness", [0.03, 1.0])
 def test_the_start_is_the_kernel_ridge_of_a_plain_solution(rng, monkeypatch, sharpness):
     """With a landmark for every train spot: both sides centred, (K + penalty)^-1 solved as it stands, full rank."""
-    monkeypatch.setattr(decoder_start, "SHARPNESS", (sharpness,))
-    monkeypatch.setattr(decoder_start, "PENALTIES", (0.2,))
-    monkeypatch.setattr(decoder_start.ridge, "RANKS", (None,))
+    monkeypatch.setattr(decoder_initialisation, "SHARPNESS", (sharpness,))
+    monkeypatch.setattr(decoder_initialisation, "PENALTIES", (0.2,))
+    monkeypatch.setattr(decoder_initialisation.ridge, "RANKS", (None,))
     slices, bank, target, truth = made(rng)
     ridge, said = solve(slices, bank, target, truth)
     train = np.r_[0:45, 65:105]
@@ -110,7 +110,7 @@ def test_a_bent_relation_asks_for_a_sharper_kernel(rng, linear):
 def test_a_sharp_kernel_must_be_clearly_better(linear, gain, chosen):
     scores = [(linear - 0.2, 0.03), (linear, 0.03), (linear, 0.3), (linear + gain * abs(linear), 1.0)]
     found = [(SimpleNamespace(val_pcc=score), 1, sharpness, None) for score, sharpness in scores]
-    best = decoder_start.clearly_best(found)
+    best = decoder_initialisation.clearly_best(found)
     assert best[2] == chosen and best[0].val_pcc >= linear
 
 
@@ -139,17 +139,17 @@ def test_a_gene_that_was_not_measured_stands_at_its_mean(rng):
 
 def test_of_many_train_spots_each_slice_gives_its_share(rng, monkeypatch):
     slices, bank, *_ = made(rng)
-    monkeypatch.setattr(decoder_start, "START_SPOTS", 17)
-    first, second = decoder_start.drawn(bank, slices, 0)
+    monkeypatch.setattr(decoder_initialisation, "START_SPOTS", 17)
+    first, second = decoder_initialisation.drawn(bank, slices, 0)
     assert (len(first), len(second)) == (9, 8) and first.max() < 45 and second.min() >= 65
-    again, other = (decoder_start.drawn(bank, slices, seed)[0].tolist() for seed in (0, 1))
+    again, other = (decoder_initialisation.drawn(bank, slices, seed)[0].tolist() for seed in (0, 1))
     assert again == first.tolist() != other
     monkeypatch.undo()
-    assert [one.tolist() for one in decoder_start.drawn(bank, slices, 1)] == [[*range(45)], [*range(65, 105)]]
+    assert [one.tolist() for one in decoder_initialisation.drawn(bank, slices, 1)] == [[*range(45)], [*range(65, 105)]]
 
 
 def test_axes_give_the_kernel_back(rng):
     points = rng.normal(size=(30, 4))
     kernel = plain_kernel(np.repeat(points[:, None], 1 + REACHES, 1), np.repeat(points[:, None], 1 + REACHES, 1), 1.0)
-    placed = kernel @ decoder_start.kernel_axes(kernel)
+    placed = kernel @ decoder_initialisation.kernel_axes(kernel)
     np.testing.assert_allclose(placed @ placed.T, kernel, atol=1e-5)

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils.training import datasets, distributed
+from utils import distributed
+from utils.features import dataset
 
 
 def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
@@ -27,5 +28,5 @@ def test_reading_processes_are_for_gpus_or_for_who_asks(monkeypatch, gpu, given,
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     seen = {}
     monkeypatch.setattr("torch.utils.data.DataLoader", lambda data, **flags: seen.update(flags))
-    datasets.loader(datasets.TileBatches([], []), [], given)
+    dataset.loader(dataset.TileBatches([], []), [], given)
     assert seen["num_workers"] == expected and seen["persistent_workers"] == (expected > 0)

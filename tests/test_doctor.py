@@ -88,8 +88,8 @@ def test_the_totals_are_those_of_the_matrix_in_spans(simulated, tmp_path, capsys
 
 def test_two_damaged_slices_are_both_found_and_the_third_is_looked_at(own, seen):
     (own / "data/P01_1/spatial/scalefactors_json.json").unlink()
-    torn = own / "data/P02_1/filtered_feature_bc_matrix.h5"
-    torn.write_bytes(torn.read_bytes()[:1000])
+    corrupt = own / "data/P02_1/filtered_feature_bc_matrix.h5"
+    corrupt.write_bytes(corrupt.read_bytes()[:1000])
     printed = seen(
         expect=[r"P01_1: .*scalefactors_json.json: expected .*; mend: add it", r"P02_1: .*bc_matrix.h5: .*; mend: copy"]
     )
@@ -116,7 +116,7 @@ def test_a_square_array_asks_for_its_pitch(own, seen):
     seen("--slices", table, expect=[r"found a square array; mend: add the column spot_pitch_um"])
 
 
-def test_pictures_missing_doubled_or_of_another_slide(own, seen):
+def test_images_missing_doubled_or_of_another_slide(own, seen):
     (own / "slices.csv").write_text("slice,patient,part\nP01_1,P01,train\nP02_1,P02,val\nP03_1,P03,test\n")
     first, second, third = (own / "data" / name for name in ("P01_1", "P02_1", "P03_1"))
     shutil.copy(first / "P01_1_he.jpg", first / "again.jpg")
@@ -134,7 +134,7 @@ def test_pictures_missing_doubled_or_of_another_slide(own, seen):
     )
 
 
-def test_the_hires_picture_alone_is_a_note(own, capsys):
+def test_the_hires_image_alone_is_a_note(own, capsys):
     for name in ("P01_1", "P02_1", "P03_1"):
         (own / f"data/{name}/{name}_he.jpg").unlink()
     (own / "slices.csv").write_text("slice,patient,part\nP01_1,P01,train\nP02_1,P02,val\nP03_1,P03,test\n")

@@ -1,4 +1,4 @@
-"""Results as AnnData: spots of one or several slices, the small picture, files that scanpy plots as they are."""
+"""Results as AnnData: spots of one or several slices, the small image, files that scanpy plots as they are."""
 
 import anndata
 import matplotlib.pyplot as plt
@@ -31,25 +31,25 @@ def made(*parts):
 
 
 @pytest.mark.parametrize("kind", ["hires", "lowres"])
-def test_the_small_picture_and_its_scale(tmp_path, kind):
-    pixels, scale = export.small_picture(slice_root(tmp_path, kind))
+def test_the_small_image_and_its_scale(tmp_path, kind):
+    pixels, scale = export.small_image(slice_root(tmp_path, kind))
     np.testing.assert_array_equal(pixels, PIXELS)
     assert scale == SCALES[f"tissue_{kind}_scalef"]
     entry = export.spatial_entry(tmp_path)
     np.testing.assert_array_equal(entry["images"]["hires"], PIXELS)
-    assert entry["scalefactors"]["tissue_hires_scalef"] == scale, "of the picture that is there"
+    assert entry["scalefactors"]["tissue_hires_scalef"] == scale, "of the image that is there"
     assert entry["scalefactors"]["spot_diameter_fullres"] == 65.0
 
 
 def test_hires_comes_before_lowres(tmp_path):
     slice_root(tmp_path, "hires")
     Image.new("RGB", (8, 6)).save(tmp_path / "spatial" / "tissue_lowres_image.png")
-    assert export.small_picture(tmp_path)[0].shape == (60, 80, 3)
+    assert export.small_image(tmp_path)[0].shape == (60, 80, 3)
 
 
-def test_a_slice_without_a_picture(tmp_path):
+def test_a_slice_without_a_image(tmp_path):
     write_spatial(tmp_path)
-    assert export.small_picture(tmp_path) is None
+    assert export.small_image(tmp_path) is None
     assert export.spatial_entry(tmp_path)["images"] == {}
     assert made(part(tmp_path)).n_obs == 4
 
@@ -87,11 +87,11 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     export.write_anndata(path, adata)
     whole = path.read_bytes()
 
-    def torn(self, file):
+    def corrupt(self, file):
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(anndata.AnnData, "write_h5ad", torn)
+    monkeypatch.setattr(anndata.AnnData, "write_h5ad", corrupt)
     with pytest.raises(KeyboardInterrupt):
         export.write_anndata(path, adata)
     assert path.read_bytes() == whole

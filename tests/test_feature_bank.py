@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_runs import data_flags, row
 
-from utils.training import datasets, feature_bank
-from utils.training.spill import Spill
+from utils.features import dataset, neighbourhoods
+from utils.files.arrays import ArrayStore
 
 PITCH_PX = 20.0
 REACHES = (1.0, 2.0, 4.0)
@@ -42,7 +42,7 @@ def slow_neighbours(xy, pitch_px, n):
 @pytest.mark.parametrize("n", [1, 4, 18])
 def test_neighbours_are_those_of_a_double_loop(rng, n):
     xy = one_slice(rng, 60)[0].xy_fullres_px
-    index, offset, present = feature_bank.neighbours(xy, PITCH_PX, n)
+    index, offset, present = neighbourhoods.neighbours(xy, PITCH_PX, n)
     assert index.shape == present.shape == (60, n) and offset.shape == (60, n, 2)
     for i, expected in enumerate(slow_neighbours(xy, PITCH_PX, n)):
         k = len(expected)
@@ -56,14 +56,14 @@ def test_neighbours_are_those_of_a_double_loop(rng, n):
 def test_a_spot_alone_has_no_means_around_and_no_context():
     """As of a core so small that one spot lies on it."""
     xy, features = np.zeros((1, 2)), np.ones((1, 2, 6), np.float16)
-    ((block, values),) = feature_bank.means_around(features, xy, PITCH_PX, REACHES)
+    ((block, values),) = neighbourhoods.means_around(features, xy, PITCH_PX, REACHES)
     assert block == slice(0, 1) and values.shape == (1, len(REACHES), 2, 6) and np.isnan(values).all()
-    _, _, present = feature_bank.neighbours(xy, PITCH_PX, 4)
+    _, _, present = neighbourhoods.neighbours(xy, PITCH_PX, 4)
     assert present.shape == (1, 4) and not present.any()
 
 
 def test_no_context(rng):
-    index, offset, present = feature_bank.neighbours(rng.random((7, 2)), 1.0, 0)
+    index, offset, present = neighbourhoods.neighbours(rng.random((7, 2)), 1.0, 0)
     assert index.shape == present.shape == (7, 0) and offset.shape == (7, 0, 2)
 
 
@@ -82,13 +82,13 @@ def slow_means_around(features, xy, pitch_px):
 @pytest.mark.parametrize("at_once", [7, 1000])
 def test_means_around_are_those_of_a_double_loop(rng, monkeypatch, at_once):
     """A gap, an edge, two spots in one place, one that has only the farthest reach, one alone."""
-    monkeypatch.setattr(feature_bank, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(neighbourhoods, "ROWS_AT_ONCE", at_once)
     one, features = one_slice(rng, 130)
     xy = np.concatenate([one.xy_fullres_px, one.xy_fullres_px[:1], [[-9 * PITCH_PX, 0], [1e4, 1e4]]])
     features = np.concatenate([features, features[:3] + 1])
     expected = slow_means_around(features, xy, PITCH_PX)
     found = np.empty(expected.shape, np.float32)
-    for block, values in feature_bank.means_around(features, xy, PITCH_PX, REACHES):
+    for block, values in neighbourhoods.means_around(features, xy, PITCH_PX, REACHES):
         found[block] = values
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     alone = np.isnan(expected).all((2, 3)).tolist()
@@ -97,7 +97,7 @@ def test_means_around_are_those_of_a_double_loop(rng, monkeypatch, at_once):
 
 def test_a_lonely_spot_has_no_neighbour():
     xy = np.array([[0.0, 0], [2.5, 0], [5.2, 0]])
-    index, offset, present = feature_bank.neighbours(xy, 1.0, 4)
+    index, offset, present = neighbourhoods.neighbours(xy, 1.0, 4)
     assert present.sum(1).tolist() == [1, 1, 0] and index[:2, 0].tolist() == [1, 0]
     assert offset[:2, 0].tolist() == [[2.5, 0], [-2.5, 0]]
 
@@ -105,7 +105,7 @@ def test_a_lonely_spot_has_no_neighbour():
 def test_spots_on_top_of_one_another_are_neighbours_but_not_their_own():
     """Twelve spots at one place: a query for the nearest 4 + 1 may not hold the spot itself."""
     xy = np.vstack([np.zeros((12, 2)), [[1.0, 0]]])
-    index, offset, present = feature_bank.neighbours(xy, 1.0, 4)
+    index, offset, present = neighbourhoods.neighbours(xy, 1.0, 4)
     assert present.all() and not (index == np.arange(13)[:, None]).any()
     assert all(len(set(line)) == 4 for line in index)
     assert not offset[:12].any() and (offset[12] == [-1, 0]).all()
@@ -116,7 +116,7 @@ def test_spots_on_top_of_one_another_are_neighbours_but_not_their_own():
 
 def test_moments_of_vectors_and_of_tokens(rng):
     several = [one_slice(rng, n)[1] for n in (30, 50)]
-    found = feature_bank.moments(several, 1)
+    found = neighbourhoods.moments(several, 1)
     whole = np.concatenate(several).astype(float)
     assert found.mean.shape == found.sd.shape == (2, 6)
     agree(found, whole)
@@ -131,40 +131,40 @@ def agree(found, whole):
 
 @pytest.mark.parametrize("at_once", [1, 7, 30, 1000])
 def test_moments_of_some_rows_by_blocks_of_any_size(rng, monkeypatch, at_once):
-    monkeypatch.setattr(feature_bank, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(neighbourhoods, "ROWS_AT_ONCE", at_once)
     several = [one_slice(rng, n)[1] for n in (30, 50, 20)]
     rows = [np.arange(3, 25), np.sort(rng.permutation(50)[:31]), np.zeros(0, int)]
     whole = np.concatenate([f[r] for f, r in zip(several, rows, strict=True)]).astype(float)
-    agree(feature_bank.moments(several, 1, rows), whole)
+    agree(neighbourhoods.moments(several, 1, rows), whole)
 
 
 def test_moments_far_from_zero(rng):
     """A deviation of a thousandth of the mean, about what float16 can tell apart."""
     far = (1000 + rng.integers(-2, 3, (300, 5, 6)) * 0.5).astype(np.float16)
-    agree(feature_bank.moments([far], 1), far.astype(float))
+    agree(neighbourhoods.moments([far], 1), far.astype(float))
 
 
 def test_a_constant_feature_has_a_deviation_all_the_same():
     flat = np.ones((70, 5, 3), np.float16)
-    assert feature_bank.moments([flat], 1).sd.tolist() == [[np.float32(1e-3)] * 3] * 2
+    assert neighbourhoods.moments([flat], 1).sd.tolist() == [[np.float32(1e-3)] * 3] * 2
 
 
 def test_a_slice_under_64_tiles_uses_the_train_statistics_and_says_so(rng, capsys):
-    train = feature_bank.moments([one_slice(rng, 80)[1]], 1)
+    train = neighbourhoods.moments([one_slice(rng, 80)[1]], 1)
     small, enough = one_slice(rng, 63)[1], one_slice(rng, 64)[1]
-    assert feature_bank.slice_moments(small, "few", train) is train
+    assert neighbourhoods.slice_moments(small, "few", train) is train
     assert (
         "warning: few has 63 tiles, under 64: standardised by the train slices' statistics" in capsys.readouterr().out
     )
-    own = feature_bank.slice_moments(enough, "many", train)
-    np.testing.assert_array_equal(own.mean, feature_bank.moments([enough], 1).mean)
+    own = neighbourhoods.slice_moments(enough, "many", train)
+    np.testing.assert_array_equal(own.mean, neighbourhoods.moments([enough], 1).mean)
     assert own is not train and not capsys.readouterr().out
 
 
 def make_bank(made, tmp_path, kind="in memory", views=None):
-    spill = Spill(GIB[kind], tmp_path)
+    store = ArrayStore(GIB[kind], tmp_path)
     device = torch.device("cpu")
-    return feature_bank.FeatureBank(made.slices, views or [made.kept], made.train, 18, REACHES, device, spill)
+    return neighbourhoods.FeatureBank(made.slices, views or [made.kept], made.train, 18, REACHES, device, store)
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def made(rng):
     """A large and a small slice, as much context as the published models have: spots at the edge have less."""
     several = [one_slice(rng, 70, "large"), one_slice(rng, 40, "small")]
     slices, kept = (list(part) for part in zip(*several, strict=True))
-    return SimpleNamespace(slices=slices, kept=kept, train=feature_bank.moments([kept[0]], 1))
+    return SimpleNamespace(slices=slices, kept=kept, train=neighbourhoods.moments([kept[0]], 1))
 
 
 @pytest.fixture(params=GIB)
@@ -184,7 +184,7 @@ def slow_batch(made, number, standard=None):
     """One spot of the bank, looked up by hand; `standard` are the features that the large slice is standardised by."""
     i, at = (0, number) if number < 70 else (1, number - 70)
     kept = made.kept[i].astype(np.float32)
-    own = feature_bank.moments([made.kept[0] if standard is None else standard], 1) if i == 0 else made.train
+    own = neighbourhoods.moments([made.kept[0] if standard is None else standard], 1) if i == 0 else made.train
     one = made.slices[i]
     nearest = slow_neighbours(one.xy_fullres_px, PITCH_PX, 18)[at]
     plain = made.kept[i] if standard is None or i else standard  # means are taken over the tiles as they are
@@ -241,7 +241,7 @@ def test_a_batch_from_disk_is_that_from_memory_bit_for_bit(made, rng, tmp_path, 
         files.append(np.load(tmp_path / f"{i}.npy", mmap_mode="r"))
     large, small, other = files
     views = [[large, small], [other, small]]
-    fast, lean = (make_bank(made, tmp_path / "spill", k, views) for k in ("in memory", kind))
+    fast, lean = (make_bank(made, tmp_path / "store", k, views) for k in ("in memory", kind))
     assert fast.tokens.whole is not None and lean.tokens.whole is None
     assert (lean.vectors.whole is None) == (kind == "on disk")
     spots, view = rng.integers(0, 110, 64), rng.integers(0, 2, 64)
@@ -251,10 +251,10 @@ def test_a_batch_from_disk_is_that_from_memory_bit_for_bit(made, rng, tmp_path, 
 
 
 def test_the_budget_is_shared_by_all_that_grows_with_the_spots(made, tmp_path):
-    spill = Spill(1.0, tmp_path)
-    feature_bank.FeatureBank(made.slices, [made.kept], made.train, 18, REACHES, torch.device("cpu"), spill)
+    store = ArrayStore(1.0, tmp_path)
+    neighbourhoods.FeatureBank(made.slices, [made.kept], made.train, 18, REACHES, torch.device("cpu"), store)
     nearest = 110 * 18 * (4 + 2 * 4 + 1)  # number, offsets, present
-    assert 2**30 - spill.left == 110 * (5 + len(REACHES)) * 6 * 2 + nearest
+    assert 2**30 - store.left == 110 * (5 + len(REACHES)) * 6 * 2 + nearest
 
 
 def test_a_view_gives_its_vectors_tokens_and_context(made, bank, tmp_path):
@@ -273,8 +273,8 @@ def test_a_view_gives_its_vectors_tokens_and_context(made, bank, tmp_path):
 
 
 def test_no_context_at_all(made, tmp_path):
-    found = feature_bank.FeatureBank(
-        made.slices, [made.kept], made.train, 0, (), torch.device("cpu"), Spill(1.0, tmp_path)
+    found = neighbourhoods.FeatureBank(
+        made.slices, [made.kept], made.train, 0, (), torch.device("cpu"), ArrayStore(1.0, tmp_path)
     ).batch(np.arange(5))
     assert found["context"].shape == (5, 0, 6) and found["offsets"].shape == (5, 0, 2)
     assert found["around"].shape == (5, 0, 6)
@@ -291,21 +291,21 @@ def test_a_spot_alone_has_the_mean_of_its_slice_around(made, tmp_path):
 
 @pytest.fixture(scope="module")
 def tiled(prepared):
-    return datasets.load_slice(row("P01_1"), data_flags(prepared), ("target",), val_strip=True)
+    return dataset.load_slice(row("P01_1"), data_flags(prepared), ("target",), val_strip=True)
 
 
 def test_vectors_for_the_out_of_domain_score_are_not_standardised(tiled, rng):
     made = rng.random((70, 5, 4)).astype(np.float16)
-    found = feature_bank.domain_vectors([tiled, tiled], [made, made + 1], 1, "val", 0)
+    found = neighbourhoods.domain_vectors([tiled, tiled], [made, made + 1], 1, "val", 0)
     rows = tiled.rows_of("val")
     np.testing.assert_array_equal(found.numpy(), np.concatenate([made[rows, 0], (made + 1)[rows, 0]]).astype("f4"))
 
 
 def test_of_many_spots_some_tell_the_domain(tiled, rng, monkeypatch):
-    monkeypatch.setattr(feature_bank, "DOMAIN_SPOTS", 30)
+    monkeypatch.setattr(neighbourhoods, "DOMAIN_SPOTS", 30)
     made = np.arange(70 * 5, dtype=np.float16).reshape(70, 5, 1)
     found, again, other = (
-        feature_bank.domain_vectors([tiled, tiled], [made, -made - 1], 1, "train", seed) for seed in (0, 0, 1)
+        neighbourhoods.domain_vectors([tiled, tiled], [made, -made - 1], 1, "train", seed) for seed in (0, 0, 1)
     )
     rows = tiled.rows_of("train")
     assert torch.equal(found, again) and not torch.equal(found, other)
@@ -320,8 +320,8 @@ def test_predictions_do_not_depend_on_the_batch(bank):
             return batch["vector"][:, :2] + batch["context"].sum((1, 2))[:, None]
 
     spots = np.array([3, 105, 70, 8, 69])
-    whole = feature_bank.predict(Model(), bank, spots, torch.no_grad, 32)
-    np.testing.assert_allclose(feature_bank.predict(Model(), bank, spots, torch.no_grad, 2), whole, rtol=1e-6)
+    whole = neighbourhoods.predict(Model(), bank, spots, torch.no_grad, 32)
+    np.testing.assert_allclose(neighbourhoods.predict(Model(), bank, spots, torch.no_grad, 2), whole, rtol=1e-6)
     assert whole.shape == (5, 2)
 
 
@@ -335,8 +335,8 @@ def test_what_was_read_of_a_mapped_file_is_let_go(tmp_path):
     np.save(tmp_path / "features.npy", np.ones((4000, 17, 256), np.float16))
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
     before = resident_kib()
-    found = feature_bank.moments([mapped], 1)
-    rows = feature_bank.Rows([mapped], Spill(0, tmp_path), torch.device("cpu"))
+    found = neighbourhoods.moments([mapped], 1)
+    rows = neighbourhoods.Rows([mapped], ArrayStore(0, tmp_path), torch.device("cpu"))
     taken = rows.take(np.arange(0, 4000, 2))
     del taken
     assert (found.mean == 1).all() and resident_kib() - before < mapped.nbytes / 2 / 1024

@@ -10,8 +10,9 @@ import torch
 from tiny_runs import data_flags, row
 
 from model.image_encoder import ImageEncoder
-from utils.training import augment, datasets, features, loop
-from utils.training.spill import Spill
+from utils.features import cache, dataset
+from utils.files.arrays import ArrayStore
+from utils.training import augment, loop
 
 
 def one_slice(rng, n, name="slice"):
@@ -32,7 +33,7 @@ def kept(folder, key, one, made, calls, view=0):
         calls.append(key)
         return by_batch(made)
 
-    return features.kept_features(folder, key, one, compute, view)
+    return cache.kept_features(folder, key, one, compute, view)
 
 
 def test_features_are_computed_once(rng, tmp_path):
@@ -73,7 +74,7 @@ def test_features_stopped_half_way_are_not_taken(rng, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(features, "write_record", stop)
+        patch.setattr(cache, "write_record", stop)
         with pytest.raises(KeyboardInterrupt):
             kept(tmp_path, "new", one, made + 1, calls)
     np.testing.assert_array_equal(kept(tmp_path, "old", one, made, calls), made)
@@ -81,10 +82,10 @@ def test_features_stopped_half_way_are_not_taken(rng, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "slice.json").read_text())["key"] == "old"
 
 
-TORN = ["", "{", '{"key": "k"', "[]", "\x00\x01", "null"]
+CORRUPT = ["", "{", '{"key": "k"', "[]", "\x00\x01", "null"]
 
 
-@pytest.mark.parametrize("text", TORN)
+@pytest.mark.parametrize("text", CORRUPT)
 def test_a_torn_or_foreign_note_is_none(rng, tmp_path, text):
     (one, made), calls = one_slice(rng, 20), []
     kept(tmp_path, "k", one, made, calls)
@@ -115,7 +116,7 @@ def test_features_are_written_as_they_come(rng, tmp_path):
             sizes.append((tmp_path / "slice.npy.part").stat().st_size)
             assert not (tmp_path / "slice.npy").exists()
 
-    features.kept_features(tmp_path, "k", one, watched)
+    cache.kept_features(tmp_path, "k", one, watched)
     np.save(tmp_path / "whole.npy", made)
     assert (tmp_path / "slice.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
     assert 0 < sizes[0] < sizes[-1]
@@ -130,7 +131,7 @@ def test_an_encoder_that_stops_half_way_leaves_the_old_features_without_a_note(r
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        features.kept_features(tmp_path, "new", one, stop)
+        cache.kept_features(tmp_path, "new", one, stop)
     assert not (tmp_path / "slice.json").exists()
     np.testing.assert_array_equal(kept(tmp_path, "new", one, made + 1, calls), made + 1)
     assert calls == ["old", "new"]
@@ -151,14 +152,14 @@ def test_each_view_has_files_of_its_own(rng, tmp_path):
 @pytest.mark.parametrize("gib", [1.0, 1e-9])
 def test_batches_put_together_in_memory_or_beyond_it(rng, tmp_path, gib):
     made = one_slice(rng, 20)[1]
-    found = features.in_budget(by_batch(made), 20, Spill(gib, tmp_path))
+    found = cache.in_budget(by_batch(made), 20, ArrayStore(gib, tmp_path))
     assert isinstance(found, np.memmap) == (gib < 1) and found.dtype == np.float16
     np.testing.assert_array_equal(found, made)
 
 
 def encoder(encode, **changed):
     same = {"size": 32, "device": torch.device("cpu"), "batch_size": 32, "workers": 0, "seed": 3}
-    return features.TileEncoder(encode, **same | changed)
+    return cache.TileEncoder(encode, **same | changed)
 
 
 # ---- the budget of the disk
@@ -174,7 +175,7 @@ def in_budget(bytes_, views):
     ]
     flags = SimpleNamespace(feature_budget=bytes_ / 2**30, views=views)
     how = encoder(lambda tiles: torch.zeros(len(tiles), 17, tiles.shape[-1]))
-    return features.views_in_budget(slices, how, "out/features", flags)
+    return cache.views_in_budget(slices, how, "out/features", flags)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_not_even_one_view_is_an_error():
 
 @pytest.fixture(scope="module")
 def tiled(prepared):
-    return datasets.load_slice(row("P01_1"), data_flags(prepared), ("target",), val_strip=True)
+    return dataset.load_slice(row("P01_1"), data_flags(prepared), ("target",), val_strip=True)
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(32, 0), (7, 2)])
@@ -214,7 +215,7 @@ def test_encode_slice_is_in_the_order_of_the_slice(tiled, batch_size, workers):
     def encode(tiles):
         return torch.cat([tiles.mean((2, 3)), tiles[:, :, 0, 0]], 1)
 
-    batches = list(features.encode_slice(encoder(encode, batch_size=batch_size, workers=workers), tiled))
+    batches = list(cache.encode_slice(encoder(encode, batch_size=batch_size, workers=workers), tiled))
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (70 // batch_size - (70 % batch_size == 0))
     found = np.concatenate(batches)
     pixels = tiled.pack.read(tiled.tile_rows) / 255
@@ -225,7 +226,7 @@ def test_encode_slice_is_in_the_order_of_the_slice(tiled, batch_size, workers):
 def views(one, n, **changed):
     """The tiles themselves as features, for views 0 to n - 1."""
     how = encoder(lambda tiles: tiles, **changed)
-    return [np.concatenate(list(features.encode_slice(how, one, view))) for view in range(n)]
+    return [np.concatenate(list(cache.encode_slice(how, one, view))) for view in range(n)]
 
 
 def test_view_0_is_the_tile_and_the_others_are_augmented(tiled):
@@ -251,14 +252,14 @@ def test_a_view_is_that_of_the_seed_the_slice_and_the_spot(tiled, monkeypatch):
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5)])
-def test_the_untouched_encoder_sees_the_tile_as_stage_one_does(tiled, scales):
+def test_the_pretrained_encoder_sees_the_tile_as_stage_one_does(tiled, scales):
     """Without pretrained weights it is the random one of the seed."""
     loop.seed_everything(3)
-    fresh = ImageEncoder("test_vit", 32, 16, scales=scales).eval()
-    sizes = {"image_encoder": "test_vit", "image_size": 32, "width": 16, "scales": list(scales)}
+    fresh = ImageEncoder("test_vit", 32, 16, crop_scales=scales).eval()
+    sizes = {"image_encoder": "test_vit", "image_size": 32, "width": 16, "crop_scales": list(scales)}
     settings, args = {"seed": 3, "image_weights": "none"}, SimpleNamespace(image_weights=None, batch_size=32, workers=0)
     here = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
-    (found,) = features.untouched_features(ImageEncoder, {"sizes": sizes}, settings, [tiled], here, args)
+    (found,) = cache.pretrained_features(ImageEncoder, {"sizes": sizes}, settings, [tiled], here, args)
     with torch.no_grad():
         expected = fresh.features(augment.to_float(torch.from_numpy(tiled.pack.read(tiled.tile_rows)), 32))[0]
     assert found.shape == expected.shape
@@ -269,7 +270,7 @@ def test_what_the_cheap_rows_read(tiled, rng):
     made = rng.random((70, 4))
     for part in ("train", "val", "all"):
         rows = tiled.rows_of(part)
-        found = features.as_pictures(tiled, made, part)
+        found = cache.as_images(tiled, made, part)
         np.testing.assert_array_equal(found["features"], made[rows])
         np.testing.assert_array_equal(found["xy"], tiled.xy_fullres_px[rows])
         np.testing.assert_allclose(found["log_depth"], np.log(tiled.total_counts[rows]))
@@ -277,11 +278,11 @@ def test_what_the_cheap_rows_read(tiled, rng):
 
 
 def test_names_of_image_weights(tmp_path):
-    assert features.read_image_weights("timm", "--image_weights") == "timm"
-    assert features.read_image_weights("none", "--image_weights") is None
+    assert cache.read_image_weights("timm", "--image_weights") == "timm"
+    assert cache.read_image_weights("none", "--image_weights") is None
     torch.save({"model": {"a": torch.ones(2)}}, tmp_path / "w.pth")
-    found = features.read_image_weights(str(tmp_path / "w.pth"), "--image_weights")
+    found = cache.read_image_weights(str(tmp_path / "w.pth"), "--image_weights")
     assert list(found["model"]) == ["a"] and found.source == str(tmp_path / "w.pth")
     torch.save([torch.ones(2)], tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"--image_weights: expected named tensors in .*w.pth, found list"):
-        features.read_image_weights(str(tmp_path / "w.pth"), "--image_weights")
+        cache.read_image_weights(str(tmp_path / "w.pth"), "--image_weights")

@@ -1,4 +1,4 @@
-"""Scores of a gallery in get_accuracy_image.py, each row against a loop, and what it keeps of pictures and profiles."""
+"""Scores of a gallery in get_accuracy_image.py, each row against a loop, and what it keeps of images and profiles."""
 
 import contextlib
 import json
@@ -11,8 +11,8 @@ import torch
 
 import get_accuracy_image
 from model.fusion import Fusion
-from utils.training.features import EncodedPairs, encode_pairs, room_for
-from utils.training.spill import Spill
+from utils.features.cache import EncodedPairs, encode_pairs, room_for
+from utils.files.arrays import ArrayStore
 
 SCALE = 7.0
 ACCELERATOR = SimpleNamespace(autocast=contextlib.nullcontext, device="cpu")
@@ -136,7 +136,7 @@ def test_results_do_not_depend_on_where_the_arrays_lie(retrieval_of_all):
     )
 
 
-# ---- what is kept of pictures and profiles
+# ---- what is kept of images and profiles
 
 
 class Encoders:
@@ -158,7 +158,7 @@ class Encoders:
 
 @pytest.fixture
 def encoded(monkeypatch, rng):
-    """`encoded(dtype, spill)`: rows 8, 2, 5, 0, 7 of a slice, two at a time, beside what the encoders give at once."""
+    """`encoded(dtype, store)`: rows 8, 2, 5, 0, 7 of a slice, two at a time, beside what the encoders give at once."""
     tiles = torch.from_numpy(rng.random((9, 3, 4, 4)).astype(np.float32))
     bins, rows = rng.integers(0, 9, (9, 6)), np.array([8, 2, 5, 0, 7])
 
@@ -169,14 +169,14 @@ def encoded(monkeypatch, rng):
             for i in range(0, len(of), 2)
         ]
 
-    monkeypatch.setattr("utils.training.datasets.TileBatches", batches)
-    monkeypatch.setattr("utils.training.datasets.loader", lambda batches, order, workers: batches)
-    monkeypatch.setattr("utils.training.features.to_float", lambda tiles, size: tiles)
+    monkeypatch.setattr("utils.features.dataset.TileBatches", batches)
+    monkeypatch.setattr("utils.features.dataset.loader", lambda batches, order, workers: batches)
+    monkeypatch.setattr("utils.features.cache.to_float", lambda tiles, size: tiles)
     args, accelerator = SimpleNamespace(batch_size=2, workers=0), SimpleNamespace(**vars(ACCELERATOR))
 
-    def run(dtype, spill):
+    def run(dtype, store):
         model = Encoders(dtype)
-        found = encode_pairs(model, None, bins, rows, accelerator, args, spill)
+        found = encode_pairs(model, None, bins, rows, accelerator, args, store)
         return found, (*model.encode_images(tiles[rows]), *model.encode_genes(torch.from_numpy(bins[rows])))
 
     return run
@@ -185,13 +185,13 @@ def encoded(monkeypatch, rng):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gib", [1, 1e-9])
 def test_tokens_are_kept_in_their_precision_in_memory_or_on_disk(encoded, tmp_path, dtype, gib):
-    found, (image, image_tokens, gene, gene_tokens) = encoded(dtype, Spill(gib, tmp_path / "spill"))
+    found, (image, image_tokens, gene, gene_tokens) = encoded(dtype, ArrayStore(gib, tmp_path / "store"))
     assert found.image_tokens.dtype == found.gene_tokens.dtype == dtype
     assert torch.equal(found.image_tokens, image_tokens) and torch.equal(found.gene_tokens, gene_tokens)
     for vectors, expected in zip(found.vectors(), (image, gene), strict=True):
         assert vectors.dtype == np.float32
         np.testing.assert_array_equal(vectors, expected)
-    assert (tmp_path / "spill").exists() == (gib < 1)
+    assert (tmp_path / "store").exists() == (gib < 1)
 
 
 def test_without_a_place_for_tokens_none_are_kept(encoded):
@@ -201,6 +201,6 @@ def test_without_a_place_for_tokens_none_are_kept(encoded):
 
 
 def test_room_takes_the_bytes_of_its_precision(tmp_path):
-    spill = Spill(1000 / 2**30, tmp_path)
-    room = room_for(10, torch.empty(3, 5, 8, dtype=torch.bfloat16), spill)
-    assert room.shape == (10, 5, 8) and room.dtype == torch.bfloat16 and spill.left == 200
+    store = ArrayStore(1000 / 2**30, tmp_path)
+    room = room_for(10, torch.empty(3, 5, 8, dtype=torch.bfloat16), store)
+    assert room.shape == (10, 5, 8) and room.dtype == torch.bfloat16 and store.left == 200

@@ -20,7 +20,7 @@ from plain_scbert import (
 from spaceranger_folders import refused
 
 from model import scbert
-from utils import gene_weights
+from utils.training import gene_weights
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from slide_runs import strict
 
-from utils.slices import geojson
+from utils.prediction import geojson
 
 OBJECT_TYPES = {"annotation", "detection", "cell", "tile", "tmaCore"}
 

@@ -112,7 +112,7 @@ def test_features_and_gallery_have_the_size_that_the_disk_is_asked_for(tiny):
         assert 0.5 * growth.DISK_BYTES[part] * 5000 < size < 1.1 * growth.DISK_BYTES[part] * 5000
 
 
-def test_a_run_writes_rows_and_picture_and_cleans_up(tmp_path, capsys):
+def test_a_run_writes_rows_and_image_and_cleans_up(tmp_path, capsys):
     out = tmp_path / "out"
     growth.main(growth.parse_args(["--part", "gallery", "--largest", "64", "--out", str(out)]))
     assert sorted(path.name for path in out.iterdir()) == ["growth.json", "growth.png"]
@@ -207,9 +207,9 @@ def test_sizes_stop_at_the_largest():
     assert growth.sizes_of("gene_batch", 1.0) == [2] and growth.sizes_of("tiling", 64) == [64]
 
 
-def test_the_picture_has_a_line_per_part_and_the_eight_gib():
+def test_the_image_has_a_line_per_part_and_the_eight_gib():
     rows = [row(part, size) for part, kind in growth.AGAINST.items() for size in growth.SIZES[kind]]
-    panels = growth.picture(rows).axes
+    panels = growth.image(rows).axes
     assert [len(axes.lines) for axes in panels[:3]] == [5, 2, 2]
     for axes in panels:
         assert axes.get_xscale() == axes.get_yscale() == "log"
@@ -220,5 +220,5 @@ def test_the_picture_has_a_line_per_part_and_the_eight_gib():
 
 
 def test_a_part_of_the_rows_can_be_drawn_too(tmp_path):
-    growth.plotting.save(growth.picture([row()]), tmp_path / "growth.png")
+    growth.plotting.save(growth.image([row()]), tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 1000

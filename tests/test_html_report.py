@@ -10,8 +10,9 @@ import pytest
 from report_pages import HOSTILE, a_report, blocks_of, content_of
 from tiny_runs import stderr_line
 
-from utils.evaluation import html_report, report, report_data, report_parts
-from utils.evaluation.html_report import SliceMaps, Table, join_reports, write_report
+from utils.report import __main__ as report_command
+from utils.report import data, html, parts
+from utils.report.html import SliceMaps, Table, join_reports, write_report
 
 
 def slow_values(text, bits, low, high, n_spots):
@@ -34,7 +35,7 @@ def slow_values(text, bits, low, high, n_spots):
 def test_values_come_back_to_half_a_step(rng, bits, n_spots):
     values = rng.normal(size=(n_spots, 4)) * [1, 10, 0.1, 0] + [0, 5, 0, 2]
     values[0, 0], values[-1, 1] = np.nan, np.inf
-    text, low, high = report_data.quantise(values, bits)
+    text, low, high = data.quantise(values, bits)
     found = slow_values(text, bits, low, high, n_spots)
     np.testing.assert_array_equal(np.isnan(found), ~np.isfinite(values))
     half = (np.array(high) - low) / (2**bits - 2) / 2
@@ -44,20 +45,20 @@ def test_values_come_back_to_half_a_step(rng, bits, n_spots):
 
 def test_a_gene_that_is_nowhere_known(rng):
     values = np.column_stack([np.full(5, np.nan), rng.normal(size=5)])
-    text, low, high = report_data.quantise(values, 16)
+    text, low, high = data.quantise(values, 16)
     assert (low[0], high[0]) == (0, 0) and np.isnan(slow_values(text, 16, low, high, 5)[:, 0]).all()
-    assert report_data.colour_range([values])[0][0] == 0
+    assert data.colour_range([values])[0][0] == 0
 
 
 def test_no_spots_at_all():
-    assert report_data.quantise(np.zeros((0, 2)), 16)[1:] == ([0, 0], [0, 0])
+    assert data.quantise(np.zeros((0, 2)), 16)[1:] == ([0, 0], [0, 0])
 
 
 def test_colours_share_one_range_without_the_outermost_per_cent(rng):
     maps = [rng.normal(size=(300, 2)), rng.normal(size=(300, 2)) + 5]
     maps[0][0, 0] = 1e6
     maps[1][3, 1] = np.nan
-    low, high = report_data.colour_range(maps)
+    low, high = data.colour_range(maps)
     both = np.concatenate(maps)
     expected = [np.percentile(column[np.isfinite(column)], [1, 99]) for column in both.T]
     np.testing.assert_allclose(np.column_stack([low, high]), expected)
@@ -96,9 +97,9 @@ def test_maps_are_read_back(tmp_path):
         low, high = np.nanpercentile(getattr(one, kind), [1, 99], axis=0)
         np.testing.assert_allclose([own["own"]["low"], own["own"]["high"]], [low, high])
     np.testing.assert_allclose(np.column_stack([kept["x"], kept["y"]]), one.xy_fullres_px, atol=0.051)
-    height, width = np.array(one.picture.shape[:2]) / one.picture_scale
-    assert (kept["picture"]["width"], kept["picture"]["height"]) == (width, height)
-    assert blocks[kept["picture"]["block"]].startswith("data:image/jpeg;base64,")
+    height, width = np.array(one.image.shape[:2]) / one.image_scale
+    assert (kept["image"]["width"], kept["image"]["height"]) == (width, height)
+    assert blocks[kept["image"]["block"]].startswith("data:image/jpeg;base64,")
 
 
 def test_hostile_names_are_text_wherever_they_stand(tmp_path):
@@ -133,12 +134,12 @@ def test_genes_of_low_or_unknown_validation_pcc_are_greyed(tmp_path):
     assert content_of(tmp_path / "r.html")["weak"] is None
 
 
-def test_a_large_picture_is_made_smaller_and_keeps_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(html_report, "PICTURE_PX", 20)
+def test_a_large_image_is_made_smaller_and_keeps_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(html, "IMAGE_PX", 20)
     made = a_report()
     write_report(tmp_path / "r.html", made)
-    kept = content_of(tmp_path / "r.html")["slices"][0]["picture"]
-    assert kept["width"] == made.slices[0].picture.shape[1] / made.slices[0].picture_scale
+    kept = content_of(tmp_path / "r.html")["slices"][0]["image"]
+    assert kept["width"] == made.slices[0].image.shape[1] / made.slices[0].image_scale
     assert len(blocks_of(tmp_path / "r.html")[kept["block"]]) < 3000
 
 
@@ -207,18 +208,18 @@ def test_what_cannot_be_joined_is_named(tmp_path):
 
 def test_examples_follow_their_rule():
     ranks = np.array([5, 1, 30, 2, 9, 40, 7, 3, 20, 6])
-    found = report_parts.choose_examples(ranks, 10, seed=0)
-    by_kind = {kind: {spot for k, spot in found if k == kind} for kind in report_parts.KINDS}
+    found = parts.choose_examples(ranks, 10, seed=0)
+    by_kind = {kind: {spot for k, spot in found if k == kind} for kind in parts.KINDS}
     assert by_kind["best"] == {1, 3} and by_kind["median"] == {9, 6}
     assert len(by_kind["missed"]) == 2 and by_kind["missed"] <= {2, 5, 8}
-    assert found == report_parts.choose_examples(ranks, 10, seed=0)
-    seen = {tuple(report_parts.choose_examples(ranks, 10, seed)) for seed in range(20)}
+    assert found == parts.choose_examples(ranks, 10, seed=0)
+    seen = {tuple(parts.choose_examples(ranks, 10, seed)) for seed in range(20)}
     assert len(seen) > 1, "the missed ones are drawn"
 
 
 @pytest.mark.parametrize("n_spots", [1, 2, 3, 5])
 def test_examples_of_a_small_slice_stand_once_each(n_spots):
-    found = report_parts.choose_examples(np.arange(1, n_spots + 1), 10, seed=0)
+    found = parts.choose_examples(np.arange(1, n_spots + 1), 10, seed=0)
     spots = [spot for _, spot in found]
     assert len(set(spots)) == len(spots) and 1 <= len(spots) <= n_spots
 
@@ -229,7 +230,7 @@ def pages(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("pages")
     trained.run("get_accuracy_image", "--out", out / "retrieval")
     trained.run("decoder_similarity", "--out", out / "similarity")
-    report.main([str(out), "--html", str(out / "report.html")])
+    report_command.main([str(out), "--html", str(out / "report.html")])
     return out
 
 
@@ -250,7 +251,7 @@ def test_the_expression_page_shows_the_part(pages, trained):
     assert error == pytest.approx(metrics["lognorm"]["model"]["mse"], rel=1e-3)
 
 
-def test_the_retrieval_page_marks_one_true_profile_of_each_picture(pages):
+def test_the_retrieval_page_marks_one_true_profile_of_each_image(pages):
     content = content_of(pages / "retrieval" / "report.html")
     assert 4 <= len(content["examples"]) <= 6 and content["tables"]
     for one in content["examples"]:
@@ -275,14 +276,14 @@ def test_a_missing_page_is_named_in_one_line(pages, tmp_path, capsys):
         (tmp_path / kind / "metrics.json").write_bytes((pages / kind / "metrics.json").read_bytes())
     capsys.readouterr()
     for argv, words in (
-        ([tmp_path, "--html", tmp_path / "r.html"], "--html: expected .*similarity/report.html, found none; run dec"),
+        ([tmp_path, "--html", tmp_path / "r.html"], "--html: expected .*similarity/tables.html, found none; run dec"),
         ([tmp_path, tmp_path, "--html", tmp_path / "r.html"], "--html: expected one folder of results, found 2"),
     ):
         with pytest.raises(SystemExit) as stop:
-            report.main([str(word) for word in argv])
+            report_command.main([str(word) for word in argv])
         assert stop.value.code == 2
         stderr_line(capsys, words)
 
 
 def test_the_fields_are_those_that_are_drawn():
-    assert set(html_report.BITS) <= set(SliceMaps.__dataclass_fields__)
+    assert set(html.BITS) <= set(SliceMaps.__dataclass_fields__)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.image_encoder import ImageEncoder, pool_grid
-from utils.training import checkpoint
+from utils.files import tensors
 
 SIDE, WIDTH = 64, 10
 DEIT = "deit_tiny_patch16_224.fb_in1k"  # the file of the default encoder in small
@@ -104,7 +104,7 @@ def whole_and_middle(tiles):
 @pytest.mark.parametrize("scales", [(1.0, 0.5), (0.5, 1.0)])
 def test_several_scales_are_seen_side_by_side_with_the_tokens_of_the_first(name, size, scales):
     state = weights_of(name, **size)
-    encoder = ImageEncoder(name, SIDE, WIDTH, state, scales=scales).eval()
+    encoder = ImageEncoder(name, SIDE, WIDTH, state, crop_scales=scales).eval()
     whole, middle = (timm_answer(name, state, seen, **size) for seen in whole_and_middle(tiles_of()))
     first, second = (whole, middle) if scales[0] == 1 else (middle, whole)
     tokens = first[1] if first[1].ndim == 3 else first[1].flatten(2).mT
@@ -118,7 +118,7 @@ def test_several_scales_are_seen_side_by_side_with_the_tokens_of_the_first(name,
 
 @torch.no_grad()
 def test_a_single_scale_is_the_middle_of_the_tile_alone():
-    encoder, tiles = ImageEncoder("test_vit", SIDE, WIDTH, scales=(0.5,)).eval(), tiles_of()
+    encoder, tiles = ImageEncoder("test_vit", SIDE, WIDTH, crop_scales=(0.5,)).eval(), tiles_of()
     other = tiles.clone()
     other[..., : SIDE // 4, :] = 0
     vector, tokens = encoder(tiles)
@@ -131,9 +131,9 @@ def test_a_single_scale_is_the_middle_of_the_tile_alone():
 @torch.no_grad()
 def test_one_more_scale_leaves_the_first_as_it_was_and_tiles_do_not_mix():
     torch.manual_seed(0)
-    encoder, tiles = ImageEncoder("resnet18", SIDE, WIDTH, scales=(0.5,)).eval(), tiles_of(3)
+    encoder, tiles = ImageEncoder("resnet18", SIDE, WIDTH, crop_scales=(0.5,)).eval(), tiles_of(3)
     pooled, tokens = encoder.features(tiles)
-    encoder.scales = (0.5, 1.0, 0.75)
+    encoder.crop_scales = (0.5, 1.0, 0.75)
     more, same_tokens = encoder.features(tiles)
     assert more.shape == (3, 3 * pooled.shape[1])
     torch.testing.assert_close(more[:, : pooled.shape[1]], pooled, rtol=1e-4, atol=1e-5)
@@ -153,7 +153,7 @@ def published_file(folder):
     """A file as the authors of DeiT published theirs: tensors under "model", 1000 classes, 224 px."""
     state = weights_of(DEIT)
     torch.save({"model": state}, folder / "deit.pth")
-    return checkpoint.read_weights(folder / "deit.pth", "--image_weights"), state
+    return tensors.read_weights(folder / "deit.pth", "--image_weights"), state
 
 
 def test_a_published_deit_file_loads_whole_at_224(tmp_path):

@@ -174,11 +174,15 @@ def test_torn_empty_and_foreign_files_are_named_in_one_line(tmp_path):
     save_file(build("class").state_dict(), tmp_path / "whole.safetensors")
     for suffix in ("pth", "safetensors"):
         path, whole = tmp_path / f"w.{suffix}", (tmp_path / f"whole.{suffix}").read_bytes()
-        for content, expected in ((b"", "torn: it is empty"), (whole[:1000], "is torn"), (whole[:-50], "is torn")):
+        for content, expected in (
+            (b"", "corrupt: it is empty"),
+            (whole[:1000], "is corrupt"),
+            (whole[:-50], "is corrupt"),
+        ):
             path.write_bytes(content)
             one_line(path, expected)
         path.write_text("<html>not found</html>")
-        one_line(path, "is torn, or no file of weights")
+        one_line(path, "is corrupt, or no file of weights")
 
 
 def test_code_in_a_file_is_named_and_never_run(tmp_path):

@@ -79,7 +79,7 @@ def test_a_file_saved_at_another_size_than_the_models_own(tmp_path):
 
 def test_the_smallest_scale_sets_the_size_of_the_grid(tmp_path):
     state = build("class").state_dict()
-    encoder = ImageEncoder("test_vit", 224, WIDTH, written(tmp_path / "w.pth", state), scales=(1.0, 0.5))
+    encoder = ImageEncoder("test_vit", 224, WIDTH, written(tmp_path / "w.pth", state), crop_scales=(1.0, 0.5))
     assert torch.equal(encoder.trunk.pos_embed, resample_abs_pos_embed(state["pos_embed"], [7, 7]))
 
 
@@ -162,8 +162,8 @@ def test_a_head_that_belongs_to_the_trunk_is_required(tmp_path):
             ImageEncoder(name, 160, WIDTH, written(tmp_path / "w.pth", state))
 
 
-def test_the_picture_trunk_of_a_larger_model_is_found(tmp_path):
-    """As CONCH's file: text towers with more tensors than the picture's, poolers beside the trunk."""
+def test_the_image_trunk_of_a_larger_model_is_found(tmp_path):
+    """As CONCH's file: text towers with more tensors than the image's, poolers beside the trunk."""
     state = build("class").state_dict()
     beside = {f"text.transformer.resblocks.{i}.attn.in_proj_weight": ONES for i in range(100)}
     beside |= {"visual.attn_pool_contrast.query": ONES, "visual.proj_contrast": ONES, "logit_scale": ONES}

@@ -1,4 +1,7 @@
-"""Imports point one way: scripts -> model -> utils (docs: the layout of the code). Read from the sources, not run."""
+"""The direction of imports: a package may import those of its own layer and below, and no file itself in a circle.
+
+Read from the sources, not run; imports inside functions and for type checking count.
+"""
 
 import ast
 from pathlib import Path
@@ -6,31 +9,39 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-OURS = {"model", "utils", "tests", "benchmarks"}
-# What a file may import of ours, by the longest beginning of its own dotted name; a script has none of these.
-ALLOWED = {
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
+OURS = {"model", "utils", "tests", "benchmarks"} | SCRIPTS
+# The top layer first. A module belongs to the layer with the longest beginning of its dotted name.
+LAYERS = (
+    ("utils.doctor", "utils.doctor_data"),
+    ("utils.prediction", "utils.report", "utils.sharing"),
+    ("utils.training", "utils.evaluation"),
+    ("utils.features", "utils.importers", "utils.simulation"),
+    ("model", "utils.images", "utils.genes", "utils.slices"),
+    ("utils.files", "utils.distributed", "utils.memory", "utils.settings"),
+)
+# What is stricter than the layers: tensors in and tensors out, arrays in and numbers out, images without slices.
+NARROWER = {
+    "model": ("model", "utils.distributed"),
     "model.layers": (),
     "model.losses": (),
-    "model": ("model", "utils.training.distributed"),
-    "utils.files": ("utils.files",),
+    "utils.evaluation": ("utils.evaluation",),
     "utils.images": ("utils.images", "utils.files"),
     "utils.genes": ("utils.genes", "utils.files"),
-    "utils.slices": ("utils.slices", "utils.genes", "utils.images", "utils.files"),
-    "utils.importers": ("utils.importers", "utils.slices", "utils.genes", "utils.images", "utils.files"),
-    "utils.evaluation": ("utils.evaluation", "utils.files"),
-    "utils.training": ("utils.training", "utils.slices", "utils.genes", "utils.images", "utils.files"),
-    "utils": ("utils",),
+    "utils.simulation": ("utils.simulation",),
 }
-A_SCRIPT = ("model", "utils")
 
 
 def dotted_name(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
+def is_under(name: str, beginnings) -> bool:
+    return any(name == start or name.startswith(start + ".") for start in beginnings)
+
+
 def imported(path: str, source: str) -> list[tuple[int, str]]:
-    """Line and full dotted name of everything that a source imports, inside functions too."""
+    """Line and full dotted name of everything that a source imports."""
     package = dotted_name(path).split(".")
     package = package if path.endswith("__init__.py") else package[:-1]
     found = []
@@ -44,20 +55,43 @@ def imported(path: str, source: str) -> list[tuple[int, str]]:
     return found
 
 
-def is_under(name: str, beginnings) -> bool:
-    return any(name == start or name.startswith(start + ".") for start in beginnings)
+def longest(name: str, beginnings) -> str | None:
+    return max((start for start in beginnings if is_under(name, [start])), key=len, default=None)
+
+
+def allowed(name: str) -> tuple[str, ...]:
+    """Beginnings of the names that a module may import; of a script (in no layer) all of model and utils."""
+    narrow = longest(name, NARROWER)
+    if narrow:
+        return NARROWER[narrow]
+    for i, layer in enumerate(LAYERS):
+        if longest(name, layer):
+            return tuple(start for lower in LAYERS[i:] for start in lower)
+    return ("model", "utils")
 
 
 def departures(path: str, source: str) -> list[str]:
     """One line per import that the rule forbids to the file at `path` (relative to the root)."""
-    own = dotted_name(path)
-    kind = max((start for start in ALLOWED if is_under(own, [start])), key=len, default=None)
-    allowed = A_SCRIPT if kind is None else ALLOWED[kind]
+    may = allowed(dotted_name(path))
     return [
         f"{path}:{line} imports {name}"
         for line, name in imported(path, source)
-        if is_under(name, OURS.union(SCRIPTS)) and not is_under(name, allowed)
+        if is_under(name, OURS) and not is_under(name, may)
     ]
+
+
+def circles(sources: dict[str, str]) -> list[set[str]]:
+    """Files that import each other, straight or through others; `sources` by path."""
+    import networkx
+
+    files = {dotted_name(path) for path in sources}
+    graph = networkx.DiGraph()
+    for path, source in sources.items():
+        for _, name in imported(path, source):
+            target = longest(name, files)
+            if target and not path.endswith("__init__.py") and target not in ("model", "utils"):
+                graph.add_edge(dotted_name(path), target)
+    return [found for found in networkx.strongly_connected_components(graph) if len(found) > 1]
 
 
 def our_files() -> list[str]:
@@ -65,12 +99,15 @@ def our_files() -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
-def test_all_kinds_of_files_are_read():
+def test_all_packages_are_read_and_have_a_layer():
     files = our_files()
     for known in ("train_mymodel.py", "model/layers.py", "model/losses.py", "utils/__init__.py"):
         assert known in files
-    for wing in ("slices", "training", "evaluation"):
-        assert sum(file.startswith(f"utils/{wing}/") for file in files) > 3
+    assert all(any(is_under(dotted_name(file), [start]) for file in files) for layer in LAYERS for start in layer)
+    in_layers = [start for layer in LAYERS for start in layer]
+    assert [file for file in files if "/" in file and not is_under(dotted_name(file), in_layers)] == [
+        "utils/__init__.py"
+    ]
 
 
 @pytest.mark.parametrize("path", our_files())
@@ -78,37 +115,40 @@ def test_imports_point_one_way(path):
     assert departures(path, (ROOT / path).read_text(encoding="utf-8")) == []
 
 
+def test_no_file_imports_itself_in_a_circle():
+    assert circles({path: (ROOT / path).read_text(encoding="utf-8") for path in our_files()}) == []
+
+
+def test_a_circle_is_found():
+    there = {"utils/a.py": "from utils import b", "utils/b.py": "def f():\n    from utils.a import x", "utils/c.py": ""}
+    assert circles(there) == [{"utils.a", "utils.b"}]
+    assert circles(there | {"utils/b.py": "from utils import c"}) == []
+
+
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("utils/training/loop.py", "from model.stage_one import StageOne"),
-        ("utils/doctor.py", "import model"),
-        ("utils/slices/visium.py", "def f():\n    from model import losses"),
         ("model/fusion.py", "from utils.training import loop"),
-        ("model/fusion.py", "from utils.training import distributed, loop"),
         ("model/fusion.py", "from utils import training"),
         ("model/fusion.py", "import utils.images.tiles as tiles"),
+        ("model/fusion.py", "from ..utils.evaluation import metrics"),
+        ("model/fusion.py", "from utils.distributed_more import x"),
+        ("model/layers.py", "from . import losses"),
+        ("model/losses.py", "from utils import distributed"),
+        ("model/decoder.py", "import train_decoder"),
         ("utils/files/atomic.py", "from utils.images import tiles"),
+        ("utils/settings.py", "from utils.training import checkpoint"),
         ("utils/images/tiles.py", "from utils.slices import visium"),
         ("utils/genes/panels.py", "from utils.slices import visium"),
         ("utils/slices/visium.py", "from utils.importers import base"),
+        ("utils/slices/visium.py", "def f():\n    from utils.training import checkpoint"),
+        ("utils/features/cache.py", "from utils.training import augment"),
         ("utils/training/loop.py", "from utils.prediction import layout"),
-        ("model/fusion.py", "from ..utils.evaluation import metrics"),
-        ("model/fusion.py", "from utils.training.distributed_more import x"),
-        ("model/layers.py", "from model import losses"),
-        ("model/layers.py", "from . import losses"),
-        ("model/losses.py", "from utils.training import distributed"),
-        ("model/decoder.py", "import train_decoder"),
-        ("utils/training/loop.py", "from utils.evaluation import metrics"),
-        ("utils/training/loop.py", "from ..evaluation.metrics import pearson_per_gene"),
-        ("utils/training/__init__.py", "from ..evaluation import metrics"),
-        ("utils/training/loop.py", "if TYPE_CHECKING:\n    from utils.evaluation import metrics"),
-        ("utils/slices/visium.py", "from utils.training import checkpoint"),
-        ("utils/slices/visium.py", "from utils.evaluation.metrics import to_scale"),
-        ("utils/slices/visium.py", "from utils import training"),
-        ("utils/evaluation/report.py", "from utils.slices import visium"),
-        ("utils/evaluation/report.py", "import utils.training.loop"),
-        ("utils/evaluation/report.py", "import get_accuracy_image"),
+        ("utils/training/loop.py", "if TYPE_CHECKING:\n    from utils.report import tables"),
+        ("utils/evaluation/metrics.py", "from utils.slices import visium"),
+        ("utils/evaluation/metrics.py", "from utils.training.loop import x"),
+        ("utils/report/tables.py", "import get_accuracy_image"),
+        ("utils/sharing/hub.py", "from utils import doctor"),
         ("train_decoder.py", "from train_mymodel import build_model"),
         ("train_decoder.py", "def main(args):\n    import train_mymodel"),
         ("train_decoder.py", "from tests import spaceranger_folders"),
@@ -121,19 +161,12 @@ def test_a_forbidden_import_is_found(path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        (
-            "train_mymodel.py",
-            "from model import losses\nfrom utils.training import loop\nimport torch, utils.slices.splits",
-        ),
+        ("train_mymodel.py", "from model import losses\nfrom utils.training import loop\nimport torch, utils.slices"),
         ("model/fusion.py", "from model.layers import CrossBlock\nfrom . import losses"),
-        ("model/contrastive.py", "from utils.training import distributed"),
-        ("model/contrastive.py", "from utils.training.distributed import gather"),
+        ("model/contrastive.py", "from utils import distributed\nfrom utils.distributed import gather"),
         ("model/layers.py", "import torch.nn.functional as F\nfrom torch import nn"),
-        (
-            "utils/training/datasets.py",
-            "from utils.slices import visium\nfrom . import augment\nfrom utils.images.tiles import x",
-        ),
-        ("utils/evaluation/report.py", "from utils.evaluation import metrics\nimport modelling\nfrom utilsx import a"),
+        ("utils/features/dataset.py", "from utils.slices import visium\nfrom . import cache\nimport model.decoder"),
+        ("utils/training/loop.py", "from utils.evaluation import metrics\nimport modelling\nfrom utilsx import a"),
         ("utils/doctor.py", "from utils.slices import visium\nfrom utils.evaluation import metrics"),
     ],
 )

@@ -8,7 +8,7 @@ from spaceranger_folders import refused
 from tiny_runs import Work, data_flags, row
 
 from utils.genes import panels as gene_panels
-from utils.training import checkpoint, datasets, leaks
+from utils.training import checkpoint, split
 
 ROLES = ("input", "target")
 
@@ -17,7 +17,7 @@ ROLES = ("input", "target")
 
 
 def training(work, rows, **changed):
-    return datasets.load_training(rows, data_flags(work, **changed), ROLES)
+    return split.load_training(rows, data_flags(work, **changed), ROLES)
 
 
 def test_training_needs_a_train_and_a_validation_part(work):
@@ -96,29 +96,29 @@ TAUGHT = [row("P01_1"), row("P02_1", "val"), row("P03_1", "test")]
 def test_what_was_seen_is_not_held_out(held_out, seen, capsys):
     state = state_of(TAUGHT)
     if seen:
-        refused(f"--encoder: {held_out.slice} held out here", leaks.check_unseen, [held_out], state, "--encoder", False)
+        refused(f"--encoder: {held_out.slice} held out here", split.check_unseen, [held_out], state, "--encoder", False)
     else:
-        leaks.check_unseen([held_out], state, "--encoder", False)
-    leaks.check_unseen([held_out], state, "--encoder", allow_leak=True)
+        split.check_unseen([held_out], state, "--encoder", False)
+    split.check_unseen([held_out], state, "--encoder", allow_leak=True)
     assert ("warning: --encoder" in capsys.readouterr().out) == seen
 
 
 def test_a_slice_under_another_name_is_known_by_its_counts():
     renamed, state = row("X09_1", "test"), state_of(TAUGHT)
-    leaks.check_unseen([renamed], state, "--encoder", False, {"X09_1": "hX09_1"})
-    leaks.check_unseen([renamed], state, "--encoder", False, {"X09_1": "hP03_1"})
+    split.check_unseen([renamed], state, "--encoder", False, {"X09_1": "hX09_1"})
+    split.check_unseen([renamed], state, "--encoder", False, {"X09_1": "hP03_1"})
     for of in ("hP01_1", "hP02_1"):
-        refused("X09_1 held out here", leaks.check_unseen, [renamed], state, "--encoder", False, {"X09_1": of})
+        refused("X09_1 held out here", split.check_unseen, [renamed], state, "--encoder", False, {"X09_1": of})
 
 
 def test_what_taught_the_encoder_counts_too():
     state = state_of(TAUGHT, encoder_table=[dataclasses.asdict(row("P07_1"))])
-    refused("P07_2 held out here", leaks.check_unseen, [row("P07_2", "test")], state, "--decoder", False)
+    refused("P07_2 held out here", split.check_unseen, [row("P07_2", "test")], state, "--decoder", False)
 
 
 def test_a_leak_that_training_allowed_is_only_said(capsys):
     state = state_of(TAUGHT, settings={"allow_leak": True, "val_strip": False})
-    leaks.check_unseen([row("P01_2", "test")], state, "--encoder", False)
+    split.check_unseen([row("P01_2", "test")], state, "--encoder", False)
     assert "warning" in capsys.readouterr().out
 
 
@@ -131,7 +131,7 @@ def states(trained):
 
 
 def evaluation(work, states, role, **changed):
-    return datasets.load_evaluation(data_flags(work, **changed), states[role], "--weights", (role,))
+    return split.load_evaluation(data_flags(work, **changed), states[role], "--weights", (role,))
 
 
 @pytest.mark.parametrize("role", ROLES)

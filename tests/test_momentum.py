@@ -93,13 +93,13 @@ def test_the_twins_momentum_rises_to_its_end():
 
 
 def rows_of(spots, width=2):
-    """Features one can tell a spot by: pictures hold its id, profiles minus its id."""
+    """Features one can tell a spot by: images hold its id, profiles minus its id."""
     spots = torch.as_tensor(spots)
     image = spots.float()[:, None].expand(-1, width)
     return image, -image, spots
 
 
-def held(queue):
+def exclusive(queue):
     """The spots in the queue, each with its own features."""
     image, gene, spot = queue.filled()
     assert torch.equal(image, spot.float()[:, None].expand(-1, 2))
@@ -110,12 +110,12 @@ def held(queue):
 @pytest.mark.parametrize("batches", [[3, 3, 3, 3, 3], [2, 5, 1, 4], [7], [3, 9, 2], [1] * 12, [5, 5]])
 def test_queue_holds_the_latest_rows(batches):
     queue, seen = FeatureQueue(5, 2), []
-    assert held(queue) == []
+    assert exclusive(queue) == []
     for n in batches:
         new = list(range(len(seen), len(seen) + n))
         queue.push(*rows_of(new))
         seen += new
-        assert held(queue) == seen[-5:]
+        assert exclusive(queue) == seen[-5:]
 
 
 def test_queue_without_capacity_stays_empty():
@@ -141,7 +141,7 @@ def test_a_queue_goes_on_from_its_saved_state():
     other.load_state_dict(queue.state_dict())
     for one in (queue, other):
         one.push(*rows_of([4, 5, 6]))
-        assert held(one) == [2, 3, 4, 5, 6]
+        assert exclusive(one) == [2, 3, 4, 5, 6]
 
 
 def test_queue_takes_half_precision_and_no_gradient():

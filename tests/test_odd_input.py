@@ -1,4 +1,4 @@
-"""Faults of pictures, positions, scale factors, tables, files and flags that test_bad_*.py do not have, and oddities
+"""Faults of images, positions, scale factors, tables, files and flags that test_bad_*.py do not have, and oddities
 that are no faults: those go through."""
 
 import json
@@ -31,24 +31,24 @@ def factors(damaged, **changed):
     path.write_text(json.dumps(kept))
 
 
-def picture(damaged):
+def image(damaged):
     return damaged.data / "P01_1" / "P01_1_he.jpg"
 
 
-# ---- pictures
+# ---- images
 
 
 def test_an_image_of_floating_point_numbers(damaged, refused):
-    size = Image.open(picture(damaged)).size
-    picture(damaged).unlink()
+    size = Image.open(image(damaged)).size
+    image(damaged).unlink()
     Image.fromarray(np.full(size[::-1], 0.5, np.float32)).save(damaged.data / "P01_1" / "P01_1_he.tif")
     (damaged.data / "slices.csv").unlink(missing_ok=True)
     refused("image_tilling", ["--tile_px", 16], r"P01_1_he.tif: expected unsigned samples .*convert it to 8-bit RGB")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5)])
-def test_a_picture_too_small_for_its_spots(damaged, refused, size):
-    Image.new("RGB", size).save(picture(damaged))
+def test_a_image_too_small_for_its_spots(damaged, refused, size):
+    Image.new("RGB", size).save(image(damaged))
     refused("image_tilling", ["--tile_px", 16], "P01_1_he.jpg", "expected", "found")
 
 
@@ -61,9 +61,9 @@ def test_a_decompression_bomb(damaged, refused, monkeypatch):
         assert damaged.exit_code("image_tilling", "--tile_px", 16, "--huge") == 0
 
 
-def test_an_empty_file_and_a_text_in_place_of_a_picture(damaged, refused):
-    for content, found in ((b"", "an empty file"), (b"not a picture", "text")):
-        picture(damaged).write_bytes(content)
+def test_an_empty_file_and_a_text_in_place_of_a_image(damaged, refused):
+    for content, found in ((b"", "an empty file"), (b"not a image", "text")):
+        image(damaged).write_bytes(content)
         refused("image_tilling", ["--tile_px", 16], f"P01_1_he.jpg: expected an image .* found {found}")
 
 
@@ -100,7 +100,7 @@ def test_a_table_of_positions_that_is_cut_off(damaged, refused):
         refused("make_decoder_data", [], "P01_1", "expected", "found")
 
 
-def test_spots_far_outside_the_picture(damaged, refused):
+def test_spots_far_outside_the_image(damaged, refused):
     def edit(table):
         inside = table[1] == "1"
         table.loc[inside, [4, 5]] = (table.loc[inside, [4, 5]].astype(float) + 1e6).astype(int).astype(str)
@@ -189,10 +189,10 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(damaged, refused, capsys,
             )
         ),
         ("train_mymodel", ["--alpha", 1.5]),
-        ("train_mymodel", ["--scales", 0]),
+        ("train_mymodel", ["--crop_scales", 0]),
         ("train_mymodel", ["--tune", "some"]),
         ("train_mymodel", ["--accumulate", 0]),
-        ("train_decoder", ["--turns", 3]),
+        ("train_decoder", ["--tta", 3]),
         ("train_decoder", ["--keep_variance", -0.5]),
         ("image_tilling", ["--tile_px", 0]),
         ("image_tilling", ["--tile_um", -5]),
@@ -205,13 +205,13 @@ def test_a_flag_out_of_range(trained, tmp_path, capsys, script, flags):
     """One line, before anything is read or written."""
     import importlib
 
-    from utils.training import arguments
+    from utils import settings
 
     work = Work(trained.data, trained.tiles, trained.panels, tmp_path)
     before = snapshot(trained.out)
     module = importlib.import_module(script)
     with pytest.raises(SystemExit) as stop:
-        arguments.run(module.main, module.parse_args(work.argv(script, *flags)))
+        settings.run(module.main, module.parse_args(work.argv(script, *flags)))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "Traceback" not in error
     assert str(flags[0]) in error or str(flags[-2]) in error
@@ -222,21 +222,21 @@ def test_a_flag_out_of_range(trained, tmp_path, capsys, script, flags):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA"])
-def test_grey_and_transparent_pictures_are_cut(damaged, mode):
-    Image.open(picture(damaged)).convert(mode).save(damaged.data / "P01_1" / "P01_1_he.png")
-    picture(damaged).unlink()
+def test_grey_and_transparent_images_are_cut(damaged, mode):
+    Image.open(image(damaged)).convert(mode).save(damaged.data / "P01_1" / "P01_1_he.png")
+    image(damaged).unlink()
     flag, path = split_flag(damaged, "")
     path.write_text("slice,patient,part,spot_pitch_um,image\nP01_1,A,train,100,P01_1_he.png\n")
     damaged.run("image_tilling", flag, path, "--tiles", damaged.out / "fresh", "--jpeg")
     assert len(list((damaged.out / "fresh" / "P01_1").glob("*.jpeg"))) == 70
 
 
-def test_a_picture_turned_by_exif_is_taken_as_its_pixels_lie(damaged):
-    whole = Image.open(picture(damaged)).convert("RGB")
+def test_a_image_turned_by_exif_is_taken_as_its_pixels_lie(damaged):
+    whole = Image.open(image(damaged)).convert("RGB")
     damaged.run("image_tilling", "--tiles", damaged.out / "plain", "--jpeg")
     exif = whole.getexif()
     exif[0x0112] = 6  # turn by a quarter to be shown
-    whole.save(picture(damaged), quality=95, exif=exif)
+    whole.save(image(damaged), quality=95, exif=exif)
     damaged.run("image_tilling", "--tiles", damaged.out / "turned", "--jpeg")
     first = sorted((damaged.out / "plain" / "P01_1").glob("*.jpeg"))[0].name
     plain, turned = (np.asarray(Image.open(damaged.out / d / "P01_1" / first), float) for d in ("plain", "turned"))
@@ -273,8 +273,8 @@ def test_debug_shows_the_traceback(damaged):
     import importlib
 
     module = importlib.import_module("image_tilling")
-    from utils.training import arguments
+    from utils import settings
 
     args = module.parse_args(damaged.argv("image_tilling", "--data", damaged.out / "nowhere", "--debug"))
     with pytest.raises(ValueError, match="expected a folder of slices"):
-        arguments.run(module.main, args)
+        settings.run(module.main, args)

@@ -11,7 +11,7 @@ from spaceranger_folders import refused
 from tiny_runs import data_flags, stderr_line
 
 from utils.genes import panels as gene_panels
-from utils.training import checkpoint, datasets, overlap
+from utils.training import checkpoint, split
 
 
 def target_panel(work, name="P03_1", role="target"):
@@ -79,7 +79,7 @@ def test_how_much_must_be_shared(capsys, role, n, measured, says):
     if says is None:
         line = refused(
             f"--w: trained on {n} {role} genes, of which p.h5ad has {measured}, ",
-            overlap.check,
+            split.check,
             panel,
             role,
             "S",
@@ -87,7 +87,7 @@ def test_how_much_must_be_shared(capsys, role, n, measured, says):
         )
         assert f"make its panel with --{role}_genes" in line
     else:
-        overlap.check(panel, role, "S", "--w")
+        split.check_genes(panel, role, "S", "--w")
         assert capsys.readouterr().out.startswith(says)
 
 
@@ -158,7 +158,7 @@ def test_slices_of_several_panels_are_evaluated_together(trained, work, capsys):
     other_panel(work, "target", 15)
     state = checkpoint.load(trained.decoder, "stage_two", "--decoder")
     flags = data_flags(work, part="all", allow_leak=True)
-    slices, taught = datasets.load_evaluation(flags, state, "--decoder", ("target",))
+    slices, taught = split.load_evaluation(flags, state, "--decoder", ("target",))
     assert capsys.readouterr().out.count("evaluated on") == 1
     assert [one.panels["target"].measured.sum() for one in slices] == [20, 20, 15]
     assert all(one.panels["target"].genes == state["genes"] for one in (*slices, *taught))

@@ -181,14 +181,14 @@ def test_the_files_and_what_is_said_do_not_depend_on_memory(work, flags, capsys)
 def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path):
     adata = anndata.AnnData(obs={"spot": ["a", "b"]}, var={"gene": ["g"]})
 
-    def torn():
+    def corrupt():
         yield sp.csr_matrix([[1]], dtype=np.int32)
         raise OSError("no room")
 
     path = tmp_path / "new" / "panel.h5ad"
     gene_panels.write_panel(path, adata, iter([sp.csr_matrix([[5]]), sp.csr_matrix([[7]])]))
     with pytest.raises(OSError, match="no room"):
-        gene_panels.write_panel(path, adata, torn())
+        gene_panels.write_panel(path, adata, corrupt())
     assert anndata.read_h5ad(path).X.toarray().tolist() == [[5], [7]]
 
 

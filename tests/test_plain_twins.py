@@ -12,8 +12,8 @@ import get_accuracy_image
 from benchmarks import plain, plain_tiles
 from model.gene_encoder import GeneEncoder
 from model.stage_two import StageTwo, StageTwoSizes
+from utils.features.cache import EncodedPairs
 from utils.training import augment
-from utils.training.features import EncodedPairs
 
 
 def gradients(loss, model):
@@ -84,7 +84,7 @@ def stage_two():
 
 
 @torch.no_grad()
-def test_prediction_of_one_picture_at_a_time(stage_two):
+def test_prediction_of_one_image_at_a_time(stage_two):
     model, tiles, around = stage_two
     torch.nn.init.normal_(model.decoder.read_out.weight)
     model.eval()
@@ -116,9 +116,9 @@ def test_augmentation_of_single_files(tmp_path, rng):
 
 
 def test_published_tiles(tmp_path, rng):
-    picture = rng.integers(0, 255, (90, 80, 3), dtype=np.uint8)
-    Image.fromarray(picture).save(tmp_path / "hires.png")
+    image = rng.integers(0, 255, (90, 80, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "hires.png")
     plain_tiles.cut_tiles(tmp_path / "hires.png", np.array([[30.0, 40.0], [41.0, 52.0]]), tmp_path / "tiles")
     for spot, (x, y) in enumerate(((30, 40), (41, 52))):
-        Image.fromarray(picture[y - 20 : y + 20, x - 20 : x + 20]).save(tmp_path / "expected.jpeg")
+        Image.fromarray(image[y - 20 : y + 20, x - 20 : x + 20]).save(tmp_path / "expected.jpeg")
         assert (tmp_path / "tiles" / f"{spot}.jpeg").read_bytes() == (tmp_path / "expected.jpeg").read_bytes()

@@ -60,7 +60,7 @@ def test_measured_and_predicted_share_one_range_and_true_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("value", [2.0, np.nan])
-def test_maps_without_picture_of_a_flat_or_missing_gene(tmp_path, value):
+def test_maps_without_image_of_a_flat_or_missing_gene(tmp_path, value):
     xy = np.array([[0.0, 0], [10, 0]])
     figure = plotting.gene_maps(None, xy, 3.0, np.full(2, value), np.full(2, value))
     assert figure.axes[0].get_xlabel() == "x (image px)"

@@ -1,4 +1,4 @@
-"""predict_slide.py: slices and pictures, with and without counts; what is written."""
+"""predict_slide.py: slices and images, with and without counts; what is written."""
 
 import json
 import shutil
@@ -14,15 +14,15 @@ from slide_runs import predict, read, record, strict
 from test_geojson import check_qupath
 from tiny_runs import snapshot
 
+from utils.files.arrays import ArrayStore
 from utils.images import tiles
 from utils.prediction import outputs, slide_features
 from utils.training import checkpoint
-from utils.training.spill import Spill
 
 
 @pytest.fixture(scope="module")
 def section(trained):
-    """The slice that the tiny model was not trained on, and its picture."""
+    """The slice that the tiny model was not trained on, and its image."""
     return trained.data / "P03_1", trained.data / "P03_1" / "P03_1_he.jpg"
 
 
@@ -37,7 +37,7 @@ def measured(trained, section, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unmeasured(trained, section, tmp_path_factory):
-    """Results of its picture alone, on a grid, with the spread over turned views."""
+    """Results of its image alone, on a grid, with the spread over turned views."""
     flags = ("--um_per_px", 1, "--spread")
     return predict(section[1], trained.decoder, tmp_path_factory.mktemp("unmeasured"), *flags)
 
@@ -76,7 +76,7 @@ def test_positions_of_a_file_stand_in_for_the_slice_and_the_spread_leaves_the_me
     assert "counts" not in one.layers and not (out / "metrics.json").exists()
 
 
-def test_a_picture_gets_a_grid_on_its_tissue(unmeasured, section):
+def test_a_image_gets_a_grid_on_its_tissue(unmeasured, section):
     adata = read(unmeasured)
     spots = pd.read_csv(unmeasured / "predictions.csv", index_col="barcode")
     assert 40 < adata.n_obs < 90 and adata.obs_names[0].count("x") == 1
@@ -107,7 +107,7 @@ def test_several_decoders_give_mean_and_spread_and_share_features(trained, secti
 
 def test_mean_and_deviation_one_after_the_other(rng, tmp_path):
     several = rng.normal(5, 2, (8, 30, 4)).astype(np.float32)
-    spread = slide_features.Spread(Spill(1e-9, tmp_path))
+    spread = slide_features.Spread(ArrayStore(1e-9, tmp_path))
     assert spread.deviation is None
     for one in several:
         spread.add(one)
@@ -207,7 +207,7 @@ def test_the_spatialdata_file_is_read_again(measured, tmp_path):
     np.testing.assert_allclose(found.tables["predicted"].X, one.predicted, rtol=1e-6)
     centres = np.array([[p.x, p.y] for p in found.shapes["spots"].geometry])
     np.testing.assert_allclose(centres, one.spots.xy_fullres_px)
-    assert found.images["picture"].shape == (3, *one.picture.shape[:2])
+    assert found.images["image"].shape == (3, *one.image.shape[:2])
 
 
 # ---- out of domain, scale
@@ -231,9 +231,9 @@ def test_the_models_own_kind_of_slide_is_not_warned_of(measured, unmeasured):
         assert not record(out)["unlike_training"] and record(out)["share_out_of_domain"] < 0.5
 
 
-def test_a_coarser_picture_is_enlarged_with_a_warning(trained, section, unmeasured, tmp_path, capsys):
-    picture = Image.open(section[1])
-    small = picture.resize([side // 7 for side in picture.size], Image.Resampling.LANCZOS)
+def test_a_coarser_image_is_enlarged_with_a_warning(trained, section, unmeasured, tmp_path, capsys):
+    image = Image.open(section[1])
+    small = image.resize([side // 7 for side in image.size], Image.Resampling.LANCZOS)
     small.save(tmp_path / "small.png")
     out = predict(tmp_path / "small.png", trained.decoder, tmp_path / "out", "--um_per_px", 7)
     assert "7 um per px, the model's tiles have 3.5: they are enlarged 2.0 times" in capsys.readouterr().out

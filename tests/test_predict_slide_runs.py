@@ -9,15 +9,16 @@ import pytest
 from slide_runs import exit_code, predict, read, record
 from tiny_runs import snapshot, stderr_line
 
+from utils.features import neighbourhoods
 from utils.images import tiles
-from utils.training import checkpoint, feature_bank
+from utils.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def section(trained):
-    """The slice that the tiny model was not trained on, and its picture."""
+    """The slice that the tiny model was not trained on, and its image."""
     return trained.data / "P03_1", trained.data / "P03_1" / "P03_1_he.jpg"
 
 
@@ -34,13 +35,13 @@ def measured(trained, section, tmp_path_factory):
 
 
 def test_an_interrupted_slide_goes_on_from_its_features(trained, section, measured, tmp_path, monkeypatch, capsys):
-    out, calls, stream, ask = tmp_path / "out", [], tiles.cut_tiles, feature_bank.predict
+    out, calls, stream, ask = tmp_path / "out", [], tiles.cut_tiles, neighbourhoods.predict
     monkeypatch.setattr(tiles, "cut_tiles", lambda s, c, *a, **k: calls.append(len(c)) or stream(s, c, *a, **k))
-    monkeypatch.setattr(feature_bank, "predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(neighbourhoods, "predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         predict(section[0], trained.decoder, out)
     assert calls.count(70) == 1 and list(out.rglob("*.npy")) and not (out / "settings.json").exists()
-    monkeypatch.setattr(feature_bank, "predict", ask)
+    monkeypatch.setattr(neighbourhoods, "predict", ask)
     predict(section[0], trained.decoder, out)
     assert calls.count(70) == 1, "the kept features serve"
     np.testing.assert_array_equal(read(out).X, read(measured).X)
@@ -54,13 +55,13 @@ def test_an_interrupted_slide_goes_on_from_its_features(trained, section, measur
 
 
 def test_a_table_of_slides_is_worked_off_and_a_torn_one_does_not_stop_it(trained, section, tmp_path, capsys):
-    (tmp_path / "torn.png").write_bytes(b"no picture")
+    (tmp_path / "corrupt.png").write_bytes(b"no image")
     (tmp_path / "P03_1").symlink_to(section[0])
     table = tmp_path / "cohort.csv"
     table.write_text(f"slide,um_per_px,spot_pitch_um\ntorn.png,1,\nP03_1,,\n\n{section[1]},1,150\n")
     out = tmp_path / "out"
     assert exit_code(table, trained.decoder, out) == 2
-    stderr_line(capsys, "1 of 3 slides could not be predicted: torn .*torn.png")
+    stderr_line(capsys, "1 of 3 slides could not be predicted: corrupt .*corrupt.png")
     assert {path.name for path in out.iterdir()} == {"P03_1", "P03_1_he"}
     assert record(out / "P03_1")["n_spots"] == 70
     assert record(out / "P03_1_he")["spot_pitch_fullres_px"] == pytest.approx(150)
@@ -104,18 +105,18 @@ def test_a_model_of_tiles_without_scale_and_unlike_members_are_refused(trained, 
     stderr_line(capsys, "--spread: several decoders give a spread by themselves")
 
 
-def test_positions_of_another_picture_and_torn_ones(trained, section, tmp_path, capsys):
-    far, torn = tmp_path / "far.csv", tmp_path / "torn.csv"
+def test_positions_of_another_image_and_torn_ones(trained, section, tmp_path, capsys):
+    far, corrupt = tmp_path / "far.csv", tmp_path / "corrupt.csv"
     far.write_text("".join(f"A{i}-1,1,{i},{i % 2},{9000 + 100 * i},{9000 + 50 * (i % 2)}\n" for i in range(4)))
-    torn.write_text("barcode,in_tissue\nA,1\n")
+    corrupt.write_text("barcode,in_tissue\nA,1\n")
     assert exit_code(section[1], trained.decoder, tmp_path / "out", "--positions", far, "--um_per_px", 1) == 2
     stderr_line(capsys, "expected 4 spots on its .* found 4 outside")
-    assert exit_code(section[1], trained.decoder, tmp_path / "out", "--positions", torn) == 2
-    stderr_line(capsys, f"--positions: {torn}: expected the comma-separated columns")
+    assert exit_code(section[1], trained.decoder, tmp_path / "out", "--positions", corrupt) == 2
+    stderr_line(capsys, f"--positions: {corrupt}: expected the comma-separated columns")
 
 
 @pytest.mark.realdata
-def test_a_real_section_with_counts_and_its_picture_alone(trained, real_data, tmp_path):
+def test_a_real_section_with_counts_and_its_image_alone(trained, real_data, tmp_path):
     folder = real_data / "Breast_cancer" / "B4"
     out = predict(folder, trained.decoder, tmp_path / "slice", "--spot_pitch_um", 200)
     adata = read(out)

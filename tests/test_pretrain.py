@@ -11,8 +11,9 @@ from tiny_runs import data_flags, row
 from benchmarks import pretrain_genes
 from model.gene_encoder import GeneEncoder
 from model.masked_bins import MaskedBins
+from utils.features import dataset
 from utils.genes.panels import N_BINS
-from utils.training import datasets, pretrain
+from utils.training import pretrain
 from utils.training.count_tables import CountTable
 from utils.training.pretrain import Spots
 
@@ -231,7 +232,7 @@ def test_a_run_repeats_itself_and_another_seed_does_not(planted):
 
 def test_simulated_slices_teach(prepared):
     flags, rows = data_flags(prepared), (row("P01_1"), row("P02_1", "val"))
-    slices = [datasets.load_slice(one, flags, ("input",), val_strip=False) for one in rows]
+    slices = [dataset.load_slice(one, flags, ("input",), val_strip=False) for one in rows]
     bins = [one.bins() for one in slices]
     log = pretrain.pretrain(small(50), slices, bins, [], ACCELERATOR, settings(pretrain_epochs=6))
     assert min(one["model"] for one in log) < log[0]["model"]

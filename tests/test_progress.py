@@ -16,7 +16,9 @@ from tiny_runs import LAST, STAGES, Work, different, progress, state, stderr_lin
 import make_decoder_data
 import train_decoder
 import train_mymodel
-from utils.training import arguments, checkpoint, datasets, folder
+from utils import settings
+from utils.files import exclusive
+from utils.training import checkpoint, loop
 from utils.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,17 +205,17 @@ def test_gradients_of_several_batches_make_one_step(broken, trained, monkeypatch
 
 
 def test_batches_that_make_no_whole_step_are_left_out():
-    order = datasets.EpochOrder(70, 10, 0, accumulate=3)
+    order = loop.EpochOrder(70, 10, 0, accumulate=3)
     assert len(order) == 6 == len(list(order))
     order.first = 4
-    assert list(order) == list(datasets.EpochOrder(70, 10, 0))[4:6]
+    assert list(order) == list(loop.EpochOrder(70, 10, 0))[4:6]
 
 
 @pytest.mark.parametrize("accumulate", [7, 8, 1000])
 def test_an_epoch_of_fewer_batches_is_one_step(accumulate):
-    order = datasets.EpochOrder(75, 10, 0, accumulate=accumulate)
+    order = loop.EpochOrder(75, 10, 0, accumulate=accumulate)
     assert (order.accumulate, len(order)) == (7, 7)
-    assert list(order) == list(datasets.EpochOrder(75, 10, 0))
+    assert list(order) == list(loop.EpochOrder(75, 10, 0))
 
 
 def test_accumulating_beyond_an_epoch_is_accumulating_over_it(trained, tmp_path, capsys):
@@ -232,7 +234,7 @@ def test_accumulating_beyond_an_epoch_is_accumulating_over_it(trained, tmp_path,
 
 def test_a_second_run_into_a_folder_is_refused(broken, capsys):
     broken.encoder.parent.mkdir(parents=True)
-    with folder.held(broken.encoder.parent, "--out"):
+    with exclusive.exclusive(broken.encoder.parent, "--out"):
         assert broken.exit_code("train_mymodel", "--Epoch", 1) == 2
         stderr_line(
             capsys,
@@ -249,14 +251,14 @@ def test_panels_beside_the_counts_are_written_by_one_run_at_a_time(simulated, tm
 
     def code(*flags):
         with pytest.raises(SystemExit) as stop:
-            arguments.run(make_decoder_data.main, make_decoder_data.parse_args([*argv, *flags]))
+            settings.run(make_decoder_data.main, make_decoder_data.parse_args([*argv, *flags]))
         return stop.value.code
 
-    with folder.held(data, "--data"):
+    with exclusive.exclusive(data, "--data"):
         assert code() == 2
         stderr_line(capsys, "--data: expected a folder of this run's own, found another run writing to .*data; wait")
         assert not list(data.rglob("*.h5ad.part")) and code("--panels", str(tmp_path / "panels")) == 0
-    assert code() == 0 and not (data / folder.LOCK).exists()
+    assert code() == 0 and not (data / exclusive.LOCK).exists()
     assert len(list(data.rglob("filtered_feature_bc_matrix_one.h5ad"))) == 3
 
 
@@ -267,13 +269,13 @@ def test_panels_into_read_only_data_are_refused_with_the_flag_to_use(simulated, 
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(SystemExit):
-        arguments.run(make_decoder_data.main, make_decoder_data.parse_args(["--data", str(simulated)]))
+        settings.run(make_decoder_data.main, make_decoder_data.parse_args(["--data", str(simulated)]))
     stderr_line(capsys, "--data: expected a folder that can be written to, found .*; fix: name one by --panels")
 
 
 def test_missing_data_are_not_made_for_a_lock(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        arguments.run(make_decoder_data.main, make_decoder_data.parse_args(["--data", str(tmp_path / "none")]))
+        settings.run(make_decoder_data.main, make_decoder_data.parse_args(["--data", str(tmp_path / "none")]))
     stderr_line(capsys, "none: expected")
     assert not (tmp_path / "none").exists()
 
@@ -281,19 +283,19 @@ def test_missing_data_are_not_made_for_a_lock(tmp_path, capsys):
 def test_a_killed_process_lets_go(tmp_path):
     code = (
         "import os, signal; from pathlib import Path; from utils.training import folder\n"
-        f"with folder.held(Path({str(tmp_path)!r}), '--out'): os.kill(os.getpid(), signal.SIGKILL)"
+        f"with exclusive.exclusive(Path({str(tmp_path)!r}), '--out'): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
-    assert done.returncode == -signal.SIGKILL and (tmp_path / folder.LOCK).exists()
-    with folder.held(tmp_path, "--out"):
+    assert done.returncode == -signal.SIGKILL and (tmp_path / exclusive.LOCK).exists()
+    with exclusive.exclusive(tmp_path, "--out"):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_made_for_nothing_goes_again(tmp_path):
-    with pytest.raises(ValueError, match="bad input"), folder.held(tmp_path / "a" / "b", "--out"):
+    with pytest.raises(ValueError, match="bad input"), exclusive.exclusive(tmp_path / "a" / "b", "--out"):
         raise ValueError("bad input")
     assert not list(tmp_path.iterdir())
-    with folder.held(tmp_path / "a" / "b", "--out"):
+    with exclusive.exclusive(tmp_path / "a" / "b", "--out"):
         (tmp_path / "a" / "b" / "result.json").write_text(json.dumps({}))
-    assert (tmp_path / "a" / "b" / "result.json").exists() and not (tmp_path / "a" / "b" / folder.LOCK).exists()
+    assert (tmp_path / "a" / "b" / "result.json").exists() and not (tmp_path / "a" / "b" / exclusive.LOCK).exists()

@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils.evaluation import report
+from utils.report import __main__ as report_command
+from utils.report import tables
 
 GALLERY = {"chance": 0.111, "depth": 0.2, "contrastive": 0.3, "matching": 0.4, "reranked": 0.512}
 RETRIEVAL = {
-    "neighbours": GALLERY | {"interval": {row: [i / 100, 0.99] for i, row in enumerate(report.RETRIEVAL_ROWS)}},
-    "random10": GALLERY | {"reranked": 0.622, "interval": {row: [0.05, 0.98] for row in report.RETRIEVAL_ROWS}},
+    "neighbours": GALLERY | {"interval": {row: [i / 100, 0.99] for i, row in enumerate(tables.RETRIEVAL_ROWS)}},
+    "random10": GALLERY | {"reranked": 0.622, "interval": {row: [0.05, 0.98] for row in tables.RETRIEVAL_ROWS}},
     "slice": {
         way: {f"R@{k}": value * k for k in (1, 5, 10)} | {"median_rank": 9.0}
         for way, value in (("chance", 0.01), ("image_to_gene", 0.02), ("gene_to_image", 0.03))
@@ -49,7 +50,7 @@ def results(tmp_path):
 
 def printed(capsys, *argv):
     """Lines of the table: the words before the first figure, and the cells."""
-    report.main([str(flag) for flag in argv])
+    report_command.main([str(flag) for flag in argv])
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     return {line[:32].strip(): line[32:].split() for line in lines}
 
@@ -69,9 +70,9 @@ def test_a_figure_that_a_row_cannot_have_is_a_dash(results, capsys):
 
 
 def test_the_error_is_in_the_scale_that_was_fitted(results, capsys):
-    report.main([str(results)])
+    report_command.main([str(results)])
     assert "MSE, residuals" in capsys.readouterr().out
-    assert report.fitted_scale({"lognorm": {"model": {"mse": 0.0}}}) == "lognorm", "an error of 0 is one"
+    assert tables.fitted_scale({"lognorm": {"model": {"mse": 0.0}}}) == "lognorm", "an error of 0 is one"
 
 
 def test_several_runs_give_mean_and_deviation(results, tmp_path, capsys):
@@ -91,7 +92,7 @@ def test_the_ceiling_is_the_mean_over_slices_of_the_panel_genes(results, tmp_pat
         truth.var_names, truth.var["ceiling_residuals"] = ["a", "b", "c"], ceilings
         (tmp_path / "data" / name).mkdir(parents=True)
         truth.write_h5ad(tmp_path / "data" / name / "truth.h5ad")
-    report.main([str(results), "--truth", str(tmp_path / "data")])
+    report_command.main([str(results), "--truth", str(tmp_path / "data")])
     expected = "ceiling of this simulation: PCC 4.000 against residuals; the model reaches 25% of it"
     assert capsys.readouterr().out.splitlines()[-1] == expected
 
@@ -100,7 +101,7 @@ def test_the_ceiling_is_the_mean_over_slices_of_the_panel_genes(results, tmp_pat
 def test_missing_results_are_named_in_one_line(results, capsys, name):
     (results / name / "metrics.json").unlink()
     with pytest.raises(SystemExit) as stop:
-        report.main([str(results)])
+        report_command.main([str(results)])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     script = {"retrieval": "get_accuracy_image.py", "similarity": "decoder_similarity.py"}[name]
@@ -110,5 +111,5 @@ def test_missing_results_are_named_in_one_line(results, capsys, name):
 def test_the_ceiling_of_real_slices_is_not_known(results, tmp_path, capsys):
     pd.DataFrame({"gene": ["a"]}).to_csv(results / "similarity" / "genes.csv", index=False)
     with pytest.raises(SystemExit) as stop:
-        report.main([str(results), "--truth", str(tmp_path)])
+        report_command.main([str(results), "--truth", str(tmp_path)])
     assert stop.value.code == 2 and "P05_1/truth.h5ad, found none" in capsys.readouterr().err

@@ -12,10 +12,12 @@ import pytest
 import torch
 from tiny_runs import BEST, LAST, STAGES, Work, data_flags, different, progress, rewrite_matrix, row, snapshot, state
 
+from utils.features import dataset
+from utils.files import tensors
 from utils.genes import panels as gene_panels
 from utils.images import tiles
 from utils.slices import splits
-from utils.training import augment, checkpoint, datasets
+from utils.training import augment, loop
 
 TWO_EPOCHS = ("--Epoch", 2, "--Init_lr", 1e-3)
 
@@ -53,14 +55,14 @@ def test_a_finished_run_is_not_touched_by_resume(whole):
 
 @pytest.mark.parametrize("script", STAGES)
 def test_every_epoch_has_an_order_of_its_own(trained, tmp_path, monkeypatch, script):
-    batches, whole_order = {}, datasets.EpochOrder.__iter__
+    batches, whole_order = {}, loop.EpochOrder.__iter__
 
     def recorded(order):
         for batch in whole_order(order):
             batches.setdefault(order.epoch, []).append(batch)
             yield batch
 
-    monkeypatch.setattr(datasets.EpochOrder, "__iter__", recorded)
+    monkeypatch.setattr(loop.EpochOrder, "__iter__", recorded)
     work = Work(trained.data, trained.tiles, trained.panels, tmp_path)
     flags = () if script == "train_mymodel" else ("--encoder", trained.encoder)
     work.run(script, *flags, "--Init_Epoch", 1, "--Epoch", 3)
@@ -106,7 +108,7 @@ def strip(prepared, tmp_path_factory):
 
 def test_a_strip_validates_and_the_gap_is_not_used(strip):
     work, _ = strip
-    one = datasets.load_slice(row("P01_1"), data_flags(work), ("input",), val_strip=True)
+    one = dataset.load_slice(row("P01_1"), data_flags(work), ("input",), val_strip=True)
     n_train, n_val = len(one.rows_of("train")), len(one.rows_of("val"))
     assert n_val == 17 and n_train + n_val < 70
     for script, stage in (("train_mymodel", "stage_one"), ("train_decoder", "stage_two")):
@@ -165,19 +167,19 @@ def test_a_convolutional_encoder_goes_through_both_stages(prepared, tmp_path):
     work.run("train_decoder", "--Epoch", 1)
     kept = np.load(tmp_path / "decoder_model" / "features" / "P01_1.npy")
     assert kept.shape == (70, 1280 // 32 + 4, 32), "pooled features, a feature map of 2 x 2 at 64 px"
-    one, two = (checkpoint.read_tensors(path, "--test")["model"] for path in (work.encoder, work.decoder))
+    one, two = (tensors.read_tensors(path, "--test")["model"] for path in (work.encoder, work.decoder))
     shared = [name for name in one if name.startswith("image_encoder.")]
     assert shared and not [name for name in shared if not torch.equal(one[name], two[name])], "BatchNorm is frozen, too"
 
 
 def test_several_scales_go_through_both_stages_and_their_evaluation(prepared, tmp_path):
     work = Work(prepared.data, prepared.tiles, prepared.panels, tmp_path)
-    work.run("train_mymodel", "--scales", 1, 0.5, "--Epoch", 1)
+    work.run("train_mymodel", "--crop_scales", 1, 0.5, "--Epoch", 1)
     work.run("train_decoder", "--Epoch", 1)
     for script in ("get_accuracy_image", "decoder_similarity"):
         work.run(script)
     one, two = (state(work, script, BEST) for script in STAGES)
-    assert list(one["sizes"]["scales"]) == list(two["sizes"]["scales"]) == [1, 0.5]
+    assert list(one["sizes"]["crop_scales"]) == list(two["sizes"]["crop_scales"]) == [1, 0.5]
     weight = "image_encoder.to_vector.weight"
     assert one["model"][weight].shape[1] == 2 * 64 and torch.equal(one["model"][weight], two["model"][weight])
 

@@ -25,8 +25,7 @@ from spaceranger_folders import refused
 
 from model import performer, scbert
 from model.scbert import load_scbert, loading_table
-from utils import gene_weights
-from utils.training import checkpoint
+from utils.training import gene_weights
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,7 @@ def test_every_trunk_tensor_is_overwritten(tensors, tmp_path, prefix):
     encoder = gene_encoder()
     for tensor in encoder.state_dict().values():
         tensor.fill_(torch.nan)
-    read = checkpoint.read_weights(write_released(tmp_path / "p.pth", tensors, prefix), "--gene_weights")
+    read = tensors.read_weights(write_released(tmp_path / "p.pth", tensors, prefix), "--gene_weights")
     assert {name: len(names) for name, names in load_scbert(encoder, read).items()} == {
         **{"loaded": 87, "missing": 0, "unexpected": 0, "skipped": 4}
     }
@@ -203,9 +202,9 @@ def wrong_files(folder, tensors):
     """What may be given in place of the released file, and what is said of it."""
     torch.save({"layer.weight": torch.zeros(3)}, folder / "another.pth")
     yield "another.pth", r"0 of scBERT's 87 tensors found, missing .* and 86 more"
-    write_released(folder / "torn.pth", tensors)
-    (folder / "torn.pth").write_bytes((folder / "torn.pth").read_bytes()[:100_000])
-    yield "torn.pth", "torn.pth is torn"
+    write_released(folder / "corrupt.pth", tensors)
+    (folder / "corrupt.pth").write_bytes((folder / "corrupt.pth").read_bytes()[:100_000])
+    yield "corrupt.pth", "corrupt.pth is corrupt"
     torch.save({"model_state_dict": tensors, "losses": Code(folder / "ran")}, folder / "code.pth")
     yield "code.pth", "holds more than tensors and plain values"
     torch.save({"epoch": 3, "model_state_dict": {}}, folder / "empty.pth")
@@ -213,7 +212,7 @@ def wrong_files(folder, tensors):
     write_released(folder / "no_positions.pth", {n: t for n, t in tensors.items() if n != scbert.POSITIONS})
     yield "no_positions.pth", "has no pos_emb.emb.weight; give --gene2vec"
     (folder / "text.pth").write_text("not a checkpoint")
-    yield "text.pth", "text.pth is torn"
+    yield "text.pth", "text.pth is corrupt"
 
 
 def test_wrong_files_are_refused_in_one_line(released, tensors, tmp_path):

@@ -15,9 +15,10 @@ from PIL import Image
 from tiny_runs import BEST, LAST, PREVIOUS, Work, snapshot
 
 from model.image_encoder import ImageEncoder
+from utils.features import cache
 from utils.genes import panels as gene_panels
 from utils.slices import splits
-from utils.training import checkpoint, features, loop
+from utils.training import checkpoint, loop
 
 ACCURACY = ("depth", "contrastive", "matching", "reranked")
 ROWS = ("model", "mean", "depth", "ridge", "ridge_neighbours", "knn")
@@ -105,7 +106,7 @@ def test_features_are_computed_once_for_each_encoder(done, tmp_path, monkeypatch
     kept = snapshot(work.decoder.parent / "features")
     assert {path.name for path in kept} == {f"P0{i}_1.{kind}" for i in (1, 2) for kind in ("npy", "json")}
     with monkeypatch.context() as patch:
-        patch.setattr(features, "encode_slice", None)  # would fail
+        patch.setattr(cache, "encode_slice", None)  # would fail
         work.run("train_decoder", "--encoder", done.encoder, "--Epoch", 1, "--Init_lr", 1e-3)
     assert snapshot(work.decoder.parent / "features") == kept
     same, other = (checkpoint.load(one.decoder, "stage_two", "--decoder")["model"] for one in (work, done))
@@ -200,8 +201,8 @@ def test_expression_files(done):
     metrics = read_json(out / "metrics.json")
     mean = by_gene["pcc_residuals_model"].mean()
     assert mean == pytest.approx(metrics["residuals"]["model"]["pcc_gene_mean"], abs=1e-5)
-    pictures = {"pcc_histogram.png", *(f"map_P03_1_{kind}.png" for kind in ("best", "median", "worst"))}
-    assert pictures <= {path.name for path in out.iterdir()}
+    images = {"pcc_histogram.png", *(f"map_P03_1_{kind}.png" for kind in ("best", "median", "worst"))}
+    assert images <= {path.name for path in out.iterdir()}
     adata = anndata.read_h5ad(out / "predictions.h5ad")
     panel = gene_panels.read_panel(gene_panels.panel_path(done.data, done.panels, "P03_1", "target"))
     assert adata.obs_names.tolist() == panel.barcodes.tolist() and adata.var_names.tolist() == panel.genes
@@ -255,14 +256,14 @@ def test_other_targets(done, tmp_path, target):
     check_similarity(read_json(tmp_path / "results" / "similarity" / "metrics.json"), target)
 
 
-def test_an_encoder_without_training_is_the_untouched_one(done, tmp_path):
+def test_an_encoder_without_training_is_the_pretrained_one(done, tmp_path):
     """With hardly any learning rate the saved trunk is the random one that the cheap rows are computed on."""
     work = Work(done.data, done.tiles, done.panels, tmp_path)
     work.run("train_mymodel", "--Epoch", 1, "--Init_lr", 1e-30, "--seed", 5)
     state = checkpoint.load(work.encoder, "stage_one", "--encoder")
     loop.seed_everything(5)
-    untouched = ImageEncoder("test_vit", 32, 32, None).state_dict()
-    trunk = {name for name in untouched if name.startswith("trunk.")}
+    pretrained = ImageEncoder("test_vit", 32, 32, None).state_dict()
+    trunk = {name for name in pretrained if name.startswith("trunk.")}
     assert trunk
     for name in trunk:
-        torch.testing.assert_close(state["model"][f"image_encoder.{name}"], untouched[name], atol=1e-20, rtol=0)
+        torch.testing.assert_close(state["model"][f"image_encoder.{name}"], pretrained[name], atol=1e-20, rtol=0)

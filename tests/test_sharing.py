@@ -14,7 +14,12 @@ from safetensors.torch import load_file
 from small_shares import KINDS, STAGES, exported, load
 from tiny_runs import Work, stderr_line
 
-from utils.training import arguments, checkpoint, sharing
+from utils import settings
+from utils.sharing import __main__ as sharing
+from utils.sharing import export
+from utils.sharing import hub as hub_module
+from utils.training import checkpoint
+from utils.training.shared_folder import CARD, CONFIG, FILES, WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +50,13 @@ def same(one, other):
 def test_the_round_trip_is_exact(trained, shared, kind):
     before = checkpoint.load(getattr(trained, STAGES[kind][0]), kind, "--weights")
     after = load(shared[kind], kind)
-    for settings in ("settings", "encoder_settings"):
-        if settings in before:  # paths of this machine are cut to names, all else is kept
-            given, found = before.pop(settings), after.pop(settings)
-            assert found == sharing.plain(given) and given.keys() == found.keys() and given["seed"] == found["seed"]
+    for key in ("settings", "encoder_settings"):
+        if key in before:  # paths of this machine are cut to names, all else is kept
+            given, found = before.pop(key), after.pop(key)
+            assert found == export.plain(given) and given.keys() == found.keys() and given["seed"] == found["seed"]
             assert Path(given["data"]).is_absolute() and found["data"] == "data"
     assert same(before, after) and list(before["model"]) == list(after["model"])
-    assert sorted(path.name for path in shared[kind].iterdir()) == sorted(sharing.FILES)
+    assert sorted(path.name for path in shared[kind].iterdir()) == sorted(FILES)
 
 
 def test_all_kinds_of_tensors_come_back(tmp_path):
@@ -70,18 +75,18 @@ def test_all_kinds_of_tensors_come_back(tmp_path):
         "image_encoder.mean": torch.zeros(3, 1, 1),
         "image_encoder.std": torch.ones(3, 1, 1),
     }
-    state = {"model": model, "sizes": {"image_encoder": "vit", "scales": [1.0, 0.5]}, "genes": ["b", "a", "é"]}
+    state = {"model": model, "sizes": {"image_encoder": "vit", "crop_scales": [1.0, 0.5]}, "genes": ["b", "a", "é"]}
     state |= {"tile_scale": [32, None], "table": [], "counts_hashes": {}, "settings": {}, "row": {"loss": 0.1 + 0.2}}
     checkpoint.save(tmp_path / "best.pth", "stage_one", **state)
-    sharing.export(tmp_path / "best.pth", tmp_path / "shared")
+    export.export(tmp_path / "best.pth", tmp_path / "shared")
     before, after = load(tmp_path / "best.pth", "stage_one"), load(tmp_path / "shared", "stage_one")
     views = [one["model"].pop("bf16").view(torch.int16) for one in (before, after)]  # NumPy has no bf16
     assert torch.equal(*views) and same(before, after)
 
 
 def test_an_export_of_an_export_is_the_same(shared, tmp_path):
-    sharing.export(shared["stage_two"], tmp_path / "again")
-    for name in sharing.FILES:
+    export.export(shared["stage_two"], tmp_path / "again")
+    for name in FILES:
         assert (tmp_path / "again" / name).read_bytes() == (shared["stage_two"] / name).read_bytes()
 
 
@@ -104,18 +109,18 @@ def test_stage_two_trains_on_a_shared_stage_one(trained, shared, tmp_path):
     own.run("train_decoder", "--encoder", shared["stage_one"], "--Epoch", 1, "--Init_lr", 1e-3)
     ours, theirs = load(own.decoder, "stage_two"), load(trained.decoder, "stage_two")
     assert same(ours["model"], theirs["model"])
-    assert ours["encoder_hash"] == checkpoint.file_hash(shared["stage_one"]) != theirs["encoder_hash"]
+    assert ours["encoder_hash"] == checkpoint.model_hash(shared["stage_one"]) != theirs["encoder_hash"]
 
 
 def test_the_hash_of_a_folder_is_of_weights_and_config(own):
     folder = own["stage_one"]
-    before = checkpoint.file_hash(folder)
-    (folder / sharing.CARD).write_text("edited")
-    assert checkpoint.file_hash(folder) == before
-    for name in (sharing.CONFIG, sharing.WEIGHTS):
+    before = checkpoint.model_hash(folder)
+    (folder / CARD).write_text("edited")
+    assert checkpoint.model_hash(folder) == before
+    for name in (CONFIG, WEIGHTS):
         (folder / name).write_bytes((folder / name).read_bytes() + b" ")
-        assert checkpoint.file_hash(folder) != before
-        before = checkpoint.file_hash(folder)
+        assert checkpoint.model_hash(folder) != before
+        before = checkpoint.model_hash(folder)
 
 
 # ---- what a reader is told
@@ -123,7 +128,7 @@ def test_the_hash_of_a_folder_is_of_weights_and_config(own):
 
 def test_the_config_says_what_is_needed_elsewhere(trained, shared):
     for kind, folder in shared.items():
-        config = json.loads((folder / sharing.CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text())
         state = load(folder, kind)
         assert config["tile_scale"] == {"side_px": 32, "um_per_px": 3.5}
         assert config["normalisation"]["mean"] == state["model"]["image_encoder.mean"].flatten().tolist()
@@ -133,14 +138,14 @@ def test_the_config_says_what_is_needed_elsewhere(trained, shared):
             and config["versions"]["magic"].count(".") == 2
         )
         table = getattr(trained, STAGES[kind][0]).parent / "slices.csv"
-        assert config["training_table_sha256"] == checkpoint.file_hash(table)
-        assert config["tensors"].keys() == load_file(folder / sharing.WEIGHTS).keys()
+        assert config["training_table_sha256"] == checkpoint.model_hash(table)
+        assert config["tensors"].keys() == load_file(folder / WEIGHTS).keys()
     assert config["target"] == "lognorm"
 
 
 def test_no_path_of_the_machine_is_told(trained, shared):
     for folder in shared.values():
-        for name in (sharing.CONFIG, sharing.CARD):
+        for name in (CONFIG, CARD):
             text = (folder / name).read_text()
             assert str(trained.data.parent) not in text and str(Path.home()) + "/" not in text and '"/' not in text
 
@@ -162,12 +167,12 @@ def test_no_path_of_the_machine_is_told(trained, shared):
     ],
 )
 def test_plain_values(value, expected):
-    assert sharing.plain(value) == expected
+    assert export.plain(value) == expected
 
 
 def test_the_card(shared):
     for kind, folder in shared.items():
-        card = huggingface_hub.ModelCard.load(folder / sharing.CARD)
+        card = huggingface_hub.ModelCard.load(folder / CARD)
         assert card.data.library_name == "magic-st" and "spatial-transcriptomics" in card.data.tags
         assert card.data.license is None and "is for whoever shares them to state" in card.text
         assert "- train: P01_1 (patient P01)" in card.text and "- val: P02_1 (patient P02)" in card.text
@@ -204,7 +209,7 @@ class Hub:
         return f"https://huggingface.co/{repo_id}/commit/1"
 
     def snapshot_download(self, repo_id, allow_patterns, **options):
-        assert set(allow_patterns) == set(sharing.FILES)
+        assert set(allow_patterns) == set(FILES)
         return str(self.store / repo_id)
 
     def hf_hub_download(self, repo_id, filename, **options):
@@ -216,7 +221,7 @@ def hub(tmp_path, monkeypatch):
     fake = Hub(tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", lambda token=None: fake)
     monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", fake.hf_hub_download)
-    monkeypatch.setattr(sharing, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(hub_module, "snapshot_download", fake.snapshot_download)
     return fake
 
 
@@ -226,7 +231,7 @@ def command(*argv):
 
 def exit_code(*argv):
     with pytest.raises(SystemExit) as stop:
-        arguments.run(sharing.main, sharing.parse_args([str(one) for one in argv]))
+        settings.run(sharing.main, sharing.parse_args([str(one) for one in argv]))
     return stop.value.code
 
 
@@ -235,10 +240,10 @@ def test_upload_and_download(trained, shared, hub, tmp_path, capsys, source):
     """Precisely the three files go up, to a repository that is private, and come down unchanged."""
     command(trained.decoder if source == "file" else shared["stage_two"], "--push", "jane/magic")
     assert hub.calls == [("create_repo", True), ("upload_folder", "model")]
-    assert sorted(path.name for path in (hub.store / "jane/magic").rglob("*")) == sorted(sharing.FILES)
+    assert sorted(path.name for path in (hub.store / "jane/magic").rglob("*")) == sorted(FILES)
     command("--pull", "jane/magic", tmp_path / "down")
     assert "jane/magic/commit/1" in capsys.readouterr().out
-    for name in sharing.FILES:
+    for name in FILES:
         assert (tmp_path / "down" / name).read_bytes() == (shared["stage_two"] / name).read_bytes()
 
 
@@ -248,12 +253,12 @@ def test_a_public_repository_is_asked_for(shared, hub):
 
 
 def test_the_mixin_on_a_folder(trained, own, tmp_path):
-    (own["stage_two"] / sharing.CARD).write_text("---\nlicense: mit\n---\nby hand")
-    model = sharing.SharedMagic.from_pretrained(own["stage_two"])
+    (own["stage_two"] / CARD).write_text("---\nlicense: mit\n---\nby hand")
+    model = hub_module.SharedMagic.from_pretrained(own["stage_two"])
     model.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / sharing.CARD).read_text().endswith("by hand"), "a card that was edited stays"
-    assert same(model.state, sharing.SharedMagic.from_pretrained(tmp_path / "saved").state)
-    sharing.SharedMagic(trained.decoder).save_pretrained(tmp_path / "written")
+    assert (tmp_path / "saved" / CARD).read_text().endswith("by hand"), "a card that was edited stays"
+    assert same(model.state, hub_module.SharedMagic.from_pretrained(tmp_path / "saved").state)
+    hub_module.SharedMagic(trained.decoder).save_pretrained(tmp_path / "written")
     assert same(load(tmp_path / "written", "stage_two"), load(own["stage_two"], "stage_two"))
 
 
@@ -261,7 +266,7 @@ def test_what_the_hub_does_not_have(hub, tmp_path, capsys, monkeypatch):
     def missing(*args, **options):
         raise huggingface_hub.errors.OfflineModeIsEnabled("no network\nhere")
 
-    monkeypatch.setattr(sharing, "snapshot_download", missing)
+    monkeypatch.setattr(hub_module, "snapshot_download", missing)
     monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", missing)
     assert exit_code("--pull", "jane/none", tmp_path / "down") == 2
     stderr_line(capsys, "--pull jane/none: no network here; see that the name is right")
@@ -270,7 +275,7 @@ def test_what_the_hub_does_not_have(hub, tmp_path, capsys, monkeypatch):
 
 def test_the_command_line(trained, shared, tmp_path, capsys):
     command(trained.encoder, tmp_path / "new")
-    assert checkpoint.file_hash(tmp_path / "new") == checkpoint.file_hash(shared["stage_one"])
+    assert checkpoint.model_hash(tmp_path / "new") == checkpoint.model_hash(shared["stage_one"])
     assert "model.safetensors, README.md, config.json" in capsys.readouterr().out
     assert exit_code(trained.encoder, tmp_path / "new") == 2
     stderr_line(capsys, "DIR: expected a new or an empty folder")

@@ -11,7 +11,10 @@ from spaceranger_folders import refused
 from test_checkpoint import Bomb
 from tiny_runs import LAST, stderr_line
 
-from utils.training import checkpoint, sharing
+from utils.sharing import export
+from utils.sharing.hub import SharedMagic
+from utils.training import checkpoint
+from utils.training.shared_folder import CONFIG, WEIGHTS
 
 
 @pytest.fixture
@@ -21,27 +24,27 @@ def own(trained, tmp_path):
 
 def test_only_a_new_folder_is_written_to(trained, own):
     before = {path: path.read_bytes() for path in own["stage_two"].iterdir()}
-    refused("expected a new or an empty folder, found", sharing.export, trained.decoder, own["stage_two"])
-    model = sharing.SharedMagic(trained.decoder)
+    refused("expected a new or an empty folder, found", export.export, trained.decoder, own["stage_two"])
+    model = SharedMagic(trained.decoder)
     refused("expected a new or an empty folder, found", model.save_pretrained, own["stage_two"])
     assert {path: path.read_bytes() for path in own["stage_two"].iterdir()} == before
 
 
 def test_a_checkpoint_to_resume_from_is_not_shared(trained, tmp_path):
     path = trained.decoder.with_name(LAST)
-    refused("is there to resume from; expected best_epoch_weights.pth", sharing.export, path, tmp_path / "new")
+    refused("is there to resume from; expected best_epoch_weights.pth", export.export, path, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 def damage(folder, kind, how):
     """One thing wrong with a folder; returns what its line must say."""
-    weights, config = folder / sharing.WEIGHTS, folder / sharing.CONFIG
+    weights, config = folder / WEIGHTS, folder / CONFIG
     whole, tensors = weights.read_bytes(), load_file(weights)
     known = json.loads(config.read_text())
     first = "model.image_encoder.to_vector.weight"
-    if how.startswith("torn"):
+    if how.startswith("corrupt"):
         weights.write_bytes(whole[: int(len(whole) * float(how.split()[1]))])
-        return "model.safetensors is torn"
+        return "model.safetensors is corrupt"
     if how == "no weights":
         weights.unlink()
         return "found no model.safetensors; give a folder that --export wrote"
@@ -65,7 +68,7 @@ def damage(folder, kind, how):
         return "expected another sha256; export or download"
     if how == "code":
         weights.write_bytes(pickle.dumps(Bomb(folder / "ran")))
-        return "model.safetensors is torn, or"
+        return "model.safetensors is corrupt, or"
     if how == "broken JSON":
         config.write_text(config.read_text()[:-20])
         return "config.json: expected JSON, found .*; export or download"
@@ -99,7 +102,16 @@ def damage(folder, kind, how):
     return f"expected a {kind} checkpoint of {checkpoint.SCRIPTS[kind]}, found {other}"
 
 
-WRONG = ["torn 0", "torn 0.00001", "torn 0.3", "torn 0.99", "no weights", "no config", "a tensor missing", "code"]
+WRONG = [
+    "corrupt 0",
+    "corrupt 0.00001",
+    "corrupt 0.3",
+    "corrupt 0.99",
+    "no weights",
+    "no config",
+    "a tensor missing",
+    "code",
+]
 WRONG += ["a tensor more", "another shape", "another type", "another model", "broken JSON", "no text", "a list"]
 WRONG += ["another library", "keys missing", "no scale", "sizes of another model", "newer", "older", "the other stage"]
 
@@ -127,7 +139,7 @@ def test_files_of_other_formats_say_what_to_do(trained, tmp_path, number, says):
     state = torch.load(trained.decoder, weights_only=True)
     torch.save(state | {"format": number}, tmp_path / "other.pth")
     refused(f"has format {number}, .*; {says}", load, tmp_path / "other.pth", "stage_two")
-    refused(f"has format {number}, .*; {says}", sharing.export, tmp_path / "other.pth", tmp_path / "new")
+    refused(f"has format {number}, .*; {says}", export.export, tmp_path / "other.pth", tmp_path / "new")
 
 
 def test_either_stage_is_asked_for(tmp_path):

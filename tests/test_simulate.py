@@ -15,10 +15,11 @@ from scipy import sparse
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 
-from utils.slices import simulate
-from utils.slices import simulate_counts as counting
-from utils.slices.simulate_picture import Scene, measure_tiles
-from utils.slices.simulate_tissue import FIBROBLAST, LYMPHOCYTE, TUMOUR, push_apart, smooth_field
+from utils.simulation import __main__ as command
+from utils.simulation import counts as counting
+from utils.simulation import slices as simulation
+from utils.simulation.image import Scene, measure_tiles
+from utils.simulation.tissue import FIBROBLAST, LYMPHOCYTE, TUMOUR, push_apart, smooth_field
 from utils.slices.visium import read_slice
 
 SIZE = {"n_patients": 3, "n_spots": 60, "n_genes": 80, "seed": 3}
@@ -26,7 +27,7 @@ SIZE = {"n_patients": 3, "n_spots": 60, "n_genes": 80, "seed": 3}
 
 @pytest.fixture(scope="module")
 def slices(tmp_path_factory):
-    return simulate.write_slices(tmp_path_factory.mktemp("simulated") / "data", **SIZE)
+    return simulation.write_slices(tmp_path_factory.mktemp("simulated") / "data", **SIZE)
 
 
 def read_counts(folder):
@@ -47,11 +48,11 @@ def read_positions(folder):
     )
 
 
-def read_picture(folder):
+def read_image(folder):
     return np.asarray(Image.open(folder / f"{folder.name}_he.jpg"))
 
 
-def test_table_names_every_slice_its_part_and_picture(slices):
+def test_table_names_every_slice_its_part_and_image(slices):
     table = pd.read_csv(slices[0].parent / "slices.csv")
     assert list(table.columns) == ["slice", "patient", "part", "spot_pitch_um", "image"]
     assert list(table["slice"]) == [folder.name for folder in slices]
@@ -103,15 +104,15 @@ def test_a_place_has_the_same_barcode_in_every_slice(slices):
     pd.testing.assert_series_equal(first, second)
 
 
-def test_small_pictures_and_scale_factors_fit_the_full_picture(tmp_path):
-    (folder,) = simulate.write_slices(tmp_path / "fine", n_patients=1, n_spots=60, n_genes=30, um_per_px=0.5)
+def test_small_images_and_scale_factors_fit_the_full_image(tmp_path):
+    (folder,) = simulation.write_slices(tmp_path / "fine", n_patients=1, n_spots=60, n_genes=30, um_per_px=0.5)
     scales = json.loads((folder / "spatial" / "scalefactors_json.json").read_text())
-    height, width, _ = read_picture(folder).shape
+    height, width, _ = read_image(folder).shape
     assert max(height, width) > 2000
     for kind, longest in (("hires", 2000), ("lowres", 600)):
-        picture = Image.open(folder / "spatial" / f"tissue_{kind}_image.png")
+        image = Image.open(folder / "spatial" / f"tissue_{kind}_image.png")
         scale = scales[f"tissue_{kind}_scalef"]
-        assert max(picture.size) == longest and picture.size == (round(width * scale), round(height * scale))
+        assert max(image.size) == longest and image.size == (round(width * scale), round(height * scale))
     assert scales["spot_diameter_fullres"] == 130 and scales["fiducial_diameter_fullres"] == 210  # 65 and 105 um
     spots = read_positions(folder)
     xy = spots[["pxl_col_in_fullres", "pxl_row_in_fullres"]]
@@ -121,15 +122,15 @@ def test_small_pictures_and_scale_factors_fit_the_full_picture(tmp_path):
 
 def test_tissue_is_darker_than_the_glass_around(slices):
     for folder in slices:
-        picture, spots = read_picture(folder).mean(axis=2), read_positions(folder)
+        image, spots = read_image(folder).mean(axis=2), read_positions(folder)
         x, y = spots["pxl_col_in_fullres"], spots["pxl_row_in_fullres"]
-        light = gaussian_filter(picture, 30)[y, x]
+        light = gaussian_filter(image, 30)[y, x]
         assert light[spots["in_tissue"] == 1].mean() < light[spots["in_tissue"] == 0].mean() - 20
-        assert picture[:20].std() < 12  # nothing but glass along the border
+        assert image[:20].std() < 12  # nothing but glass along the border
 
 
 def test_slices_differ_in_stain_and_depth(slices):
-    colours = [read_picture(folder).reshape(-1, 3).mean(axis=0) for folder in slices]
+    colours = [read_image(folder).reshape(-1, 3).mean(axis=0) for folder in slices]
     depths = [np.median(read_counts(folder)[0].sum(axis=1)) for folder in slices]
     assert min(np.abs(a - b).max() for a, b in itertools.pairwise(colours)) > 1
     assert max(depths) > 3 * min(depths)
@@ -213,11 +214,11 @@ def test_fields_are_smooth_and_nuclei_make_room():
     assert np.abs(apart - points).max() < 10
 
 
-def picture_statistics(picture, spots):
+def image_statistics(image, spots):
     """(S, 13) simple statistics of the 112 px tiles, standardised over the slice: colour, dark pixels, texture."""
     rows = []
     for x, y in spots.astype(int):
-        tile = picture[y - 56 : y + 56, x - 56 : x + 56].astype(float)
+        tile = image[y - 56 : y + 56, x - 56 : x + 56].astype(float)
         light = tile.mean(axis=2)
         texture = [np.log(np.var(gaussian_filter(light, s / 2) - gaussian_filter(light, s)) + 1) for s in (1, 2, 4, 8)]
         dark = [(light < level).mean() for level in (110, 140, 215)]
@@ -225,10 +226,10 @@ def picture_statistics(picture, spots):
     return (np.array(rows) - np.mean(rows, axis=0)) / np.std(rows, axis=0)
 
 
-def test_the_picture_shows_what_drives_the_genes(slices):
+def test_the_image_shows_what_drives_the_genes(slices):
     """Ridge on hand-made statistics, two patients to the third, comes to half of the ceiling even on 120 tiles."""
     truths = [anndata.read_h5ad(folder / "truth.h5ad") for folder in slices]
-    x = [picture_statistics(read_picture(f), t.obsm["spatial"]) for f, t in zip(slices, truths, strict=True)]
+    x = [image_statistics(read_image(f), t.obsm["spatial"]) for f, t in zip(slices, truths, strict=True)]
     y = [counting.pearson_residuals(read_counts(folder)[0]) for folder in slices]
     y = [values - values.mean(axis=0) for values in y]
     scores = []
@@ -241,17 +242,17 @@ def test_the_picture_shows_what_drives_the_genes(slices):
 
 
 def test_same_seed_same_pixels_and_counts_another_seed_others(slices, tmp_path):
-    again = simulate.write_slices(tmp_path / "again", **SIZE)
-    other = simulate.write_slices(tmp_path / "other", **SIZE | {"n_patients": 1, "seed": 4})
+    again = simulation.write_slices(tmp_path / "again", **SIZE)
+    other = simulation.write_slices(tmp_path / "other", **SIZE | {"n_patients": 1, "seed": 4})
     for one, two in zip(slices, again, strict=True):
         np.testing.assert_array_equal(read_counts(one)[0], read_counts(two)[0])
         assert (one / f"{one.name}_he.jpg").read_bytes() == (two / f"{two.name}_he.jpg").read_bytes()
     assert not np.array_equal(read_counts(slices[0])[0], read_counts(other[0])[0])
-    assert not np.array_equal(read_picture(slices[0]), read_picture(other[0]))
+    assert not np.array_equal(read_image(slices[0]), read_image(other[0]))
 
 
 def test_patients_slices_are_different_pieces_of_one_patient(tmp_path):
-    one, two = simulate.write_slices(tmp_path / "out", n_patients=1, slices_per_patient=2, n_spots=30, n_genes=20)
+    one, two = simulation.write_slices(tmp_path / "out", n_patients=1, slices_per_patient=2, n_spots=30, n_genes=20)
     assert [one.name, two.name] == ["P01_1", "P01_2"]
     assert not np.array_equal(read_counts(one)[0], read_counts(two)[0])
     assert set(pd.read_csv(tmp_path / "out" / "slices.csv")["patient"]) == {"P01"}
@@ -262,12 +263,12 @@ def test_command_line_prints_the_ceilings_and_writes_only_into_out(tmp_path, mon
     monkeypatch.chdir(tmp_path / "elsewhere")
     out = tmp_path / "deep" / "data"
     flags = ["--patients", "1", "--spots", "20", "--genes", "20"]
-    simulate.main(simulate.parse_args(["--out", str(out), *flags]))
+    command.main(command.parse_args(["--out", str(out), *flags]))
     assert "mean ceiling of the top 20 genes: 0." in capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == ["P01_1", "slices.csv"]
     assert not any((tmp_path / "elsewhere").iterdir()) and {p.name for p in tmp_path.iterdir()} == {"deep", "elsewhere"}
     with pytest.raises(SystemExit, match="not an empty folder"):
-        simulate.main(simulate.parse_args(["--out", str(out), *flags]))
+        command.main(command.parse_args(["--out", str(out), *flags]))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ def test_command_line_prints_the_ceilings_and_writes_only_into_out(tmp_path, mon
 )
 def test_what_cannot_be_simulated_is_refused_before_anything_is_written(tmp_path, wrong):
     with pytest.raises(ValueError, match="found"):
-        simulate.write_slices(tmp_path / "out", **wrong)
+        simulation.write_slices(tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()
 
 
@@ -283,12 +284,12 @@ def test_an_interrupted_run_leaves_no_complete_looking_slice(tmp_path, monkeypat
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulate, "write_truth", fail)
+    monkeypatch.setattr(simulation, "write_truth", fail)
     with pytest.raises(KeyboardInterrupt):
-        simulate.write_slices(tmp_path, n_patients=1, n_spots=20, n_genes=20)
+        simulation.write_slices(tmp_path, n_patients=1, n_spots=20, n_genes=20)
     assert [p.name for p in tmp_path.iterdir()] == ["P01_1.part"]
 
 
 def test_no_heavy_imports():
-    code = "import sys, utils.slices.simulate; print({'torch', 'scanpy', 'anndata'} & set(sys.modules))"
+    code = "import sys, utils.simulation.slices; print({'torch', 'scanpy', 'anndata'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

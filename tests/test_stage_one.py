@@ -52,7 +52,7 @@ def test_expression_loss_leaves_out_what_was_not_measured():
     torch.testing.assert_close(found.expression, sum(errors) / 2)
 
 
-def test_expression_is_read_off_pictures_and_profiles_alike():
+def test_expression_is_read_off_images_and_profiles_alike():
     model, batch = stage_one(), batch_of()
     both = step_of(model, batch, expression_weight=1.0).expression
     for encoder in (model.image_encoder.to_vector, model.gene_encoder.linear_path[1]):
@@ -170,7 +170,7 @@ def test_twins_are_asked_where_a_target_or_a_queue_needs_them(alpha, queue, aske
 
 
 def test_several_scales_teach_in_a_step():
-    model, batch = stage_one(scales=(1.0, 0.5)), batch_of()
+    model, batch = stage_one(crop_scales=(1.0, 0.5)), batch_of()
     found = step_of(model, batch, expression_weight=1.0)
     found.loss.backward()
     assert torch.isfinite(found.loss)

@@ -30,7 +30,7 @@ class Recorder(torch.nn.Module):
 
     @property
     def given(self):
-        """Labels of all pairs, first candidates first: (3 B,) of profiles, (3 B,) of pictures."""
+        """Labels of all pairs, first candidates first: (3 B,) of profiles, (3 B,) of images."""
         return (torch.cat([call[side].T.flatten() for call in self.calls]) for side in (0, 1))
 
 
@@ -45,7 +45,7 @@ def matched(answer, spots):
     return *model.match(tokens, tokens, student, torch.Generator().manual_seed(0)), *model.fusion.given
 
 
-def test_matching_sees_each_pair_with_a_wrong_profile_and_a_wrong_picture():
+def test_matching_sees_each_pair_with_a_wrong_profile_and_a_wrong_image():
     spots = torch.tensor([3, 5, 5, 8])
     _, _, genes, images = matched(lambda g, i: torch.zeros(g.shape), spots)
     n = len(spots)
@@ -55,12 +55,12 @@ def test_matching_sees_each_pair_with_a_wrong_profile_and_a_wrong_picture():
     assert (genes[n:] != images[n:]).all()
 
 
-def test_wrong_profiles_follow_the_pictures_row_and_wrong_pictures_the_profiles():
+def test_wrong_profiles_follow_the_images_row_and_wrong_images_the_profiles():
     model, n = stage_one(), 5
     model.fusion = Recorder(lambda g, i: torch.zeros(g.shape))
     spots = torch.arange(n)
     image = torch.eye(n, 32)
-    gene = image.roll(1, dims=0)  # picture i is most like profile i + 1, so profile i most like picture i - 1
+    gene = image.roll(1, dims=0)  # image i is most like profile i + 1, so profile i most like image i - 1
     tokens = spots.float()[:, None, None].expand(-1, 2, 32)
     model.match(tokens, tokens, Pair(image, gene, spots), torch.Generator().manual_seed(0))
     genes, images = model.fusion.given

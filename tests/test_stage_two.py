@@ -83,9 +83,9 @@ class GridEncoder(torch.nn.Module):
         return tokens
 
 
-@pytest.mark.parametrize("turns", TURNS_OF)
+@pytest.mark.parametrize("tta", TURNS_OF)
 def test_tokens_of_turned_tiles_are_put_back_in_their_place(turns):
-    model, tiles = stage_two(turns=turns, width=3), torch.rand(3, 3, 16, 16)
+    model, tiles = stage_two(tta=turns, width=3), torch.rand(3, 3, 16, 16)
     model.image_encoder = GridEncoder()
     pooled, tokens = model.image_encoder.features(tiles)
     found = model.encode(tiles)
@@ -95,10 +95,10 @@ def test_tokens_of_turned_tiles_are_put_back_in_their_place(turns):
     assert torch.allclose(found[:, 0], pooled) == (turns == 1)
 
 
-@pytest.mark.parametrize("turns", TURNS_OF)
+@pytest.mark.parametrize("tta", TURNS_OF)
 def test_features_of_a_turned_tile_are_those_of_the_tile_turned(turns):
     """For every turn that is among those averaged over, and for no other."""
-    model, tiles = stage_two(turns=turns), torch.rand(2, 3, 96, 96)
+    model, tiles = stage_two(tta=turns), torch.rand(2, 3, 96, 96)
     plain = model.encode(tiles)
     for turn in TURNS:
         found = model.encode(turned(tiles, turn))

@@ -11,10 +11,10 @@ from sklearn.linear_model import Ridge
 from small_stage_one import SIDE, stage_one
 from tiny_runs import LAST, Work, data_flags, row, stderr_line
 
-from utils import start, targets
 from utils.evaluation import ridge
+from utils.features import dataset
 from utils.genes import panels as gene_panels
-from utils.training import checkpoint, datasets
+from utils.training import checkpoint, initialisation, targets
 from utils.training.augment import to_float
 
 RANK = 4
@@ -27,7 +27,7 @@ def slices(prepared):
     """One that trains and validates, one that trains, one that validates."""
     rows = row("P01_1"), row("P02_1"), row("P03_1", "val")
     flags, roles = data_flags(prepared), ("input", "target")
-    return [datasets.load_slice(one, flags, roles, val_strip=one.slice == "P01_1") for one in rows]
+    return [dataset.load_slice(one, flags, roles, val_strip=one.slice == "P01_1") for one in rows]
 
 
 def begun(slices, seed=0):
@@ -38,7 +38,7 @@ def begun(slices, seed=0):
     model.gene_encoder.linear_path[0].measure(taught.mean(0), taught.std(0, correction=0))
     of = targets.components(slices, RANK)
     args = SimpleNamespace(seed=seed, batch_size=16, workers=0, image_size=SIDE)
-    return model, of, start.start_from_ridge(model, slices, bins, of, ACCELERATOR, args)
+    return model, of, initialisation.start_from_ridge(model, slices, bins, of, ACCELERATOR, args)
 
 
 def of_part(slices, values, part):
@@ -48,12 +48,12 @@ def of_part(slices, values, part):
 
 @torch.no_grad()
 def inputs(model, slices):
-    """Per slice: pooled features (S, C) of the pictures as the model is, standardised bins (S, G)."""
+    """Per slice: pooled features (S, C) of the images as the model is, standardised bins (S, G)."""
     model.eval()
     tiles = [to_float(torch.from_numpy(one.pack.read(one.tile_rows)), SIDE) for one in slices]
-    pictures = [model.image_encoder.features(some)[0] for some in tiles]
+    images = [model.image_encoder.features(some)[0] for some in tiles]
     profiles = [model.gene_encoder.linear_path[0](torch.from_numpy(one.bins()).float()) for one in slices]
-    return pictures, profiles
+    return images, profiles
 
 
 def slow_ridge(slices, x, of):
@@ -72,12 +72,12 @@ def slow_ridge(slices, x, of):
 @torch.no_grad()
 def test_both_sides_read_the_components_as_ridge_does(slices):
     model, of, said = begun(slices)
-    pictures, profiles = inputs(model, slices)
-    seen = np.concatenate(of_part(slices, pictures, "train"))
-    standardised = [(one.numpy().astype(float) - seen.mean(0)) / np.maximum(seen.std(0), 1e-3) for one in pictures]
+    images, profiles = inputs(model, slices)
+    seen = np.concatenate(of_part(slices, images, "train"))
+    standardised = [(one.numpy().astype(float) - seen.mean(0)) / np.maximum(seen.std(0), 1e-3) for one in images]
     expected = slow_ridge(slices, standardised, of), slow_ridge(slices, [one.double().numpy() for one in profiles], of)
     layers = model.image_encoder.to_vector, model.gene_encoder.linear_path[1]
-    for layer, x, (_, predicted) in zip(layers, (pictures, profiles), expected, strict=True):
+    for layer, x, (_, predicted) in zip(layers, (images, profiles), expected, strict=True):
         for own, slow in zip(x, predicted, strict=True):
             np.testing.assert_allclose(layer(own)[:, :RANK], slow, atol=1e-3)
     told = [float(text) for text in re.findall(r"\d\.\d+", said)]
@@ -87,14 +87,14 @@ def test_both_sides_read_the_components_as_ridge_does(slices):
 @torch.no_grad()
 def test_the_other_dimensions_are_small_and_centred(slices):
     fresh, (model, _, _) = stage_one(n_genes=50, n_components=RANK), begun(slices)
-    pictures, _ = inputs(model, slices)
-    rest = model.image_encoder.to_vector(torch.cat(of_part(slices, pictures, "train")))[:, RANK:]
+    images, _ = inputs(model, slices)
+    rest = model.image_encoder.to_vector(torch.cat(of_part(slices, images, "train")))[:, RANK:]
     torch.testing.assert_close(rest.mean(0), torch.zeros(rest.shape[1]), atol=1e-4, rtol=0)
-    expected = start.REST * fresh.image_encoder.to_vector.weight[RANK:]
+    expected = initialisation.REST * fresh.image_encoder.to_vector.weight[RANK:]
     torch.testing.assert_close(model.image_encoder.to_vector.weight[RANK:], expected)
     assert not model.gene_encoder.linear_path(torch.from_numpy(slices[0].bins()).float())[:, RANK:].any()
     gathered, before = model.gene_encoder.gather.to_vector, fresh.gene_encoder.gather.to_vector
-    torch.testing.assert_close(gathered.weight, start.REST * before.weight)
+    torch.testing.assert_close(gathered.weight, initialisation.REST * before.weight)
     assert not gathered.bias.any()
 
 
@@ -102,8 +102,8 @@ def test_the_other_dimensions_are_small_and_centred(slices):
 def test_the_expression_that_is_read_off_is_that_of_the_components(slices):
     """As train_scores has it: what both sides are taught is where they are."""
     model, of, _ = begun(slices)
-    pictures, _ = inputs(model, slices)
-    vector = model.image_encoder.to_vector(pictures[0])
+    images, _ = inputs(model, slices)
+    vector = model.image_encoder.to_vector(images[0])
     torch.testing.assert_close(model.to_expression(vector), vector[:, :RANK] * torch.from_numpy(of.weights).float())
 
 
@@ -115,7 +115,7 @@ def test_the_linear_path_is_solved_and_frozen(slices):
     assert all(p.requires_grad for p in model.to_expression.parameters())
 
 
-def test_pictures_and_profiles_are_aligned_before_the_first_step(slices):
+def test_images_and_profiles_are_aligned_before_the_first_step(slices):
     """Cosines of the spots' own pairs are above those of other pairs, where an untrained model has no such order."""
     rows = slices[1].rows_of("train")
     tiles = to_float(torch.from_numpy(slices[1].pack.read(slices[1].tile_rows[rows])), SIDE)
@@ -129,21 +129,21 @@ def test_pictures_and_profiles_are_aligned_before_the_first_step(slices):
 
 
 def test_many_spots_are_drawn_from_by_the_seed(slices, monkeypatch):
-    monkeypatch.setattr(start, "START_SPOTS", 60)
+    monkeypatch.setattr(initialisation, "START_SPOTS", 60)
     weights = [begun(slices, seed)[0].image_encoder.to_vector.weight[:RANK] for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.allclose(weights[0], weights[2], atol=1e-4)
 
 
 def test_every_slice_is_drawn_from_however_few_its_spots(slices, monkeypatch):
-    monkeypatch.setattr(start, "START_SPOTS", 1)
-    seen, pooled = [], start.pooled
+    monkeypatch.setattr(initialisation, "START_SPOTS", 1)
+    seen, pooled = [], initialisation.pooled
 
     def recorded(encoder, slices, spots, *rest):
         seen.append(spots[:, 0].tolist())
         return pooled(encoder, slices, spots, *rest)
 
-    monkeypatch.setattr(start, "pooled", recorded)
+    monkeypatch.setattr(initialisation, "pooled", recorded)
     begun(slices)
     assert sorted(seen) == [[0], [0], [1], [2]]
 
@@ -155,11 +155,11 @@ def test_a_regression_is_placed_in_the_units_of_the_layers_inputs(rng):
     layer = torch.nn.Linear(5, 6, dtype=torch.double)
     rest = layer.weight[2:].detach().clone()
     with torch.no_grad():
-        start.place(layer, of, (mean, sd))
+        initialisation.place(layer, of, (mean, sd))
         found = layer(torch.from_numpy(x)).numpy()
         np.testing.assert_allclose(found[:, :2], of.predict((x - mean) / sd))
-        np.testing.assert_allclose(found[:, 2:], (x - mean) @ (start.REST * rest).numpy().T, atol=1e-12)
-        start.place(layer, of, None)
+        np.testing.assert_allclose(found[:, 2:], (x - mean) @ (initialisation.REST * rest).numpy().T, atol=1e-12)
+        initialisation.place(layer, of, None)
         np.testing.assert_allclose(layer(torch.from_numpy(x))[:, :2], of.predict(x))
 
 

@@ -5,11 +5,11 @@ import pytest
 from sklearn.decomposition import PCA
 from tiny_runs import data_flags, row
 
-from utils import targets
 from utils.evaluation import metrics
+from utils.features import dataset
+from utils.files.arrays import ArrayStore
 from utils.genes import panels as gene_panels
-from utils.training import datasets
-from utils.training.spill import Spill
+from utils.training import targets
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def slices(prepared, monkeypatch):
     """Two train slices, of which the first has a validation strip and the second lacks a gene, and one to validate on;
     gene 17 has no count anywhere."""
     rows = row("P01_1"), row("P02_1"), row("P03_1", "val")
-    found = [datasets.load_slice(one, data_flags(prepared), ("target",), one.slice == "P01_1") for one in rows]
+    found = [dataset.load_slice(one, data_flags(prepared), ("target",), one.slice == "P01_1") for one in rows]
     found[1].panels["target"].measured[4] = False
     as_read = gene_panels.Panel.counts.fget
     without_17 = property(lambda panel: as_read(panel) * (np.arange(20) != 17))
@@ -39,7 +39,7 @@ def train_rows(slices, values):
 @pytest.mark.parametrize("gib", [1.0, 1e-9])
 def test_targets_are_those_of_the_plain_formula(slices, tmp_path, scale, gib):
     """In groups that do not divide the genes."""
-    target, mean, sd = targets.standardised(slices, scale, Spill(gib, tmp_path))
+    target, mean, sd = targets.standardised(slices, scale, ArrayStore(gib, tmp_path))
     expected = [plain_scaled(one, scale) for one in slices]
     taught = train_rows(slices, expected)
     expected_mean, expected_sd = np.nanmean(taught, axis=0), np.maximum(np.nanstd(taught, axis=0), 1e-6)
@@ -84,7 +84,7 @@ def test_scores_have_deviation_one_and_count_as_in_the_genes(slices, tmp_path):
     found = targets.components(slices, 5)
     assert np.mean(found.weights**2) == pytest.approx(1) and (np.diff(found.weights) < 0).all()
     np.testing.assert_allclose(found.weights / found.weights[0], found.score_sd / found.score_sd[0])
-    taught = targets.train_scores(slices, found, Spill(1.0, tmp_path))
+    taught = targets.train_scores(slices, found, ArrayStore(1.0, tmp_path))
     assert taught.shape == (sum(len(one.rows_of("train")) for one in slices), 5) and taught.dtype == np.float32
     np.testing.assert_allclose(taught.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(taught.std(axis=0), found.weights, rtol=1e-4)
@@ -93,7 +93,7 @@ def test_scores_have_deviation_one_and_count_as_in_the_genes(slices, tmp_path):
 @pytest.mark.parametrize("gib", [1.0, 1e-9])
 def test_scores_are_of_the_train_spots_of_all_slices_in_turn(slices, tmp_path, gib):
     found = targets.components(slices, 3)
-    taught = targets.train_scores(slices, found, Spill(gib, tmp_path))
+    taught = targets.train_scores(slices, found, ArrayStore(gib, tmp_path))
     assert isinstance(taught, np.memmap) == (gib < 1)
     own = [found.scores(targets.residuals(one)) * found.weights for one in slices]
     np.testing.assert_allclose(taught, train_rows(slices, own), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""A slice of six spots under a drawn picture, for the tests of tiles: 50 px are 100 um."""
+"""A slice of six spots under a drawn image, for the tests of tiles: 50 px are 100 um."""
 
 import json
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from scipy.sparse import csc_matrix
 
+from utils import settings
+from utils.files import tensors
 from utils.slices import splits, visium
-from utils.training import arguments, checkpoint
 
 FLAGS = {
     "image_tilling": "--tile_px 32",
@@ -71,7 +72,7 @@ class Work:
         """As the command line runs it: files and flags checked, errors turned into one line."""
         module = importlib.import_module(script)
         with pytest.raises(SystemExit) as stop:
-            arguments.run(module.main, module.parse_args(self.argv(script, *flags)))
+            settings.run(module.main, module.parse_args(self.argv(script, *flags)))
         return stop.value.code
 
 
@@ -134,7 +135,7 @@ def write_matrix(path: Path, counts: np.ndarray, barcodes, names, ids=None) -> N
 
 
 def state(work, script, name):
-    return checkpoint.read_tensors(work.out / STAGES[script] / name, "--test")
+    return tensors.read_tensors(work.out / STAGES[script] / name, "--test")
 
 
 def different(one, other, path=""):

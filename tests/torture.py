@@ -96,7 +96,7 @@ class Trainings:
 
 def prepared(folder: Path) -> Work:
     """Three simulated patients with tiles and panels."""
-    from utils.slices.simulate import write_slices
+    from utils.simulation.slices import write_slices
 
     write_slices(folder / "data", n_patients=3, n_spots=70, n_genes=60, seed=1)
     work = Work(folder / "data", folder / "tiles", folder / "panels", folder)

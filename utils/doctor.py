@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from utils.training import arguments, distributed
+from utils import distributed, settings
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 LEAST_PYTHON = (3, 11)
@@ -71,7 +71,7 @@ class Findings:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = arguments.Parser(
+    parser = settings.Parser(
         prog="doctor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("machine")
     places = [Path(name) for name in ("encoder_model", "decoder_model", "logs", "results")]
     group.add_argument("--out", type=Path, nargs="+", default=places, help="folders to be written: is there room?")
-    arguments.add_memory(parser)
+    settings.add_memory(parser)
     return parser.parse_args(argv)
 
 

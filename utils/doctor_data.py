@@ -1,4 +1,4 @@
-"""A folder of slices, looked through: table and split, counts, positions, pictures, tiles, gene files.
+"""A folder of slices, looked through: table and split, counts, positions, images, tiles, gene files.
 
 Every look is by the functions that the scripts read with, so what passes here is what they take. Shapes: S spots.
 """

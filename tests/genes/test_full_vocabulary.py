@@ -14,7 +14,7 @@ from utils.slices import visium
 
 @pytest.fixture
 def work(simulated, tmp_path):
-    """The simulated slices without their pictures: two to train, one to test."""
+    """The simulated slices without their images: two to train, one to test."""
     unread = shutil.ignore_patterns("*.jpg", "*.png", "truth.h5ad")
     data = shutil.copytree(simulated, tmp_path / "data", ignore=unread)
     (data / "slices.csv").write_text("slice,patient,part\nP01_1,P01,train\nP02_1,P02,train\nP03_1,P03,test\n")

@@ -148,8 +148,8 @@ def test_a_vocabulary_may_be_the_genes_of_an_h5ad(tmp_path):
     adata.var_names = ["C", "A", "B"]
     adata.write_h5ad(tmp_path / "panglao.h5ad")
     assert gene_lists.read_vocabulary(tmp_path / "panglao.h5ad") == ["C", "A", "B"]
-    (tmp_path / "torn.h5ad").write_bytes((tmp_path / "panglao.h5ad").read_bytes()[:500])
-    refused("torn.h5ad: expected an h5ad file", gene_lists.read_vocabulary, tmp_path / "torn.h5ad")
+    (tmp_path / "corrupt.h5ad").write_bytes((tmp_path / "panglao.h5ad").read_bytes()[:500])
+    refused("corrupt.h5ad: expected an h5ad file", gene_lists.read_vocabulary, tmp_path / "corrupt.h5ad")
     refused("none.h5ad: expected an h5ad file", gene_lists.read_vocabulary, tmp_path / "none.h5ad")
 
 

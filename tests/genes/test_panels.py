@@ -20,7 +20,7 @@ NAMES = ("P01_1", "P02_1", "P03_1")
 
 @pytest.fixture
 def work(simulated, tmp_path):
-    """The simulated slices without their pictures: two to train, one to test."""
+    """The simulated slices without their images: two to train, one to test."""
     unread = shutil.ignore_patterns("*.jpg", "*.png", "truth.h5ad")
     data = shutil.copytree(simulated, tmp_path / "data", ignore=unread)
     (data / "slices.csv").write_text(PARTS)

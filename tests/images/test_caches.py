@@ -17,13 +17,13 @@ from tile_slices import INSIDE, SCALES, cut, grid_lines, write_slice
 
 import predict_slide
 import train_decoder
+from utils.features import cache
 from utils.files import hashing
 from utils.files.hashing import content_hash
 from utils.images.image import open_image
 from utils.images.tiles import TilePack
 from utils.prediction import layout, predict
 from utils.prediction.slides import Request
-from utils.training import features
 
 CPU = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", autocast=nullcontext)
 
@@ -120,10 +120,10 @@ def stage_two(data, monkeypatch, *flags, precision="no", turns=1, seed=0, views=
         tiles = how.look(torch.from_numpy(pack.read(np.arange(6))), one.name, np.arange(6), view)
         yield how.encode(tiles).numpy()
 
-    monkeypatch.setattr(features, "encode_slice", encode_slice)
+    monkeypatch.setattr(cache, "encode_slice", encode_slice)
     model = SimpleNamespace(encode=encode, sizes=SimpleNamespace(image_size=8))
     args = SimpleNamespace(out=data.parent, encoder=data.parent / "encoder.pth", batch_size=6, workers=0, seed=seed)
-    args.turns, args.views, args.feature_budget = turns, views, 1.0
+    args.tta, args.views, args.feature_budget = turns, views, 1.0
     accelerator = SimpleNamespace(**vars(CPU) | {"mixed_precision": precision})
     found = train_decoder.all_features(model, [one], accelerator, args)
     return [np.array(view[0]) for view in found], computed
@@ -161,7 +161,7 @@ def test_stage_twos_features_are_computed_anew_when_an_input_changes(slices, mon
     np.testing.assert_array_equal(again, stage_two(slices, monkeypatch, *flags)[0])
 
 
-@pytest.mark.parametrize("how", [{"precision": "bf16"}, {"turns": 2}])
+@pytest.mark.parametrize("how", [{"precision": "bf16"}, {"tta": 2}])
 def test_stage_twos_features_are_computed_anew_under_other_settings(slices, monkeypatch, how):
     stage_two(slices, monkeypatch)
     assert stage_two(slices, monkeypatch, **how)[1] == [0]

@@ -55,7 +55,7 @@ class Counting:
             self.n_read += 1
             self.read_one.notify_all()
         if x + side / 2 == self.fail_at:
-            raise ValueError("counting: torn")
+            raise ValueError("counting: corrupt")
         return np.full((out_px, out_px, 3), x + side / 2, np.uint8)
 
 
@@ -82,7 +82,7 @@ def test_reading_goes_ahead_but_not_far(batch_size):
 def test_a_readers_error_reaches_the_consumer_where_it_is_due():
     stream = cut_tiles(Counting(fail_at=9), numbered(40), square(2, 8), batch_size=4, workers=3)
     assert [int(next(stream)[-1, 0, 0, 0]) for _ in range(2)] == [3, 7]
-    with pytest.raises(ValueError, match="counting: torn"):
+    with pytest.raises(ValueError, match="counting: corrupt"):
         next(stream)
     assert not reader_threads()
 

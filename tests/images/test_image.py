@@ -37,11 +37,11 @@ def pyramid(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def torn(tmp_path):
-    """`torn(name)`: a file of that format that lacks its second half."""
+def corrupt(tmp_path):
+    """`corrupt(name)`: a file of that format that lacks its second half."""
 
     def write(name: str) -> Path:
-        path = tmp_path / f"torn.{name}"
+        path = tmp_path / f"corrupt.{name}"
         WRITERS[name](path, np.random.default_rng(0).integers(0, 256, (301, 417, 3), np.uint8))
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         return path
@@ -51,17 +51,17 @@ def torn(tmp_path):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_region_is_that_of_the_whole_image_resampled(name, tmp_path):
-    path, picture = tmp_path / f"slide.{name}", draw()
-    WRITERS[name](path, picture)
+    path, image = tmp_path / f"slide.{name}", draw()
+    WRITERS[name](path, image)
     if name == "jpg":
-        picture = np.asarray(Image.open(path))
+        image = np.asarray(Image.open(path))
     with open_image(path) as slide:
         reader = type(slide.levels[0]).__name__
         assert reader == ("PillowLevel" if name in ("png", "jpg") else "TiffLevel")
         assert (slide.width, slide.height, slide.path) == (417, 301, path)
         slide.levels = slide.levels[:1]
         for place in PLACES:
-            assert furthest(slide.region(*place), twin(picture, *place)) <= 2, place
+            assert furthest(slide.region(*place), twin(image, *place)) <= 2, place
         assert (slide.region(*PLACES[-1]) == 255).all()
 
 
@@ -88,15 +88,15 @@ def test_a_pyramid_gives_the_coarsest_level_that_is_fine_enough(pyramid):
 @pytest.mark.parametrize("name", ["png", "tiled.tif", "ome.tif"])
 def test_a_thumbnail_is_the_whole_slide_made_small(name, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "BLOCK_PX", 100)
-    path, picture = tmp_path / f"slide.{name}", draw()
-    WRITERS[name](path, picture)
+    path, image = tmp_path / f"slide.{name}", draw()
+    WRITERS[name](path, image)
     with open_image(path) as slide:
         small, scale = slide.thumbnail(139)
         assert small.shape == (100, 139, 3) and scale == pytest.approx(1 / 3)
-        expected = np.asarray(Image.fromarray(picture).resize((139, 100), Image.Resampling.BICUBIC))
+        expected = np.asarray(Image.fromarray(image).resize((139, 100), Image.Resampling.BICUBIC))
         assert np.abs(small.astype(int) - expected)[:-1].mean() < 3
         same, scale = slide.thumbnail(2000)
-        assert scale == 1 and furthest(same, picture) <= 1
+        assert scale == 1 and furthest(same, image) <= 1
 
 
 def test_size_and_pixel_size_are_those_of_the_image_that_is_opened(tmp_path):
@@ -127,9 +127,9 @@ def test_pixel_size_is_the_files_unless_given(tmp_path, pyramid):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_torn_file_is_refused_when_it_is_opened(name, torn):
-    with pytest.raises(ValueError, match=r"torn\..*expected an image, found one that cannot be read"):
-        open_image(torn(name))
+def test_a_torn_file_is_refused_when_it_is_opened(name, corrupt):
+    with pytest.raises(ValueError, match=r"corrupt\..*expected an image, found one that cannot be read"):
+        open_image(corrupt(name))
 
 
 def write_svs(path: Path) -> None:

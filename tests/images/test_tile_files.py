@@ -50,8 +50,8 @@ def test_how_an_image_is_read_is_printed_once(data, capsys):
 
 @pytest.mark.parametrize("name", ["he.png", "he.jpg", "he.tif"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9])
-def test_torn_pictures_are_refused_and_nothing_is_touched(data, rng, name, share):
-    """Existing tiles of other settings stay: they are not removed for a picture that cannot be read."""
+def test_torn_images_are_refused_and_nothing_is_touched(data, rng, name, share):
+    """Existing tiles of other settings stay: they are not removed for a image that cannot be read."""
     folder = cut(data)
     before = times(folder)
     (data / "slice" / "he.png").unlink()
@@ -62,7 +62,7 @@ def test_torn_pictures_are_refused_and_nothing_is_touched(data, rng, name, share
     assert times(folder) == before
 
 
-def test_a_file_that_is_no_picture_is_refused(data):
+def test_a_file_that_is_no_image_is_refused(data):
     (data / "slice" / "he.png").write_text("hello " * 100)
     refused("he.png: expected an image .* found text", cut, data)
     assert not (data.parent / "tiles").exists()
@@ -71,7 +71,7 @@ def test_a_file_that_is_no_picture_is_refused(data):
 @pytest.mark.parametrize(
     ("size", "fits"), [((400, 300), True), ((404, 303), True), ((300, 400), False), ((700, 525), False)]
 )
-def test_a_picture_of_another_size_than_the_positions_is_refused(data, size, fits):
+def test_a_image_of_another_size_than_the_positions_is_refused(data, size, fits):
     ramps(*size).save(data / "slice" / "he.png")
     if fits:
         cut(data)
@@ -169,12 +169,12 @@ def test_a_pack_that_lacks_tiles_is_refused(pack):
 def test_an_interrupted_pack_leaves_the_old_one(pack):
     before = (pack.folder / "tiles.h5").read_bytes()
 
-    def torn():
+    def corrupt():
         yield pack.pixels[:1]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tiles.write_pack(pack.folder, np.array(["a", "b"]), np.zeros((2, 2)), torn(), 4)
+        tiles.write_pack(pack.folder, np.array(["a", "b"]), np.zeros((2, 2)), corrupt(), 4)
     assert (pack.folder / "tiles.h5").read_bytes() == before and not list(pack.folder.glob("*.part"))
 
 

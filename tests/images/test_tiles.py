@@ -77,7 +77,7 @@ def test_golden_tiles_of_a_real_section(real_data, tmp_path):
 @pytest.mark.parametrize("source", ["fullres", "hires"])
 def test_tile_is_the_stated_square_of_tissue_the_right_way_up(data, source):
     folder = cut(data, "--source", source, "--tile_um", 112)
-    crop_px, um_per_px = 56.0, 4.0  # of the full-resolution picture; 112 um over 28 px
+    crop_px, um_per_px = 56.0, 4.0  # of the full-resolution image; 112 um over 28 px
     assert record(folder)["um_per_px"] == pytest.approx(um_per_px)
     assert record(folder)["crop"] == pytest.approx(crop_px * (HIRES if source == "hires" else 1))
     for row, col in INSIDE:
@@ -91,13 +91,13 @@ def test_tile_is_the_stated_square_of_tissue_the_right_way_up(data, source):
 
 def test_tile_equals_a_resampled_crop_of_the_whole_image(tmp_path, rng):
     """The region is cut out with a margin: the edge pixels are those of the whole image resampled."""
-    picture = Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8))
-    picture.save(tmp_path / "he.png")
+    image = Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8))
+    image.save(tmp_path / "he.png")
     how = tiles.Cut("fullres", "he.png", 4.0, 57.3, 28, True)
     with open_image(tmp_path / "he.png") as image:
         found = tiles.cut_tile(image, np.array([150.4, 120.7]), how)
     box = (150.4 - 57.3 / 2, 120.7 - 57.3 / 2, 150.4 + 57.3 / 2, 120.7 + 57.3 / 2)
-    expected = picture.resize((28, 28), Image.Resampling.BICUBIC, box=box)
+    expected = image.resize((28, 28), Image.Resampling.BICUBIC, box=box)
     assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
 
 
@@ -130,7 +130,7 @@ def test_beyond_the_edge_the_tile_is_white(data):
     assert (tile[:17, :14, 2] < 110).all()
 
 
-def test_spots_outside_the_picture_are_counted_and_have_no_tile(data, capsys):
+def test_spots_outside_the_image_are_counted_and_have_no_tile(data, capsys):
     write_spatial(data / "slice", [*grid_lines(INSIDE), "OUT-1,1,6,20,290,405", "UP-1,1,0,20,-1,100"], scales=SCALES)
     folder = cut(data)
     assert "6 tiles of 28 px from he.png, 2 outside the image" in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_spots_outside_the_picture_are_counted_and_have_no_tile(data, capsys):
     assert len(tiles.TilePack(folder).barcodes) == 6
 
 
-def test_positions_that_all_miss_the_picture_are_refused(data):
+def test_positions_that_all_miss_the_image_are_refused(data):
     lines = [line.replace("S", "T") for line in grid_lines([(20, 20), (21, 21), (22, 20)])]
     write_spatial(data / "slice", lines, scales=SCALES)
     refused("he.png: expected 3 spots on its 400 x 300 px, found 3 outside", cut, data)

@@ -18,9 +18,9 @@ REAL = ("B4", "C2", "C3", "C4", "C5")
 
 
 def drawn(rng, size: int = 1000, strokes: dict | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A slide with a disc of tissue, half of it dense, a hole in it, dust beside it: picture, where tissue truly is."""
-    picture = Image.new("RGB", (size, size), GLASS)
-    pen, truth = ImageDraw.Draw(picture), Image.new("1", (size, size))
+    """A slide with a disc of tissue, half of it dense, a hole in it, dust beside it: image, where tissue truly is."""
+    image = Image.new("RGB", (size, size), GLASS)
+    pen, truth = ImageDraw.Draw(image), Image.new("1", (size, size))
     for draw, dense, pale in ((pen, PURPLE, PINK), (ImageDraw.Draw(truth), 1, 1)):
         draw.ellipse((250, 300, 750, 800), fill=pale)
         draw.pieslice((250, 300, 750, 800), 90, 270, fill=dense)
@@ -31,7 +31,7 @@ def drawn(rng, size: int = 1000, strokes: dict | None = None) -> tuple[np.ndarra
         pen.ellipse((x, y, x + 3, y + 3), fill=PURPLE)  # dust
     for colour, line in (strokes or {}).items():
         pen.line(line, fill=INKS[colour], width=14)
-    grain = np.asarray(picture, np.float32) + rng.normal(0, 3, (size, size, 1))
+    grain = np.asarray(image, np.float32) + rng.normal(0, 3, (size, size, 1))
     return np.clip(gaussian_filter(grain, (0.8, 0.8, 0)), 0, 255).astype(np.uint8), np.asarray(truth)
 
 
@@ -40,8 +40,8 @@ def shared(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_tissue_is_found_without_specks_and_small_holes(rng):
-    picture, truth = drawn(rng)
-    mask = tissue_mask(picture)
+    image, truth = drawn(rng)
+    mask = tissue_mask(image)
     assert mask.shape == (1000, 1000) and mask.dtype == bool
     assert shared(mask, truth) > 0.96
     assert not mask[:240, :240].any()  # dust
@@ -52,24 +52,24 @@ def test_tissue_is_found_without_specks_and_small_holes(rng):
 @pytest.mark.parametrize("colour", INKS)
 def test_pen_marks_are_no_tissue(colour, rng):
     strokes = {colour: [(100, 900), (500, 880), (950, 700), (900, 100)]}
-    picture, truth = drawn(rng, strokes=strokes)
+    image, truth = drawn(rng, strokes=strokes)
     inked = Image.new("1", (1000, 1000))
     ImageDraw.Draw(inked).line(strokes[colour], fill=1, width=14)
-    mask = tissue_mask(picture)
+    mask = tissue_mask(image)
     assert not mask[np.asarray(inked)].any()
     assert shared(mask, truth) > 0.96
     across = {colour: [(200, 550), (800, 560)]}  # over the tissue, too
-    picture, truth = drawn(rng, strokes=across)
-    mask = tissue_mask(picture)
+    image, truth = drawn(rng, strokes=across)
+    mask = tissue_mask(image)
     assert not mask[553:557, 300:700].any()
     assert mask[truth].mean() > 0.85
 
 
 def test_the_black_beyond_the_scan_is_no_tissue(rng):
-    picture, truth = drawn(rng)
-    picture[:150] = 0
-    picture[:, 900:] = (12, 10, 11)
-    assert shared(tissue_mask(picture), truth) > 0.96
+    image, truth = drawn(rng)
+    image[:150] = 0
+    image[:, 900:] = (12, 10, 11)
+    assert shared(tissue_mask(image), truth) > 0.96
 
 
 @pytest.mark.parametrize("level", [255, 243, 200])
@@ -81,8 +81,8 @@ def test_glass_alone_is_no_tissue(level, rng):
 
 def test_tissue_alone_is_all_tissue(rng):
     dense = rng.random((40, 30)) < 0.5
-    picture = np.where(dense[..., None], PURPLE, PINK).repeat(10, 0).repeat(10, 1) + rng.normal(0, 5, (400, 300, 3))
-    assert tissue_mask(picture.astype(np.uint8)).mean() > 0.99
+    image = np.where(dense[..., None], PURPLE, PINK).repeat(10, 0).repeat(10, 1) + rng.normal(0, 5, (400, 300, 3))
+    assert tissue_mask(image.astype(np.uint8)).mean() > 0.99
     assert tissue_mask(np.full((50, 60, 3), PINK, np.uint8)).all()
 
 
@@ -94,7 +94,7 @@ def test_thumbnails_of_any_shape(shape):
 
 
 def check_spots_are_on_the_mask(folder) -> None:
-    """At least 95 % of the spots in tissue, on less than half of the picture."""
+    """At least 95 % of the spots in tissue, on less than half of the image."""
     positions = visium.read_positions(folder)
     spots = positions[positions["in_tissue"] == 1][["x_fullres_px", "y_fullres_px"]].to_numpy()
     with open_image(next(path for path in sorted(folder.iterdir()) if path.suffix in (".jpg", ".png"))) as slide:
@@ -113,7 +113,7 @@ def test_measured_spots_are_on_the_mask(name, real_data):
 
 def test_simulated_spots_are_on_the_mask(tmp_path, rng):
     """The same, on a drawn slide in a folder as Space Ranger writes it."""
-    picture, truth = drawn(rng)
+    image, truth = drawn(rng)
     centres, places = grid(1000, 1000, 25.0)
     inside = on_tissue(centres, truth, 1.0, 7.0).astype(int)
     (tmp_path / "spatial").mkdir()
@@ -122,7 +122,7 @@ def test_simulated_spots_are_on_the_mask(tmp_path, rng):
     (tmp_path / "spatial" / "tissue_positions_list.csv").write_text("\n".join(lines) + "\n")
     scales = '{"tissue_hires_scalef": 1.0, "tissue_lowres_scalef": 0.3, "spot_diameter_fullres": 14.0}'
     (tmp_path / "spatial" / "scalefactors_json.json").write_text(scales)
-    Image.fromarray(picture).save(tmp_path / "slide.png")
+    Image.fromarray(image).save(tmp_path / "slide.png")
     check_spots_are_on_the_mask(tmp_path)
 
 
@@ -132,7 +132,7 @@ def test_a_mask_file_of_any_size_and_kind(tmp_path):
     large = truth.repeat(4, 0).repeat(4, 1)
     label = Image.fromarray(large.astype(np.uint8), "P")  # label 1 is drawn black by this palette
     label.putpalette([0, 0, 0] * 2)
-    pictures = {
+    images = {
         "grey": Image.fromarray(large.astype(np.uint8)),
         "bilevel": Image.fromarray(large),
         "deep": Image.fromarray(large.astype(np.uint16) * 300),
@@ -140,12 +140,12 @@ def test_a_mask_file_of_any_size_and_kind(tmp_path):
         "clear": Image.fromarray(np.dstack([large * 200, large * 9, large * 0, large * 0 + 255]).astype(np.uint8)),
         "label": label,
     }
-    for name, picture in pictures.items():
-        picture.save(tmp_path / f"{name}.png")
+    for name, image in images.items():
+        image.save(tmp_path / f"{name}.png")
         np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png", (60, 90)), truth, err_msg=name)
         if name in ("grey", "bilevel", "deep", "colour"):
             tags = [(274, 3, 1, 3, True)]  # Orientation: shown turned by 180 degrees
-            tifffile.imwrite(tmp_path / f"{name}.tif", np.asarray(picture), extratags=tags)
+            tifffile.imwrite(tmp_path / f"{name}.tif", np.asarray(image), extratags=tags)
             np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.tif", (60, 90)), truth, err_msg=name)
     twice = read_mask(tmp_path / "grey.png", (480, 720))
     np.testing.assert_array_equal(twice, large.repeat(2, 0).repeat(2, 1))
@@ -164,7 +164,7 @@ def test_a_mask_file_of_any_size_and_kind(tmp_path):
 def test_a_bad_mask_is_refused(name, expected, tmp_path):
     Image.new("L", (60, 90), 255).save(tmp_path / "turned.png")
     Image.new("L", (90, 60)).save(tmp_path / "empty.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=expected) as error:
         read_mask(tmp_path / name, (60, 90))
     assert name in str(error.value) and "\n" not in str(error.value)

@@ -11,9 +11,9 @@ from importer_sources import image_of, to_anndata, write_hd, write_hest, write_l
 from tiny_runs import snapshot, stderr_line
 
 import import_slices
+from utils import settings
 from utils.images.tiles import TilePack
 from utils.slices import splits, visium
-from utils.training import arguments
 
 ROOT = Path(__file__).parents[2]
 REAL = os.environ.get("MAGIC_REAL_DATA")
@@ -27,7 +27,7 @@ def run(*flags):
 
 def exit_code(*flags):
     with pytest.raises(SystemExit) as stop:
-        arguments.run(import_slices.main, import_slices.parse_args([str(flag) for flag in flags]))
+        settings.run(import_slices.main, import_slices.parse_args([str(flag) for flag in flags]))
     return stop.value.code
 
 

@@ -253,8 +253,8 @@ def test_bad_files_are_refused(root, tmp_path):
         spoil(bad)
         refused(match, only, saved(bad, tmp_path))
     refused("expected an H&E image, found none", import_slice, only(saved(adata, tmp_path)), tmp_path / "out")
-    (tmp_path / "torn.h5ad").write_bytes(b"no HDF5")
-    refused("torn.h5ad: expected an .h5ad file", only, tmp_path / "torn.h5ad")
+    (tmp_path / "corrupt.h5ad").write_bytes(b"no HDF5")
+    refused("corrupt.h5ad: expected an .h5ad file", only, tmp_path / "corrupt.h5ad")
     refused("no such file or folder", only, tmp_path / "nowhere.h5ad")
     refused("expected an .h5ad file or a folder", only, tmp_path)
 

@@ -21,9 +21,9 @@ def opened(width, height, um_per_px=None, metadata=None):
 
 
 def thumbnail(height, width, tissue=np.s_[:, :]):
-    picture = np.full((height, width, 3), GLASS, np.uint8)
-    picture[tissue] = STAINED
-    return picture
+    image = np.full((height, width, 3), GLASS, np.uint8)
+    image[tissue] = STAINED
+    return image
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def folder(simulated, tmp_path):
     """A slice with a hires image of half the size, and no other."""
     shutil.copytree(simulated / "P03_1", tmp_path / "P03_1", ignore=shutil.ignore_patterns("*.jpg", "truth.h5ad"))
     spatial = tmp_path / "P03_1" / "spatial"
-    picture = Image.open(spatial / "tissue_hires_image.png")
-    picture.resize([side // 2 for side in picture.size]).save(spatial / "tissue_hires_image.png")
+    image = Image.open(spatial / "tissue_hires_image.png")
+    image.resize([side // 2 for side in image.size]).save(spatial / "tissue_hires_image.png")
     scales = json.loads((spatial / "scalefactors_json.json").read_text())
     (spatial / "scalefactors_json.json").write_text(json.dumps(scales | {"tissue_hires_scalef": 0.5}))
     return tmp_path / "P03_1"

@@ -44,7 +44,7 @@ def test_a_table_says_of_each_slide_what_flags_say_of_all(slides, tmp_path):
         ("slide,um_per_px\na.svs,-1\n", "line 2, um_per_px: expected a positive number"),
         ("slide,um_per_px\na.svs,nan\n", "line 2, um_per_px: expected a positive number"),
         ("slide,um_per_px\na.svs\n", "line 2: expected 2 cells"),
-        ("slide\nx.svs\n", "x.svs: expected a picture or a slice folder"),
+        ("slide\nx.svs\n", "x.svs: expected a image or a slice folder"),
         ("slide,mask\na.svs,x.png\n", "--mask: expected the file"),
     ],
 )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.training.arguments import line_of
-from utils.training.memory import WithinMemory, is_out_of_memory
+from utils.memory import WithinMemory, is_out_of_memory
+from utils.settings import line_of
 
 ALLOCATORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB"),

@@ -17,7 +17,7 @@ from utils.evaluation.ridge import Ridge, Slices, check_tables, fit_ridge, mean_
 RINGS = ((0.0, 1.2), (1.2, 2.3))  # in pitches: on a Visium array the 6 nearest spots and the 12 behind them
 
 
-class Pictures(TypedDict):
+class Images(TypedDict):
     """What is seen of one slice."""
 
     features: np.ndarray  # (S, P) standardised
@@ -25,7 +25,7 @@ class Pictures(TypedDict):
     pitch: float
 
 
-class Slice(Pictures):
+class Slice(Images):
     """And what was measured on it, to learn from."""
 
     target: np.ndarray  # (S, G) in the scale to predict, NaN where the slice lacks a gene
@@ -144,7 +144,7 @@ def nearest(x: np.ndarray, reference: np.ndarray, k: int) -> np.ndarray:
 def fit_depth(x_train: Slices, log_depth_train: Slices, x_val: Slices, log_depth_val: Slices) -> Ridge:
     """Ridge from features, per slice (S, P), to log total counts, per slice (S,); it predicts (S, 1).
 
-    Each slice's depths are taken relative to their mean: how deep a slice was sequenced cannot be seen in the picture.
+    Each slice's depths are taken relative to their mean: how deep a slice was sequenced cannot be seen in the image.
     """
     train, val = ([(d - np.mean(d))[:, None] for d in depths] for depths in (log_depth_train, log_depth_val))
     return fit_ridge(x_train, train, x_val, val)
@@ -155,7 +155,7 @@ def mean_profile(targets: Slices) -> np.ndarray:
     return mean_over_spots(targets)
 
 
-def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Callable[[Pictures], np.ndarray]]:
+def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Callable[[Images], np.ndarray]]:
     """All cheap rows, fitted on the same slices as the model.
 
     Returns
@@ -187,7 +187,7 @@ def _filled(targets: Slices) -> Slices:
     return [np.where(np.isfinite(t), t, mean) for t in targets]
 
 
-def rings(one: Pictures) -> np.ndarray:
+def rings(one: Images) -> np.ndarray:
     return ring_features(one["features"], one["xy"], one["pitch"])
 
 

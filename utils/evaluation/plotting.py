@@ -94,7 +94,7 @@ def gene_maps(
     Parameters
     ----------
     image : (height, width, 3) or None
-        H&E picture.
+        H&E image.
     xy_image_px : (S, 2)
         Spot centres, column and row in pixels of `image`.
     spot_radius_px : float

@@ -1,4 +1,4 @@
-"""Does a picture find its own expression profile among others?
+"""Does a image find its own expression profile among others?
 
 Shapes: S spots, K candidates per spot, D embedding width. Scores are "higher is better". Whatever leaves the answer
 open counts against us: ties and NaN are misses, and tied candidates rank above the true one.
@@ -88,7 +88,7 @@ def hits(scores: np.ndarray, truth: np.ndarray, candidates: np.ndarray | None = 
 
 
 def depth_scores(predicted_log_depth: np.ndarray, candidate_log_depth: np.ndarray) -> np.ndarray:
-    """The cheap row: nearness of a candidate's log total counts to those read off the picture: (S,), (S, K) -> (S, K).
+    """The cheap row: nearness of a candidate's log total counts to those read off the image: (S,), (S, K) -> (S, K).
 
     Slices are sequenced to different depths: give both relative to their slice's mean (see `baselines.fit_depth`).
     """

@@ -20,8 +20,8 @@ def content_hash(path: Path) -> str:
     path = Path(path)
     others = companions(path)
     if not others:
-        return _file_hash(path)
-    lines = [_file_hash(path), *(f"{other.relative_to(path.parent)} {_file_hash(other)}" for other in others)]
+        return _sampled_hash(path)
+    lines = [_sampled_hash(path), *(f"{other.relative_to(path.parent)} {_sampled_hash(other)}" for other in others)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -39,7 +39,7 @@ def companions(path: Path) -> list[Path]:
     return sorted(file for file in beside if file.is_file())
 
 
-def _file_hash(path: Path) -> str:
+def _sampled_hash(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= WHOLE:
@@ -49,3 +49,9 @@ def _file_hash(path: Path) -> str:
             file.seek((size - BLOCK) * i // (BLOCKS - 1))
             digest.update(file.read(BLOCK))
     return f"sampled-{digest.hexdigest()}"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of all bytes of a file, however large."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -279,7 +279,7 @@ def read_gene2vec(path: Path) -> tuple[list[str] | None, np.ndarray]:
     """A row per gene (V, W): of an .npy file, which does not name them, or of .txt lines `gene v1 v2 ...`, which do.
 
     The text is that of the release by Du et al. 2019 (doi 10.1186/s12864-018-5370-x), with or without word2vec's first
-    line of two sizes. Raises ValueError where the file is torn or holds anything but finite numbers.
+    line of two sizes. Raises ValueError where the file is corrupt or holds anything but finite numbers.
     """
     try:
         names, table = _read_text(path) if path.suffix in NAMED else (None, np.load(path))

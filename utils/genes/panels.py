@@ -248,7 +248,7 @@ def write_panel(path: Path, adata: Any, blocks: Iterable[sp.csr_matrix]) -> None
 
 
 def read_panel(path: Path) -> Panel:
-    """Raises ValueError where the file is missing, torn, or not one that make_decoder_data.py wrote."""
+    """Raises ValueError where the file is missing, corrupt, or not one that make_decoder_data.py wrote."""
     import anndata
 
     if not path.exists():

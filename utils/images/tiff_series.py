@@ -32,7 +32,7 @@ UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron
 UM |= {"inch": 25400.0, "in": 25400.0, "\\u00B5m": 1.0}  # micro sign, Greek mu, and what ImageJ writes
 RESOLUTION_UM = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}  # tag ResolutionUnit
 ASIDE = (  # what is never the scan: SlideLabel, label_image, macroimage, Thumbnail1, but not label-free, macrophages
-    r"((label|macro|thumbnail|thumb|overview|preview|barcode)s?(image|img|pic|picture)?(?![a-z]|-free)"
+    r"((label|macro|thumbnail|thumb|overview|preview|barcode)s?(image|img|pic|image)?(?![a-z]|-free)"
     r"|(?<![a-z])(map|lbl)(?![a-z]))"
 )
 ONLY_ASIDE = rf"\W*(slide|the)?[\W_]*{ASIDE}[\W_]*(image)?[\W_]*\d*\W*"  # nothing but such a name

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from utils.prediction import geojson
 from utils.prediction.layout import SlideSpots
-from utils.slices import export, geojson
+from utils.slices import export
 
 UNITS = {"lognorm": "log1p counts per 10,000", "residuals": "Pearson residual", "counts": "counts per 10,000"}
 RELIABLE_PCC = 0.1  # validation PCC below which a gene's prediction says little
@@ -36,8 +37,8 @@ class Prediction:
     domain_score: np.ndarray  # (S,)
     domain_limit: float  # validation 0.99 quantile of the score
     val_pcc: np.ndarray  # (G,)
-    picture: np.ndarray  # (height, width, 3), small
-    picture_scale: float  # its pixels per full-resolution pixel
+    image: np.ndarray  # (height, width, 3), small
+    image_scale: float  # its pixels per full-resolution pixel
     measured: np.ndarray | None = None  # (S, G) in the scale of the target, NaN for a gene that the slice lacks
     counts: np.ndarray | None = None  # (S, G)
     total_counts: np.ndarray | None = None  # (S,)
@@ -74,8 +75,8 @@ def as_anndata(one: Prediction) -> Any:
         if values is not None:
             adata.layers[name] = np.asarray(values, np.float32)
     adata.obsm["spatial"] = spots.xy_fullres_px
-    factors = {"tissue_hires_scalef": one.picture_scale, "spot_diameter_fullres": spots.diameter_fullres_px}
-    adata.uns["spatial"] = {spots.name: {"images": {"hires": one.picture}, "scalefactors": factors, "metadata": {}}}
+    factors = {"tissue_hires_scalef": one.image_scale, "spot_diameter_fullres": spots.diameter_fullres_px}
+    adata.uns["spatial"] = {spots.name: {"images": {"hires": one.image}, "scalefactors": factors, "metadata": {}}}
     adata.uns["magic"] = {"X": f"predicted, {one.unit}", "target": one.target, **one.about}
     return adata
 
@@ -103,7 +104,7 @@ def write_csv(out: Path, one: Prediction) -> Path:
 
 
 def write_geojson(path: Path, one: Prediction) -> None:
-    """A detection per spot, in pixels of the picture that the tiles were cut from."""
+    """A detection per spot, in pixels of the image that the tiles were cut from."""
     spots = one.spots
     columns, values = ["domain_score", *one.genes], np.column_stack([one.domain_score, one.predicted])
     diameter = spots.diameter_fullres_px * spots.image_scale
@@ -112,12 +113,13 @@ def write_geojson(path: Path, one: Prediction) -> None:
 
 def write_maps(folder: Path, one: Prediction, genes: np.ndarray) -> None:
     """A map per gene, and one of the out-of-domain score; those of an earlier run are removed."""
-    from utils.evaluation import plotting, slide_maps
+    from utils.evaluation import plotting
     from utils.prediction.slides import file_name
+    from utils.report import slide_maps
 
     for old in folder.glob("*.png"):
         old.unlink()
-    spots, scale = one.spots, one.picture_scale
+    spots, scale = one.spots, one.image_scale
     xy, radius = spots.xy_fullres_px * scale, spots.pitch_fullres_px * scale * DISC
     um_per_px = spots.um_per_fullres_px / scale
     for gene in genes:
@@ -125,24 +127,24 @@ def write_maps(folder: Path, one: Prediction, genes: np.ndarray) -> None:
         panels["predicted"] = one.predicted[:, gene]
         title = f"{spots.name}: {one.genes[gene]}, validation PCC {one.val_pcc[gene]:.2f}"
         spread = None if one.spread is None else one.spread[:, gene]
-        figure = slide_maps.spot_maps(one.picture, xy, radius, panels, title, one.unit, um_per_px, spread)
+        figure = slide_maps.spot_maps(one.image, xy, radius, panels, title, one.unit, um_per_px, spread)
         plotting.save(figure, folder / f"{file_name(one.genes[gene])}.png")
     title = f"{spots.name}: out-of-domain score, 99 % of validation spots lie below {one.domain_limit:.2f}"
     panels = {"out of domain": one.domain_score}
-    figure = slide_maps.spot_maps(one.picture, xy, radius, panels, title, "distance to train tissue", um_per_px)
+    figure = slide_maps.spot_maps(one.image, xy, radius, panels, title, "distance to train tissue", um_per_px)
     plotting.save(figure, folder / "domain_score.png")
 
 
 def write_spatialdata(path: Path, one: Prediction, adata: Any) -> None:
-    """The same as a SpatialData zarr: small picture, spots as circles, table; coordinates in full-resolution pixels."""
+    """The same as a SpatialData zarr: small image, spots as circles, table; coordinates in full-resolution pixels."""
     import geopandas
     from shapely.geometry import Point
     from spatialdata import SpatialData
     from spatialdata.models import Image2DModel, ShapesModel, TableModel
     from spatialdata.transformations import Scale
 
-    scale = Scale([1 / one.picture_scale] * 2, axes=("x", "y"))
-    image = Image2DModel.parse(one.picture.transpose(2, 0, 1), dims=("c", "y", "x"), transformations={"global": scale})
+    scale = Scale([1 / one.image_scale] * 2, axes=("x", "y"))
+    image = Image2DModel.parse(one.image.transpose(2, 0, 1), dims=("c", "y", "x"), transformations={"global": scale})
     radius = one.spots.diameter_fullres_px / 2
     circles = geopandas.GeoDataFrame(
         {"radius": np.full(adata.n_obs, radius)},
@@ -156,7 +158,7 @@ def write_spatialdata(path: Path, one: Prediction, adata: Any) -> None:
     table = TableModel.parse(table, region="spots", region_key="region", instance_key="spot")
     part = path.with_name(path.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    made = SpatialData({"picture": image}, shapes={"spots": ShapesModel.parse(circles)}, tables={"predicted": table})
+    made = SpatialData({"image": image}, shapes={"spots": ShapesModel.parse(circles)}, tables={"predicted": table})
     made.write(part)
     shutil.rmtree(path, ignore_errors=True)
     part.rename(path)
@@ -170,7 +172,7 @@ def write_anndata(path: Path, one: Prediction) -> Any:
 
 def write_report(path: Path, one: Prediction, metrics: dict[str, Any] | None, settings: dict[str, Any]) -> None:
     """report.html: all genes, the best by validation PCC where spots are so many that the page would not open."""
-    from utils.evaluation import html_report, report_parts
+    from utils.report import html, parts
 
     spots = one.spots
     chosen = np.sort(one.best_genes(max(1, REPORT_VALUES // len(spots.barcodes))))
@@ -178,10 +180,10 @@ def write_report(path: Path, one: Prediction, metrics: dict[str, Any] | None, se
     def shown(values: np.ndarray | None) -> np.ndarray | None:
         return None if values is None else values[:, chosen]
 
-    slide = html_report.SliceMaps(
+    slide = html.SliceMaps(
         name=spots.name,
-        picture=one.picture,
-        picture_scale=one.picture_scale,
+        image=one.image,
+        image_scale=one.image_scale,
         xy_fullres_px=spots.xy_fullres_px,
         spot_diameter_px=2 * DISC * spots.pitch_fullres_px,
         barcodes=spots.barcodes.tolist(),
@@ -198,10 +200,10 @@ def write_report(path: Path, one: Prediction, metrics: dict[str, Any] | None, se
         ["score that 99 % of the validation spots lie below", one.domain_limit],
         ["share of the spots above it", over],
     ]
-    tables = [html_report.Table("Out of domain", ["", "value"], domain, note)]
-    tables += report_parts.similarity_tables(metrics) if metrics else []
+    tables = [html.Table("Out of domain", ["", "value"], domain, note)]
+    tables += parts.similarity_tables(metrics) if metrics else []
     columns = {"mean predicted": one.predicted[:, chosen].mean(0)}
-    page = html_report.Report(
+    page = html.Report(
         title=f"Predicted expression: {spots.name}",
         unit=one.unit,
         genes=[one.genes[i] for i in chosen],
@@ -211,4 +213,4 @@ def write_report(path: Path, one: Prediction, metrics: dict[str, Any] | None, se
         tables=tables,
         settings=settings,
     )
-    html_report.write_report(path, page)
+    html.write_report(path, page)

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from utils import distributed
+from utils.features import cache, neighbourhoods
+from utils.files.arrays import ArrayStore
 from utils.images import tiles
 from utils.images.image import TissueImage
 from utils.prediction import slide_features
 from utils.prediction.layout import SlideSpots
-from utils.training import distributed, feature_bank, features
-from utils.training.spill import Spill
 
-ALIKE = 1.02  # a picture that is coarser than the model's tiles by more is enlarged with a warning
+ALIKE = 1.02  # a image that is coarser than the model's tiles by more is enlarged with a warning
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Member:
     @property
     def encoder(self) -> str:
         """Models of which this is the same share features."""
-        return f"{self.state['encoder_hash']} {self.tile_px} px of {self.um_per_px} um, {self.model.sizes.turns} turns"
+        return f"{self.state['encoder_hash']} {self.tile_px} px of {self.um_per_px} um, {self.model.sizes.tta} turns"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Found:
 
 
 def tile_side(member: Member, spots: SlideSpots) -> float:
-    """Side of a tile in pixels of the picture."""
+    """Side of a tile in pixels of the image."""
     return member.tile_px * member.um_per_px * spots.image_scale / spots.um_per_fullres_px
 
 
@@ -92,7 +93,7 @@ def kept_features(run: Run, member: Member, image: TissueImage, spots: SlideSpot
 
     turned = partial(in_precision, model.encode_turned) if run.spread else None
     views = slide_features.views_of(partial(in_precision, model.encode), turned)
-    how = features.TileEncoder(views, model.sizes.image_size, run.accelerator.device, run.batch_size, run.workers)
+    how = cache.TileEncoder(views, model.sizes.image_size, run.accelerator.device, run.batch_size, run.workers)
     side_px = tile_side(member, spots)
 
     def compute() -> Any:
@@ -103,26 +104,26 @@ def kept_features(run: Run, member: Member, image: TissueImage, spots: SlideSpot
 
     source = f"{side_px:.9g} px of {slide_features.fingerprint([image.path])} at {slide_features.spots_hash(spots)}"
     key = f"{member.encoder} {run.accelerator.mixed_precision} spread {run.spread}, {source}"
-    folder = out / f"{member.state['encoder_hash'][:16]}_{member.tile_px}_{model.sizes.turns}"
+    folder = out / f"{member.state['encoder_hash'][:16]}_{member.tile_px}_{model.sizes.tta}"
     one: Any = spots  # has what is looked at of a slice
-    return features.kept_features(folder, key, one, compute)
+    return cache.kept_features(folder, key, one, compute)
 
 
-def predict_view(run: Run, member: Member, kept: np.ndarray, spots: SlideSpots, memory: Spill) -> np.ndarray:
+def predict_view(run: Run, member: Member, kept: np.ndarray, spots: SlideSpots, memory: ArrayStore) -> np.ndarray:
     """Of features of one view (S, V + T, D): (S, G). What it takes of the memory is free again afterwards."""
-    model, budget = member.model, Spill(memory.left / 2**30, memory.folder)
-    moments = feature_bank.Moments(*(member.state["feature_moments"][key].numpy() for key in ("mean", "sd")))
+    model, budget = member.model, ArrayStore(memory.left / 2**30, memory.folder)
+    moments = neighbourhoods.Moments(*(member.state["feature_moments"][key].numpy() for key in ("mean", "sd")))
     one: Any = spots  # has what is looked at of a slice
     around = (model.sizes.context, model.sizes.reaches)
-    bank = feature_bank.FeatureBank([one], [[kept]], moments, *around, run.accelerator.device, budget)
+    bank = neighbourhoods.FeatureBank([one], [[kept]], moments, *around, run.accelerator.device, budget)
     autocast = partial(distributed.decoder_autocast, run.accelerator, run.precision)
-    return feature_bank.predict(model, bank, np.arange(len(spots.barcodes)), autocast, run.batch_size)
+    return neighbourhoods.predict(model, bank, np.arange(len(spots.barcodes)), autocast, run.batch_size)
 
 
 def predict_slide(run: Run, image: TissueImage, spots: SlideSpots, out: Path) -> Found:
     """Each member's own prediction enters the mean; with `run.spread` the eight turned views give the spread instead of
     the members."""
-    memory = Spill(run.memory, out)
+    memory = ArrayStore(run.memory, out)
     own, turned = slide_features.Spread(memory), slide_features.Spread(memory)
     score, limit, n = np.zeros(len(spots.barcodes)), 0.0, len(run.members)
     for member in run.members:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.features.cache import TileEncoder
+from utils.files.arrays import ArrayStore
 from utils.files.hashing import content_hash
+from utils.memory import WithinMemory
 from utils.prediction.layout import SlideSpots
-from utils.training.features import TileEncoder
-from utils.training.memory import WithinMemory
-from utils.training.spill import Spill
 
 TURNS = 8
 SPOTS_AT_ONCE = 2048  # vectors in double precision: 17 MB of the published ones
@@ -73,14 +73,14 @@ def domain_scores(
 class Spread:
     """Mean and deviation over predictions (S, G) that come one after the other (Welford 1962)."""
 
-    def __init__(self, spill: Spill):
-        self.spill, self.number = spill, 0
+    def __init__(self, store: ArrayStore):
+        self.store, self.number = store, 0
         self.mean: np.ndarray = np.empty(0)
         self.squares: np.ndarray = np.empty(0)
 
     def add(self, predicted: np.ndarray) -> None:
         if self.number == 0:
-            self.mean, self.squares = (self.spill.empty(predicted.shape, np.float32) for _ in range(2))
+            self.mean, self.squares = (self.store.empty(predicted.shape, np.float32) for _ in range(2))
             self.mean[:], self.squares[:] = 0, 0
         self.number += 1
         apart = predicted - self.mean

@@ -13,7 +13,7 @@ COLUMNS = ("slide", "um_per_px", "positions", "mask", "spot_pitch_um")
 
 @dataclass(frozen=True)
 class Request:
-    """One slide: a picture or a slice folder, what is known of it, and the folder that its results go to."""
+    """One slide: a image or a slice folder, what is known of it, and the folder that its results go to."""
 
     slide: Path
     um_per_px: float | None = None
@@ -110,7 +110,7 @@ def list_slides(slides: Sequence[Path], out: Path, given: Request) -> list[Reque
 
 def _check_files(one: Request) -> None:
     if not one.slide.exists():
-        raise ValueError(f"{one.slide}: expected a picture or a slice folder, found nothing; mend the path")
+        raise ValueError(f"{one.slide}: expected a image or a slice folder, found nothing; mend the path")
     for what in ("positions", "mask"):
         path = getattr(one, what)
         if path is not None and not path.is_file():

@@ -1,4 +1,4 @@
-"""Results as AnnData that scanpy and squidpy plot as they are: coordinates, the small picture, its scale factors.
+"""Results as AnnData that scanpy and squidpy plot as they are: coordinates, the small image, its scale factors.
 
 Letters: S spots, G genes.
 """
@@ -14,8 +14,8 @@ from utils.images.image import open_image
 from utils.slices import visium
 
 
-def small_picture(root: Path) -> tuple[np.ndarray, float] | None:
-    """The hires picture (height, width, 3) uint8, else the lowres one, and its pixels per full-resolution pixel."""
+def small_image(root: Path) -> tuple[np.ndarray, float] | None:
+    """The hires image (height, width, 3) uint8, else the lowres one, and its pixels per full-resolution pixel."""
     factors = visium.read_scalefactors(root)
     for name in ("hires", "lowres"):
         path = root / "spatial" / f"tissue_{name}_image.png"
@@ -28,10 +28,10 @@ def small_picture(root: Path) -> tuple[np.ndarray, float] | None:
 def spatial_entry(root: Path) -> dict[str, Any]:
     """What belongs under uns["spatial"][slice]: images and scalefactors, with the names that Space Ranger uses."""
     factors = visium.read_scalefactors(root)
-    picture = small_picture(root)
-    if picture is None:
+    image = small_image(root)
+    if image is None:
         return {"images": {}, "scalefactors": factors}
-    pixels, scale = picture
+    pixels, scale = image
     return {"images": {"hires": pixels}, "scalefactors": factors | {"tissue_hires_scalef": scale}}
 
 

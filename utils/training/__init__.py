@@ -1,12 +1,11 @@
-"""What training and prediction need around a model.
+"""Training both stages: what the scripts' loops are made of. Nothing here predicts slides or writes reports.
 
-arguments      the flags that scripts share, and how a script ends with an error
-datasets       slices as training sees them; overlap fits a slice of another panel, leaks what was held out
-augment        histology-safe, in batch, on the device
-features       of frozen encoders, kept on disk; feature_bank gives them out, slide_features streams a slide's
-loop           seeds, schedules, optimiser, log; progress saves a run and goes on with it; folder keeps others out
-checkpoint     save, load, resume; sharing makes a folder of it, model_card its card
-distributed    device, precision, processes and what they gather
-pretrain       the gene encoder by masked bins; count_tables reads counts without pictures for it
-frozen, spill  what frozen blocks give, and arrays beyond memory, on disk
+split           the slices of each part, what must not be held out, what model and slices must share
+augment         histology-safe augmentation, in batch, on the device
+targets         what is learnt from the target panel
+initialisation, decoder_initialisation   warm starts of both stages, solved by ridge
+decoder_validation   correlation of the decoder's predictions on validation spots
+loop            seeds, order of the spots, schedule, optimiser, log     progress    saves a run and resumes it
+checkpoint      written, read, resumed                                  shared_folder   a shared model, read
+gene_weights    released weights of the gene encoder     pretrain, count_tables   masked bins, and counts for it
 """

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
-import re
 from pathlib import Path
 from typing import Any
 
-from utils.training import distributed
+from utils import distributed, settings
+from utils.files import hashing, tensors
+from utils.training import shared_folder
+from utils.training.shared_folder import CONFIG, WEIGHTS
 
 FORMAT = 4
 FIRST_READ = {"stage_one": 2, "stage_two": 4}  # what came with 3 has values that say the same of a file of 2
 NEW_IN_3: dict[str, Any] = {"pretrain_hashes": {}, "step": 0, "sums": {}}
 SCRIPTS = {"stage_one": "train_mymodel.py", "stage_two": "train_decoder.py"}  # by the kind of what they write
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a folder that a model is shared by
-PREVIOUS, TORN = "previous_epoch_weights.pth", "torn_epoch_weights.pth"  # before the last one; a last one of no use
-
-
-def plain(value: Any) -> Any:
-    """Paths become text, tuples lists: what `weights_only` reads back."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+PREVIOUS, CORRUPT = (
+    "previous_epoch_weights.pth",
+    "corrupt_epoch_weights.pth",
+)  # before the last one; a last one of no use
 
 
 def save(path: Path, kind: str, **state: Any) -> None:
@@ -63,50 +57,32 @@ def _write_part(path: Path, state: dict[str, Any]) -> Path:
     return part
 
 
-def read_tensors(path: Path, flag: str) -> Any:
-    """What a .pth, .pt, .bin or .safetensors file holds, on the CPU; code in it is refused, never run.
-
-    Beside tensors and plain values it may hold flags (argparse.Namespace), as the checkpoints of timm, DINO and MAE do.
-    """
-    import torch
-
-    if not path.is_file():
-        raise ValueError(f"{flag}: expected the file {path}, found none")
-    if not path.stat().st_size:
-        raise ValueError(f"{flag}: {path} is torn: it is empty; copy or download it again")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a torn file makes the unpickler stumble over
-        reason = " ".join(str(error).split()).split("WeightsUnpickler error: ")[-1]  # before that torch gives advice
-        code = re.search(r"GLOBAL ([\w.]+)", reason)
-        if code:
-            raise ValueError(
-                f"{flag}: {path} holds more than tensors and plain values ({code[1]}); code in a file is never run: "
-                "save the tensors alone: torch.save(model.state_dict(), FILE)"
-            ) from error
-        raise ValueError(f"{flag}: {path} is torn, or no file of weights ({reason[:160]}); get it again") from error
-
-
 def load(path: Path, kind: str | None, flag: str) -> dict[str, Any]:
     """A checkpoint of ours, from its file or from the folder that it is shared by; `kind` None: of either stage.
 
-    Raises ValueError where it is torn, another stage's, or of another format.
+    Raises ValueError where it is corrupt, another stage's, or of another format.
     """
     if path.is_dir():
-        from utils.training import sharing
-
-        config = sharing.read_config(path, flag)
+        config = shared_folder.read_config(path, flag)
         check_made_by(config, kind, path, flag)
-        state = sharing.state_of(config, path, flag)
+        state = shared_folder.state_of(config, path, flag)
     else:
-        state = read_tensors(path, flag)
+        state = tensors.read_tensors(path, flag)
         check_made_by(state, kind, path, flag)
     return NEW_IN_3 | state if state["format"] < 3 else state
+
+
+def require_checkpoint(path: Path, flag: str, remedy: str) -> Path:
+    """A checkpoint file, or a folder that a trained model is shared by."""
+    if not path.is_dir():
+        return settings.require_file(path, flag, remedy)
+    lacking = [name for name in (WEIGHTS, CONFIG) if not (path / name).is_file()]
+    if lacking:
+        raise ValueError(
+            f"{flag}: expected {WEIGHTS} and {CONFIG} in the folder {path}, found no "
+            f"{' and no '.join(lacking)}; give a folder that --export wrote, or a file such as {BEST}"
+        )
+    return path
 
 
 def check_made_by(state: Any, kind: str | None, path: Path, flag: str) -> None:
@@ -135,7 +111,7 @@ def fit(model: Any, tensors: dict[str, Any], path: Path, flag: str) -> None:
 
 
 def read_resumed(out: Path, kind: str, about: dict[str, Any]) -> dict[str, Any]:
-    """The last checkpoint of --out, or where that is torn or another's, which is said, the one before it.
+    """The last checkpoint of --out, or where that is corrupt or another's, which is said, the one before it.
 
     Raises ValueError where neither is of the sizes, genes, slices, target and encoder that `about` says.
     """
@@ -155,38 +131,15 @@ def read_resumed(out: Path, kind: str, about: dict[str, Any]) -> dict[str, Any]:
             print(f"warning: {errors[0]}; going on from the one before it")
             if distributed.is_main():
                 if (out / LAST).exists():
-                    (out / LAST).replace(out / TORN)
+                    (out / LAST).replace(out / CORRUPT)
                 path.replace(out / LAST)
         return state
     raise errors[0]
 
 
-class Tensors(dict[str, Any]):
-    """What a file holds by name, and the file."""
-
-    source: str = ""
-
-
-def read_weights(path: Path, flag: str) -> Tensors:
-    """The tensors of a foreign weights file, at the top or under model, state_dict, teacher, model_state_dict."""
-    import torch
-
-    state = read_tensors(path, flag)
-    for key in ("model", "state_dict", "teacher", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
-    if not tensors:
-        raise ValueError(f"{flag}: expected named tensors in {path}, found none")
-    found = Tensors({k.removeprefix("module."): v for k, v in tensors.items()})
-    found.source = str(path)
-    return found
-
-
-def file_hash(path: Path) -> str:
+def model_hash(path: Path) -> str:
     """sha256 of a file; of a folder that a model is shared by, of its weights and config together."""
     if path.is_dir():
-        hashes = [file_hash(path / name) for name in (WEIGHTS, CONFIG)]
+        hashes = [hashing.file_hash(path / name) for name in (WEIGHTS, CONFIG)]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashing.file_hash(path)

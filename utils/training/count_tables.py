@@ -1,4 +1,4 @@
-"""Count tables without pictures: any folder of h5ad files, brought to the input panel to teach the gene encoder.
+"""Count tables without images: any folder of h5ad files, brought to the input panel to teach the gene encoder.
 
 They must not hold what is held out: a file by the name of a validation or test slice, of its counts, or with a spot of
 the same counts is refused. Letters: S spots, G input genes, A genes of a file.
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from utils.features.dataset import SliceData
 from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
 from utils.slices import content, splits
-from utils.training.datasets import SliceData
 
 LEAST_SEEN = 10  # genes of the panel that a spot must show before another of the same counts is taken for itself
 
@@ -42,20 +42,20 @@ class HeldOut:
 
 
 def read_tables(
-    folder: Path, slices: list[SliceData], rows: list[splits.SliceRow], args: Any, equal_depth: int | None = None
+    folder: Path, slices: list[SliceData], rows: list[splits.SliceRow], args: Any, downsample_counts: int | None = None
 ) -> list[CountTable]:
     """Every `*.h5ad` of a folder, a line of print each.
 
-    `slices` are those of the train and validation part, `rows` the whole table with the test slices; `equal_depth`, if
-    given, is the number of counts that spots with more are thinned to. Raises ValueError where a file is not one of raw
-    counts, has under half of the panel's genes, or holds what is held out.
+    `slices` are those of the train and validation part, `rows` the whole table with the test slices; spots with more
+    than `downsample_counts` are downsampled to it. Raises ValueError where a file is not one of raw counts, has under
+    half of the panel's genes, or holds what is held out.
     """
     paths = sorted(folder.glob("*.h5ad")) if folder.is_dir() else []
     if not paths:
         found = "no such file in it" if folder.is_dir() else "no such folder"
         raise ValueError(f"--pretrain_data: expected a folder of .h5ad files, found {found}: {folder}; mend the path")
     panel, held_out = slices[0].panels["input"].genes, find_held_out(slices, rows, args)
-    return [read_one(path, panel, held_out, args.allow_leak, equal_depth) for path in paths]
+    return [read_one(path, panel, held_out, args.allow_leak, downsample_counts) for path in paths]
 
 
 def find_held_out(slices: list[SliceData], rows: list[splits.SliceRow], args: Any) -> HeldOut:
@@ -79,7 +79,9 @@ def find_held_out(slices: list[SliceData], rows: list[splits.SliceRow], args: An
     return HeldOut(names, hashes, counts)
 
 
-def read_one(path: Path, panel: list[str], held_out: HeldOut, allow_leak: bool, equal_depth: int | None) -> CountTable:
+def read_one(
+    path: Path, panel: list[str], held_out: HeldOut, allow_leak: bool, downsample_counts: int | None
+) -> CountTable:
     names, barcodes, counts, total = read_counts(path)
     called = gene_names.renamed(names, panel, gene_names.known_names(None, {}))
     measured = np.isin(panel, called)
@@ -99,9 +101,9 @@ def read_one(path: Path, panel: list[str], held_out: HeldOut, allow_leak: bool, 
     notes += [f"{len(total) - len(kept)} spots without a count left out"] if len(kept) < len(total) else []
     print(", ".join([f"{path.name}: {len(kept)} spots", f"{measured.sum()} input genes", *notes]))
     of_panel, total = of_panel[kept], total[kept]
-    if equal_depth:
+    if downsample_counts:
         seeds = gene_panels.spot_seeds(path.stem, barcodes[kept])
-        of_panel, total = gene_panels.downsample_counts(of_panel, total, equal_depth, seeds)
+        of_panel, total = gene_panels.downsample_counts(of_panel, total, downsample_counts, seeds)
     return CountTable(path.stem, gene_panels.bin_tokens(of_panel, total), measured, counts_hash)
 
 
@@ -116,7 +118,7 @@ def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix, np.n
         adata = anndata.read_h5ad(path)
         counts = sp.csr_matrix(adata.X)
         total = adata.obs["total_counts"].to_numpy(np.float64) if "total_counts" in adata.obs else None
-    except Exception as error:  # whatever a torn file makes HDF5 or anndata stumble over
+    except Exception as error:  # whatever a corrupt file makes HDF5 or anndata stumble over
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path}: expected an h5ad file with counts in X, found: {reason}; write it again") from error
     bad = ~((counts.data >= 0) & (counts.data == np.rint(counts.data)) & np.isfinite(counts.data))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.training.spill import Spill
+from utils.files.arrays import ArrayStore
 
 
 def outputs(encoder: Any, bins: np.ndarray, accelerator: Any, args: Any) -> np.ndarray | None:
@@ -24,7 +24,7 @@ def outputs(encoder: Any, bins: np.ndarray, accelerator: Any, args: Any) -> np.n
         print(f"frozen blocks run in every step: what they give needs a --frozen_budget of {size_gib:.1f} GiB")
         return None
     print(f"what {encoder.n_frozen} frozen blocks give for {len(bins)} spots is kept in {args.out}: {size_gib:.1f} GiB")
-    kept = Spill(0, args.out).empty(shape, np.int16)
+    kept = ArrayStore(0, args.out).empty(shape, np.int16)
     for first in range(0, len(bins), args.batch_size):
         some = slice(first, first + args.batch_size)
         with accelerator.autocast():

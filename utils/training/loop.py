@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from utils.training import distributed
-from utils.training.checkpoint import plain
+import numpy as np
+
+from utils import distributed
+from utils.files.atomic import plain
 
 if TYPE_CHECKING:
     import torch
@@ -121,3 +123,24 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         if self.events is not None:
             self.events.close()
+
+
+class EpochOrder:
+    """Whole batches in an order drawn from (seed, epoch), an incomplete last one is dropped; of each the part of this
+    process. `accumulate` batches make a step, or all where an epoch has fewer; batches that make no whole step are
+    dropped. `first` is the batch to begin at."""
+
+    def __init__(self, n_spots: int, batch_size: int, seed: int, accumulate: int = 1):
+        self.n_spots, self.batch_size, self.seed = n_spots, batch_size, seed
+        self.n_batches, self.epoch, self.first = n_spots // batch_size, 0, 0
+        self.accumulate = max(min(accumulate, self.n_batches), 1)
+
+    def __len__(self) -> int:
+        return self.n_batches // self.accumulate * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_spots)
+        own = self.batch_size // distributed.n_processes()
+        for i in range(self.first, len(self)):
+            start = i * self.batch_size + distributed.rank() * own
+            yield order[start : start + own].tolist()

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from utils.features import dataset
 from utils.genes.panels import N_BINS
-from utils.training import datasets, loop
+from utils.training import loop
 from utils.training.count_tables import CountTable
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Spots:
     measured: np.ndarray  # (G,) bool
 
 
-def spots_of(slices: list[datasets.SliceData], bins: Sequence[np.ndarray], part: str) -> list[Spots]:
+def spots_of(slices: list[dataset.SliceData], bins: Sequence[np.ndarray], part: str) -> list[Spots]:
     """The spots of a part, of each slice that has any; `bins` (S, G) of each slice."""
     pairs = zip(slices, bins, strict=True)
     found = [Spots(one.name, own, one.rows_of(part), one.panels["input"].measured) for one, own in pairs]
@@ -66,7 +67,7 @@ def marginal_without_self(bins: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 def pretrain(
     masked: Any,
-    slices: list[datasets.SliceData],
+    slices: list[dataset.SliceData],
     bins: Sequence[np.ndarray],
     tables: list[CountTable],
     accelerator: Any,
@@ -78,7 +79,7 @@ def pretrain(
     ----------
     masked : MaskedBins over the encoder, on the accelerator's device; its head is of no use afterwards
     slices, bins : of the train and validation part, bins (S, G) of each
-    tables : slices without pictures
+    tables : slices without images
     args : pretrain_epochs, pretrain_lr, batch_size, seed, precision, and what the optimiser of stage one takes
 
     Returns

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-from utils.training import arguments, checkpoint, distributed
+from utils import distributed, settings
+from utils.training import checkpoint
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -64,7 +65,7 @@ class Progress:
     def _resume(self) -> None:
         state = checkpoint.read_resumed(self.args.out, self.kind, self.about)
         checkpoint.fit(self.parts["model"], state["model"], self.args.out / checkpoint.LAST, "--resume")
-        changed = _changed(self.about["settings"], state["settings"], "--", (*arguments.WHERE, "precision"))
+        changed = _changed(self.about["settings"], state["settings"], "--", (*settings.WHERE, "precision"))
         if changed:
             print(f"warning: --resume with {changed}: the run ends otherwise than it would have")
         others = _changed(self.about["conditions"], state.get("conditions", {}))
@@ -96,7 +97,7 @@ class Progress:
             self._leave(why)
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """Round what learns nothing, a validation: a signal need not wait for its end."""
         self.at_once = True
         try:

@@ -1,0 +1,257 @@
+"""Slices as training sees them: tiles, gene bins and target counts of the same spots, joined by barcode.
+
+Letters: S spots of a slice, G input genes, T target genes, B batch, Z tile side in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from utils.genes import panels as gene_panels
+from utils.images.tiles import TilePack
+from utils.slices import content, splits, visium
+
+
+@dataclass
+class SliceData:
+    """One slice: all spots that have a tile, in the order of the panel files.
+
+    `part` says what each spot is used for: train, val, test, or gap (between a validation strip and its train spots).
+    """
+
+    name: str
+    patient: str
+    barcodes: np.ndarray  # (S,)
+    xy_fullres_px: np.ndarray  # (S, 2)
+    pitch_fullres_px: float
+    part: np.ndarray  # (S,) str
+    total_counts: np.ndarray  # (S,)
+    pack: TilePack
+    tile_rows: np.ndarray  # (S,) rows of `pack`
+    panels: dict[str, gene_panels.Panel]  # "input", "target": spots in the order of `barcodes`
+    root: Path  # the folder that holds spatial/
+    downsample_counts: int | None = None  # counts per spot that bins are made of at most, that of training
+
+    def bins(self, out: np.ndarray | None = None) -> np.ndarray:
+        """Input tokens of stage one: (S, G) uint8, in `out` if given."""
+        counts, totals = self.panels["input"].counts, self.total_counts
+        if self.downsample_counts:
+            seeds = gene_panels.spot_seeds(self.name, self.barcodes)
+            counts, totals = gene_panels.downsample_counts(counts, totals, self.downsample_counts, seeds)
+        return gene_panels.bin_tokens(counts, totals, out)
+
+    def rows_of(self, part: str) -> np.ndarray:
+        """Spots of a part, of all parts for "all": (n,) rows."""
+        return np.flatnonzero((self.part == part) | (part == "all"))
+
+
+def load_slice(row: splits.SliceRow, args: Any, roles: tuple[str, ...], val_strip: bool) -> SliceData:
+    """One slice's tiles and panels. Raises ValueError where files are missing or spots have no tile."""
+    panels = {
+        role: gene_panels.read_panel(gene_panels.panel_path(args.data, args.panels, row.slice, role)) for role in roles
+    }
+    root = visium.find_root(splits.slice_folder(args.data, row))
+    first, files_hash = panels[roles[0]], content.files_hash(root)
+    for panel in panels.values():
+        if not np.array_equal(panel.barcodes, first.barcodes):
+            raise ValueError(f"{panel.path}: expected the spots of {first.path}; run make_decoder_data.py again")
+        if files_hash not in (None, panel.files_hash):  # without counts there is nothing to compare with
+            raise ValueError(
+                f"{panel.path}: expected genes of the counts and positions in {root}, found those of other files; "
+                "fix: run make_decoder_data.py again"
+            )
+    pack = TilePack(args.tiles / row.slice)
+    place = {barcode: i for i, barcode in enumerate(pack.barcodes)}
+    tile_rows = np.array([place.get(barcode, -1) for barcode in first.barcodes])
+    outside = set(pack.record["outside"]) if pack.record else set()
+    lacking = [b for b, tile in zip(first.barcodes, tile_rows, strict=True) if tile < 0 and b not in outside]
+    if lacking:
+        raise ValueError(
+            f"{pack.folder}: expected a tile for each of {len(tile_rows)} spots, {len(lacking)} have none "
+            f"(first: {lacking[0]}); run image_tilling.py again"
+        )
+    kept = np.flatnonzero(tile_rows >= 0)
+    if len(kept) < len(tile_rows):
+        print(f"{row.slice}: {len(tile_rows) - len(kept)} spots outside the image are left out")
+    xy = first.xy_fullres_px[kept]
+    strip = val_strip and row.part == "train"
+    return SliceData(
+        name=row.slice,
+        patient=row.patient,
+        barcodes=first.barcodes[kept],
+        xy_fullres_px=xy,
+        pitch_fullres_px=first.pitch_fullres_px,
+        part=splits.strip_parts(xy, first.pitch_fullres_px) if strip else np.full(len(kept), row.part),
+        total_counts=first.total_counts[kept],
+        pack=pack,
+        tile_rows=tile_rows[kept],
+        panels={role: panel.of(kept) for role, panel in panels.items()},
+        root=root,
+        downsample_counts=getattr(args, "downsample_counts", None),
+    )
+
+
+def load_slices(
+    rows: list[splits.SliceRow], args: Any, roles: tuple[str, ...], val_strip: bool, onto: list[str] | None = None
+) -> list[SliceData]:
+    """Slices of one panel (that of the first role brought onto these genes) and one tile size. Raises ValueError where
+    they differ."""
+    slices = [load_slice(row, args, roles, val_strip) for row in rows]
+    for one in slices:
+        one.panels[roles[0]] = one.panels[roles[0]].onto(onto or one.panels[roles[0]].genes)
+    first = slices[0]
+    for one in slices[1:]:
+        for role in roles:
+            if one.panels[role].genes != first.panels[role].genes:
+                raise ValueError(
+                    f"{one.panels[role].path}: its {role} genes differ from those of {first.name}; "
+                    "run make_decoder_data.py again on all slices"
+                )
+        if tile_scale(one) != tile_scale(first):
+            raise ValueError(
+                f"{one.pack.folder}: tiles of {tile_scale(one)} (px, um per px), those of {first.name} are of "
+                f"{tile_scale(first)}; run image_tilling.py again on all slices"
+            )
+    return slices
+
+
+def um_per_fullres_px(one: SliceData) -> float | None:
+    """Micrometres per full-resolution pixel, by the tiles' record; None where the spot pitch is not known."""
+    record = one.pack.record or {}
+    if record.get("um_per_px") is None:
+        return None
+    per_source_px = record["um_per_px"] * record["size"] / record["crop"]
+    return per_source_px * record["scale"]
+
+
+def tile_scale(one: SliceData) -> tuple[int, float | None]:
+    """Tile side in pixels, and micrometres per pixel (two digits) where the tiles are of a stated size."""
+    record = one.pack.record or {}
+    um_per_px = record.get("um_per_px") if record.get("resampled") else None
+    return one.pack.size, None if um_per_px is None else round(um_per_px, 3)
+
+
+def spots_of(slices: list[SliceData], part: str) -> np.ndarray:
+    """(n, 2) whole numbers: place of the slice in the list, row in the slice, of all spots of a part."""
+    return np.concatenate(
+        [np.column_stack([np.full(len(rows := one.rows_of(part)), i), rows]) for i, one in enumerate(slices)]
+    ).astype(np.int64)
+
+
+class TileBatches:
+    """Batches of tiles, read as uint8 by whole batch, and whatever else is kept per spot.
+
+    A map-style data set for torch's DataLoader, whose `__getitems__` gives one dict per batch: tiles (B, Z, Z, 3) uint8
+    and spot (B,), the number in this set. `extra` has a row per spot in each of its arrays; those of a batch are added
+    by the process that asks for it (`Loader`). One that reads tiles for it is not handed them, only where tiles lie.
+    """
+
+    def __init__(self, slices: list[SliceData], spots: np.ndarray, extra: dict[str, np.ndarray] | None = None):
+        self.packs = [(one.pack, one.tile_rows) for one in slices]
+        self.spots, self.extra = spots, extra or {}
+
+    def __len__(self) -> int:
+        return len(self.spots)
+
+    def __getitems__(self, numbers: list[int]) -> dict[str, np.ndarray]:
+        chosen = np.asarray(numbers)
+        places = self.spots[chosen]
+        size = self.packs[0][0].size
+        tiles = np.empty((len(chosen), size, size, 3), np.uint8)
+        for i in np.unique(places[:, 0]):
+            here = places[:, 0] == i
+            pack, rows = self.packs[i]
+            tiles[here] = pack.read(rows[places[here, 1]])
+        return {"tiles": tiles, "spot": chosen}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"extra": {}}
+
+
+def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(rows) for name, rows in batch.items()}
+
+
+class Loader:
+    """Batches of a set as tensors, in an order; a `with` block ends the processes that read for it.
+
+    The order, an iterable of lists of spot numbers, is `batch_sampler`, as in the DataLoader within.
+    """
+
+    def __init__(self, batches: TileBatches, order: Any, workers: int):
+        from torch.utils.data import DataLoader
+
+        self.batch_sampler, self.extra = order, batches.extra
+        data: Any = batches
+        collate: Any = to_tensors  # `__getitems__` gives a whole batch, so there is nothing to put together
+        self.reader: DataLoader | None = DataLoader(
+            data,
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=collate,
+            persistent_workers=workers > 0,
+            multiprocessing_context=reading_context() if workers else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.reader is None:
+            raise ValueError("expected a loader that is open, found one whose block has ended")
+        for batch in self.reader:
+            chosen = batch["spot"].numpy()
+            yield batch | to_tensors({name: rows[chosen] for name, rows in self.extra.items()})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.reader = None  # nothing else refers to it: it joins its processes
+
+
+def reading_context() -> Any:
+    """How processes that read start: from a server without threads. One forked from a process that has threads, those
+    of a process group or of a BLAS, may wait for ever for a lock that a thread held."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return context
+
+
+def loader(batches: TileBatches, order: Any, workers: int | None) -> Loader:
+    """A loader with `workers` reading processes.
+
+    None: as many as --workers says, which on a CPU is none. A tile is read in 50 us, less than handing it over costs.
+    """
+    return Loader(batches, order, n_workers(workers))
+
+
+def n_workers(asked: int | None) -> int:
+    import torch
+
+    if asked is not None:
+        return asked
+    return min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+
+
+def in_turn(n_spots: int, batch_size: int) -> list[list[int]]:
+    """All spots in order, the last batch as it comes."""
+    return [list(range(i, min(i + batch_size, n_spots))) for i in range(0, n_spots, batch_size)]
+
+
+def all_spots(one: SliceData) -> np.ndarray:
+    return np.column_stack([np.zeros(len(one.barcodes), np.int64), np.arange(len(one.barcodes))])
+
+
+def counts_hashes(slices: list[SliceData]) -> dict[str, str]:
+    return {one.name: next(iter(one.panels.values())).counts_hash for one in slices}

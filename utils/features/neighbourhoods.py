@@ -1,0 +1,267 @@
+"""Kept features as the decoder takes them: standardised per slice, with the spots around, a batch at a time.
+
+The features lie on the device while they fit the budget, else they stay in the files that they are mapped from.
+Letters: S spots, T tokens of a tile, D feature width, N context spots, R reaches, V views of a tile, B batch.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.features import dataset
+from utils.files.arrays import ArrayStore
+from utils.memory import WithinMemory
+
+MIN_SPOTS = 64  # under so many tiles a slice's own statistics are too rough
+MIN_SD = 1e-3
+CONTEXT_PITCHES = 2.6
+FARTHEST = 2.5  # in reaches: a weight of 0.04
+ROWS_AT_ONCE = 256  # 18 MB of the published features in float64
+DOMAIN_SPOTS = 20_000  # their D x D covariance is known well enough
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and deviation of the vectors (one row each) and of the tokens (the last row): (V + 1, D) each."""
+
+    mean: np.ndarray
+    sd: np.ndarray
+
+    @property
+    def n_vectors(self) -> int:
+        return len(self.mean) - 1
+
+
+def blocks(n: int) -> Iterator[slice]:
+    """0..n in pieces of ROWS_AT_ONCE."""
+    return (slice(start, min(start + ROWS_AT_ONCE, n)) for start in range(0, n, ROWS_AT_ONCE))
+
+
+def moments(features: list[np.ndarray], n_vectors: int, rows: list[np.ndarray] | None = None) -> Moments:
+    """Over the given rows (all of them) of each slice (S, V + T, D), which is read block by block.
+
+    Tokens share one mean and deviation over their places. Squares of float16 in sums of float64 leave digits enough
+    for the difference of squares.
+    """
+    number, total, squares = np.zeros((n_vectors + 1, 1)), *np.zeros((2, n_vectors + 1, features[0].shape[-1]))
+    for i, one in enumerate(features):
+        chosen = np.arange(len(one)) if rows is None else rows[i]
+        for block in blocks(len(chosen)):
+            both = one[chosen[block]].astype(np.float64)
+            kinds = [both[:, i : i + 1] for i in range(n_vectors)] + [both[:, n_vectors:]]
+            for kind, values in enumerate(kinds):
+                number[kind] += values.shape[0] * values.shape[1]
+                total[kind] += values.sum((0, 1))
+                squares[kind] += np.einsum("btd,btd->d", values, values)
+            let_go(one)
+    mean = total / number
+    sd = np.sqrt(np.maximum(squares / number - mean**2, 0))
+    return Moments(mean.astype(np.float32), np.maximum(sd, MIN_SD).astype(np.float32))
+
+
+def slice_moments(features: np.ndarray, name: str, train: Moments) -> Moments:
+    """The slice's own; those of the train slices where it has too few tiles, with a warning."""
+    if len(features) >= MIN_SPOTS:
+        return moments([features], train.n_vectors)
+    print(f"warning: {name} has {len(features)} tiles, under {MIN_SPOTS}: standardised by the train slices' statistics")
+    return train
+
+
+def neighbours(xy_px: np.ndarray, pitch_px: float, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The n nearest other spots within 2.6 pitches: index (S, n), offset (S, n, 2) in pitches, present (S, n)."""
+    from scipy.spatial import cKDTree
+
+    reach = CONTEXT_PITCHES * pitch_px
+    if n == 0:
+        return np.zeros((len(xy_px), 0), int), np.zeros((len(xy_px), 0, 2), np.float32), np.zeros((len(xy_px), 0), bool)
+    index = np.asarray(cKDTree(xy_px).query(xy_px, k=np.arange(1, n + 2), distance_upper_bound=reach)[1])
+    own = index == np.arange(len(xy_px))[:, None]
+    own[~own.any(1), 0] = True  # a spot on top of many others may not find itself
+    index = index[~own].reshape(len(xy_px), n)
+    present = index < len(xy_px)
+    index = np.where(present, index, 0)
+    offset = (xy_px[index] - xy_px[:, None]) / pitch_px
+    return index, np.where(present[..., None], offset, 0).astype(np.float32), present
+
+
+def means_around(
+    features: np.ndarray, xy_px: np.ndarray, pitch_px: float, reaches: Sequence[float]
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Means of the other spots' features (S, V, D), by Gaussian weights whose deviations are the reaches, in pitches.
+
+    In pieces of the spots: (n, R, V, D) float32, NaN where no other spot lies within 2.5 reaches."""
+    from scipy.sparse import csr_array
+    from scipy.spatial import KDTree
+
+    everywhere, farthest = KDTree(xy_px), FARTHEST * max(reaches) * pitch_px
+    for block in blocks(len(features)):
+        pairs = KDTree(xy_px[block]).sparse_distance_matrix(everywhere, farthest, output_type="ndarray")
+        pairs = pairs[pairs["i"] + block.start != pairs["j"]]
+        seen, column = np.unique(pairs["j"], return_inverse=True)
+        width, shape = math.prod(features.shape[1:]), (block.stop - block.start, len(seen))
+        near = features[seen].reshape(len(seen), width).astype(np.float32)
+        found = []
+        for reach in reaches:
+            distance = pairs["v"] / (reach * pitch_px)
+            weight = np.where(distance <= FARTHEST, np.exp(-(distance**2) / 2), 0).astype(np.float32)
+            total = np.bincount(pairs["i"], weight, shape[0]).astype(np.float32)
+            with np.errstate(invalid="ignore"):
+                found.append((csr_array((weight, (pairs["i"], column)), shape) @ near) / total[:, None])
+        yield block, np.stack(found, 1).reshape(shape[0], len(reaches), *features.shape[1:])
+        let_go(features)
+
+
+def let_go(array: np.ndarray) -> None:
+    """Take the pages read so far off this process's memory; those of a mapped file stay in the system's cache."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class Rows:
+    """Rows of several float16 arrays, numbered through all of them: on the device where the budget holds them, else
+    read from where they lie, in their order there."""
+
+    def __init__(self, arrays: list[np.ndarray], store: ArrayStore, device: torch.device):
+        self.arrays, self.device = arrays, device
+        self.first = np.cumsum([0, *map(len, arrays)])
+        size = sum(one.nbytes for one in arrays)
+        self.whole = None
+        if size <= store.left:
+            store.left -= size
+            self.whole = torch.empty((int(self.first[-1]), *arrays[0].shape[1:]), dtype=torch.float16, device=device)
+            for one, start in zip(arrays, self.first, strict=False):
+                for block in blocks(len(one)):
+                    self.whole[start + block.start : start + block.stop] = torch.from_numpy(np.array(one[block]))
+                    let_go(one)
+
+    def take(self, numbers: np.ndarray) -> Tensor:
+        """Numbers of any shape (...,) -> float16 (..., *row) on the device."""
+        if self.whole is not None:
+            return self.whole[torch.from_numpy(numbers).to(self.device)]
+        unique, place = np.unique(numbers, return_inverse=True)
+        ends = np.searchsorted(unique, self.first)
+        found = np.empty((len(unique), *self.arrays[0].shape[1:]), np.float16)
+        for one, start, low, high in zip(self.arrays, self.first, ends, ends[1:], strict=False):
+            if high > low:
+                found[low:high] = one[unique[low:high] - start]
+                let_go(one)
+        return torch.from_numpy(found[place.reshape(numbers.shape)]).to(self.device)
+
+
+class FeatureBank:
+    """Features of several slices, given out by batches, standardised, with the context of each spot.
+
+    Spots are numbered through all slices in order; `first[i]` is the number of slice i's first spot. All views of a
+    tile are standardised as view 0, the tile as it is.
+
+    Parameters
+    ----------
+    views : per view and slice (S, V + T, D) float16; a slice without augmented views repeats its view 0
+    train : what stands in for the statistics of a small slice
+    context, reaches : how many of the nearest spots are given out, and over which distances the others are averaged
+    store : the budget of all that grows with the spots; vectors, which every batch reads N + 1 times, come first
+    """
+
+    def __init__(
+        self,
+        slices: list[dataset.SliceData],
+        views: list[list[np.ndarray]],
+        train: Moments,
+        context: int,
+        reaches: Sequence[float],
+        device: torch.device,
+        store: ArrayStore,
+    ):
+        own = [slice_moments(f, one.name, train) for one, f in zip(slices, views[0], strict=True)]
+        self.device, self.n_views, self.n_vectors = device, len(views), train.n_vectors
+        self.mean, self.sd = self._put(np.stack([m.mean for m in own])), self._put(np.stack([m.sd for m in own]))
+        self.first = np.cumsum([0, *map(len, views[0])])
+        self._find_neighbours(slices, context, store)
+        arrays = {id(f): f for view in views for f in view}
+        self.vectors = Rows([f[:, : self.n_vectors] for f in arrays.values()], store, device)
+        self._look_around(slices, views[0], own, reaches, store)
+        self.tokens = Rows([f[:, self.n_vectors :] for f in arrays.values()], store, device)
+        start = dict(zip(arrays, self.vectors.first, strict=False))
+        self.start = np.array([[start[id(f)] for f in view] for view in views])  # (V, slices): row of the first spot
+
+    def _find_neighbours(self, slices: list[dataset.SliceData], n: int, store: ArrayStore) -> None:
+        size = int(self.first[-1])
+        self.index = store.empty((size, n), np.int32)  # within the slice
+        self.offset, self.present = store.empty((size, n, 2), np.float32), store.empty((size, n), bool)
+        for one, start, stop in zip(slices, self.first, self.first[1:], strict=False):
+            found = neighbours(one.xy_fullres_px, one.pitch_fullres_px, n)
+            for all_spots, values in zip((self.index, self.offset, self.present), found, strict=True):
+                all_spots[start:stop] = values
+
+    def _look_around(
+        self,
+        slices: list[dataset.SliceData],
+        plain: list[np.ndarray],
+        own: list[Moments],
+        reaches: Sequence[float],
+        store: ArrayStore,
+    ) -> None:
+        """Of the tiles as they are, also for augmented views; 0, the slice's mean, where a spot is alone."""
+        self.around = store.empty((int(self.first[-1]), len(reaches), *own[0].mean[:-1].shape), np.float16)
+        for one, features, standard, start in zip(slices if reaches else [], plain, own, self.first, strict=False):
+            vectors = features[:, : self.n_vectors]
+            for block, found in means_around(vectors, one.xy_fullres_px, one.pitch_fullres_px, reaches):
+                standardised = (found - standard.mean[:-1]) / standard.sd[:-1]
+                self.around[start + block.start : start + block.stop] = np.nan_to_num(standardised)
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def batch(self, spots: np.ndarray, view: np.ndarray | int = 0) -> dict[str, Tensor]:
+        """Spot numbers (B,), view of each (B,) -> what GeneDecoder takes: vector, tokens, context, offsets, present,
+        around."""
+        of = np.searchsorted(self.first, spots, side="right") - 1
+        start = self.start[view, of]
+        rows = np.column_stack([spots - self.first[of], self.index[spots]]) + start[:, None]
+        mean, sd, n = self.mean[of], self.sd[of], self.n_vectors
+        vectors = ((self.vectors.take(rows).float() - mean[:, None, :n]) / sd[:, None, :n]).flatten(2)
+        present = self._put(self.present[spots])
+        return {
+            "vector": vectors[:, 0],
+            "tokens": (self.tokens.take(rows[:, 0]).float() - mean[:, n:]) / sd[:, n:],
+            "context": vectors[:, 1:] * present[..., None],
+            "offsets": self._put(self.offset[spots]),
+            "present": present,
+            "around": self._put(self.around[spots]).float().flatten(2),
+        }
+
+
+def domain_vectors(
+    slices: list[dataset.SliceData], features: list[np.ndarray], n_vectors: int, part: str, seed: int
+) -> Tensor:
+    """Vectors before standardisation of the spots of a part: (n, V D) float32; of more than DOMAIN_SPOTS so many, drawn
+    by the seed."""
+    places = dataset.spots_of(slices, part)
+    if len(places) > DOMAIN_SPOTS:
+        places = places[np.sort(np.random.default_rng(seed).choice(len(places), DOMAIN_SPOTS, replace=False))]
+    rows = [f[places[places[:, 0] == i, 1], :n_vectors].astype(np.float32) for i, f in enumerate(features)]
+    return torch.from_numpy(np.concatenate(rows)).flatten(1)
+
+
+@torch.no_grad()
+def predict(
+    model: Any, bank: FeatureBank, spots: np.ndarray, autocast: Callable[[], AbstractContextManager], batch_size: int
+) -> np.ndarray:
+    """Expression (n, G) in the target's units of spot numbers (n,) of the bank."""
+
+    def decode(chosen: np.ndarray) -> Tensor:
+        with autocast():
+            return model.predict(bank.batch(chosen))
+
+    within, starts = WithinMemory(decode, "decoder"), range(0, len(spots), batch_size)
+    return np.concatenate([within(spots[start : start + batch_size]).cpu().numpy() for start in starts])

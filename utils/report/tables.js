@@ -1,0 +1,116 @@
+"use strict";
+// Tables of genes and metrics, retrieval examples, settings; and the start, which needs no plotly.js.
+
+// ---- the table of genes
+
+const pccColumn = () => Object.keys(report.columns).find((name) => name === "PCC") ?? Object.keys(report.columns).find((name) => /PCC/i.test(name));
+let order = { column: null, up: false };
+
+function orderedGenes() {
+  const column = order.column === null ? null : report.columns[order.column];
+  const sign = order.up ? 1 : -1;
+  const byName = (a, b) => report.genes[a].localeCompare(report.genes[b]);
+  return report.genes.map((_, gene) => gene).sort((a, b) => {
+    if (!column) return sign * byName(a, b);
+    if (column[a] === null || column[b] === null) return (column[a] === null) - (column[b] === null) || byName(a, b);
+    return sign * (column[a] - column[b]) || byName(a, b);
+  });
+}
+
+function geneTable() {
+  const names = [null, ...Object.keys(report.columns)], row = make("tr");
+  for (const name of names) {
+    const head = make("th", null, { scope: "col" }), button = make("button", name ?? "Gene", { type: "button" });
+    button.addEventListener("click", () => {
+      order = { column: name, up: order.column === name ? !order.up : name === null };
+      fillGenes();
+      say(`Sorted by ${name ?? "gene"}, ${order.up ? "ascending" : "descending"}.`);
+    });
+    head.append(button);
+    row.append(head);
+  }
+  get("gene-table").tHead.append(row);
+  order = { column: pccColumn() ?? null, up: !pccColumn() };
+  fillGenes();
+  const weak = (report.weak ?? []).filter(Boolean).length;
+  get("genes-help").textContent = "A column's head sorts by it; a gene's name draws its maps. Read a correlation beside the gene's mean "
+    + `expression: what is hardly there cannot be predicted. ${report.weak ? `${weak} of ${report.genes.length} genes are greyed: PCC on validation below 0.1.` : ""}`;
+}
+
+function fillGenes() {
+  const columns = Object.keys(report.columns);
+  [...get("gene-table").tHead.rows[0].cells].forEach((cell, i) => {
+    const here = (i ? columns[i - 1] : null) === order.column;
+    cell.setAttribute("aria-sort", here ? (order.up ? "ascending" : "descending") : "none");
+  });
+  get("gene-table").tBodies[0].replaceChildren(...orderedGenes().map((gene) => {
+    const row = make("tr", null, { "data-gene": gene }), head = make("th", null, { scope: "row" });
+    const button = make("button", report.genes[gene], { type: "button" });
+    button.disabled = !report.slices.length;
+    button.addEventListener("click", () => { chooseGene(gene); get("maps").scrollIntoView({ behavior: "smooth" }); });
+    head.append(button);
+    if (isWeak(gene)) head.append(make("span", ", weak", { class: "unseen" }));
+    row.classList.toggle("weak", isWeak(gene));
+    row.append(head, ...columns.map((name) => {
+      const value = report.columns[name][gene], cell = make("td");
+      if (/PCC/i.test(name) && value !== null) {
+        const meter = make("span", null, { class: "meter", "aria-hidden": "true" });
+        meter.style.setProperty("--share", Math.max(0, value));
+        cell.append(meter);
+      }
+      cell.append(show(value));
+      return cell;
+    }));
+    return row;
+  }));
+  markRow();
+}
+
+function markRow() {
+  for (const row of get("gene-table").tBodies[0].rows) row.classList.toggle("chosen", Boolean(report.slices.length) && Number(row.dataset.gene) === state.gene);
+}
+
+// ---- examples, metrics, settings
+
+function examples() {
+  get("examples-help").textContent = `${report.examplesNote} Framed in green, with a check mark: the image's own profile.`.trim();
+  get("example-list").append(...report.examples.map((one) => {
+    const box = make("article", null, { class: "example" }), figure = make("figure"), list = make("ol");
+    figure.append(make("img", null, { src: one.tile, alt: `Image of ${one.title}` }), make("figcaption", "the image", { class: "caption" }));
+    list.append(...one.candidates.map((candidate) => {
+      const item = make("li", null, { class: candidate.own ? "candidate own" : "candidate" });
+      item.append(candidate.tile ? make("img", null, { src: candidate.tile, alt: `Tissue of profile ${candidate.label}` }) : make("span", "no image", { class: "none" }));
+      if (candidate.own) item.append(make("span", "✓ its own", { class: "mark" }));
+      item.append(make("span", candidate.label, { class: "label" }), make("span", `score ${show(candidate.score)}`, { class: "score" }));
+      return item;
+    }));
+    box.append(make("h3", one.title), figure, list);
+    return box;
+  }));
+}
+
+function tables() {
+  get("table-list").append(...report.tables.map((one) => {
+    const box = make("div", null, { class: "metrics" }), scroll = make("div", null, { class: "scroll", tabindex: "0", role: "region", "aria-label": one.title });
+    const table = make("table", null, { "aria-label": one.title }), head = make("tr"), body = make("tbody");
+    head.append(...one.columns.map((name) => make("th", name, { scope: "col" })));
+    body.append(...one.rows.map((cells) => {
+      const row = make("tr");
+      row.append(...cells.map((cell, i) => (i ? make("td", show(cell)) : make("th", show(cell), { scope: "row" }))));
+      return row;
+    }));
+    table.append(make("thead"), body);
+    table.tHead.append(head);
+    scroll.append(table);
+    box.append(make("h3", one.title), scroll);
+    if (one.note) box.append(make("p", one.note, { class: "help" }));
+    return box;
+  }));
+}
+
+function settings() {
+  for (const [name, value] of [...Object.entries(report.settings), ...Object.entries(report.versions)])
+    get("setting-list").append(make("dt", name), make("dd", value));
+}
+
+start();

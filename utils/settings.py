@@ -1,0 +1,270 @@
+"""The flags that scripts share, their checks, and the one way in which a script ends with an error."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from utils import distributed, memory
+
+PARTS = ("train", "val", "test")
+# flags that say where and on what a script works, and how long, not what it computes
+WHERE = (
+    "data tiles panels slices out logs export encoder decoder image_weights device workers debug memory resume "
+    "save_every max_minutes compile feature_budget frozen_budget"
+).split()
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it is, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or "(default" in said:
+            return action.help
+        return f"{said} (default: %(default)s)".strip()
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong flag gives one line, not the usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _number(text: str, kind: type, low: float, high: float, open_low: bool, what: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not (low < value if open_low else low <= value) or not value <= high:
+        raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
+    return value
+
+
+def count(text: str) -> int:
+    return _number(text, int, 1, math.inf, False, "a whole number of at least 1")
+
+
+def count_or_zero(text: str) -> int:
+    return _number(text, int, 0, math.inf, False, "a whole number of at least 0")
+
+
+def positive(text: str) -> float:
+    return _number(text, float, 0, sys.float_info.max, True, "a number above 0")
+
+
+def fraction(text: str) -> float:
+    return _number(text, float, 0, 1, False, "a number from 0 to 1")
+
+
+def share(text: str) -> float:
+    return _number(text, float, 0, 1, True, "a number above 0, at most 1")
+
+
+def not_negative(text: str) -> float:
+    return _number(text, float, 0, sys.float_info.max, False, "a number of at least 0")
+
+
+def shared(description: str | None, part: str | None = None) -> Parser:
+    """A parser with the flags of every script; `part` is the default of --part, None where the script has none."""
+    parser = Parser(description=description, formatter_class=Help, allow_abbrev=False)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", type=Path, default=Path("data/Breast_cancer"), help="folder of slices")
+    group.add_argument(
+        "--tiles", type=Path, default=Path("data/Breast_cancer_image_process"), help="tiles, a folder per slice"
+    )
+    group.add_argument("--panels", type=Path, help="gene files, a folder per slice (default: inside --data)")
+    group.add_argument("--slices", type=Path, help="table of slices (default: slices.csv in --data, if there)")
+    if part is not None:
+        group.add_argument("--part", choices=[*PARTS, "all"], default=part, help="slices to use")
+    group.add_argument("--val_strip", action="store_true", help="a quarter of each train slice is the validation")
+    group.add_argument("--allow_leak", action="store_true", help="go on where a patient is in test and elsewhere too")
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one"
+    )
+    group.add_argument("--seed", type=count_or_zero, default=0, help="fixes every draw")
+    group.add_argument(
+        "--workers", type=count_or_zero, help="processes (default: 4 or as many as cores; none to read without a GPU)"
+    )
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_training(parser: Parser, out: str) -> None:
+    """The published hyperparameters of both training scripts, names and defaults kept."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--out", type=Path, default=Path(out), help="checkpoints go here")
+    group.add_argument("--logs", type=Path, default=Path("logs"), help="log.jsonl, loss image, TensorBoard events")
+    group.add_argument(
+        "--batch_size", type=count, default=32, help="whole batch over all processes; more negatives for more memory"
+    )
+    group.add_argument("--Init_Epoch", type=count_or_zero, default=0, help="number of the first epoch")
+    group.add_argument("--Epoch", type=count, default=100, help="number of the epoch to stop before")
+    group.add_argument("--Init_lr", type=positive, default=1e-4, help="highest learning rate, not rescaled")
+    group.add_argument("--Min_lr", type=not_negative, help="last learning rate (default: Init_lr * 0.01)")
+    group.add_argument("--momentum", type=fraction, default=0.9, help="first beta of AdamW")
+    group.add_argument("--weight_decay", type=not_negative, default=1e-2, help="of AdamW; norms and biases have none")
+    group.add_argument("--lr_decay_type", choices=["cos", "step"], default="cos", help="cosine, or ten stairs")
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="auto: bf16 where the hardware multiplies in it, else fp32",
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile first: minutes, then faster steps")
+    group.add_argument("--export", type=Path, help="new folder to share the best epoch by: see docs/sharing.md")
+    group = parser.add_argument_group("interruptions")
+    group.add_argument(
+        "--resume", action="store_true", help="go on from last_epoch_weights.pth in --out, to the same end"
+    )
+    group.add_argument(
+        "--save_every", type=count_or_zero, default=1000, help="steps after which it is saved; 0: by epoch"
+    )
+    group.add_argument("--max_minutes", type=positive, help="save and stop after so many, for queues with a limit")
+
+
+def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
+    """Both encoders of stage one; returns the group of the image encoder, for the script's own."""
+    images = group = parser.add_argument_group("image encoder")
+    group.add_argument(
+        "--image_encoder",
+        default="deit_base_patch16_224.fb_in1k",
+        help="a timm model, or hf-hub:OWNER/MODEL (docs/encoders.md)",
+    )
+    group.add_argument("--image_size", type=count, default=224, help="side of its input, pixels")
+    group.add_argument(
+        "--crop_scales",
+        type=share,
+        nargs="+",
+        default=[1.0],
+        help="squares around the tile's centre that the encoder sees, shares of its side",
+    )
+    group.add_argument("--image_weights", default="timm", help="timm (downloads), none, or a .pth/.safetensors file")
+    group.add_argument("--image_tokens", type=count, default=50, help="tokens of a tile the fusion sees, most")
+    group = parser.add_argument_group("gene encoder")
+    group.add_argument("--gene_depth", type=count, default=6, help="Performer blocks")
+    group.add_argument("--gene_width", type=count, default=200, help="width of the Performer")
+    group.add_argument("--gene_heads", type=count, default=10, help="heads of 64")
+    group.add_argument("--gene_tokens", type=count, default=64, help="tokens the genes are gathered into")
+    group.add_argument("--downsample_counts", type=count, help="thin each spot's counts to so many before binning")
+    group.add_argument("--pretrain_genes", action="store_true", help="teach the gene encoder first, by masked bins")
+    group.add_argument("--pretrain_epochs", type=count, default=20, help="the best by held-out cross entropy is kept")
+    group.add_argument("--pretrain_lr", type=positive, default=1e-3, help="highest learning rate of pretraining")
+    group.add_argument("--pretrain_data", type=Path, help="folder of .h5ad files with raw counts, without images")
+    group.add_argument(
+        "--frozen_budget", type=not_negative, default=0.0, help="GiB on disk to keep what frozen blocks give"
+    )
+    return images
+
+
+def add_evaluation(parser: Parser, out: str) -> argparse._ArgumentGroup:
+    """The flags of both evaluation scripts; returns their group, for the script's own."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--image_weights", help="of the pretrained encoder (default: those stage one started from)")
+    group.add_argument("--batch_size", type=count, default=32, help="spots encoded at a time")
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="auto: bf16 where the hardware multiplies in it, else fp32",
+    )
+    group.add_argument("--out", type=Path, default=Path(out), help="results go here")
+    return group
+
+
+def add_memory(parser: Parser) -> None:
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--memory", type=positive, default=4.0, help="GiB for what grows with the number of spots; the rest is on disk"
+    )
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Checks between flags, before anything heavy is imported."""
+    if args.Min_lr is None:
+        args.Min_lr = args.Init_lr * 0.01
+    if args.Min_lr > args.Init_lr:
+        raise ValueError(f"--Min_lr {args.Min_lr:g} is above --Init_lr {args.Init_lr:g}")
+    if args.Init_Epoch >= args.Epoch:
+        raise ValueError(f"--Init_Epoch {args.Init_Epoch} leaves nothing to do before --Epoch {args.Epoch}")
+    distributed.check_batch_size(args.batch_size)
+    if args.batch_size < 2:
+        raise ValueError(f"--batch_size {args.batch_size}: expected at least 2, a contrast needs another spot")
+    saved = [args.out / name for name in ("last_epoch_weights.pth", "previous_epoch_weights.pth")]
+    if args.resume and not any(path.is_file() for path in saved):
+        raise ValueError(f"--resume: expected the file {saved[0]}, found none; run without --resume first")
+    if args.export is not None:
+        require_new_folder(args.export, "--export")
+
+
+def check_encoders(args: argparse.Namespace) -> None:
+    """Files and flags of add_encoders."""
+    if args.image_weights not in ("timm", "none"):
+        require_file(Path(args.image_weights), "--image_weights", "or use timm or none")
+    if args.pretrain_data and not args.pretrain_genes:
+        raise ValueError("--pretrain_data needs --pretrain_genes: nothing else reads it")
+    if args.pretrain_genes and args.gene_weights:
+        raise ValueError("--pretrain_genes teaches blocks that --gene_weights freezes; leave one of them out")
+
+
+def require_file(path: Path, flag: str, remedy: str) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{flag}: expected the file {path}, found none; {remedy}")
+    return path
+
+
+def require_new_folder(path: Path, flag: str) -> Path:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{flag}: expected a new or an empty folder, found {path} with something in it; name another")
+    return path
+
+
+def chosen(rows: list, part: str) -> list:
+    """Rows of table.read_table that belong to --part."""
+    matching = [row for row in rows if part == "all" or row.part == part]
+    if not matching:
+        raise ValueError(f"no slice has part {part}: expected one at least in slices.csv; see --part")
+    return matching
+
+
+def say(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}")
+
+
+def line_of(error: BaseException) -> str | None:
+    """What is wrong with files, flags or memory, in one line; None for any other error, which is due its traceback."""
+    text = " ".join(str(error).split())
+    if memory.is_out_of_memory(error):
+        return (
+            f"expected memory for the work, found too little ({text[:100]}); fix: lower --batch_size, --workers or "
+            "--memory, or take a machine with more"
+        )
+    return text if isinstance(error, (ValueError, OSError)) else None
+
+
+def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> NoReturn:
+    """Call main(args); what is wrong with files, flags or memory ends in one line on stderr and exit code 2. Of several
+    processes the first one talks."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (as long as the process)
+    code = 0
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        line = line_of(error)
+        if args.debug or line is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        code = 2
+    raise SystemExit(code)  # out here, where nothing that the error refers to is left

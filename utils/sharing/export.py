@@ -1,0 +1,100 @@
+"""Write the folder that a trained model is shared by: weights, what they mean, and a card."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from utils import settings
+from utils.files.atomic import write_record, write_whole
+from utils.sharing.model_card import model_card
+from utils.slices import splits
+from utils.training import checkpoint
+from utils.training.shared_folder import CARD, CONFIG, LIBRARY, WEIGHTS, described
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def export(path: Path, folder: Path, flag: str = "--export") -> None:
+    """Write the checkpoint at `path` (a file of either stage) to a new folder.
+
+    Raises ValueError where the folder holds something, or the file is no checkpoint, or one to resume from.
+    """
+    settings.require_new_folder(folder, flag)
+    state = checkpoint.load(path, None, flag)
+    if "next_epoch" in state:
+        raise ValueError(f"{flag}: {path} is there to resume from; expected {checkpoint.BEST} beside it")
+    write(state, folder)
+
+
+def write(state: dict[str, Any], folder: Path) -> None:
+    """The three files of a checkpoint's state; config.json comes last, so that a folder which has it is whole."""
+    from safetensors.torch import save_file
+
+    tensors, rest = split(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / (WEIGHTS + ".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(folder / WEIGHTS)
+    config = describe(rest, tensors) | {"weights_sha256": checkpoint.model_hash(folder / WEIGHTS)}
+    val_pcc = tensors["val_pcc"].tolist() if "val_pcc" in tensors else None
+    write_whole(folder / CARD, model_card(config, val_pcc).encode())
+    write_record(folder / CONFIG, config)
+
+
+def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors of a state by name (a.b for the tensor b of the dict a), and all else as JSON has it."""
+    import torch
+
+    tensors, rest = {}, {}
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            tensors[key] = value
+        elif isinstance(value, dict) and any(isinstance(one, torch.Tensor) for one in value.values()):
+            tensors |= {f"{key}.{name}": one for name, one in value.items()}
+        else:
+            rest[key] = plain(value)
+    # twins share what is frozen, and safetensors takes no tensor twice
+    return {name: one.detach().contiguous().clone() for name, one in tensors.items()}, rest
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON has it: NaN and infinity become null, paths that tell of a machine their last part."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str):
+        path = PureWindowsPath(value)  # knows both kinds of slashes
+        return path.name if path.root or ".." in path.parts or value.startswith("~") else value
+    return value
+
+
+def describe(rest: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """config.json without the hash of the weights: the plain part of a state, and what tells a reader more."""
+    mean, std = (tensors[f"model.image_encoder.{name}"].flatten().tolist() for name in ("mean", "std"))
+    size_px, um_per_px = rest["tile_scale"]
+    versions = {name: metadata.version(name) for name in ("torch", "timm", "safetensors")}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "slices.csv"
+        splits.write_table([splits.SliceRow(**row) for row in rest["table"]], path)
+        table_hash = checkpoint.model_hash(path)
+    return {
+        "library_name": LIBRARY,
+        "versions": {"magic": tomllib.loads(PYPROJECT.read_text())["project"]["version"], **versions},
+        "format": rest["format"],
+        "kind": rest["kind"],
+        "metrics": rest.get("row", {}),
+        "tile_scale": {"side_px": size_px, "um_per_px": um_per_px},
+        "normalisation": {"channels": "RGB from 0 to 1", "mean": mean, "std": std},
+        "training_table_sha256": table_hash,
+        **{key: value for key, value in rest.items() if key not in ("row", "tile_scale")},
+        "tensors": {name: described(one) for name, one in tensors.items()},
+    }

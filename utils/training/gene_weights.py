@@ -1,0 +1,101 @@
+"""Stage one's pretrained gene side: scBERT's trunk and gene2vec positions, as far as flags name them.
+
+Letters: V genes of the vocabulary, W width of a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils import settings
+from utils.files import tensors as tensor_files
+from utils.genes import lists as gene_lists
+from utils.genes import names as gene_names
+from utils.slices import visium
+
+
+def add_flags(parser: settings.Parser) -> None:
+    group = parser.add_argument_group("gene weights")
+    group.add_argument("--gene_weights", type=Path, help="released scBERT checkpoint, e.g. panglao_pretrain.pth")
+    group.add_argument("--gene2vec", type=Path, help="gene positions: .npy with --gene_vocab, or .txt: gene v1 v2 ...")
+    group.add_argument("--gene_vocab", type=Path, help="genes in the order of their positions: text, tsv or h5ad")
+    group.add_argument(
+        "--gene_aliases", type=Path, help="other names of genes: a table laid out as HGNC's complete set"
+    )
+    group.add_argument("--tune_block", type=settings.count_or_zero, default=4, help="block that trains on gene_weights")
+
+
+def check(args: Any) -> None:
+    """Flags and files, before anything heavy is imported."""
+    for flag in ("gene_weights", "gene2vec", "gene_vocab", "gene_aliases"):
+        if getattr(args, flag) is not None:
+            settings.require_file(getattr(args, flag), f"--{flag}", "see docs/gene_weights.md")
+    named = args.gene2vec is not None and args.gene2vec.suffix in gene_lists.NAMED
+    if (args.gene_weights or args.gene2vec) and not (args.gene_vocab or named):
+        raise ValueError("--gene_weights and --gene2vec need --gene_vocab: the files do not name their genes")
+    if args.gene_vocab and named:
+        raise ValueError(f"--gene_vocab: the lines of --gene2vec {args.gene2vec} name their genes; leave it out")
+    if (args.gene_vocab or args.gene_aliases) and not (args.gene_weights or args.gene2vec):
+        raise ValueError("--gene_vocab and --gene_aliases need --gene_weights or --gene2vec, whose genes they name")
+    if args.gene_weights and args.tune_block >= args.gene_depth:
+        raise ValueError(f"--tune_block {args.tune_block}: expected less than --gene_depth {args.gene_depth}")
+
+
+def load(encoder: Any, scbert: Any, args: Any, panel: list[str], folders: Sequence[Path]) -> None:
+    """Put the weights into the gene encoder and say what was loaded, which genes have a position, and what was not.
+
+    With --gene_weights all but --tune_block, the final norm and the head is frozen; with --gene2vec alone everything
+    trains. `scbert` is the module model.scbert, `folders` are the slices', for their Ensembl ids. Raises ValueError
+    where a file is not what its flag says, or under half of the panel has a position.
+    """
+    import torch
+
+    if not (args.gene_weights or args.gene2vec):
+        return
+    names, table = gene_lists.read_gene2vec(args.gene2vec) if args.gene2vec else (None, None)
+    vocabulary = names or gene_lists.read_vocabulary(args.gene_vocab)
+    if args.gene_weights:
+        tensors = tensor_files.read_weights(args.gene_weights, "--gene_weights")
+        found = scbert.load_scbert(encoder, tensors)
+        print(f"{args.gene_weights.name}: {len(tensors)} tensors\n{scbert.loading_table(found)}")
+        encoder.freeze_trunk(args.tune_block)
+        table = tensors.get(scbert.POSITIONS) if table is None else table
+    if table is None:
+        raise ValueError(f"--gene_weights: {args.gene_weights} has no {scbert.POSITIONS}; give --gene2vec")
+    positions = torch.as_tensor(table)
+    check_table(positions.double().numpy(), vocabulary, args)
+    places = find(panel, vocabulary, args, folders)
+    scbert.set_gene_positions(encoder, positions, places, panel)
+
+
+def check_table(table: np.ndarray, vocabulary: list[str], args: Any) -> None:
+    """One row per gene, apart from a last row of zeros, scBERT's for the token that it appends: (V or V + 1, W).
+
+    A name too many or too few would shift every gene after it.
+    """
+    source = f"--gene2vec {args.gene2vec}" if args.gene2vec else f"--gene_weights {args.gene_weights}"
+    if table.ndim != 2 or not np.isfinite(table).all():
+        raise ValueError(f"{source}: expected a row of finite numbers per gene, found others; fetch the file again")
+    n_rows = len(table) - (len(table) > 0 and not table[-1].any())
+    if n_rows != len(vocabulary):
+        raise ValueError(
+            f"{source} has positions of {n_rows} genes, --gene_vocab {args.gene_vocab} names {len(vocabulary)}: "
+            "give the vocabulary that belongs to them, one gene per line, in their order"
+        )
+
+
+def find(panel: list[str], vocabulary: list[str], args: Any, folders: Sequence[Path]) -> dict[str, int]:
+    """Panel gene -> its place in the vocabulary; says how many were found, and by what."""
+    by_id = any(gene_names.is_ensembl(name) for name in (*panel, *vocabulary))
+    symbols = gene_names.slice_names(map(visium.read_slice_genes, folders)).symbols if by_id else {}
+    known = gene_names.known_names(args.gene_aliases, symbols)
+    matches = gene_names.match_genes(panel, vocabulary, known)
+    source = args.gene_vocab or args.gene2vec
+    what = f"{'--gene_vocab' if args.gene_vocab else '--gene2vec'} {source}"
+    gene_names.require_half(len(matches.places), len(panel), what, matches.unmatched, vocabulary)
+    print(f"gene positions: {len(matches.places)} of {len(panel)} panel genes found in {source.name}: {matches}")
+    return matches.places

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,57 @@ WHERE = (
     "data tiles panels slices out logs export encoder decoder image_weights device workers debug memory resume "
     "save_every max_minutes compile feature_budget frozen_budget"
 ).split()
+
+
+@dataclass(kw_only=True)
+class SharedSettings:
+    """The flags of `shared`, which every published script has."""
+
+    data: Path
+    tiles: Path
+    panels: Path | None
+    slices: Path | None
+    val_strip: bool
+    allow_leak: bool
+    device: str
+    seed: int
+    workers: int | None
+    debug: bool
+
+
+@dataclass(kw_only=True)
+class TrainingSettings(SharedSettings):
+    """The flags of `shared`, `add_training` and `add_memory`, which both training scripts have."""
+
+    out: Path
+    logs: Path
+    batch_size: int
+    Init_Epoch: int
+    Epoch: int
+    Init_lr: float
+    Min_lr: float
+    momentum: float
+    weight_decay: float
+    lr_decay_type: str
+    precision: str
+    compile: bool
+    export: Path | None
+    resume: bool
+    save_every: int
+    max_minutes: float | None
+    memory: float
+
+
+@dataclass(kw_only=True)
+class EvaluationSettings(SharedSettings):
+    """The flags of `shared`, `add_evaluation` and `add_memory`, which both evaluation scripts have."""
+
+    part: str
+    image_weights: str | None
+    batch_size: int
+    precision: str
+    out: Path
+    memory: float
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

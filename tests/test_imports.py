@@ -28,7 +28,7 @@ NARROWER = {
     "utils.evaluation": ("utils.evaluation",),
     "utils.images": ("utils.images", "utils.files"),
     "utils.genes": ("utils.genes", "utils.files"),
-    "utils.simulation": ("utils.simulation",),
+    "utils.simulation": ("utils.simulation", "utils.files", "utils.slices.matrix", "utils.slices.spatial_files"),
 }
 
 

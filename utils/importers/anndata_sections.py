@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.importers.base import place_spots
+from utils.importers.source import place_spots
 
 LIBRARY_COLUMNS = ("library_id", "library", "libraryid")  # several values are several arrays, wherever they lie
 SECTION_COLUMNS = (

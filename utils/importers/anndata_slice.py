@@ -16,8 +16,8 @@ from utils.images.image import stated_um_per_px
 from utils.importers import anndata_sections as sections
 from utils.importers import pitch
 from utils.importers.anndata_counts import read_counts
-from utils.importers.base import Source, lie_on, place_spots
 from utils.importers.images import to_rgb
+from utils.importers.source import Source, lie_on, place_spots
 from utils.slices.lattice import Lattice
 from utils.slices.matrix import check_once
 

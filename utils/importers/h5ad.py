@@ -19,8 +19,8 @@ import numpy as np
 
 from utils.importers import anndata_sections as sections
 from utils.importers.anndata_slice import from_anndata
-from utils.importers.base import Source, found_in
 from utils.importers.images import images_in, only_image
+from utils.importers.source import Source, found_in
 from utils.slices.matrix import reading
 from utils.slices.visium import is_slice
 

@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from utils.importers.base import Source, found_in, place_spots, whole_counts
 from utils.importers.images import SUFFIXES, images_in, only_image
+from utils.importers.source import Source, found_in, place_spots
 from utils.slices.lattice import Lattice
-from utils.slices.matrix import check_once, reading
+from utils.slices.matrix import check_once, reading, whole_counts
 
 PITCH_UM, SPOT_UM = 200.0, 100.0
 # The denser array lays a second lattice of 200 um between the spots of the first: a place measures 100 um. A pitch is
@@ -120,7 +120,7 @@ def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
         found = f"{len(header)} cells above {table.shape[1]}"
         raise ValueError(f"{path}: expected a header of genes above spots with their counts, found {found}; fix it")
     names, genes = table[0].to_numpy(dtype=object), np.array(across, dtype=str)
-    counts = csr_matrix(whole_counts(str(path), table.iloc[:, 1:].to_numpy()))
+    counts = csr_matrix(whole_counts(path, table.iloc[:, 1:].to_numpy()))
     if _are_spots(across) and not _are_spots(names):
         names, genes, counts = np.array(across, dtype=object), names.astype(str), csr_matrix(counts.T)
     check_once(path, names)

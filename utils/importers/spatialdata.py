@@ -6,19 +6,17 @@ Shapes: S spots. Spots and images lie in coordinate systems of their own; spots 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from utils.importers import anndata_sections as sections
 from utils.importers.anndata_slice import from_anndata
-from utils.importers.base import Source, found_in, lie_on
 from utils.importers.images import image_size, make_thumbnail, to_rgb
+from utils.importers.source import Source, found_in, lie_on
 from utils.slices import checks
 from utils.slices.matrix import reading
 
@@ -223,10 +221,8 @@ def image_of_file(source: Path, image: Path, candidates: list[Candidate]) -> Can
 def _check_content(image: Path, shown: Candidate) -> list[str]:
     """Warnings where a file differs from the image of the zarr. Raises ValueError where it shows something else."""
     step = max(1, max(shown.size) // checks.THUMBNAIL_PX)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{shown.name}.png"
-        Image.fromarray(shown.read(step)[0]).save(path)
-        return checks.check_content(image, make_thumbnail(image, checks.THUMBNAIL_PX).pixels, path)
+    pixels = make_thumbnail(image, checks.THUMBNAIL_PX).pixels
+    return checks.check_content(image, pixels, shown.read(step)[0], shown.name)
 
 
 def read_part(

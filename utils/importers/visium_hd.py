@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from utils.importers.base import SPOT_COLUMNS, Source, found_in, place_spots
+from utils.importers.source import SPOT_COLUMNS, Source, found_in, place_spots
 from utils.slices import visium
 
 DEFAULT_BIN_UM = 16

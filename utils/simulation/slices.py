@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from utils.files.atomic import write_whole
 from utils.simulation import counts as counting
-from utils.simulation.files import write_matrix, write_spatial, write_truth
+from utils.simulation.files import write_counts, write_spatial, write_truth
 from utils.simulation.image import measure_tiles, paint
 from utils.simulation.tissue import Recipe, at, grow_tissue
 
@@ -110,7 +111,8 @@ def write_slice(out: Path, plan: Plan, genes: counting.Genes, n_spots: int, um_p
     part = out / f"{plan.name}.part"
     part.mkdir(parents=True)
     software = "spaceranger-2.1.0 (simulated)" if plan.header else "spaceranger-1.3.0 (simulated)"
-    write_matrix(part / "filtered_feature_bc_matrix.h5", counts, list(spots.index), genes.names, plan.name, software)
+    about = {"library_ids": np.array([plan.name], "S"), "software_version": software}
+    write_counts(part / "filtered_feature_bc_matrix.h5", counts, spots.index, genes.names, about)
     write_spatial(part / "spatial", grid, scene, plan.header)
     Image.fromarray(scene.image).save(part / f"{plan.name}_he.jpg", quality=90)
     spots = spots.join(factors).assign(depth=depth, depth_from_image=seen_depth)
@@ -187,6 +189,5 @@ def write_slices(
     table = pd.DataFrame({"slice": [p.name for p in plans], "patient": [p.patient for p in plans]})
     table["part"], table["spot_pitch_um"] = [p.part for p in plans], f"{PITCH_UM:g}"
     table["image"] = table["slice"] + "_he.jpg"
-    table.to_csv(out / "slices.csv.part", index=False)
-    (out / "slices.csv.part").rename(out / "slices.csv")
+    write_whole(out / "slices.csv", table.to_csv(index=False).encode())
     return folders

@@ -11,7 +11,8 @@ line: the file, what was expected, what was found, how to fix it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,7 @@ SPOT_DIAMETER = 0.3, 1.2  # pitches: 0.5 legacy ST, 0.65 Visium, 1 Visium HD
 
 @dataclass(frozen=True)
 class SourceImage:
-    """The image that tiles are cut from: `kind` "fullres" or "hires", and its pixels per full-resolution pixel.
+    """An image of a slice: `kind` "fullres", "hires" or "lowres", and its pixels per full-resolution pixel.
 
     The full-resolution pixel is that of the positions. A scan that was exported smaller or larger has another scale.
     """
@@ -84,10 +85,15 @@ class SourceImage:
     path: Path
     scale: float
 
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height in its pixels, from the head of the file. Raises ValueError where that is damaged."""
+        return image_size(self.path)
+
 
 @dataclass(frozen=True)
 class Slice:
-    """What a slice folder says, without its counts.
+    """A slice folder without its counts.
 
     Attributes
     ----------
@@ -101,6 +107,7 @@ class Slice:
     lattice : Lattice or None, of all positions; None where there is a single one
     scalefactors : dict of the positive numbers in scalefactors_json.json
     stated_pitch_um : float or None, as slices.csv or a flag states it
+    small : dict, the images "hires" and "lowres" of spatial/ that are there
     warnings : tuple of str, what contradicts itself but can be worked with
     """
 
@@ -114,6 +121,7 @@ class Slice:
     lattice: Lattice | None
     scalefactors: dict[str, float]
     stated_pitch_um: float | None
+    small: dict[str, SourceImage]
     warnings: tuple[str, ...]
 
     @property
@@ -156,8 +164,7 @@ class Slice:
 
     def small_image(self, kind: str) -> SourceImage | None:
         """The "hires" or "lowres" image of spatial/."""
-        path = self.root / "spatial" / {"hires": HIRES, "lowres": LOWRES}[kind]
-        return SourceImage(kind, path, self.scalefactors[f"tissue_{kind}_scalef"]) if path.exists() else None
+        return self.small.get(kind)
 
     def fullres_image(self, named: str | None = None) -> Path | None:
         """The full-resolution image: the one named, else the only one in the folder or its root, else None."""
@@ -183,9 +190,9 @@ class Slice:
 
     def source_image(self, source: str = "auto", named: str | None = None) -> SourceImage:
         """The image to cut tiles from. `source`: "fullres", "hires", or "auto" for the best that is there."""
-        fullres = None if source == "hires" else self.fullres_image(named)
-        if fullres is not None:
-            return SourceImage("fullres", fullres, self.export_scale(image_size(fullres)))
+        path = None if source == "hires" else self.fullres_image(named)
+        if path is not None:
+            return SourceImage("fullres", path, self.export_scale(image_size(path)))
         hires = self.small_image("hires")
         if source == "fullres" or hires is None:
             wanted = "a full-resolution image" + (f" or spatial/{HIRES}" if source == "auto" else "")
@@ -194,15 +201,14 @@ class Slice:
 
     def export_scale(self, size: tuple[int, int]) -> float:
         """Pixels of an image of that width and height per full-resolution pixel: 1, or 2, 3, ..., 1/2, 1/3, ... where
-        the sizes of the small images say that the scan was exported so. Other ratios may be those of a crop."""
-        for small in filter(None, map(self.small_image, ("hires", "lowres"))):
-            ratios = [side * small.scale / other for side, other in zip(size, image_size(small.path), strict=True)]
-            whole = round(max(max(ratios), 1 / min(ratios)))
-            for exact in (float(whole), 1 / whole):
-                if all(abs(ratio / exact - 1) <= EXPORT for ratio in ratios):
-                    return exact
+        the sizes of the small images show that the scan was exported so. Other ratios may be those of a crop."""
+        small = next(iter(self.small.values()), None)
+        if small is None:
             return 1.0
-        return 1.0
+        ratios = [side * small.scale / other for side, other in zip(size, small.size, strict=True)]
+        whole = round(max(max(ratios), 1 / min(ratios)))
+        exact = (float(whole), 1 / whole)
+        return next((scale for scale in exact if all(abs(ratio / scale - 1) <= EXPORT for ratio in ratios)), 1.0)
 
     def read_genes(self) -> tuple[np.ndarray, np.ndarray]:
         """Names and ids (G,) of the genes that the counts are of."""
@@ -248,16 +254,23 @@ def open_slice(folder: str | Path, name: str | None = None, spot_pitch_um: float
     _check_unpacked(root / "spatial")
     positions, scalefactors = read_positions(root), read_scalefactors(root)
     matrix = slice_matrix(root)
-    barcodes = positions.index.to_numpy() if matrix is None else read_barcodes(root)
-    if barcodes is None:
-        raise ValueError(f"{root}: expected the barcodes of {matrix}, found none")
+    barcodes = positions.index.to_numpy() if matrix is None else read_barcodes(matrix)
     _check_one_run(root, positions.index.to_numpy(), barcodes)
     lattice = fit_positions(root, positions)
     spots, rows, unmatched = _match(root, positions, barcodes)
-    found = Slice(
-        name, folder, root, spots, unmatched, rows, matrix, lattice, scalefactors, _positive(root, spot_pitch_um), ()
-    )
-    return Slice(**vars(found) | {"warnings": tuple(_contradictions(found))})
+    pitch_um, small = _positive(root, spot_pitch_um), _small_images(root, scalefactors)
+    slice_ = Slice(name, folder, root, spots, unmatched, rows, matrix, lattice, scalefactors, pitch_um, small, ())
+    return replace(slice_, warnings=tuple(_contradictions(slice_)))
+
+
+def _small_images(root: Path, scalefactors: dict[str, float]) -> dict[str, SourceImage]:
+    """The small images of spatial/ by their kind, the larger one first."""
+    paths = {kind: root / "spatial" / name for kind, name in (("hires", HIRES), ("lowres", LOWRES))}
+    return {
+        kind: SourceImage(kind, path, scalefactors[f"tissue_{kind}_scalef"])
+        for kind, path in paths.items()
+        if path.exists()
+    }
 
 
 def _check_unpacked(spatial: Path) -> None:

@@ -86,9 +86,7 @@ def circle(sources: dict[str, str]) -> set[str]:
     files, graph = {dotted_name(path) for path in sources}, {}
     for path, source in sources.items():
         targets = {longest(name, files) for _, name in imported(path, source)}
-        if not path.endswith(
-            "__init__.py"
-        ):  # holds a docstring; the submodules of its package are no imports of its own
+        if not path.endswith("__init__.py"):
             graph[dotted_name(path)] = targets - {None, "model", "utils"}
     try:
         TopologicalSorter(graph).prepare()

@@ -110,7 +110,7 @@ def slices(tmp_path):
     return data
 
 
-def stage_two(data, monkeypatch, *flags, precision="no", turns=1, seed=0, views=1):
+def stage_two(data, monkeypatch, *flags, precision="no", tta=1, seed=0, views=1):
     """Features of both views as train_decoder.py keeps them, and for how many views of the slice they were computed."""
     pack, computed = TilePack(cut(data, *flags)), []
     one = SimpleNamespace(name="slice", pack=pack, barcodes=pack.barcodes, rows_of=lambda part: np.arange(6))
@@ -123,7 +123,7 @@ def stage_two(data, monkeypatch, *flags, precision="no", turns=1, seed=0, views=
     monkeypatch.setattr(cache, "encode_slice", encode_slice)
     model = SimpleNamespace(encode=encode, sizes=SimpleNamespace(image_size=8))
     args = SimpleNamespace(out=data.parent, encoder=data.parent / "encoder.pth", batch_size=6, workers=0, seed=seed)
-    args.tta, args.views, args.feature_budget = turns, views, 1.0
+    args.tta, args.views, args.feature_budget = tta, views, 1.0
     accelerator = SimpleNamespace(**vars(CPU) | {"mixed_precision": precision})
     found = train_decoder.all_features(model, [one], accelerator, args)
     return [np.array(view[0]) for view in found], computed
@@ -174,7 +174,7 @@ def test_stage_twos_features_are_computed_anew_under_other_settings(slices, monk
 
 def slide_features(path, out, xy, um_per_px=1.0, tile=(8, 1.0), encoder="e", precision="no"):
     """Features of spots on an image as predict_slide.py keeps them, and whether they were computed."""
-    model = SimpleNamespace(encode=encode, sizes=SimpleNamespace(image_size=8, turns=1))
+    model = SimpleNamespace(encode=encode, sizes=SimpleNamespace(image_size=8, tta=1))
     member = predict.Member(model, {"encoder_hash": encoder * 64, "tile_scale": tile}, "file")
     accelerator = SimpleNamespace(**vars(CPU) | {"mixed_precision": precision})
     run = predict.Run([member], None, accelerator, "fp32", 4, 1, 1.0, False)

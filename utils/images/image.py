@@ -26,13 +26,13 @@ from PIL import Image
 
 from utils.images import flat, scanner, tiff
 from utils.images.checks import ImageError, reading
+from utils.images.units import plausible
 
 FLAT = (".jpg", ".jpeg", ".png", ".jp2", ".webp")
 TIFF = (".tif", ".tiff", ".btf", ".tf8")
 SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi")
 SUFFIXES: tuple[str, ...] = (*TIFF, *FLAT, *SCANNERS)  # by which an image is found in a folder
 ONLY_SCANNERS = (".mrxs", ".vms", ".vmu", ".dcm", ".czi", ".svslide")  # what they hold besides is no scan
-PLAUSIBLE_UM_PER_PX = (0.02, 20.0)  # beyond it, a resolution is a screen's or a printer's
 AS_FINE = 1.01  # levels of odd sides are a little coarser than they are meant to be
 BLOCK_PX = 1024  # of a level, read at a time for the thumbnail
 FILTER_REACH = 3  # pixels of the coarser side that the bicubic filter takes in, and one to spare
@@ -197,8 +197,7 @@ def stated_um_per_px(path: Path) -> float | None:
 
 
 def _plausible(um_per_px: float | None) -> float | None:
-    low, high = PLAUSIBLE_UM_PER_PX
-    return um_per_px if um_per_px is not None and low <= um_per_px <= high else None
+    return um_per_px if plausible(um_per_px) else None
 
 
 # ---- which reader

@@ -7,10 +7,8 @@ Letters: h, w rows and columns, C samples of a pixel.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,25 +19,33 @@ import numpy as np
 from utils.images.checks import ImageError
 from utils.images.flat import orientation_note
 from utils.images.samples import Samples
-
-# Photometric interpretations, compressions, extra samples and tags
-WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, MASK, CMYK, YCBCR = 0, 1, 2, 3, 4, 5, 6
-OLD_JPEG, JPEGS = 6, (7, 33007, 34892)
-UNSPECIFIED, PREMULTIPLIED, UNASSOCIATED = 0, 1, 2
-ORIENTATION, PAGE_NAME, MAX_SAMPLE_VALUE, RESOLUTION_UNIT, INK_SET = 274, 285, 281, 296, 332
-REDUCED, TRANSPARENCY = 1, 4  # bits of NewSubfileType
-UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "nm": 1e-3}
-UM |= {"inch": 25400.0, "in": 25400.0, "\\u00B5m": 1.0}  # micro sign, Greek mu, and what ImageJ writes
-RESOLUTION_UM = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}  # tag ResolutionUnit
-ASIDE = (  # what is never the scan: SlideLabel, label_image, macroimage, Thumbnail1, but not label-free, macrophages
-    r"((label|macro|thumbnail|thumb|overview|preview|barcode)s?(image|img|pic|image)?(?![a-z]|-free)"
-    r"|(?<![a-z])(map|lbl)(?![a-z]))"
+from utils.images.tiff_samples import (
+    CMYK,
+    MASK,
+    PALETTE,
+    RGB,
+    TO_RGB,
+    YCBCR,
+    channel_samples,
+    page_samples,
+    plain_samples,
 )
-ONLY_ASIDE = rf"\W*(slide|the)?[\W_]*{ASIDE}[\W_]*(image)?[\W_]*\d*\W*"  # nothing but such a name
+from utils.images.tiff_tags import (
+    ASIDE,
+    ONLY_ASIDE,
+    ORIENTATION,
+    max_sample_depth,
+    page_name,
+    per_pixel,
+    tag_um_per_px,
+    titles,
+)
+from utils.images.units import UM
+
+REDUCED, TRANSPARENCY = 1, 4  # bits of NewSubfileType
 UNNAMED_AXES = {"Q": "without a name", "I": "pages"}
 NUMBERED = re.compile(r"(channel|ch|c|bf|tl|brightfield)?[\s_:#-]*(\d+([:/]\d+)*)?")  # channel names that say nothing
 PRIMARY = re.compile(r"(r|red|g|green|b|blue|a|alpha)([\s_-]*(channel|ch))?")
-TO_RGB = "convert it to 8-bit RGB"
 
 
 @dataclass
@@ -237,7 +243,7 @@ def _imagej_series(path: Path, file: Any) -> list[Series]:
     one = _from_tifffile(path, file.series[0], "", order)
     unit = str(meta.get("unit", "")).strip()
     if unit in UM:
-        one.um_per_px = _per_pixel(one.key, UM[unit])
+        one.um_per_px = per_pixel(one.key, UM[unit])
     return [one]
 
 
@@ -249,8 +255,8 @@ def _from_tifffile(path: Path, series: Any, name: str, order: list[int] | str) -
     """A series as tifffile sees it. `order` says which primary each channel is, or why they are none."""
     sizes = dict(zip(series.get_axes(False), series.get_shape(False), strict=True))
     key, width, height = series.keyframe, int(sizes.get("X", 1)), int(sizes.get("Y", 1))
-    one = Series(name, width, height, [key], um_per_px=_tag_um_per_px(key), stated_depth=_max_sample_depth(key))
-    one.titles, one.is_reduced = _titles(key, name), len(key.parent.series) > 1 and bool(key.subfiletype & REDUCED)
+    one = Series(name, width, height, [key], um_per_px=tag_um_per_px(key), stated_depth=max_sample_depth(key))
+    one.titles, one.is_reduced = titles(key, name), len(key.parent.series) > 1 and bool(key.subfiletype & REDUCED)
     others = {axis: size for axis, size in sizes.items() if axis not in "YXSC" and size > 1}
     channels = math.prod(series.get_shape(False)) // max(1, math.prod(others.values()) * width * height)
     n_planes = max(1, channels // int(key.samplesperpixel))
@@ -286,7 +292,7 @@ def _interleaved(one: Series, series: Any, channels: int) -> Series:
         one.problem = f"expected planes that are images, found axes {axes} of {series.get_shape(True)}; {TO_RGB}"
         return one
     colours = (0, 1, 2) if channels == 3 else (0,)
-    one.samples, one.problem = _plain_samples(one.key, "rgb" if channels == 3 else "grey", colours)
+    one.samples, one.problem = plain_samples(one.key, "rgb" if channels == 3 else "grey", colours)
     one.mapped = [series.dataoffset], (one.height, one.width, channels)
     return one
 
@@ -307,17 +313,17 @@ def _plain_series(file: Any) -> list[Series]:
             reduced.append(page)
         else:
             found.append(_page_series(page, sub_pages.get(page.index, []) if page in pages else []))
-    levels = [[page] for page in reduced if not any(re.search(ASIDE, t, re.IGNORECASE) for t in _titles(page, ""))]
+    levels = [[page] for page in reduced if not any(re.search(ASIDE, t, re.IGNORECASE) for t in titles(page, ""))]
     for one in found:
         one.levels += levels
     return found
 
 
 def _page_series(page: Any, sub_pages: list[Any]) -> Series:
-    name = _text(page.tags.valueof(PAGE_NAME, ""))
+    name = page_name(page)
     one = Series(name, int(page.imagewidth), int(page.imagelength), [page])
-    one.titles, one.is_mask = _titles(page, name), page.photometric == MASK
-    one.um_per_px, one.stated_depth = _tag_um_per_px(page), _max_sample_depth(page)
+    one.titles, one.is_mask = titles(page, name), page.photometric == MASK
+    one.um_per_px, one.stated_depth = tag_um_per_px(page), max_sample_depth(page)
     one.levels = [[sub] for sub in sub_pages]
     _read_samples(one, 1, [])
     return one
@@ -338,143 +344,15 @@ def level_samples(scan: Series, pages: list[Any]) -> Samples | None:
     return samples and replace(samples, depth=scan.samples.depth, alpha_depth=scan.samples.alpha_depth)
 
 
-# ---- what the samples mean
-
-
 def _read_samples(one: Series, n_planes: int, order: list[int] | str) -> None:
     """Fill in samples, problem, notes and looks_rgb of a series of so many planes."""
     key = one.key
     if n_planes == 1:
         one.samples, one.problem, notes = page_samples(key)
     else:
-        one.samples, one.problem = _channel_samples(key, n_planes, order)
+        one.samples, one.problem = channel_samples(key, n_planes, order)
         notes = ()
     one.looks_rgb = one.samples is not None and one.samples.is_colour
     if one.samples is None:
         one.looks_rgb = key.photometric in (RGB, PALETTE, CMYK, YCBCR) and n_planes == 1
     one.notes = (*orientation_note(key.tags.valueof(ORIENTATION)), *notes)
-
-
-def _channel_samples(key: Any, n_planes: int, order: list[int] | str) -> tuple[Samples | None, str]:
-    """Of planes that are a channel each."""
-    wanted = "expected red, green and blue, or grey"
-    if isinstance(order, str):
-        return None, f"{wanted}, found channels {order}; {TO_RGB}, or name the channels Red, Green and Blue"
-    order = order or [0, 1, 2]
-    is_single = key.samplesperpixel == 1 and key.photometric == BLACK_IS_ZERO
-    if not is_single or len(order) != n_planes or sorted(order) not in ([0, 1, 2], [0, 1, 2, 3]):
-        return None, f"{wanted}, found {n_planes} channels; {TO_RGB}"
-    places = [order.index(primary) for primary in range(n_planes)]
-    return _plain_samples(key, "rgb", tuple(places[:3]), places[3] if n_planes == 4 else None)
-
-
-def page_samples(key: Any) -> tuple[Samples | None, str, tuple[str, ...]]:
-    """Of one page: its samples, or what about them cannot be read, and notes."""
-    problem = _unreadable(key)
-    if problem:
-        return None, problem, ()
-    n, extras = int(key.samplesperpixel), [int(value) for value in key.extrasamples]
-    first = n - len(extras)
-    alpha = next((first + i for i, value in enumerate(extras) if value in (PREMULTIPLIED, UNASSOCIATED)), None)
-    premultiplied = alpha is not None and extras[alpha - first] == PREMULTIPLIED
-    kind = {RGB: "rgb", YCBCR: "rgb", CMYK: "cmyk", PALETTE: "palette", WHITE_IS_ZERO: "inverted"}
-    found = kind.get(key.photometric, "grey")
-    n_colours = {"rgb": 3, "cmyk": 4}.get(found, 1)
-    spare = n - n_colours - (alpha is not None)
-    notes: tuple[str, ...] = ()
-    if found == "grey" and spare == 2 and alpha in (None, 3):  # written by programs that state no colours
-        found, n_colours, spare = "rgb", 3, 0
-        notes = ("three samples without stated colours read as red, green, blue",)
-    if spare < 0 or (n_colours == 1 and spare):
-        return None, f"expected grey or RGB, and alpha where the file states it, found {n} channels; {TO_RGB}", ()
-    if spare:
-        notes = (*notes, f"{spare} further channel{'s' if spare > 1 else ''} of no stated meaning ignored")
-    samples, problem = _plain_samples(key, found, tuple(range(n_colours)), alpha, premultiplied)
-    return samples, problem, notes
-
-
-def _unreadable(key: Any) -> str:
-    """What about colours and compression of a page cannot be read."""
-    photometric = getattr(key.photometric, "name", key.photometric)
-    if key.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR):
-        return f"expected grey or RGB pixels, found colours {photometric}; {TO_RGB}"
-    jpeg = key.compression in JPEGS
-    if key.compression == OLD_JPEG:
-        return f"expected JPEG as of TIFF 6.0's supplement 2, found old-style JPEG; {TO_RGB}"
-    if key.photometric == YCBCR and (not jpeg or key.planarconfig != 1 or key.extrasamples):
-        how = getattr(key.compression, "name", key.compression)
-        return f"expected YCbCr in JPEG, found it with compression {how} or in planes; {TO_RGB}"
-    if key.photometric == CMYK and (jpeg or key.tags.valueof(INK_SET, 1) != 1):
-        return f"expected CMYK inks without JPEG compression, found others; {TO_RGB}"
-    if max(int(key.imagedepth), int(key.tiledepth or 1)) > 1:
-        return f"expected a plane, found a volume {key.imagedepth} planes deep; {TO_RGB}"
-    return ""
-
-
-def _plain_samples(
-    key: Any, kind: str, colours: tuple[int, ...], alpha: int | None = None, premultiplied: bool = False
-) -> tuple[Samples | None, str]:
-    """Samples of the page's bits, where these can be read."""
-    bits, dtype = key.bitspersample, key.dtype
-    if dtype is None or isinstance(bits, tuple) or dtype.kind not in "ub" or dtype.itemsize > 2:
-        kinds = {"f": "floating-point", "i": "signed", "c": "complex"}
-        found = f"{kinds.get(dtype.kind if dtype is not None else '', 'unsigned')} samples of {bits} bits"
-        return None, f"expected unsigned samples of up to 16 bits, found {found}; {TO_RGB}"
-    palette = None
-    if kind == "palette":
-        table = key.colormap
-        if table is None:
-            return None, f"expected a colour map, found none; {TO_RGB}"
-        palette = np.asarray(table).reshape(3, -1).T  # 16 bits; some writers use 8 of them
-        palette = (palette >> 8 if palette.max(initial=0) > 255 else palette).astype(np.uint8)
-    return Samples(kind, colours, alpha, premultiplied, int(bits), palette=palette), ""
-
-
-# ---- what tags say
-
-
-def _titles(key: Any, name: str) -> tuple[str, ...]:
-    """What an image is called by its name, its page's name and its descriptions."""
-    texts = [name, _text(key.tags.valueof(PAGE_NAME, ""))]
-    for text in (key.description, key.description1):
-        texts += _description_names(text or "")
-    return tuple(dict.fromkeys(text for text in texts if text))
-
-
-def _description_names(text: str) -> Iterator[str]:
-    """What a description calls its image: a name in JSON or XML, short text, lines that begin with such a word."""
-    if text.startswith("{"):
-        try:
-            content = json.loads(text)
-        except ValueError:
-            return
-        yield from (str(value) for key, value in content.items() if key.lower() in ("name", "title"))
-    elif text.lstrip().startswith("<"):
-        yield from re.findall(r"<ImageType>([^<]*)</ImageType>", text)
-    elif len(text) <= 60 and "=" not in text:
-        yield text
-    else:
-        yield from (found[0] for found in re.finditer(rf"^\W*{ASIDE}", text, re.IGNORECASE | re.MULTILINE))
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _max_sample_depth(key: Any) -> tuple[int, str] | None:
-    value = key.tags.valueof(MAX_SAMPLE_VALUE)
-    if isinstance(value, tuple):  # a value per sample, the opacity's last
-        value = max(value[:3] if len(value) > 2 else value[:1], default=None)
-    largest = value
-    return (largest.bit_length(), "MaxSampleValue") if isinstance(largest, int) and largest > 0 else None
-
-
-def _tag_um_per_px(key: Any) -> float | None:
-    unit = key.tags.valueof(RESOLUTION_UNIT, 2)
-    return _per_pixel(key, RESOLUTION_UM[unit]) if unit in RESOLUTION_UM else None
-
-
-def _per_pixel(key: Any, unit_um: float) -> float | None:
-    """Micrometres per pixel by the tags XResolution and YResolution, pixels per unit."""
-    per_unit = key.get_resolution()
-    return unit_um / math.sqrt(per_unit[0] * per_unit[1]) if min(per_unit) > 0 else None

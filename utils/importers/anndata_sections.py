@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from utils.importers.source import place_spots
+from utils.slices import lattice
 
 LIBRARY_COLUMNS = ("library_id", "library", "libraryid")  # several values are several arrays, wherever they lie
 SECTION_COLUMNS = (
@@ -107,7 +108,7 @@ def separating_column(obs: pd.DataFrame, found: dict[str, Any], xy_px: np.ndarra
         of_libraries = len(found) > 1 and set(labels.astype(str)) <= set(found)
         if str(column).lower() in LIBRARY_COLUMNS or of_libraries:
             return column
-    nearest_px = _nearest(xy_px) if len(xy_px) > 1 else np.ones(1)
+    nearest_px = lattice.nearest_px(xy_px) if len(xy_px) > 1 else np.ones(1)
     crowded = nearest_px.min() < CLOSE * np.median(nearest_px) or _repeated(array)
     for column, labels in by_column.items():
         if (crowded or str(column).lower() in SECTION_COLUMNS) and _keeps_apart(labels, xy_px, array, nearest_px):
@@ -146,7 +147,7 @@ def _labels(values: pd.Series) -> np.ndarray | None:
 def _keeps_apart(labels: np.ndarray, xy_px: np.ndarray, array: Any, nearest_px: np.ndarray) -> bool:
     """Whether spots of one label (S,) are apart while those of several labels share places or lie on each other."""
     numbers = np.unique(labels, return_inverse=True)[1]
-    within_px = min(_nearest(xy_px[numbers == number]).min() for number in range(numbers.max() + 1))
+    within_px = min(lattice.nearest_px(xy_px[numbers == number]).min() for number in range(numbers.max() + 1))
     if within_px == 0:
         return False
     labelled = None if array is None else np.column_stack([numbers, array])
@@ -155,13 +156,6 @@ def _keeps_apart(labels: np.ndarray, xy_px: np.ndarray, array: Any, nearest_px: 
 
 def _repeated(rows: np.ndarray | None) -> bool:
     return rows is not None and len(np.unique(rows, axis=0)) < len(rows)
-
-
-def _nearest(xy_px: np.ndarray) -> np.ndarray:
-    """Distance of each spot (S,) to its nearest neighbour, in px."""
-    from scipy.spatial import KDTree
-
-    return KDTree(xy_px).query(xy_px, k=2)[0][:, 1]
 
 
 def _on_lattice(xy_px: np.ndarray, array: Any) -> bool:

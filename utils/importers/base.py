@@ -20,13 +20,12 @@ import numpy as np
 from utils.genes.names import are_controls
 from utils.images import tiles
 from utils.images.image import stated_um_per_px
-from utils.importers import slice_folder
+from utils.importers import pitch, slice_folder
 from utils.importers.images import Thumbnail, image_size, make_thumbnail
 from utils.importers.source import SPOT_COLUMNS, Source
 from utils.slices import checks, splits, visium
 from utils.slices.matrix import check_once
 
-DISAGREE = 0.05  # of the measured size of a pixel
 SAME_PX = 1e-6  # decimal text is not always read back to the last bit
 
 
@@ -188,7 +187,7 @@ def _pixel_sizes(source: Source) -> list[str]:
     if not stated and not source.small and isinstance(source.image, Path):
         return [f"{source.image.name}: no small image and no pixel size to check it by; look at the spots on it"]
     measured = source.um_per_px
-    others = [f"{um:.4g} um by {where}" for where, um in stated.items() if abs(um - measured) > DISAGREE * measured]
+    others = [f"{um:.4g} um by {where}" for where, um in stated.items() if not pitch.agree(um, measured)]
     spots = f"the spots ({source.pitch_um:.4g} um from spot to spot)"
     check = "check --image and --spot_pitch_um"
     return [f"a pixel has {measured:.4g} um by {spots} but {', '.join(others)}; {check}"] if others else []

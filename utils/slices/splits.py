@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path, PurePath
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from utils.files.atomic import write_whole
 from utils.slices.visium import is_slice, why_no_slice
@@ -278,8 +279,6 @@ def strip_parts(xy_px: np.ndarray, pitch_px: float) -> np.ndarray:
     -------
     ndarray (S,) of "train", "val" (the far end of the longer axis), "gap" (nearer than two pitches to a val spot)
     """
-    from scipy.spatial import KDTree
-
     xy_px = np.asarray(xy_px, dtype=float)
     axis = int(np.ptp(xy_px[:, 1]) > np.ptp(xy_px[:, 0]))
     order = np.lexsort((xy_px[:, 1 - axis], xy_px[:, axis]))  # a column that the cut divides is divided in order
@@ -287,6 +286,6 @@ def strip_parts(xy_px: np.ndarray, pitch_px: float) -> np.ndarray:
     parts = np.full(len(xy_px), "train", dtype="<U5")
     parts[order[-n_val:]] = "val"
     rest = order[:-n_val]
-    distance_px, _ = KDTree(xy_px[order[-n_val:]]).query(xy_px[rest]) if len(rest) else (np.zeros(0), None)
+    distance_px, _ = cKDTree(xy_px[order[-n_val:]]).query(xy_px[rest]) if len(rest) else (np.zeros(0), None)
     parts[rest[distance_px < 2 * pitch_px]] = "gap"
     return parts

@@ -102,37 +102,37 @@ class Series:
 
 def find_scan(path: Path, file: Any) -> Series:
     """The largest RGB series of an open tifffile.TiffFile, else the largest grey one. Raises ImageError."""
-    found = read_series(path, file)
-    alone = len(found) == 1
-    wanted = [series for series in found if not (series.is_reduced or series.is_mask or series.is_aside(alone))]
+    images = read_series(path, file)
+    alone = len(images) == 1
+    wanted = [series for series in images if not (series.is_reduced or series.is_mask or series.is_aside(alone))]
     wanted = [series for series in wanted if series.looks_rgb] or wanted
     if not wanted:
-        names = ", ".join(title for series in found for title in series.titles if title) or "coarser copies"
+        names = ", ".join(title for series in images for title in series.titles if title) or "coarser copies"
         raise ImageError(f"{path}: expected the scan, found no image but {names}; export the scan itself")
     area = max(series.area for series in wanted)
     largest = [series for series in wanted if series.area == area]
     scan = largest[0]
     if len(largest) > 1:
-        names = ", ".join(_called(series, found) for series in largest[:4]) + (", ..." if len(largest) > 4 else "")
+        names = ", ".join(_called(series, images) for series in largest[:4]) + (", ..." if len(largest) > 4 else "")
         raise ImageError(
             f"{path}: expected one scan, found {len(largest)} planes of equal size, "
             f"{scan.width:,} x {scan.height:,} px ({names}); {save_one(path, scan)}"
         )
     if scan.problem:
         raise ImageError(f"{path}: {scan.problem}")
-    if any(mask.is_mask and (mask.width, mask.height) == (scan.width, scan.height) for mask in found):
+    if any(mask.is_mask and (mask.width, mask.height) == (scan.width, scan.height) for mask in images):
         raise ImageError(
             f"{path}: expected alpha or opaque pixels, found a transparency mask of its own; flatten it onto white"
         )
-    if len(found) > 1:
+    if len(images) > 1:
         what = "RGB" if scan.looks_rgb else "grey"
-        place = found.index(scan) + 1
-        scan.notes = (*scan.notes, f"image {place} of {len(found)} in the file, the largest {what} one")
+        place = images.index(scan) + 1
+        scan.notes = (*scan.notes, f"image {place} of {len(images)} in the file, the largest {what} one")
     return scan
 
 
-def _called(series: Series, found: list[Series]) -> str:
-    return series.name or f"image {found.index(series) + 1}"
+def _called(series: Series, images: list[Series]) -> str:
+    return series.name or f"image {images.index(series) + 1}"
 
 
 def save_one(path: Path, series: Series, n_channels: int = 1) -> str:
@@ -155,51 +155,52 @@ def read_series(path: Path, file: Any) -> list[Series]:
             return read(path, file)
         if kind == "imagej" and file.is_imagej:
             raise ValueError("ImageJ states more planes than the file holds")
-    found = _plain_series(file)
-    for one in found if file.is_ome else []:  # OME-XML that does not fit: only pages in RGB are an image by themselves
-        if not one.looks_rgb:
-            one.problem = f"expected all channels in this file, found pages that its OME-XML does not explain; {TO_RGB}"
-    return found
+    images = _plain_series(file)
+    if file.is_ome:  # OME-XML that does not fit: only pages in RGB are an image by themselves
+        problem = f"expected all channels in this file, found pages that its OME-XML does not explain; {TO_RGB}"
+        for image in (image for image in images if not image.looks_rgb):
+            image.problem = problem
+    return images
 
 
 # ---- OME-TIFF, ImageJ, tifffile's own description
 
 
 def _ome_series(path: Path, file: Any) -> list[Series]:
-    images = list(ElementTree.fromstring(file.ome_metadata).iterfind("{*}Image"))
-    found = []
+    elements = list(ElementTree.fromstring(file.ome_metadata).iterfind("{*}Image"))
+    images = []
     for series in file.series:
-        image = _ome_image(images, series)
-        pixels = None if image is None else image.find("{*}Pixels")
+        element = _ome_image(elements, series)
+        pixels = None if element is None else element.find("{*}Pixels")
         channels = [] if pixels is None else list(pixels.iterfind("{*}Channel"))
-        name = "" if image is None else image.get("Name") or ""
-        one = _from_tifffile(path, series, name, _ome_order(channels))
+        name = "" if element is None else element.get("Name") or ""
+        image = _from_tifffile(path, series, name, _ome_order(channels))
         if pixels is not None:
-            one.um_per_px = _ome_um_per_px(pixels) or one.um_per_px
+            image.um_per_px = _ome_um_per_px(pixels) or image.um_per_px
             bits = pixels.get("SignificantBits", "")
-            one.stated_depth = (int(bits), "SignificantBits") if bits.isdigit() and int(bits) else one.stated_depth
-        found.append(one)
-    most = max((one.area for one in found), default=0)
-    for image in images:  # which tifffile has left out
-        pixels = image.find("{*}Pixels")
+            image.stated_depth = (int(bits), "SignificantBits") if bits.isdigit() and int(bits) else image.stated_depth
+        images.append(image)
+    most = max((image.area for image in images), default=0)
+    for element in elements:  # which tifffile has left out
+        pixels = element.find("{*}Pixels")
         width, height = (0, 0) if pixels is None else (int(pixels.get("SizeX", 0)), int(pixels.get("SizeY", 0)))
         if width * height > most:
-            one = Series(image.get("Name") or "", width, height, [file.pages.first], looks_rgb=True)
-            one.titles = (one.name,)
-            one.problem = f"expected the planes of its largest image, found none that fit its OME-XML; {TO_RGB}"
-            found.append(one)
-    return found
+            image = Series(element.get("Name") or "", width, height, [file.pages.first], looks_rgb=True)
+            image.titles = (image.name,)
+            image.problem = f"expected the planes of its largest image, found none that fit its OME-XML; {TO_RGB}"
+            images.append(image)
+    return images
 
 
-def _ome_image(images: list[Any], series: Any) -> Any:
+def _ome_image(elements: list[Any], series: Any) -> Any:
     """The element that a series was made from, which is taken out of the list: first of its name and size."""
     sizes = dict(zip(series.get_axes(False), series.get_shape(False), strict=True))
-    for image in images:
-        pixels = image.find("{*}Pixels")
+    for element in elements:
+        pixels = element.find("{*}Pixels")
         size = None if pixels is None else (pixels.get("SizeX"), pixels.get("SizeY"))
-        if size == (str(sizes.get("X")), str(sizes.get("Y"))) and (image.get("Name") or series.name) == series.name:
-            images.remove(image)
-            return image
+        if size == (str(sizes.get("X")), str(sizes.get("Y"))) and (element.get("Name") or series.name) == series.name:
+            elements.remove(element)
+            return element
     return None
 
 
@@ -240,11 +241,11 @@ def _imagej_series(path: Path, file: Any) -> list[Series]:
     meta = file.imagej_metadata or {}
     tables = [np.asarray(table) for table in meta.get("LUTs", [])]
     order = _order_of_colours([(int(table[0, -1]), int(table[1, -1]), int(table[2, -1])) for table in tables])
-    one = _from_tifffile(path, file.series[0], "", order)
+    image = _from_tifffile(path, file.series[0], "", order)
     unit = str(meta.get("unit", "")).strip()
     if unit in UM:
-        one.um_per_px = per_pixel(one.key, UM[unit])
-    return [one]
+        image.um_per_px = per_pixel(image.key, UM[unit])
+    return [image]
 
 
 def _shaped_series(path: Path, file: Any) -> list[Series]:
@@ -255,46 +256,46 @@ def _from_tifffile(path: Path, series: Any, name: str, order: list[int] | str) -
     """A series as tifffile sees it. `order` says which primary each channel is, or why they are none."""
     sizes = dict(zip(series.get_axes(False), series.get_shape(False), strict=True))
     key, width, height = series.keyframe, int(sizes.get("X", 1)), int(sizes.get("Y", 1))
-    one = Series(name, width, height, [key], um_per_px=tag_um_per_px(key), stated_depth=max_sample_depth(key))
-    one.titles, one.is_reduced = titles(key, name), len(key.parent.series) > 1 and bool(key.subfiletype & REDUCED)
+    image = Series(name, width, height, [key], um_per_px=tag_um_per_px(key), stated_depth=max_sample_depth(key))
+    image.titles, image.is_reduced = titles(key, name), len(key.parent.series) > 1 and bool(key.subfiletype & REDUCED)
     others = {axis: size for axis, size in sizes.items() if axis not in "YXSC" and size > 1}
     channels = math.prod(series.get_shape(False)) // max(1, math.prod(others.values()) * width * height)
     n_planes = max(1, channels // int(key.samplesperpixel))
     if (width, height) != (int(key.imagewidth), int(key.imagelength)) and not others:
-        return _interleaved(one, series, channels)
-    _read_samples(one, n_planes, order)
+        return _interleaved(image, series, channels)
+    _read_samples(image, n_planes, order)
     if others:
         planes = math.prod(others.values())
         axes = ", ".join(f"{size} {UNNAMED_AXES.get(axis, axis)}" for axis, size in others.items())
-        one.problem = f"expected one plane, found {planes} planes ({axes}); {save_one(path, one, n_planes)}"
-        return one
-    if one.samples is None:
-        return one
+        image.problem = f"expected one plane, found {planes} planes ({axes}); {save_one(path, image, n_planes)}"
+        return image
+    if image.samples is None:
+        return image
     pages = list(series) if n_planes > 1 else [series[0]]
     if n_planes > 1 and len(pages) < n_planes and series.dataoffset is not None:
         plane = width * height * key.dtype.itemsize
-        one.mapped = [series.dataoffset + plane * number for number in range(n_planes)], (height, width, 1)
+        image.mapped = [series.dataoffset + plane * number for number in range(n_planes)], (height, width, 1)
     elif len(pages) < n_planes or any(page is None or page.parent is not key.parent for page in pages):
-        one.problem = f"expected all its planes in this file, found {n_planes} of which some are elsewhere; {TO_RGB}"
-        return one
+        image.problem = f"expected all its planes in this file, found {n_planes} of which some are elsewhere; {TO_RGB}"
+        return image
     else:
-        one.pages = pages
+        image.pages = pages
     levels = [list(level) if n_planes > 1 else [level[0]] for level in series.levels[1:]]
-    one.levels = [pages for pages in levels if len(pages) == len(one.pages) and None not in pages]
-    return one
+    image.levels = [pages for pages in levels if len(pages) == len(image.pages) and None not in pages]
+    return image
 
 
-def _interleaved(one: Series, series: Any, channels: int) -> Series:
+def _interleaved(image: Series, series: Any, channels: int) -> Series:
     """Pixels (h, w, C) that were written as h planes of w x C."""
-    one.looks_rgb = channels == 3
+    image.looks_rgb = channels == 3
     axes = series.get_axes(True)
     if axes not in ("YXC", "YXS") or series.dataoffset is None or channels not in (1, 3):
-        one.problem = f"expected planes that are images, found axes {axes} of {series.get_shape(True)}; {TO_RGB}"
-        return one
+        image.problem = f"expected planes that are images, found axes {axes} of {series.get_shape(True)}; {TO_RGB}"
+        return image
     colours = (0, 1, 2) if channels == 3 else (0,)
-    one.samples, one.problem = plain_samples(one.key, "rgb" if channels == 3 else "grey", colours)
-    one.mapped = [series.dataoffset], (one.height, one.width, channels)
-    return one
+    image.samples, image.problem = plain_samples(image.key, "rgb" if channels == 3 else "grey", colours)
+    image.mapped = [series.dataoffset], (image.height, image.width, channels)
+    return image
 
 
 # ---- plain TIFF
@@ -306,27 +307,27 @@ def _plain_series(file: Any) -> list[Series]:
     pages = [file.pages[number].aspage() for number in range(len(file.pages))]
     sub_pages = {page.index: [sub.aspage() for sub in page.pages or []] for page in pages}
     larger = [sub for page in pages for sub in sub_pages[page.index] if sub.imagewidth > page.imagewidth]
-    found, reduced = [], []
+    images, reduced = [], []
     for page in [*pages, *larger]:
         is_reduced = bool(page.subfiletype & REDUCED) and not page.subfiletype & TRANSPARENCY
         if is_reduced and len(pages) + len(larger) > 1:
             reduced.append(page)
         else:
-            found.append(_page_series(page, sub_pages.get(page.index, []) if page in pages else []))
+            images.append(_page_series(page, sub_pages.get(page.index, []) if page in pages else []))
     levels = [[page] for page in reduced if not any(re.search(ASIDE, t, re.IGNORECASE) for t in titles(page, ""))]
-    for one in found:
-        one.levels += levels
-    return found
+    for image in images:
+        image.levels += levels
+    return images
 
 
 def _page_series(page: Any, sub_pages: list[Any]) -> Series:
     name = page_name(page)
-    one = Series(name, int(page.imagewidth), int(page.imagelength), [page])
-    one.titles, one.is_mask = titles(page, name), page.photometric == MASK
-    one.um_per_px, one.stated_depth = tag_um_per_px(page), max_sample_depth(page)
-    one.levels = [[sub] for sub in sub_pages]
-    _read_samples(one, 1, [])
-    return one
+    image = Series(name, int(page.imagewidth), int(page.imagelength), [page])
+    image.titles, image.is_mask = titles(page, name), page.photometric == MASK
+    image.um_per_px, image.stated_depth = tag_um_per_px(page), max_sample_depth(page)
+    image.levels = [[sub] for sub in sub_pages]
+    _read_samples(image, 1, [])
+    return image
 
 
 def level_samples(scan: Series, pages: list[Any]) -> Samples | None:
@@ -344,15 +345,15 @@ def level_samples(scan: Series, pages: list[Any]) -> Samples | None:
     return samples and replace(samples, depth=scan.samples.depth, alpha_depth=scan.samples.alpha_depth)
 
 
-def _read_samples(one: Series, n_planes: int, order: list[int] | str) -> None:
+def _read_samples(image: Series, n_planes: int, order: list[int] | str) -> None:
     """Fill in samples, problem, notes and looks_rgb of a series of so many planes."""
-    key = one.key
+    key = image.key
     if n_planes == 1:
-        one.samples, one.problem, notes = page_samples(key)
+        image.samples, image.problem, notes = page_samples(key)
     else:
-        one.samples, one.problem = channel_samples(key, n_planes, order)
+        image.samples, image.problem = channel_samples(key, n_planes, order)
         notes = ()
-    one.looks_rgb = one.samples is not None and one.samples.is_colour
-    if one.samples is None:
-        one.looks_rgb = key.photometric in (RGB, PALETTE, CMYK, YCBCR) and n_planes == 1
-    one.notes = (*orientation_note(key.tags.valueof(ORIENTATION)), *notes)
+    image.looks_rgb = image.samples is not None and image.samples.is_colour
+    if image.samples is None:
+        image.looks_rgb = key.photometric in (RGB, PALETTE, CMYK, YCBCR) and n_planes == 1
+    image.notes = (*orientation_note(key.tags.valueof(ORIENTATION)), *notes)

@@ -1,8 +1,8 @@
 """Simulated slices: Space Ranger folders of which everything is known, for the demo, the tests and the benchmarks.
 
 A piece of tumour is drawn in haematoxylin and eosin (`tissue`, `image`); what a tile shows drives the genes of its spot
-(`counts`). Beside the files of Space Ranger, `truth.h5ad` holds what no experiment tells: the expected fractions, the
-morphology, the gene programmes and how well each gene can be predicted at all.
+(`counts`). Beside the files of Space Ranger, `truth.h5ad` holds what no experiment measures: the expected fractions,
+the morphology, the gene programmes and how well each gene can be predicted at all.
 
 Shapes: S spots; G genes; K programmes.
 """
@@ -21,7 +21,7 @@ from utils.simulation.image import measure_tiles, paint
 from utils.simulation.tissue import Recipe, at, grow_tissue
 
 PITCH_UM = 100.0  # between the centres of neighbouring spots
-TISSUE_SHARE = 0.62  # of the spots on the grid
+TISSUE_FRACTION = 0.62  # of the spots on the grid
 REDRAWS = 64
 UMIS_PER_GENE = (2.5, 12.0)  # median of a spot, of the patient with the poorest and with the richest slices
 
@@ -45,13 +45,13 @@ class Plan:
 
 
 def visium_grid(n_spots: int) -> tuple[pd.DataFrame, tuple[float, float]]:
-    """Staggered grid with room for `n_spots` under tissue, and the height and width in um of a image that holds it.
+    """Staggered grid with room for `n_spots` under tissue, and the height and width in um of an image that holds it.
 
     Columns: `barcode`, `array_row`, `array_col` (their sum is even), `x_um`, `y_um`. As on real slides a place on the
     grid has the same barcode in every slice.
     """
-    n_columns = max(round(np.sqrt(n_spots / TISSUE_SHARE * 0.866)), 4)
-    n_rows = int(np.ceil(n_spots / TISSUE_SHARE / n_columns))
+    n_columns = max(round(np.sqrt(n_spots / TISSUE_FRACTION * 0.866)), 4)
+    n_rows = int(np.ceil(n_spots / TISSUE_FRACTION / n_columns))
     row, column = (axis.ravel() for axis in np.meshgrid(np.arange(n_rows), np.arange(n_columns), indexing="ij"))
     grid = pd.DataFrame({"array_row": row, "array_col": 2 * column + row % 2})
     grid["x_um"] = PITCH_UM + grid["array_col"] * PITCH_UM / 2

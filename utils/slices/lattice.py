@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.spatial import cKDTree
+
+if TYPE_CHECKING:
+    from scipy.spatial import cKDTree
 
 NEAR = 1.2  # nearest distances: between the first ring of neighbours and the second (1.41 or 1.73)
 START_RADIUS = 6.0  # nearest distances around the middle, where the first fit is made
@@ -111,7 +114,14 @@ def _pitch_px(slopes: np.ndarray, staggered: bool, xy_px: np.ndarray) -> float:
 
 def nearest_px(xy_px: np.ndarray) -> np.ndarray:
     """Distance of each spot (S, 2) to its nearest neighbour: (S,), in the unit of `xy_px`."""
-    return cKDTree(xy_px).query(xy_px, k=2)[0][:, 1]
+    return neighbour_tree(xy_px).query(xy_px, k=2)[0][:, 1]
+
+
+def neighbour_tree(xy_px: np.ndarray) -> cKDTree:
+    """For the search of neighbours among spots (S, 2)."""
+    from scipy.spatial import cKDTree  # a quarter of a second, which `--help` does not need
+
+    return cKDTree(xy_px)
 
 
 def _all_at_their_places(off: np.ndarray) -> bool:
@@ -195,7 +205,7 @@ def _steps(xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
 def _basis(xy_px: np.ndarray) -> tuple[np.ndarray, bool]:
     """Two vectors (2, 2) between neighbours, and whether spots have six of them (else four)."""
     usual_px = float(np.median(nearest_px(xy_px)))
-    pairs = cKDTree(xy_px).query_pairs(NEAR * usual_px, output_type="ndarray")
+    pairs = neighbour_tree(xy_px).query_pairs(NEAR * usual_px, output_type="ndarray")
     steps = (xy_px[pairs[:, 1]] - xy_px[pairs[:, 0]]) @ np.array([1, 1j])
     # On a lattice with n neighbours all n directions are alike after multiplication by n. Spots at a border lack some
     # of theirs, so the count of neighbours says little; that the directions agree says all.

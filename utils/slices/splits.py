@@ -12,9 +12,9 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path, PurePath
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from utils.files.atomic import write_whole
+from utils.slices.lattice import neighbour_tree
 from utils.slices.visium import is_slice, why_no_slice
 
 PARTS = ("train", "val", "test")
@@ -286,6 +286,6 @@ def strip_parts(xy_px: np.ndarray, pitch_px: float) -> np.ndarray:
     parts = np.full(len(xy_px), "train", dtype="<U5")
     parts[order[-n_val:]] = "val"
     rest = order[:-n_val]
-    distance_px, _ = cKDTree(xy_px[order[-n_val:]]).query(xy_px[rest]) if len(rest) else (np.zeros(0), None)
+    distance_px, _ = neighbour_tree(xy_px[order[-n_val:]]).query(xy_px[rest]) if len(rest) else (np.zeros(0), None)
     parts[rest[distance_px < 2 * pitch_px]] = "gap"
     return parts

@@ -200,6 +200,12 @@ def _plausible(um_per_px: float | None) -> float | None:
     return um_per_px if plausible(um_per_px) else None
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The files of images that lie directly in a folder, by name; hidden ones aside, none where there is no folder."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in files if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()]
+
+
 # ---- which reader
 
 

@@ -43,6 +43,7 @@ from utils.images.tiff_tags import (
 from utils.images.units import UM
 
 REDUCED, TRANSPARENCY = 1, 4  # bits of NewSubfileType
+ONE_PLANE = "save one plane as a file of its own, by tifffile or ImageJ"
 UNNAMED_AXES = {"Q": "without a name", "I": "pages"}
 NUMBERED = re.compile(r"(channel|ch|c|bf|tl|brightfield)?[\s_:#-]*(\d+([:/]\d+)*)?")  # channel names that say nothing
 PRIMARY = re.compile(r"(r|red|g|green|b|blue|a|alpha)([\s_-]*(channel|ch))?")
@@ -116,7 +117,7 @@ def find_scan(path: Path, file: Any) -> Series:
         names = ", ".join(_called(series, images) for series in largest[:4]) + (", ..." if len(largest) > 4 else "")
         raise ImageError(
             f"{path}: expected one scan, found {len(largest)} planes of equal size, "
-            f"{scan.width:,} x {scan.height:,} px ({names}); {save_one(path, scan)}"
+            f"{scan.width:,} x {scan.height:,} px ({names}); {ONE_PLANE}"
         )
     if scan.problem:
         raise ImageError(f"{path}: {scan.problem}")
@@ -133,17 +134,6 @@ def find_scan(path: Path, file: Any) -> Series:
 
 def _called(series: Series, images: list[Series]) -> str:
     return series.name or f"image {images.index(series) + 1}"
-
-
-def save_one(path: Path, series: Series, n_channels: int = 1) -> str:
-    """How a plane becomes a file of its own."""
-    rgb = n_channels == 3 or int(series.key.samplesperpixel) >= 3
-    first, photometric = series.pages[0].index, "rgb" if rgb else "minisblack"
-    key = f"range({first}, {first + n_channels})" if n_channels > 1 else f"{first}"
-    return (
-        f"save one as a file of its own, the first one by: python -c \"import tifffile as t; t.imwrite('plane.tif', "
-        f"t.imread('{path}', key={key}), photometric='{photometric}')\""
-    )
 
 
 def read_series(path: Path, file: Any) -> list[Series]:
@@ -267,7 +257,7 @@ def _from_tifffile(path: Path, series: Any, name: str, order: list[int] | str) -
     if others:
         planes = math.prod(others.values())
         axes = ", ".join(f"{size} {UNNAMED_AXES.get(axis, axis)}" for axis, size in others.items())
-        image.problem = f"expected one plane, found {planes} planes ({axes}); {save_one(path, image, n_planes)}"
+        image.problem = f"expected one plane, found {planes} planes ({axes}); {ONE_PLANE}"
         return image
     if image.samples is None:
         return image

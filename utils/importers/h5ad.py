@@ -17,9 +17,10 @@ from typing import Any
 import h5py
 import numpy as np
 
+from utils.images.image import images_in
 from utils.importers import anndata_sections as sections
 from utils.importers.anndata_slice import from_anndata
-from utils.importers.images import images_in, only_image
+from utils.importers.images import only_image
 from utils.importers.source import Source, found_in
 from utils.slices.matrix import reading
 from utils.slices.visium import is_slice

@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from utils.importers.images import SUFFIXES, images_in, only_image
+from utils.images.image import images_in
+from utils.importers.images import only_image
 from utils.importers.source import Source, found_in, place_spots
 from utils.slices.lattice import Lattice
 from utils.slices.matrix import check_once, reading, whole_counts
@@ -90,9 +91,10 @@ def _her2st_section(folder: Path, counts: Path, image: Path | None) -> Section:
     spots = next((path for path in wanted if path.is_file()), None)
     if spots is None:
         raise ValueError(f"{counts}: expected the spot file {wanted[0]}, found no such file; add it")
-    images = [path for path in (folder / "ST-imgs").rglob("*") if path.suffix.lower() in SUFFIXES]
-    own = [path for path in images if name in (path.parent.name, path.stem) and path.name[0] != "."]
-    return Section(name, counts, spots, only_image(folder / "ST-imgs", own, image, name))
+    folders = [path for path in (folder / "ST-imgs").rglob("*") if path.is_dir()]
+    images = [path for place in (folder / "ST-imgs", *folders) for path in images_in(place)]
+    named = [path for path in images if name in (path.parent.name, path.stem)]
+    return Section(name, counts, spots, only_image(folder / "ST-imgs", named, image, name))
 
 
 def _plain_section(folder: Path, counts: Path | None, image: Path | None) -> Section:

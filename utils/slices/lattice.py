@@ -87,16 +87,6 @@ def is_staggered(array: np.ndarray) -> bool:
     return bool(np.all((row + col) % 2 == 0)) and len(np.unique(row % 2)) == 2
 
 
-def pitch_px(xy_px: np.ndarray, array: np.ndarray) -> float:
-    """Centre-to-centre distance between neighbouring spots, in the unit of `xy_px` (S, 2), of spots at their places.
-
-    An affine map from array places to pixels is fitted, which holes, turns and rounding hardly touch. Its determinant
-    is the area per place: pitch squared on a square array; on a staggered one, where a column is half a pitch and a row
-    sqrt(3)/2 of it, sqrt(3)/4 of that. Spots on one line have no area: their closest pair is taken.
-    """
-    return _pitch_px(_fit(array, xy_px)[0], is_staggered(array), np.asarray(xy_px, float))
-
-
 def _fit(array: np.ndarray, xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pixels per step of column and row (2, 2), and how far each spot (S,) lies from the fitted place, in pixels."""
     places = np.asarray(array, float)[:, ::-1]
@@ -106,6 +96,12 @@ def _fit(array: np.ndarray, xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pitch_px(slopes: np.ndarray, staggered: bool, xy_px: np.ndarray) -> float:
+    """Centre-to-centre distance between neighbouring spots (S, 2), from the affine map that _fit gives.
+
+    Holes, turns and rounding hardly change that map. Its determinant is the area per place: pitch squared on a square
+    array; on a staggered one, where a column is half a pitch and a row sqrt(3)/2 of it, sqrt(3)/4 of that. Spots on one
+    line have no area: their closest pair is taken.
+    """
     area_px2 = abs(np.linalg.det(slopes))
     if area_px2 > 1e-9 * np.square(slopes).sum():
         return math.sqrt(area_px2 * (4 / math.sqrt(3) if staggered else 1))

@@ -210,11 +210,15 @@ def first_bad_count(values: np.ndarray) -> tuple[str, Any] | None:
     """Of values that are not all counts (0, 1, 2, ... within int32): what is wrong, and the first such number."""
     if values.dtype.kind not in "iuf":
         return f"values of the kind {values.dtype}", None
-    checks = [("negative numbers", lambda: values < 0), ("numbers too large for counts", lambda: values > LARGEST)]
-    if values.dtype.kind == "f":
-        checks = [("NaN", lambda: np.isnan(values)), ("fractions", lambda: values != np.rint(values)), *checks]
+    floats = values.dtype.kind == "f"
+    checks = (
+        ("NaN", lambda: floats and np.isnan(values)),
+        ("negative numbers", lambda: values < 0),
+        ("fractions", lambda: floats and values != np.rint(values)),
+        ("numbers too large for counts", lambda: values > LARGEST),
+    )
     for wrong, check in checks:
-        bad = check()
+        bad = np.asarray(check())
         if bad.any():
             return wrong, values[bad][0]
     return None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from utils.images.image import SUFFIXES, image_size
+from utils.images.image import SUFFIXES, image_size, images_in
 from utils.slices.content import counts_hash
 from utils.slices.folders import HIRES, LOWRES, SPATIAL_FILES, find_root, is_slice, why_no_slice
 from utils.slices.lattice import Lattice, fit_lattice
@@ -176,8 +176,7 @@ class Slice:
                     f"{self.folder}: expected the image {named}, found no such file; correct the image column"
                 )
             return found[0]
-        files = [path for place in places for path in sorted(place.iterdir()) if path.suffix.lower() in SUFFIXES]
-        images = [path for path in files if path.is_file() and path.name[0] != "." and path.name not in BY_PRODUCTS]
+        images = [path for place in places for path in images_in(place) if path.name not in BY_PRODUCTS]
         packed = [path.name for place in places for path in place.iterdir() if _is_packed_image(path)]
         if packed and not images:
             raise ValueError(f"{self.folder}: expected an unpacked image, found {min(packed)}; gunzip it")

@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
 
 
 def plan_cut(slice_: visium.Slice, source: visium.SourceImage, args: Settings) -> tiles.Cut:
-    """How the tiles of a slice are cut. Raises ValueError where their scale is asked for and not known."""
+    """How the tiles of a slice are cut. Raises ValueError where their size is given in um and the pitch is unknown."""
     named = (source.kind, source.path.name)
     if args.crop_size is not None:
         um_per_px = None if slice_.um_per_px is None else slice_.um_per_px / source.scale

@@ -147,7 +147,7 @@ def _check_kind(path: Path, image: Image.Image) -> None:
 
 @dataclass(frozen=True)
 class PngHead:
-    """What the chunks before the pixels say: bits of a sample, colour type, sBIT and tRNS."""
+    """What the chunks before the pixels state: bits of a sample, colour type, sBIT and tRNS."""
 
     bits: int
     colour_type: int

@@ -3,7 +3,7 @@
     with open_image(Path("slide.svs")) as image:
         pixels = image.region(x, y, side=448, out_px=224)
 
-Which file is read how is told by its content, not by its name: the formats of scanners by openslide, TIFF by tifffile
+The content of a file decides how it is read, not its name: the formats of scanners by openslide, TIFF by tifffile
 and imagecodecs (only the tiles, strips or rows that are needed are decoded), JPEG, PNG, WebP, JPEG 2000 and BMP by
 Pillow and imagecodecs (decoded whole). docs/images.md has the table. Pixels lie as they are stored: Orientation is not
 followed. Transparent parts, what a slide leaves out, and what lies beyond the edge are white.
@@ -137,8 +137,8 @@ class TissueImage:
         def read(corner: tuple[int, int]) -> None:
             left, top = corner
             place = out[top : top + block, left : left + block]
-            found = self.region(left / scale, top / scale, block / scale, block)
-            place[:] = found[: place.shape[0], : place.shape[1]]
+            pixels = self.region(left / scale, top / scale, block / scale, block)
+            place[:] = pixels[: place.shape[0], : place.shape[1]]
 
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             list(pool.map(read, corners))  # raises what a thread raised
@@ -219,7 +219,7 @@ def _source(path: Path) -> Source:
 
 
 def _reader(path: Path) -> Source:
-    """The reader of a file, told by its content."""
+    """The reader of a file, by its content."""
     if not path.is_file():
         raise ImageError(f"{path}: expected an image, found {'a folder' if path.is_dir() else 'no such file'}")
     with reading(path), path.open("rb") as file:

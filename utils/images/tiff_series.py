@@ -45,7 +45,7 @@ from utils.images.units import UM
 REDUCED, TRANSPARENCY = 1, 4  # bits of NewSubfileType
 ONE_PLANE = "save one plane as a file of its own, by tifffile or ImageJ"
 UNNAMED_AXES = {"Q": "without a name", "I": "pages"}
-NUMBERED = re.compile(r"(channel|ch|c|bf|tl|brightfield)?[\s_:#-]*(\d+([:/]\d+)*)?")  # channel names that say nothing
+NUMBERED = re.compile(r"(channel|ch|c|bf|tl|brightfield)?[\s_:#-]*(\d+([:/]\d+)*)?")  # channel names without meaning
 PRIMARY = re.compile(r"(r|red|g|green|b|blue|a|alpha)([\s_-]*(channel|ch))?")
 
 
@@ -58,7 +58,7 @@ class Series:
     name : as the file names it
     width, height : int
     pages : one page, or a page per channel, in the order red, green, blue, alpha
-    samples : what its samples mean, None where `problem` says why it cannot be read
+    samples : what its samples mean, None where `problem` is why it cannot be read
     levels : pages of its coarser levels
     mapped : offset and (h, w, C) of each plane, where they lie in one piece without a page of their own
     stated_depth : bits of a channel that the file states, and where
@@ -203,7 +203,7 @@ def _ome_um_per_px(pixels: Any) -> float | None:
 
 
 def _ome_order(channels: list[Any]) -> list[int] | str:
-    """Which primary each channel is, by name, else by colour; empty where neither tells, text where they are others."""
+    """Which primary each channel is, by name, else by colour; empty where neither is known, text where others."""
     names = [(channel.get("Name") or channel.get("ID", "").split(":")[-1]).strip().lower() for channel in channels]
     primaries = [PRIMARY.fullmatch(name) for name in names]
     if primaries and all(primaries):
@@ -243,7 +243,7 @@ def _shaped_series(path: Path, file: Any) -> list[Series]:
 
 
 def _from_tifffile(path: Path, series: Any, name: str, order: list[int] | str) -> Series:
-    """A series as tifffile sees it. `order` says which primary each channel is, or why they are none."""
+    """A series as tifffile sees it. `order` is which primary each channel is, or why they are none."""
     sizes = dict(zip(series.get_axes(False), series.get_shape(False), strict=True))
     key, width, height = series.keyframe, int(sizes.get("X", 1)), int(sizes.get("Y", 1))
     image = Series(name, width, height, [key], um_per_px=tag_um_per_px(key), stated_depth=max_sample_depth(key))

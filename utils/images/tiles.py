@@ -72,10 +72,14 @@ def cut_tile(image: TissueImage, centre_px: np.ndarray, cut: Cut) -> np.ndarray:
 def cut_tiles(
     image: TissueImage, centres_px: np.ndarray, cut: Cut, batch_size: int, workers: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Tiles around `centres_px` (S, 2), x and y, in their order: batches (B, Z, Z, 3) uint8, the last one smaller.
+    """Tiles in the order of their centres: batches (B, Z, Z, 3) uint8, the last one smaller.
 
-    `workers` threads (up to four where None) cut ahead of the consumer by a few batches: memory depends on the batch
-    alone. An error is raised where its batch is due.
+    Parameters
+    ----------
+    centres_px : ndarray (S, 2), x and y, in pixels of the image
+    batch_size : B
+    workers : threads (up to four where None), which cut ahead of the consumer by a few batches: memory depends on the
+        batch alone. An error is raised where its batch is due.
     """
     centres_px = np.asarray(centres_px, float)
     if centres_px.ndim != 2 or centres_px.shape[1] != 2 or not np.isfinite(centres_px).all():
@@ -267,7 +271,14 @@ class TilePack:
 
 
 def write_pack(folder: Path, barcodes: np.ndarray, xy_px: np.ndarray, tiles: Iterable[np.ndarray], size: int) -> None:
-    """Write `tiles` as img, coords, barcode (HEST's names): blocks (n, Z, Z, 3) uint8 in the order of `barcodes`."""
+    """Write a pack as img, coords, barcode (HEST's names).
+
+    Parameters
+    ----------
+    barcodes, xy_px : (S,) and (S, 2), centres in full-resolution pixels
+    tiles : blocks (n, Z, Z, 3) uint8 in the order of the barcodes
+    size : Z
+    """
     with whole_file(folder / PACK) as part:
         _write_pack(part, barcodes, xy_px, tiles, size, np.arange(len(barcodes)))
 

@@ -88,7 +88,7 @@ def matrices(adata: Any) -> list[Matrix]:
 
 
 def is_named_counts(name: str) -> bool:
-    """Whether a layer's name says counts and nothing else: not spliced, normalised or corrected ones."""
+    """Whether a layer's name means counts and nothing else: not spliced, normalised or corrected ones."""
     words = {word for word in re.split(r"[\W_]+", name.lower()) if word}
     return bool(words & COUNT_WORDS) and words <= COUNT_WORDS | NEUTRAL_WORDS
 

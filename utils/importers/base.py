@@ -126,9 +126,21 @@ def _first_difference(written: Path, there: Path) -> str | None:
 
 
 def import_slice(source: Source, out: Path, memory: float = math.inf) -> list[str]:
-    """Write one slice folder below `out` and its line of slices.csv; gives lines to print.
+    """Write one slice folder and its line of slices.csv.
 
-    Raises ValueError where the source cannot be a slice, or where another slice of that name is there already.
+    Parameters
+    ----------
+    source : the slice
+    out : folder of slices
+    memory : bytes for the counts that are read together
+
+    Returns
+    -------
+    lines to print: a summary, then warnings
+
+    Raises
+    ------
+    ValueError where the source cannot be a slice, or where another slice of that name is there already.
     """
     source = without_controls(source)
     check(source)

@@ -82,7 +82,7 @@ def _check_form(source: Path) -> None:
 
 
 def _form_of_hdf5(source: Path) -> str | None:
-    """What else than an AnnData an HDF5 file holds; None for one, or for no HDF5, which reading it will tell."""
+    """What else than an AnnData an HDF5 file holds; None for one, or for no HDF5, which reading it refuses."""
     if not h5py.is_hdf5(source):
         return None
     with reading(source, "an .h5ad file"), h5py.File(source) as file:
@@ -160,7 +160,7 @@ def read_h5ad(
     source : .h5ad, or folder with st/ and wsis/
     image : the full-resolution H&E of an .h5ad; without it the images of uns['spatial'] serve
     pitch_um : distance between neighbouring spots; default 100 on a staggered array, else as stated
-    library_key : column of obs that says which section a spot is of, where several are joined
+    library_key : column of obs with the section of each spot, where several are joined
     """
     for sample in find_samples(source, image):
         yield from read_sample(sample, pitch_um, library_key)

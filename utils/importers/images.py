@@ -94,7 +94,7 @@ def to_rgb(where: str, pixels: np.ndarray) -> tuple[np.ndarray, str | None]:
 
     Raises
     ------
-    ValueError for another number of channels, NaN, negative numbers, or a scale that cannot be told.
+    ValueError for another number of channels, NaN, negative numbers, or an unknown scale.
     """
     values = _channels_last(where, np.asarray(pixels))
     n_channels = values.shape[2]

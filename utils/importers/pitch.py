@@ -1,6 +1,6 @@
 """The distance between neighbouring spots in um, from whichever of the stated sizes fits the spots.
 
-A pixel size s (um per px) and a distance d (um from spot to spot) say the same of spots that are p px apart where
+A pixel size s (um per px) and a distance d (um from spot to spot) agree for spots that are p px apart where
 s p = d. Files state several of both, some of them wrong: HEST-1k repeats what a resolution tag made up, and gives the
 distance of the smallest bins for pooled ones.
 """

@@ -31,7 +31,13 @@ HARDLY, MOSTLY, LARGELY, BETTER = 0.1, 0.5, 0.9, 0.05
 def check_image(
     slice_: Slice, source: SourceImage, image: TissueImage, thumbnail: Thumbnail
 ) -> tuple[np.ndarray, list[str]]:
-    """All checks of the open image that tiles are to be cut from.
+    """All checks of the image that tiles are to be cut from.
+
+    Parameters
+    ----------
+    slice_, source : the slice, and which of its images it is
+    image : that image, open
+    thumbnail : the image (h, w, 3) uint8 made small, and its pixels per pixel of the image
 
     Returns
     -------
@@ -50,7 +56,7 @@ def check_image(
     for kind, small in slice_.small.items():
         if kind != source.kind:
             warnings += check_small(source.path, fullres_px, thumbnail[0], small, exported)
-    if stated_nothing(slice_, source, image):
+    if source.kind == "fullres" and not slice_.small and image.metadata_um_per_px is None:
         warnings.append(
             f"{source.path}: expected a hires or lowres image, or a pixel size in the file, to check its scale by, "
             "found none; look at the spots on it"
@@ -61,15 +67,18 @@ def check_image(
     return inside, warnings + check_axes(f"{source.path}", xy_px[inside], size, radius_px, thumbnail, mirrored)
 
 
-def stated_nothing(slice_: Slice, source: SourceImage, image: TissueImage) -> bool:
-    """Whether nothing tells that a full-resolution image has the size that the positions are in."""
-    return source.kind == "fullres" and not slice_.small and image.metadata_um_per_px is None
-
-
 def spots_on_image(where: str, xy_px: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Which spots (S,) have their centre on an image of that width and height.
+    """Which spots (S,) have their centre on an image.
 
-    Raises ValueError where more than a few (3, or 2 %) have not: it is another image, another scale, or swapped axes.
+    Parameters
+    ----------
+    where : what messages name
+    xy_px : ndarray (S, 2), centres in pixels of the image
+    size : its width and height
+
+    Raises
+    ------
+    ValueError where more than a few (3, or 2 %) have not: it is another image, another scale, or swapped axes.
     """
     inside = np.asarray(((xy_px >= 0) & (xy_px < size)).all(axis=1))
     n_outside = int((~inside).sum())
@@ -132,7 +141,17 @@ def check_size(path: Path, fullres_px: tuple[float, float], small_px: tuple[int,
 def check_content(
     path: Path, thumbnail: np.ndarray, small: np.ndarray, small_name: str, exported: bool = False
 ) -> list[str]:
-    """Raises ValueError where an image (h, w, 3) does not show what its small one (h, w, 3) shows.
+    """Warnings where an image hardly shows what its small one shows.
+
+    Parameters
+    ----------
+    path, thumbnail : the image, and its pixels (h, w, 3) made small
+    small, small_name : pixels (h, w, 3) of the small image, and what messages call it
+    exported : whether the image has another size than the scan
+
+    Raises
+    ------
+    ValueError where it does not show the same.
 
     A blank small image allows no comparison. Where it has to confirm that the image was `exported` at another size,
     a blank one is refused, and the colours have to agree too: a correlation does not separate a smooth image from a

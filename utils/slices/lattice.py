@@ -204,7 +204,7 @@ def _basis(xy_px: np.ndarray) -> tuple[np.ndarray, bool]:
     pairs = neighbour_tree(xy_px).query_pairs(NEAR * usual_px, output_type="ndarray")
     steps = (xy_px[pairs[:, 1]] - xy_px[pairs[:, 0]]) @ np.array([1, 1j])
     # On a lattice with n neighbours all n directions are alike after multiplication by n. Spots at a border lack some
-    # of theirs, so the count of neighbours says little; that the directions agree says all.
+    # of theirs, so the agreement of the directions decides, not the count of neighbours.
     agree = {n: np.mean((steps / np.abs(steps)) ** n) if len(steps) else 0j for n in (4, 6)}
     n = max(agree, key=lambda n: abs(agree[n]))
     turn = np.angle(agree[n]) / n  # the direction nearest to the x axis

@@ -76,8 +76,8 @@ class StoredCounts:
     def indptr(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
-    def of(self, spots: np.ndarray) -> "StoredCounts":
-        """Some spots, still in the file."""
+    def select(self, spots: np.ndarray) -> "StoredCounts":
+        """The counts of these spots, still in the file."""
         return replace(self, starts=self.starts[spots], lengths=self.lengths[spots])
 
     def __getitem__(self, spots: slice | np.ndarray) -> csr_matrix:
@@ -87,8 +87,8 @@ class StoredCounts:
         starts, lengths = starts[order], lengths[order]
         with _h5_group(self.path) as group:
             parts = [self._read(group, starts[run], lengths[run]) for run in runs(starts, starts + lengths, self.most)]
-        found = _cleaned(self.path, vstack(parts, format="csr") if len(parts) > 1 else parts[0], self.of_genes)
-        return found if (np.diff(order) == 1).all() else found[np.argsort(order)]
+        counts = _cleaned(self.path, vstack(parts, format="csr") if len(parts) > 1 else parts[0], self.of_genes)
+        return counts if (np.diff(order) == 1).all() else counts[np.argsort(order)]
 
     def _read(self, group: h5py.Group, starts: np.ndarray, lengths: np.ndarray) -> csr_matrix:
         """One stretch of the file, and of it the spots asked for: their counts (spots, features)."""
@@ -122,7 +122,7 @@ class CountMatrix:
 
 @contextmanager
 def reading(path: Path, expected: str) -> Iterator[None]:
-    """Turn whatever a library says about a damaged file into one line that names the file."""
+    """Turn whatever a library raises on a damaged file into one line that names the file."""
     try:
         yield
     except (OSError, EOFError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, zlib.error) as error:

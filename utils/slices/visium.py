@@ -170,12 +170,12 @@ class Slice:
         """The full-resolution image: the one named, else the only one in the folder or its root, else None."""
         places = list(dict.fromkeys([self.folder, self.root]))
         if named is not None:
-            found = [place / named for place in places if (place / named).is_file()]
-            if not found:
+            files = [place / named for place in places if (place / named).is_file()]
+            if not files:
                 raise ValueError(
                     f"{self.folder}: expected the image {named}, found no such file; correct the image column"
                 )
-            return found[0]
+            return files[0]
         images = [path for place in places for path in images_in(place) if path.name not in BY_PRODUCTS]
         packed = [path.name for place in places for path in place.iterdir() if _is_packed_image(path)]
         if packed and not images:
@@ -216,7 +216,9 @@ class Slice:
     def with_counts(self, memory: float = math.inf) -> CountedSlice:
         """The slice and the counts of its spots; more than `memory` bytes of them stay in their HDF5 file."""
         matrix = read_matrix(self.matrix or self.root, memory)
-        counts = matrix.counts.of(self.rows) if isinstance(matrix.counts, StoredCounts) else matrix.counts[self.rows]
+        counts = (
+            matrix.counts.select(self.rows) if isinstance(matrix.counts, StoredCounts) else matrix.counts[self.rows]
+        )
         return CountedSlice(**vars(self), counts=counts, genes=matrix.genes, gene_ids=matrix.gene_ids)
 
 
@@ -242,7 +244,7 @@ def open_slice(folder: str | Path, name: str | None = None, spot_pitch_um: float
     ----------
     folder : the slice folder, as find_root takes it
     name : what to call the slice; default the name of the folder
-    spot_pitch_um : distance between neighbouring spots where the folder does not tell it
+    spot_pitch_um : distance between neighbouring spots where the folder does not state it
 
     Raises
     ------
@@ -286,10 +288,10 @@ def fit_positions(where: Path, positions: pd.DataFrame) -> Lattice | None:
     Measured places replace those of `positions`. None for a single position.
     """
     for used in (np.ones(len(positions), bool), positions["in_tissue"].to_numpy()):
-        found = positions[used]
-        if len(found) < 2:
+        chosen = positions[used]
+        if len(chosen) < 2:
             continue
-        xy, array = (found[list(columns)].to_numpy() for columns in (POSITIONS_PX, POSITIONS_ARRAY))
+        xy, array = (chosen[list(columns)].to_numpy() for columns in (POSITIONS_PX, POSITIONS_ARRAY))
         try:
             lattice = fit_lattice(str(where), xy, array)
         except ValueError:
@@ -326,7 +328,7 @@ def _positive(root: Path, pitch_um: float | None) -> float | None:
 
 
 def _contradictions(slice_: Slice) -> list[str]:
-    """What the files of a slice say against each other and can still be worked with."""
+    """Contradictions between the files of a slice that it can still be used with."""
     lattice, factors = slice_.lattice, slice_.scalefactors
     warnings: list[str] = []
     if lattice is None:

@@ -25,6 +25,7 @@ from tiny_runs import write_matrix
 
 from utils.images import tiles
 from utils.images.image import open_image
+from utils.slices import visium
 
 
 @pytest.fixture
@@ -340,3 +341,16 @@ def test_several_threads_cut_the_same_tiles(data):
     one = tiles.TilePack(cut(data)).read(np.arange(6))
     cut(data, "--workers", 3, "--tiles", data.parent / "other")
     np.testing.assert_array_equal(tiles.TilePack(data.parent / "other" / "slice").read(np.arange(6)), one)
+
+
+def test_a_slice_folder_is_read_once(data, monkeypatch):
+    calls = []
+
+    def counted(name, read):
+        return lambda *args: calls.append(name) or read(*args)
+
+    names = ["fit_lattice", "open_slice", "read_positions", "read_scalefactors", "slice_matrix"]
+    for name in names:
+        monkeypatch.setattr(visium, name, counted(name, getattr(visium, name)))
+    cut(data)
+    assert sorted(calls) == names

@@ -3,10 +3,10 @@
 visium         a slice folder opened once: positions, scale factors, lattice, counts, images
 folders        which folder is a slice, and what others are in its place
 spatial_files  positions and scale factors
-checks         an image held against its slice
-matrix         count matrices in HDF5 or as a folder (visium passes them on)
-splits         slices.csv: which slice is whose, its part, its spot pitch and image; the split and the leak guard
-lattice        array places measured from the pixels of the spots
+checks         an image checked against its slice
+matrix         count matrices in HDF5 or as a folder, read and written; what is a raw count
+splits         slices.csv: patient, part, spot pitch and image of each slice; the split and the leak guard
+lattice        array places measured from the pixels of the spots; distances of neighbours
 content        the hash of what a slice counted
 export         results as AnnData that scanpy and squidpy plot
 """

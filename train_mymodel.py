@@ -92,10 +92,12 @@ def build_model(args, slices, train_bins: np.ndarray, n_components: int):
     from utils.features.cache import read_image_weights
 
     weights = read_image_weights(args.image_weights, "--image_weights")
+    queue_size = max(min(args.queue_size, len(train_bins) - args.batch_size), 0)
     sizes = StageOneSizes(
         n_genes=len(slices[0].panels["input"].genes),
         image_pretrained=weights is not None,
-        queue_size=max(min(args.queue_size, len(train_bins) - args.batch_size), 0),
+        queue_size=queue_size,
+        momentum_encoders=args.alpha > 0 or queue_size > 0,
         n_components=n_components,
         **{
             name: getattr(args, name)

@@ -41,6 +41,7 @@ class StageOneSizes:
     image_tokens: int = 50
     width: int = 512
     queue_size: int = 4096
+    momentum_encoders: bool = True  # needed by a queue, and by distillation (alpha > 0)
     n_components: int = 0  # of expression, that both vectors are to tell
 
 
@@ -75,6 +76,8 @@ class StageOne(nn.Module):
     def __init__(self, sizes: StageOneSizes, image_weights: Weights = None):
         super().__init__()
         s = self.sizes = sizes
+        if s.queue_size and not s.momentum_encoders:
+            raise ValueError(f"queue_size {s.queue_size}: a queue holds features of momentum encoders, found none")
         self.image_encoder = ImageEncoder(
             s.image_encoder, s.image_size, s.width, image_weights, s.image_pretrained, s.crop_scales
         )
@@ -87,23 +90,26 @@ class StageOne(nn.Module):
         self.queue = FeatureQueue(s.queue_size, s.width)
         self.n_steps: Tensor
         self.register_buffer("n_steps", torch.zeros((), dtype=torch.long))
-        self.image_twin: nn.Module
-        self.gene_twin: nn.Module
+        self.image_twin: nn.Module | None = None
+        self.gene_twin: nn.Module | None = None
         self.make_twins()
 
     def make_twins(self) -> None:
-        """Copy the encoders as they stand; called again when weights were loaded or layers frozen."""
-        self.image_twin, self.gene_twin = make_twin(self.image_encoder), make_twin(self.gene_encoder)
+        """Copy the encoders as they are, where a loss needs the copies; repeat it when weights or frozen layers change."""
+        if self.sizes.momentum_encoders:
+            self.image_twin, self.gene_twin = make_twin(self.image_encoder), make_twin(self.gene_encoder)
 
     def compile_encoders(self) -> None:
         """torch.compile for both encoders and their twins; names of parameters stay as they are."""
         for encoder in (self.image_encoder, self.gene_encoder, self.image_twin, self.gene_twin):
-            encoder.compile()
+            if encoder is not None:
+                encoder.compile()
 
     def train(self, mode: bool = True) -> StageOne:
         super().train(mode)
-        self.image_twin.eval()
-        self.gene_twin.eval()
+        for encoder in (self.image_twin, self.gene_twin):
+            if encoder is not None:
+                encoder.eval()
         return self
 
     def encode_images(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +123,9 @@ class StageOne(nn.Module):
         return F.normalize(vector.float(), dim=1), tokens
 
     @torch.no_grad()
-    def encode_with_twins(self, tiles: Tensor, bins: Tensor, start: Tensor, spots: Tensor) -> Pair:
+    def encode_with_twins(self, tiles: Tensor, bins: Tensor, start: Tensor, spots: Tensor) -> Pair | None:
+        if self.image_twin is None or self.gene_twin is None:
+            return None
         image, gene = self.image_twin(tiles)[0], self.gene_twin(bins, start)[0]
         return gather_pair(F.normalize(image.float(), dim=1), F.normalize(gene.float(), dim=1), spots)
 
@@ -162,8 +170,11 @@ class StageOne(nn.Module):
         start = self.gene_encoder.frozen_part(bins) if hidden is None else hidden
         gene_vector, gene_tokens = self.gene_encoder(bins, start)
         student = gather_pair(F.normalize(vector.float(), dim=1), F.normalize(gene_vector.float(), dim=1), spots)
-        distils = alpha > 0 or self.queue.capacity > 0
-        twin = self.encode_with_twins(tiles, bins, start, spots) if distils else student.detached()
+        twin = self.encode_with_twins(tiles, bins, start, spots)
+        if twin is None:
+            if alpha > 0:
+                raise ValueError(f"alpha {alpha:g}: distillation needs a model with momentum_encoders")
+            twin = student.detached()
         contrast = self.contrast(student, twin, self.queue.filled(), alpha)
         image_tokens = self.image_encoder.project_tokens(raw_tokens, self.sizes.image_tokens)
         matching, accuracy = self.match(gene_tokens, image_tokens, student, generator)
@@ -179,8 +190,9 @@ class StageOne(nn.Module):
         """Temperature kept in bounds, twins moved, the step's batches put into the queue."""
         self.contrast.clamp()
         momentum = twin_momentum(int(self.n_steps))
-        update_twin(self.image_twin, self.image_encoder, momentum)
-        update_twin(self.gene_twin, self.gene_encoder, momentum)
+        for twin_encoder, encoder in ((self.image_twin, self.image_encoder), (self.gene_twin, self.gene_encoder)):
+            if twin_encoder is not None:
+                update_twin(twin_encoder, encoder, momentum)
         self.n_steps += 1
         for twin in twins:
             self.queue.push(twin.image, twin.gene, twin.spot)

@@ -76,9 +76,9 @@ def test_a_torn_file_is_refused(path, share):
 def test_a_torn_file_of_the_old_format_is_refused(path, share):
     """Weights saved before torch 1.6 are not zip files; their download may have stopped anywhere."""
     path.parent.mkdir()
-    tensors = {f"w{i}": torch.randn(40) for i in range(30)}
-    torch.save({"model": tensors}, path, _use_new_zipfile_serialization=False)
-    assert set(tensors.read_weights(path, "--image_weights")) == set(tensors)
+    weights = {f"w{i}": torch.randn(40) for i in range(30)}
+    torch.save({"model": weights}, path, _use_new_zipfile_serialization=False)
+    assert set(tensors.read_weights(path, "--image_weights")) == set(weights)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     refused("--image_weights: .* is corrupt", tensors.read_weights, path, "--image_weights")
 
@@ -156,10 +156,10 @@ def test_a_decoder_of_before_the_kernel_is_refused(path, number):
 
 
 def test_weights_of_another_model_are_refused(path):
-    tensors = torch.nn.Linear(3, 2).state_dict()
-    checkpoint.fit(torch.nn.Linear(3, 2), tensors, path, "--encoder")
+    weights = torch.nn.Linear(3, 2).state_dict()
+    checkpoint.fit(torch.nn.Linear(3, 2), weights, path, "--encoder")
     for other in (torch.nn.Linear(4, 2), torch.nn.Linear(3, 2, bias=False)):
-        refused("--encoder: the weights in .* do not fit", checkpoint.fit, other, tensors, path, "--encoder")
+        refused("--encoder: the weights in .* do not fit", checkpoint.fit, other, weights, path, "--encoder")
 
 
 # ---- the last one and the one before it
@@ -238,8 +238,8 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path, monkeypatch, error):
 
 @pytest.mark.parametrize("key", [None, "model", "state_dict", "teacher", "model_state_dict"])
 def test_foreign_weights_are_found(tmp_path, key):
-    tensors = {"module.a": torch.ones(2), "b.module.c": torch.zeros(1)}
-    torch.save(tensors if key is None else {key: tensors, "epoch": 3}, tmp_path / "w.pth")
+    weights = {"module.a": torch.ones(2), "b.module.c": torch.zeros(1)}
+    torch.save(weights if key is None else {key: weights, "epoch": 3}, tmp_path / "w.pth")
     found = tensors.read_weights(tmp_path / "w.pth", "--image_weights")
     assert set(found) == {"a", "b.module.c"} and torch.equal(found["a"], torch.ones(2))
 

@@ -155,18 +155,36 @@ def two_pairs(model, batch):
     return student, model.encode_with_twins(tiles, bins, model.gene_encoder.frozen_part(bins), spots)
 
 
-@pytest.mark.parametrize(("alpha", "queue", "asked"), [(0.0, 0, False), (0.4, 0, True), (0.0, 10, True)])
-def test_twins_are_asked_where_a_target_or_a_queue_needs_them(alpha, queue, asked):
-    model, batch, calls = stage_one(queue_size=queue), batch_of(), []
+@pytest.mark.parametrize(("alpha", "queue"), [(0.4, 0), (0.0, 10), (0.4, 10)])
+def test_momentum_features_enter_target_and_queue(alpha, queue):
+    model, batch = stage_one(queue_size=queue), batch_of()
     shake_twins(model)
-    for twin, _ in twins_of(model):
-        twin.register_forward_hook(lambda *_: calls.append(True))
     found = step_of(model, batch, alpha=alpha)
-    assert bool(calls) == asked
     student, twin = two_pairs(model, batch)
-    torch.testing.assert_close(found.twin, twin if asked else student)
+    torch.testing.assert_close(found.twin, twin)
     assert not found.twin.image.requires_grad and not found.twin.gene.requires_grad
     torch.testing.assert_close(found.contrast, model.contrast(student, twin, model.queue.filled(), alpha))
+
+
+def test_without_momentum_encoders_a_step_is_that_of_the_encoders_alone():
+    """Neither built, saved nor updated; the loss without distillation and queue is the same as with them."""
+    plain, full = (stage_one(queue_size=0, momentum_encoders=given) for given in (False, True))
+    encoders = {name for name in full.state_dict() if "_twin." not in name}
+    assert set(plain.state_dict()) == encoders and encoders != set(full.state_dict())
+    found = step_of(plain, batch_of(), alpha=0.0)
+    assert torch.equal(found.loss, step_of(full, batch_of(), alpha=0.0).loss)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    plain.make_twins()
+    plain.eval().after_step(found.twin)
+    after = plain.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"n_steps"}
+
+
+def test_what_needs_momentum_encoders_is_refused_without_them():
+    with pytest.raises(ValueError, match="queue_size 10: "):
+        stage_one(momentum_encoders=False)
+    with pytest.raises(ValueError, match=r"alpha 0\.4: distillation needs a model with momentum_encoders"):
+        step_of(stage_one(queue_size=0, momentum_encoders=False), batch_of(), alpha=0.4)
 
 
 def test_several_scales_teach_in_a_step():

@@ -84,26 +84,26 @@ class GridEncoder(torch.nn.Module):
 
 
 @pytest.mark.parametrize("tta", TURNS_OF)
-def test_tokens_of_turned_tiles_are_put_back_in_their_place(turns):
-    model, tiles = stage_two(tta=turns, width=3), torch.rand(3, 3, 16, 16)
+def test_tokens_of_turned_tiles_are_put_back_in_their_place(tta):
+    model, tiles = stage_two(tta=tta, width=3), torch.rand(3, 3, 16, 16)
     model.image_encoder = GridEncoder()
     pooled, tokens = model.image_encoder.features(tiles)
     found = model.encode(tiles)
     torch.testing.assert_close(found[:, model.n_vectors :], tokens)
-    seen = [model.image_encoder.features(turned(tiles, turn))[0] for turn in TURNS_OF[turns]]
+    seen = [model.image_encoder.features(turned(tiles, turn))[0] for turn in TURNS_OF[tta]]
     torch.testing.assert_close(found[:, 0], torch.stack(seen).mean(0))
-    assert torch.allclose(found[:, 0], pooled) == (turns == 1)
+    assert torch.allclose(found[:, 0], pooled) == (tta == 1)
 
 
 @pytest.mark.parametrize("tta", TURNS_OF)
-def test_features_of_a_turned_tile_are_those_of_the_tile_turned(turns):
+def test_features_of_a_turned_tile_are_those_of_the_tile_turned(tta):
     """For every turn that is among those averaged over, and for no other."""
-    model, tiles = stage_two(tta=turns), torch.rand(2, 3, 96, 96)
+    model, tiles = stage_two(tta=tta), torch.rand(2, 3, 96, 96)
     plain = model.encode(tiles)
     for turn in TURNS:
         found = model.encode(turned(tiles, turn))
         same = torch.allclose(found[:, :VECTORS], plain[:, :VECTORS], atol=1e-5)
-        assert same == (turn in TURNS_OF[turns]), turn
+        assert same == (turn in TURNS_OF[tta]), turn
         if same:
             there, before = as_grid(found[:, VECTORS:]), as_grid(plain[:, VECTORS:])
             torch.testing.assert_close(there, turned(before, turn), rtol=1e-4, atol=1e-5)

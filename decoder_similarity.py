@@ -61,7 +61,7 @@ def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndar
         with accelerator.autocast():
             return model.encode(tiles)
 
-    device, around = accelerator.device, (model.sizes.context, model.sizes.reaches)
+    device, around = accelerator.device, (model.sizes.context, model.sizes.bandwidths)
     how = cache.TileEncoder(encode, model.sizes.image_size, device, args.batch_size, args.workers)
     moments = neighbourhoods.Moments(*(state["feature_moments"][key].numpy() for key in ("mean", "sd")))
     autocast, predicted = partial(distributed.decoder_autocast, accelerator, args.precision), []

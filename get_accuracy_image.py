@@ -53,10 +53,10 @@ def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndar
         for rows in distributed.own_batches(order):
             profiles, place = np.unique(np.maximum(candidates[rows], 0), return_inverse=True)
             with torch.no_grad(), accelerator.autocast():
-                genes = model.fusion.read_genes(encoded.gene_tokens[profiles].to(device))
+                genes = model.fusion.precompute_genes(encoded.gene_tokens[profiles].to(device))
                 genes = genes[torch.from_numpy(place.reshape(candidates[rows].shape)).to(device)]
-                images = model.fusion.read_images(encoded.image_tokens[rows].to(device))
-                yield (model.fusion.judge(genes, images).float(),)
+                images = model.fusion.precompute_images(encoded.image_tokens[rows].to(device))
+                yield (model.fusion.score(genes, images).float(),)
 
     logits = np.concatenate([found.cpu().numpy() for (found,) in distributed.in_order(own(), order)])
     return np.where(candidates >= 0, logits, 0)

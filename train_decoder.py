@@ -72,7 +72,7 @@ def build_model(args, encoder: dict, n_genes: int, n_train_spots: int):
     sizes = StageTwoSizes(
         n_genes=n_genes,
         landmarks=min(LANDMARKS, n_train_spots),
-        reaches=list(StageTwoSizes.reaches) if args.context else [],
+        bandwidths=list(StageTwoSizes.bandwidths) if args.context else [],
         **{name: encoder["sizes"][name] for name in ("image_encoder", "image_size", "crop_scales", "width")},
         **{name: getattr(args, name) for name in ("decoder_layers", "decoder_width", "context", "tta")},
     )
@@ -204,7 +204,7 @@ def train(encoder: dict, slices, rows, accelerator, args) -> None:
     if not distributed.go_on_alone():  # on kept features one process trains
         return
     moments = neighbourhoods.moments(views[0], model.n_vectors, [one.rows_of("train") for one in slices])
-    around = (model.sizes.context, model.sizes.reaches)
+    around = (model.sizes.context, model.sizes.bandwidths)
     bank = neighbourhoods.FeatureBank(slices, views, moments, *around, accelerator.device, memory)
     truth = targets.validation_residuals(slices)
     spots = bank.first[chosen[:, 0]] + chosen[:, 1]

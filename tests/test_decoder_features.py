@@ -118,7 +118,7 @@ def test_the_best_epoch_never_falls_behind_the_ridge(trained, tmp_path, capsys, 
     assert last["best"] == best["row"]["val_pcc_residuals"] >= last["row"]["val_pcc_residuals"]
     if rate < 1e-9:
         torch.testing.assert_close(last["val_pcc"], best["val_pcc"], atol=1e-6, rtol=0)
-    for name in ("landmarks", "scale", "sharpness", "read.weight"):
+    for name in ("landmarks", "scale", "gamma", "linear.weight"):
         assert torch.equal(last["model"][f"decoder.ridge.{name}"], best["model"][f"decoder.ridge.{name}"]), name
 
 

@@ -199,7 +199,7 @@ def slow_batch(made, number, standard=None):
         "context": context,
         "offsets": offsets,
         "present": np.arange(18) < len(nearest),
-        "around": (around - own.mean[0]) / own.sd[0],
+        "smoothed": (around - own.mean[0]) / own.sd[0],
     }
 
 
@@ -211,7 +211,7 @@ def test_a_batch_is_what_a_slow_look_up_gives(made, bank):
         expected = slow_batch(made, number)
         assert set(found) == set(expected)
         for name, value in expected.items():
-            atol = 1e-3 if name == "around" else 1e-5  # kept in half precision
+            atol = 1e-3 if name == "smoothed" else 1e-5  # kept in half precision
             np.testing.assert_allclose(found[name][i].numpy(), value, atol=atol, err_msg=f"{name} of spot {number}")
     assert found["vector"].dtype == torch.float32 and not found["present"].all()
 
@@ -268,7 +268,7 @@ def test_a_view_gives_its_vectors_tokens_and_context(made, bank, tmp_path):
     for i, (number, kept) in enumerate(((69, alone), (3, made), (100, made), (3, alone))):
         expected = slow_batch(SimpleNamespace(**vars(made) | {"kept": kept.kept}), number, made.kept[0])
         for name, value in expected.items():
-            atol = 1e-3 if name == "around" else 1e-5  # kept in half precision
+            atol = 1e-3 if name == "smoothed" else 1e-5  # kept in half precision
             np.testing.assert_allclose(found[name][i].numpy(), value, atol=atol, err_msg=f"{name} of spot {number}")
 
 
@@ -277,13 +277,13 @@ def test_no_context_at_all(made, tmp_path):
         made.slices, [made.kept], made.train, 0, (), torch.device("cpu"), ArrayStore(1.0, tmp_path)
     ).batch(np.arange(5))
     assert found["context"].shape == (5, 0, 6) and found["offsets"].shape == (5, 0, 2)
-    assert found["around"].shape == (5, 0, 6)
+    assert found["smoothed"].shape == (5, 0, 6)
 
 
 def test_a_spot_alone_has_the_mean_of_its_slice_around(made, tmp_path):
     made.slices[0].xy_fullres_px[0] = 1e5
     found = make_bank(made, tmp_path).batch(np.array([0, 1]))
-    assert not found["around"][0].any() and found["around"][1].all()
+    assert not found["smoothed"][0].any() and found["smoothed"][1].all()
 
 
 # ---- the score out of the domain, predictions

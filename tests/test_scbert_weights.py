@@ -53,7 +53,7 @@ def trunk_output(encoder, bins):
     """What the encoder's head is given: (B, G, W)."""
     seen = []
     handle = encoder.gather.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    encoder.encode(bins)
+    encoder(bins)
     handle.remove()
     return seen[0]
 

@@ -28,7 +28,7 @@ def batch_of(n=5):
         "context": torch.randn(n, CONTEXT, VECTORS * WIDTH),
         "offsets": torch.randn(n, CONTEXT, 2),
         "present": torch.rand(n, CONTEXT) > 0.3,
-        "around": torch.randn(n, 3, VECTORS * WIDTH),
+        "smoothed": torch.randn(n, 3, VECTORS * WIDTH),
     }
 
 
@@ -121,7 +121,7 @@ def test_the_encoder_is_frozen_in_training_mode_too(image_encoder):
     assert torch.equal(model.encode(tiles), first)
     assert all(torch.equal(t, before[name]) for name, t in model.image_encoder.state_dict().items())
     frozen = {name for name, p in model.decoder.named_parameters() if not p.requires_grad}
-    assert frozen == {"ridge.read.weight", "ridge.read.bias"}, "solved, not trained"
+    assert frozen == {"ridge.linear.weight", "ridge.linear.bias"}, "solved, not trained"
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def test_one_step_at_the_published_size():
     features = model.encode(torch.rand(2, 3, 224, 224))
     assert features.shape == (2, 2 + 16, 512)
     context = {"context": torch.randn(2, 18, 1024), "offsets": torch.randn(2, 18, 2), "present": torch.ones(2, 18) > 0}
-    batch = model.split(features) | context | {"around": torch.randn(2, 3, 1024)}
+    batch = model.split(features) | context | {"smoothed": torch.randn(2, 3, 1024)}
     optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=1e-4)
     loss = losses.expression_loss(model.decoder(**batch), torch.randn(2, 300))
     loss.backward()

@@ -224,7 +224,7 @@ class FeatureBank:
 
     def batch(self, spots: np.ndarray, view: np.ndarray | int = 0) -> dict[str, Tensor]:
         """Spot numbers (B,), view of each (B,) -> what GeneDecoder takes: vector, tokens, context, offsets, present,
-        around."""
+        smoothed."""
         of = np.searchsorted(self.first, spots, side="right") - 1
         start = self.start[view, of]
         rows = np.column_stack([spots - self.first[of], self.index[spots]]) + start[:, None]
@@ -237,7 +237,7 @@ class FeatureBank:
             "context": vectors[:, 1:] * present[..., None],
             "offsets": self._put(self.offset[spots]),
             "present": present,
-            "around": self._put(self.around[spots]).float().flatten(2),
+            "smoothed": self._put(self.around[spots]).float().flatten(2),
         }
 
 

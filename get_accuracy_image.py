@@ -94,12 +94,11 @@ def gallery_scores(model, encoded, predicted_depth, log_depth, candidates, accel
 
 def predicted_depths(args, state: dict, slices, taught, accelerator) -> list[np.ndarray]:
     """Log total counts, relative to the slice's mean, that ridge reads off the pretrained encoder's features."""
-    from model.image_encoder import ImageEncoder
     from utils.evaluation import baselines
     from utils.features import cache
 
-    several = [*taught, *slices]
-    found = cache.pretrained_features(ImageEncoder, state, state["settings"], several, accelerator, args)
+    several, inference = [*taught, *slices], cache.Inference(accelerator, args.batch_size, args.workers)
+    found = cache.pretrained_features(state, state["settings"], several, inference, args.image_weights)
     found = [baselines.standardise(f) for f in found]
 
     def images(part, some, some_features):
@@ -119,8 +118,8 @@ def score_slice(model, one, predicted_depth, accelerator, args) -> dict:
     from utils.files.arrays import ArrayStore
 
     rows = one.rows_of(args.part)
-    store = ArrayStore(args.memory, args.out)
-    encoded = cache.encode_pairs(model, one, one.bins(), rows, accelerator, args, store)
+    store, inference = ArrayStore(args.memory, args.out), cache.Inference(accelerator, args.batch_size, args.workers)
+    encoded = cache.encode_pairs(model, one, one.bins(), rows, inference, store)
     image, gene = encoded.vectors()
     log_depth = np.log(one.total_counts[rows])
     galleries = {

@@ -161,7 +161,7 @@ def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, pr
     order.epoch, order.first = epoch, progress.step
     with tqdm(loader, desc=f"epoch {epoch}", unit="step", initial=order.first, disable=None) as bar:
         for i, batch in enumerate(bar, start=order.first):
-            loop.seed_everything(args.seed, epoch, i, distributed.rank())
+            distributed.seed_everything(args.seed, epoch, i, distributed.rank())
             number = (epoch - args.Init_Epoch) * len(order) + i
             alpha = args.alpha * min((number + 1) / len(order), 1.0)
             candidates = args.batch_size + int(model.queue.state[0])
@@ -189,15 +189,15 @@ def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, pr
 def validate(model, slices, bins, accelerator, args) -> dict[str, float]:
     """R@5 in whole slices, mean of both directions and of slices, beside its chance."""
     from utils.evaluation import retrieval
-    from utils.features.cache import encode_pairs
+    from utils.features.cache import Inference, encode_pairs
 
     model.eval()
-    found, chances = [], []
+    inference, found, chances = Inference(accelerator, args.batch_size, args.workers), [], []
     for one, tokens in zip(slices, bins, strict=True):
         rows = one.rows_of("val")
         if not len(rows):
             continue
-        image, gene = encode_pairs(model, one, tokens, rows, accelerator, args).vectors()
+        image, gene = encode_pairs(model, one, tokens, rows, inference).vectors()
         ranks = retrieval.ranks_from_embeddings(image, gene), retrieval.ranks_from_embeddings(gene, image)
         found.append(np.mean([retrieval.recall_at(r, 5) for r in ranks]))
         chances.append(min(5 / len(rows), 1.0))
@@ -225,10 +225,10 @@ def train(slices, rows, accelerator, args) -> None:
     """From the encoders' start to the last epoch, or on from where a run was interrupted."""
     from model.masked_bins import MaskedBins
     from utils.files import arrays
-    from utils.training import count_tables, frozen, loop, pretrain
+    from utils.training import count_tables, loop, pretrain
     from utils.training.progress import Progress
 
-    loop.seed_everything(args.seed)
+    distributed.seed_everything(args.seed)
     memory = arrays.ArrayStore(args.memory, args.out)
     spots = dataset.spots_of(slices, "train")
     bins, train_bins = tokens_of(slices, memory)
@@ -245,8 +245,7 @@ def train(slices, rows, accelerator, args) -> None:
             MaskedBins(model.gene_encoder).to(accelerator.device), slices, bins, tables, accelerator, args
         )
         model.reset_momentum_encoders()
-    hidden = frozen.outputs(model.gene_encoder, train_bins, accelerator, args)
-    extra = {"bins": train_bins} if hidden is None else {"bins": train_bins, "hidden": hidden}
+    extra = {"bins": train_bins}
     if expression:
         extra["expression"] = targets.train_scores(slices, expression, memory)
     if expression and not args.resume:

@@ -115,7 +115,7 @@ def predict_view(run: Run, member: Member, kept: np.ndarray, spots: SlideSpots, 
     moments = neighbourhoods.Moments(*(member.state["feature_moments"][key].numpy() for key in ("mean", "sd")))
     one: Any = spots  # has what is looked at of a slice
     around = (model.sizes.context, model.sizes.bandwidths)
-    bank = neighbourhoods.FeatureBank([one], [[kept]], moments, *around, run.accelerator.device, budget)
+    bank = neighbourhoods.FeatureBank([one], [kept], moments, *around, run.accelerator.device, budget)
     autocast = partial(distributed.decoder_autocast, run.accelerator, run.precision)
     return neighbourhoods.predict(model, bank, np.arange(len(spots.barcodes)), autocast, run.batch_size)
 

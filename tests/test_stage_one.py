@@ -1,4 +1,4 @@
-"""stage_one.py: losses, gradients and momentum encoders of whole steps, on a tiny model; one at the published size is slow."""
+"""stage_one.py: losses, gradients and momentum encoders of whole steps, on a tiny model; the published size is slow."""
 
 import math
 

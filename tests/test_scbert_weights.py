@@ -25,6 +25,7 @@ from spaceranger_folders import refused
 
 from model import performer, scbert
 from model.scbert import load_scbert, loading_table
+from utils.files.tensors import read_weights
 from utils.training import gene_weights
 
 
@@ -148,7 +149,7 @@ def test_the_outcome_of_every_tensor_is_reported(tensors):
     ]
     assert lines[1].endswith("to_out.bias (not needed: scBERT's head for masked tokens)")
     assert "to_out.fc2.weight and 2 more (no part of scBERT)" in lines[2]
-    assert "pos_emb.emb.weight (positions of genes, taken by name); to_out.weight (scBERT's reading" in lines[3]
+    assert "pos_emb.emb.weight (positions of genes, taken by name); to_out.weight (scBERT's head" in lines[3]
     assert lines[3].endswith("and 11 more (beyond --gene_depth 5)")
 
 

@@ -61,14 +61,14 @@ def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndar
         with accelerator.autocast():
             return model.encode(tiles)
 
-    device, around = accelerator.device, (model.sizes.context, model.sizes.reaches)
+    device, around = accelerator.device, (model.sizes.context, model.sizes.bandwidths)
     how = cache.TileEncoder(encode, model.sizes.image_size, device, args.batch_size, args.workers)
     moments = neighbourhoods.Moments(*(state["feature_moments"][key].numpy() for key in ("mean", "sd")))
     autocast, predicted = partial(distributed.decoder_autocast, accelerator, args.precision), []
     for one in slices:
         memory = arrays.ArrayStore(args.memory, args.out)
         kept = cache.in_budget(cache.encode_slice(how, one), len(one.barcodes), memory)
-        bank = neighbourhoods.FeatureBank([one], [[kept]], moments, *around, device, memory)
+        bank = neighbourhoods.FeatureBank([one], [kept], moments, *around, device, memory)
         spots = one.rows_of(args.part)
         predicted.append(neighbourhoods.predict(model, bank, spots, autocast, args.batch_size))
     return predicted
@@ -76,12 +76,11 @@ def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndar
 
 def predict_cheap(args, state: dict, slices, taught, accelerator) -> dict[str, list[np.ndarray]]:
     """Rows on the pretrained encoder's features, fitted on the same slices and target: (S, G) per slice."""
-    from model.image_encoder import ImageEncoder
     from utils.evaluation import baselines, metrics
     from utils.features import cache
 
-    several = [*taught, *slices]
-    found = cache.pretrained_features(ImageEncoder, state, state["encoder_settings"], several, accelerator, args)
+    several, inference = [*taught, *slices], cache.Inference(accelerator, args.batch_size, args.workers)
+    found = cache.pretrained_features(state, state["encoder_settings"], several, inference, args.image_weights)
     found = [baselines.standardise(f) for f in found]
     seen: dict[str, list] = {"train": [], "val": []}
     for one, own in zip(taught, found, strict=False):

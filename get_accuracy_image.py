@@ -53,10 +53,10 @@ def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndar
         for rows in distributed.own_batches(order):
             profiles, place = np.unique(np.maximum(candidates[rows], 0), return_inverse=True)
             with torch.no_grad(), accelerator.autocast():
-                genes = model.fusion.read_genes(encoded.gene_tokens[profiles].to(device))
+                genes = model.fusion.precompute_genes(encoded.gene_tokens[profiles].to(device))
                 genes = genes[torch.from_numpy(place.reshape(candidates[rows].shape)).to(device)]
-                images = model.fusion.read_images(encoded.image_tokens[rows].to(device))
-                yield (model.fusion.judge(genes, images).float(),)
+                images = model.fusion.precompute_images(encoded.image_tokens[rows].to(device))
+                yield (model.fusion.score(genes, images).float(),)
 
     logits = np.concatenate([found.cpu().numpy() for (found,) in distributed.in_order(own(), order)])
     return np.where(candidates >= 0, logits, 0)
@@ -94,12 +94,11 @@ def gallery_scores(model, encoded, predicted_depth, log_depth, candidates, accel
 
 def predicted_depths(args, state: dict, slices, taught, accelerator) -> list[np.ndarray]:
     """Log total counts, relative to the slice's mean, that ridge reads off the pretrained encoder's features."""
-    from model.image_encoder import ImageEncoder
     from utils.evaluation import baselines
     from utils.features import cache
 
-    several = [*taught, *slices]
-    found = cache.pretrained_features(ImageEncoder, state, state["settings"], several, accelerator, args)
+    several, inference = [*taught, *slices], cache.Inference(accelerator, args.batch_size, args.workers)
+    found = cache.pretrained_features(state, state["settings"], several, inference, args.image_weights)
     found = [baselines.standardise(f) for f in found]
 
     def images(part, some, some_features):
@@ -119,8 +118,8 @@ def score_slice(model, one, predicted_depth, accelerator, args) -> dict:
     from utils.files.arrays import ArrayStore
 
     rows = one.rows_of(args.part)
-    store = ArrayStore(args.memory, args.out)
-    encoded = cache.encode_pairs(model, one, one.bins(), rows, accelerator, args, store)
+    store, inference = ArrayStore(args.memory, args.out), cache.Inference(accelerator, args.batch_size, args.workers)
+    encoded = cache.encode_pairs(model, one, one.bins(), rows, inference, store)
     image, gene = encoded.vectors()
     log_depth = np.log(one.total_counts[rows])
     galleries = {

@@ -21,12 +21,13 @@ from benchmarks.accuracy_run import PRETRAINED, Run, digest, weights_key
 from benchmarks.accuracy_table import CHEAP
 from model.image_encoder import ImageEncoder
 from model.stage_one import StageOne, StageOneSizes
+from utils import distributed
 from utils.evaluation import baselines, bootstrap, expression, metrics
 from utils.evaluation.gallery import top_k
 from utils.evaluation.ridge import RANKS, fit_ridge, validation_pcc
 from utils.features import cache, dataset
 from utils.files.arrays import ArrayStore
-from utils.training import checkpoint, loop, split
+from utils.training import checkpoint, split
 
 SCALE = "residuals"
 NORMALISATIONS = {"half": (0.5,) * 6, "imagenet": (0.485, 0.456, 0.406, 0.229, 0.224, 0.225)}  # mean, std
@@ -97,7 +98,7 @@ class Tissue:
 
 def pretrained(args: Any, crop_scales: Sequence[float]) -> ImageEncoder:
     """The image encoder as stage one finds it; `args` are the flags of train_mymodel.py."""
-    loop.seed_everything(args.seed)
+    distributed.seed_everything(args.seed)
     weights = cache.read_image_weights(args.image_weights, "--image_weights")
     return ImageEncoder(args.image_encoder, args.image_size, args.width, weights, crop_scales=crop_scales)
 
@@ -251,10 +252,10 @@ def stronger_rows(run: Run, tissue: Tissue, model: Any, encoded: dict, accelerat
 
 def encode_all(model: Any, tissue: Tissue, accelerator: Any, args: Any) -> dict[str, list[cache.EncodedPairs]]:
     """Images and profiles of the train and test spots in the shared space; tokens of the test spots, too."""
-    store = ArrayStore(args.memory, args.out)
+    store, inference = ArrayStore(args.memory, args.out), cache.Inference(accelerator, args.batch_size, args.workers)
     return {
         part: [
-            cache.encode_pairs(model, one, one.bins(), one.rows_of(part), accelerator, args, tokens)
+            cache.encode_pairs(model, one, one.bins(), one.rows_of(part), inference, tokens)
             for one in tissue.slices
             if len(one.rows_of(part))
         ]
@@ -270,7 +271,8 @@ def all_rows(run: Run, tissue: Tissue, accelerator: Any, args: Any) -> tuple[dic
     checkpoint.fit(model, state["model"], run.encoder, "--encoder")
     model = model.to(accelerator.device).eval()
     encoded = encode_all(model, tissue, accelerator, args)
-    before = cache.pretrained_features(ImageEncoder, state, state["settings"], tissue.taught, accelerator, args)
+    inference = cache.Inference(accelerator, args.batch_size, args.workers)
+    before = cache.pretrained_features(state, state["settings"], tissue.taught, inference, args.image_weights)
     before = [f[rows] for one, f in zip(tissue.taught, before, strict=True) if len(rows := one.rows_of("train"))]
     told = accuracy_diagnostics.of_stage_one(encoded, before, model, accelerator, args.seed)
     rows = {name: tissue.row(values) for name, values in cheap.items()}

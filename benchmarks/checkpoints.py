@@ -51,7 +51,7 @@ def published_model(device):
         optimizer.zero_grad(set_to_none=True)
         out.loss.backward()
         optimizer.step()
-        model.after_step(out.twin)
+        model.after_step(out.pair_m)
         return out.loss.item()  # waits for the device
 
     return model, optimizer, step

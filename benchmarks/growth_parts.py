@@ -188,8 +188,8 @@ def feature_bank(setting: Setting, memory: Any) -> Any:
     features = [np.load(setting.folder / f"{name}.npy", mmap_mode="r") for name in setting.slices]
     xy = np.column_stack(np.divmod(np.arange(setting.slice_spots), 71)).astype(float)  # 71 x 71 hold 5,000 spots
     slices: Any = [SimpleNamespace(name=name, xy_fullres_px=xy, pitch_fullres_px=1.0) for name in setting.slices]
-    around = (StageTwoSizes.context, StageTwoSizes.reaches)
-    return banks.FeatureBank(slices, [features], banks.moments(features[:1], 1), *around, torch.device("cpu"), memory)
+    around = (StageTwoSizes.context, StageTwoSizes.bandwidths)
+    return banks.FeatureBank(slices, features, banks.moments(features[:1], 1), *around, torch.device("cpu"), memory)
 
 
 def some_targets(setting: Setting, memory: Any) -> np.ndarray:

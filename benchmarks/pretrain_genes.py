@@ -140,7 +140,7 @@ def run(sections: list[Section], bins: list[np.ndarray], seed: int, args) -> dic
     from model.gene_encoder import GeneEncoder
     from model.masked_bins import MaskedBins
     from utils import distributed
-    from utils.training import loop, pretrain
+    from utils.training import pretrain
 
     flags = {
         "seed": seed,
@@ -152,7 +152,7 @@ def run(sections: list[Section], bins: list[np.ndarray], seed: int, args) -> dic
     settings = argparse.Namespace(**flags, Init_lr=2e-4, momentum=0.9, weight_decay=1e-2, lr_decay_type="cos")
     settings.Min_lr = settings.Init_lr * 0.01
     accelerator = distributed.start(args.device, "auto")
-    loop.seed_everything(seed)
+    distributed.seed_everything(seed)
     encoder = GeneEncoder(bins[0].shape[1], DEPTH, WIDTH, HEADS).to(accelerator.device)
     masked = MaskedBins(encoder).to(accelerator.device)
     before, start = probe([pooled(encoder, own) for own in bins], sections), time.perf_counter()

@@ -29,9 +29,9 @@ def gene_encoder(setting: Setting) -> Work:
     @torch.no_grad()
     def forward(bins: Tensor) -> None:
         with machine.autocast():
-            model.encode(bins)
+            model(bins)
 
-    return Work(lambda: machine.timed(lambda: forward(bins)), len(bins), "spots", flop_of=lambda: model.encode(bins))
+    return Work(lambda: machine.timed(lambda: forward(bins)), len(bins), "spots", flop_of=lambda: model(bins))
 
 
 def stage_one(setting: Setting, machine: Machine) -> StageOne:
@@ -62,7 +62,7 @@ def stage_one_step(setting: Setting) -> Work:
             out = model(tiles, bins, spots, 0.4, draws)
         out.loss.backward()
         optimizer.step()
-        model.after_step(out.twin)
+        model.after_step(out.pair_m)
 
     return Work(
         lambda: machine.timed(lambda: step(tiles, bins)), len(tiles), "spots", flop_of=lambda: step(tiles, bins)
@@ -145,7 +145,7 @@ def stage_two_model(setting: Setting, machine: Machine, n: int) -> tuple[StageTw
     width = model.n_vectors * model.sizes.width
     around = {
         "context": torch.randn(n, N_CONTEXT, width, device=machine.device),
-        "around": torch.randn(n, len(model.sizes.reaches), width, device=machine.device),
+        "smoothed": torch.randn(n, len(model.sizes.bandwidths), width, device=machine.device),
         "offsets": torch.randn(n, N_CONTEXT, 2, device=machine.device),
         "present": torch.ones(n, N_CONTEXT, dtype=torch.bool, device=machine.device),
     }

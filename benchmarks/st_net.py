@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model import losses
 from model.image_encoder import ImageEncoder
+from utils import distributed
 from utils.evaluation.ridge import validation_pcc
 from utils.features import cache, dataset
 from utils.training import loop
@@ -37,7 +38,7 @@ def train_one_epoch(
     model: StNet, loader: Any, optimizer: Any, schedule: Any, accelerator: Any, epoch: int, args: Any
 ) -> None:
     model.train()
-    loop.seed_everything(args.seed, epoch)
+    distributed.seed_everything(args.seed, epoch)
     loader.batch_sampler.epoch = epoch
     for step, batch in enumerate(loader):
         tiles = augment(batch["tiles"].to(accelerator.device), batch["spot"].numpy(), args.seed, epoch, args.image_size)
@@ -85,7 +86,7 @@ def fit_predict(
     -------
     (S, G) of all spots of each slice of `wanted`, in the units of the targets.
     """
-    loop.seed_everything(args.seed)
+    distributed.seed_everything(args.seed)
     taught = np.concatenate([target[one.rows_of("train")] for one, target in zip(slices, targets, strict=True)])
     mean, sd = np.nanmean(taught, axis=0), np.maximum(np.nanstd(taught, axis=0), 1e-6)
     model = StNet(encoder, len(mean)).to(accelerator.device)

@@ -11,7 +11,7 @@ import torch
 
 import get_accuracy_image
 from model.fusion import Fusion
-from utils.features.cache import EncodedPairs, encode_pairs, room_for
+from utils.features.cache import EncodedPairs, Inference, encode_pairs, room_for
 from utils.files.arrays import ArrayStore
 
 SCALE = 7.0
@@ -172,11 +172,11 @@ def encoded(monkeypatch, rng):
     monkeypatch.setattr("utils.features.dataset.TileBatches", batches)
     monkeypatch.setattr("utils.features.dataset.loader", lambda batches, order, workers: batches)
     monkeypatch.setattr("utils.features.cache.to_float", lambda tiles, size: tiles)
-    args, accelerator = SimpleNamespace(batch_size=2, workers=0), SimpleNamespace(**vars(ACCELERATOR))
+    inference = Inference(SimpleNamespace(**vars(ACCELERATOR)), 2, 0)
 
     def run(dtype, store):
         model = Encoders(dtype)
-        found = encode_pairs(model, None, bins, rows, accelerator, args, store)
+        found = encode_pairs(model, None, bins, rows, inference, store)
         return found, (*model.encode_images(tiles[rows]), *model.encode_genes(torch.from_numpy(bins[rows])))
 
     return run

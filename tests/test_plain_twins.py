@@ -26,7 +26,7 @@ def test_the_gene_encoder_and_its_gradients():
     ours = GeneEncoder(30, depth=2, gene_width=24, heads=2, n_tokens=4, width=32)
     bins = torch.randint(0, 6, (3, 30))
     weight = torch.randn(3, 32)
-    found, expected = ours.encode(bins), plain.plain_gene_encoder(ours).encode(bins)
+    found, expected = ours(bins), plain.plain_gene_encoder(ours)(bins)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y)
     for x, y in zip(
@@ -77,9 +77,9 @@ def stage_two():
     torch.manual_seed(0)
     model = StageTwo(StageTwoSizes(7, "test_vit", 32, width=32, decoder_layers=1, decoder_width=16, context=4))
     around = {"context": torch.randn(5, 4, 32 * model.n_vectors), "offsets": torch.randn(5, 4, 2)}
-    around |= {"present": torch.ones(5, 4, dtype=torch.bool), "around": torch.randn(5, 3, 32 * model.n_vectors)}
-    model.decoder.ridge.look_from(torch.randn(2000, 4, 32 * model.n_vectors), 4)
-    torch.nn.init.normal_(model.decoder.ridge.read.weight)
+    around |= {"present": torch.ones(5, 4, dtype=torch.bool), "smoothed": torch.randn(5, 3, 32 * model.n_vectors)}
+    model.decoder.ridge.set_landmarks(torch.randn(2000, 4, 32 * model.n_vectors), 4)
+    torch.nn.init.normal_(model.decoder.ridge.linear.weight)
     return model, torch.rand(5, 3, 32, 32), around
 
 

@@ -174,7 +174,7 @@ def test_genes_that_a_table_lacks_are_not_taught_as_zeros(planted, rng):
     masked = small()
     pretrain.pretrain(masked, slices, bins, [table], ACCELERATOR, settings(pretrain_epochs=1, pretrain_lr=1e-12))
     with torch.no_grad():
-        zero = masked.of_gene.softmax(-1)[:, 0].numpy()
+        zero = masked.gene_bias.softmax(-1)[:, 0].numpy()
     of_train = (np.concatenate([bins[0], bins[1][40:]]) == 0).mean(0)
     np.testing.assert_allclose(zero[~measured], of_train[~measured], atol=0.02)
     assert (zero[measured] > 0.7).all()

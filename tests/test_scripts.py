@@ -15,10 +15,11 @@ from PIL import Image
 from tiny_runs import BEST, LAST, PREVIOUS, Work, snapshot
 
 from model.image_encoder import ImageEncoder
+from utils import distributed
 from utils.features import cache
 from utils.genes import panels as gene_panels
 from utils.slices import splits
-from utils.training import checkpoint, loop
+from utils.training import checkpoint
 
 ACCURACY = ("depth", "contrastive", "matching", "reranked")
 ROWS = ("model", "mean", "depth", "ridge", "ridge_neighbours", "knn")
@@ -261,7 +262,7 @@ def test_an_encoder_without_training_is_the_pretrained_one(done, tmp_path):
     work = Work(done.data, done.tiles, done.panels, tmp_path)
     work.run("train_mymodel", "--Epoch", 1, "--Init_lr", 1e-30, "--seed", 5)
     state = checkpoint.load(work.encoder, "stage_one", "--encoder")
-    loop.seed_everything(5)
+    distributed.seed_everything(5)
     pretrained = ImageEncoder("test_vit", 32, 32, None).state_dict()
     trunk = {name for name in pretrained if name.startswith("trunk.")}
     assert trunk

@@ -114,8 +114,8 @@ def predict_view(run: Run, member: Member, kept: np.ndarray, spots: SlideSpots, 
     model, budget = member.model, ArrayStore(memory.left / 2**30, memory.folder)
     moments = neighbourhoods.Moments(*(member.state["feature_moments"][key].numpy() for key in ("mean", "sd")))
     one: Any = spots  # has what is looked at of a slice
-    around = (model.sizes.context, model.sizes.reaches)
-    bank = neighbourhoods.FeatureBank([one], [[kept]], moments, *around, run.accelerator.device, budget)
+    around = (model.sizes.context, model.sizes.bandwidths)
+    bank = neighbourhoods.FeatureBank([one], [kept], moments, *around, run.accelerator.device, budget)
     autocast = partial(distributed.decoder_autocast, run.accelerator, run.precision)
     return neighbourhoods.predict(model, bank, np.arange(len(spots.barcodes)), autocast, run.batch_size)
 

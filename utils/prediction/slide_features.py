@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.features.cache import TileEncoder
+from utils.features.cache import TileEncoder, to_float
 from utils.files.arrays import ArrayStore
 from utils.files.hashing import content_hash
 from utils.memory import WithinMemory
@@ -54,8 +54,7 @@ def encode_stream(how: TileEncoder, batches: Iterable[np.ndarray], n_spots: int,
     encode = WithinMemory(how.encode, name)
     with tqdm(total=n_spots, desc=f"{name}: features", unit="spot", disable=None) as bar:
         for tiles in batches:
-            looked_at = how.look(torch.from_numpy(tiles).to(how.device), name, np.arange(len(tiles)), 0)
-            yield encode(looked_at).float().cpu().numpy()
+            yield encode(to_float(torch.from_numpy(tiles).to(how.device), how.size)).float().cpu().numpy()
             bar.update(len(tiles))
 
 

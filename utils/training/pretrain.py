@@ -92,10 +92,10 @@ def pretrain(
     taught += [Spots(one.name, one.bins, np.arange(len(one.bins)), one.measured) for one in tables]
     held_out = spots_of(slices, bins, "val")
     numbers = sum(numbers_of_bins(one.bins[one.rows]) * one.measured[:, None] for one in taught)
-    masked.begin(torch.from_numpy(log_marginal(numbers)))
+    masked.initialise(torch.from_numpy(log_marginal(numbers)))
     n_spots = sum(len(one.rows) for one in taught)
     settings = Namespace(**vars(args) | {"Init_lr": args.pretrain_lr, "Min_lr": args.pretrain_lr * 0.01})
-    optimizer = loop.make_optimizer(masked.taught(), settings)
+    optimizer = loop.make_optimizer(masked.trained_parameters(), settings)
     schedule = loop.schedule(optimizer, n_spots // args.batch_size * args.pretrain_epochs, settings)
     log = [{"epoch": -1, **score(masked, held_out, ROUNDS_IN_TRAINING, accelerator, args)}]
     print(report(log[0]), flush=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from model import tuning
 from model.image_encoder import ImageEncoder
-from model.momentum import make_twin, update_twin
+from model.momentum import momentum_encoder, update_momentum
 from utils.training import loop
 
 SIDE, WIDTH = 32, 6
@@ -139,18 +139,18 @@ def test_frozen_batchnorm_keeps_its_statistics():
 
 
 @pytest.mark.parametrize("what", ["all", "last:2", "norm", "none"])
-def test_a_step_moves_what_trains_and_nothing_else_and_the_twin_shares_the_rest(what):
+def test_a_step_moves_what_trains_and_nothing_else_and_the_momentum_encoder_shares_the_rest(what):
     encoder = encoder_of()
     tuning.tune(encoder, what)
-    twin = make_twin(encoder)
-    shared = {name for (name, p), q in zip(encoder.named_parameters(), twin.parameters(), strict=True) if p is q}
+    encoder_m = momentum_encoder(encoder)
+    shared = {name for (name, p), q in zip(encoder.named_parameters(), encoder_m.parameters(), strict=True) if p is q}
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     args = SimpleNamespace(Init_lr=1e-2, weight_decay=0.1, momentum=0.9)
-    optimizer = loop.make_optimizer(encoder.parameters(), args, tuning.rate_shares(encoder, 0.5))
+    optimizer = loop.make_optimizer(encoder.parameters(), args, tuning.rate_fractions(encoder, 0.5))
     vector, tokens = encoder.train()(tiles())
     (vector.square().sum() + encoder.to_token(tokens).square().sum()).backward()
     optimizer.step()
-    update_twin(twin, encoder, 0.5)
+    update_momentum(encoder_m, encoder, 0.5)
     moved = {name for name, p in encoder.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in encoder.named_parameters() if p.requires_grad}
     assert shared == set(before) - moved
@@ -164,26 +164,26 @@ def test_a_step_moves_what_trains_and_nothing_else_and_the_twin_shares_the_rest(
     "name",
     ["test_vit", "test_vit2", "resnet18", "tf_efficientnet_lite0", "swin_tiny_patch4_window7_224", "test_convnext"],
 )
-def test_shares_are_timms_layer_decay(name):
+def test_fractions_are_timms_layer_decay(name):
     encoder = encoder_of(name)
     with_head = timm.create_model(name, num_classes=3)
     groups = param_groups_layer_decay(with_head, weight_decay=0.1, layer_decay=0.7)
     expected = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     names = {key: expected[id(p)] for key, p in with_head.named_parameters()}
-    shares = tuning.rate_shares(encoder, 0.7)
-    assert len(shares) == len(under(encoder, ""))
+    fractions = tuning.rate_fractions(encoder, 0.7)
+    assert len(fractions) == len(under(encoder, ""))
     for key, p in encoder.trunk.named_parameters():
-        assert shares[p] == pytest.approx(names[key]), key
+        assert fractions[p] == pytest.approx(names[key]), key
 
 
-def test_shares_by_hand():
+def test_fractions_by_hand():
     encoder = encoder_of()
-    shares, trunk = tuning.rate_shares(encoder, 0.5), encoder.trunk
-    assert shares[trunk.blocks[5].attn.qkv.weight] == shares[trunk.norm.bias] == 0.5
-    assert shares[trunk.blocks[0].attn.qkv.weight] == 0.5**6
-    assert shares[trunk.patch_embed.proj.weight] == shares[trunk.pos_embed] == 0.5**7
-    assert encoder.to_vector.weight not in shares, "projections learn at the whole rate"
-    assert tuning.rate_shares(encoder, 1.0) == {}
+    fractions, trunk = tuning.rate_fractions(encoder, 0.5), encoder.trunk
+    assert fractions[trunk.blocks[5].attn.qkv.weight] == fractions[trunk.norm.bias] == 0.5
+    assert fractions[trunk.blocks[0].attn.qkv.weight] == 0.5**6
+    assert fractions[trunk.patch_embed.proj.weight] == fractions[trunk.pos_embed] == 0.5**7
+    assert encoder.to_vector.weight not in fractions, "projections learn at the whole rate"
+    assert tuning.rate_fractions(encoder, 1.0) == {}
 
 
 ARGS = SimpleNamespace(Init_lr=0.2, Min_lr=0.05, lr_decay_type="cos", weight_decay=0.1, momentum=0.8)
@@ -191,7 +191,7 @@ ARGS = SimpleNamespace(Init_lr=0.2, Min_lr=0.05, lr_decay_type="cos", weight_dec
 
 def test_without_decay_the_optimizer_has_the_two_groups_it_had():
     encoder = encoder_of()
-    one, two = (loop.make_optimizer(encoder.parameters(), ARGS, shares) for shares in (None, {}))
+    one, two = (loop.make_optimizer(encoder.parameters(), ARGS, fractions) for fractions in (None, {}))
     for optimizer in (one, two):
         matrices, vectors = optimizer.param_groups
         assert [id(p) for p in matrices["params"]] == [id(p) for p in encoder.parameters() if p.ndim > 1]
@@ -203,8 +203,8 @@ def test_without_decay_the_optimizer_has_the_two_groups_it_had():
 def test_every_group_follows_the_schedule_at_its_own_share():
     encoder = encoder_of()
     tuning.tune(encoder, "last:2")
-    shares = tuning.rate_shares(encoder, 0.5)
-    optimizer = loop.make_optimizer(encoder.parameters(), ARGS, shares)
+    fractions = tuning.rate_fractions(encoder, 0.5)
+    optimizer = loop.make_optimizer(encoder.parameters(), ARGS, fractions)
     schedule = loop.schedule(optimizer, 10, ARGS)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == sum(
         p.requires_grad for p in encoder.parameters()
@@ -214,16 +214,16 @@ def test_every_group_follows_the_schedule_at_its_own_share():
         assert schedule.get_last_lr()[0] == pytest.approx(whole), "the first group is the one that is logged"
         for group in optimizer.param_groups:
             for p in group["params"]:
-                assert group["lr"] == pytest.approx(whole * shares.get(p, 1.0))
+                assert group["lr"] == pytest.approx(whole * fractions.get(p, 1.0))
                 assert group["weight_decay"] == (0.1 if p.ndim > 1 else 0.0)
         optimizer.step()
         schedule.step()
     assert len({group["lr"] for group in optimizer.param_groups}) == 3, "projections, the last block, the one before"
 
 
-def test_an_optimizer_with_shares_is_resumed():
+def test_an_optimizer_with_fractions_is_resumed():
     encoder = encoder_of()
-    one, two = (loop.make_optimizer(encoder.parameters(), ARGS, tuning.rate_shares(encoder, 0.5)) for _ in range(2))
+    one, two = (loop.make_optimizer(encoder.parameters(), ARGS, tuning.rate_fractions(encoder, 0.5)) for _ in range(2))
     encoder(tiles())[0].sum().backward()
     one.step()
     two.load_state_dict(one.state_dict())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.gene_encoder import GatherTokens, GeneEncoder
-from model.momentum import make_twin
+from model.momentum import momentum_encoder
 from model.scbert import set_gene_positions
 
 GENES, WIDTH = 12, 24
@@ -73,16 +73,18 @@ def trained_names(encoder):
 
 @pytest.mark.parametrize("tuned", [0, 1, 2])
 @torch.no_grad()
-def test_freezing_does_not_change_the_output_of_encoder_or_twin(tuned):
+def test_freezing_does_not_change_the_output_of_encoder_or_momentum_encoder(tuned):
     encoder = small_encoder()
-    expected = encoder.encode(some_bins())
-    torch.testing.assert_close(encoder(some_bins(), some_bins()), expected)
+    expected = encoder(some_bins())
+    assert encoder.frozen_part(some_bins()) is None
     encoder.freeze_trunk(tuned)
-    start = encoder.frozen_part(some_bins())
-    assert start.shape == ((3, GENES) if tuned == 0 else (3, GENES, WIDTH))
-    for one in (encoder, make_twin(encoder)):
-        torch.testing.assert_close(one(some_bins(), start), expected)
-        torch.testing.assert_close(one.encode(some_bins()), expected)
+    frozen = encoder.frozen_part(some_bins())
+    assert (frozen is None) == (tuned == 0) and (frozen is None or frozen.shape == (3, GENES, WIDTH))
+    for same in (encoder, momentum_encoder(encoder)):
+        torch.testing.assert_close(same(some_bins(), frozen), expected)
+        torch.testing.assert_close(same(some_bins()), expected)
+        if frozen is not None:
+            assert (same(some_bins(), frozen + torch.randn_like(frozen))[0] - expected[0]).abs().max() > 1e-3, "used"
 
 
 @pytest.mark.parametrize("tuned", [-1, 3])
@@ -95,15 +97,15 @@ def test_a_block_that_is_not_there_cannot_be_tuned(tuned):
 def test_the_linear_path_adds_standardised_bins_to_the_vector_and_nothing_to_the_tokens():
     encoder, bins = small_encoder(), some_bins()
     mean, sd = torch.rand(GENES), torch.rand(GENES) + 0.5
-    with_path, tokens = encoder.encode(bins)
+    with_path, tokens = encoder(bins)
     encoder.linear_path[0].measure(mean, sd)
-    moved, same_tokens = encoder.encode(bins)
+    moved, same_tokens = encoder(bins)
     last = encoder.linear_path[1]
     change = ((bins - mean) / sd - bins) @ last.weight.T
     torch.testing.assert_close(moved - with_path, change, rtol=1e-4, atol=1e-5)
     last.weight.zero_()
     last.bias.zero_()
-    alone, _ = encoder.encode(bins)
+    alone, _ = encoder(bins)
     torch.testing.assert_close(alone, encoder.gather(encoder.norm(hidden_of(encoder, bins)))[1])
     assert torch.equal(same_tokens, tokens)
 
@@ -122,21 +124,21 @@ def test_output_knows_which_gene_has_which_bin():
     bins = torch.full((1, GENES), 2)
     bins[0, 0], swapped = 5, bins.clone()
     swapped[0, 0], swapped[0, 1] = 2, 5
-    for found, other in zip(encoder.encode(bins), encoder.encode(swapped), strict=True):
+    for found, other in zip(encoder(bins), encoder(swapped), strict=True):
         assert (found - other).abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_every_bin_and_every_gene_counts():
     encoder, bins = small_encoder(), torch.zeros(1, GENES, dtype=torch.uint8)
-    base = encoder.encode(bins)[0]
+    base = encoder(bins)[0]
     seen = [base]
     for value in range(1, 7):
-        seen.append(encoder.encode(bins + value)[0])
+        seen.append(encoder(bins + value)[0])
     for gene in range(GENES):
         changed = bins.clone()
         changed[0, gene] = 3
-        seen.append(encoder.encode(changed)[0])
+        seen.append(encoder(changed)[0])
     between = torch.cdist(torch.cat(seen), torch.cat(seen)) + torch.eye(len(seen))
     assert between.min() > 1e-3
 

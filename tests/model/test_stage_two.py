@@ -28,7 +28,7 @@ def batch_of(n=5):
         "context": torch.randn(n, CONTEXT, VECTORS * WIDTH),
         "offsets": torch.randn(n, CONTEXT, 2),
         "present": torch.rand(n, CONTEXT) > 0.3,
-        "around": torch.randn(n, 3, VECTORS * WIDTH),
+        "smoothed": torch.randn(n, 3, VECTORS * WIDTH),
     }
 
 
@@ -84,26 +84,26 @@ class GridEncoder(torch.nn.Module):
 
 
 @pytest.mark.parametrize("tta", TURNS_OF)
-def test_tokens_of_turned_tiles_are_put_back_in_their_place(turns):
-    model, tiles = stage_two(tta=turns, width=3), torch.rand(3, 3, 16, 16)
+def test_tokens_of_turned_tiles_are_put_back_in_their_place(tta):
+    model, tiles = stage_two(tta=tta, width=3), torch.rand(3, 3, 16, 16)
     model.image_encoder = GridEncoder()
     pooled, tokens = model.image_encoder.features(tiles)
     found = model.encode(tiles)
     torch.testing.assert_close(found[:, model.n_vectors :], tokens)
-    seen = [model.image_encoder.features(turned(tiles, turn))[0] for turn in TURNS_OF[turns]]
+    seen = [model.image_encoder.features(turned(tiles, turn))[0] for turn in TURNS_OF[tta]]
     torch.testing.assert_close(found[:, 0], torch.stack(seen).mean(0))
-    assert torch.allclose(found[:, 0], pooled) == (turns == 1)
+    assert torch.allclose(found[:, 0], pooled) == (tta == 1)
 
 
 @pytest.mark.parametrize("tta", TURNS_OF)
-def test_features_of_a_turned_tile_are_those_of_the_tile_turned(turns):
+def test_features_of_a_turned_tile_are_those_of_the_tile_turned(tta):
     """For every turn that is among those averaged over, and for no other."""
-    model, tiles = stage_two(tta=turns), torch.rand(2, 3, 96, 96)
+    model, tiles = stage_two(tta=tta), torch.rand(2, 3, 96, 96)
     plain = model.encode(tiles)
     for turn in TURNS:
         found = model.encode(turned(tiles, turn))
         same = torch.allclose(found[:, :VECTORS], plain[:, :VECTORS], atol=1e-5)
-        assert same == (turn in TURNS_OF[turns]), turn
+        assert same == (turn in TURNS_OF[tta]), turn
         if same:
             there, before = as_grid(found[:, VECTORS:]), as_grid(plain[:, VECTORS:])
             torch.testing.assert_close(there, turned(before, turn), rtol=1e-4, atol=1e-5)
@@ -121,7 +121,7 @@ def test_the_encoder_is_frozen_in_training_mode_too(image_encoder):
     assert torch.equal(model.encode(tiles), first)
     assert all(torch.equal(t, before[name]) for name, t in model.image_encoder.state_dict().items())
     frozen = {name for name, p in model.decoder.named_parameters() if not p.requires_grad}
-    assert frozen == {"ridge.read.weight", "ridge.read.bias"}, "solved, not trained"
+    assert frozen == {"ridge.linear.weight", "ridge.linear.bias"}, "solved, not trained"
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def test_one_step_at_the_published_size():
     features = model.encode(torch.rand(2, 3, 224, 224))
     assert features.shape == (2, 2 + 16, 512)
     context = {"context": torch.randn(2, 18, 1024), "offsets": torch.randn(2, 18, 2), "present": torch.ones(2, 18) > 0}
-    batch = model.split(features) | context | {"around": torch.randn(2, 3, 1024)}
+    batch = model.split(features) | context | {"smoothed": torch.randn(2, 3, 1024)}
     optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=1e-4)
     loss = losses.expression_loss(model.decoder(**batch), torch.randn(2, 300))
     loss.backward()

@@ -18,7 +18,7 @@ def fusion_and_tokens(blocks=2):
     return fusion, torch.randn(3, 5, WIDTH), torch.randn(3, 7, WIDTH)
 
 
-def test_before_the_first_step_the_fusion_says_the_base_rate_of_pairs():
+def test_before_the_first_step_the_fusion_predicts_the_base_rate_of_pairs():
     logits = Fusion(WIDTH, blocks=1, heads=4, hidden=32)(torch.randn(3, 5, WIDTH), torch.randn(3, 7, WIDTH))
     torch.testing.assert_close(logits.sigmoid(), torch.full((3,), 1 / 3))
 
@@ -73,18 +73,18 @@ def test_pairs_of_a_batch_do_not_touch_each_other():
     torch.testing.assert_close(fusion(genes[1:2], image[1:2]), fusion(genes, image)[1:2])
 
 
-def test_sides_read_once_give_the_logits_and_gradients_of_single_pairs():
+def test_precomputed_sides_give_the_logits_and_gradients_of_single_pairs():
     fusion, genes, image = fusion_and_tokens(blocks=3)
     genes.requires_grad_(), image.requires_grad_()
     candidates = torch.tensor([[0, 2, 1, 1], [1, 0, 0, 2], [2, 2, 1, 0]])
-    judged = fusion.judge(fusion.read_genes(genes)[candidates], fusion.read_images(image))
+    scores = fusion.score(fusion.precompute_genes(genes)[candidates], fusion.precompute_images(image))
     pairs = [[fusion(genes[g : g + 1], image[i : i + 1]) for g in row] for i, row in enumerate(candidates.tolist())]
     one_by_one = torch.stack([torch.cat(row) for row in pairs])
-    assert judged.shape == (3, 4) and judged.std() > 1e-3
-    torch.testing.assert_close(judged, one_by_one)
+    assert scores.shape == (3, 4) and scores.std() > 1e-3
+    torch.testing.assert_close(scores, one_by_one)
     weight = torch.randn(3, 4)
     parameters = [genes, image, *fusion.parameters()]
-    found = torch.autograd.grad((judged * weight).sum(), parameters)
+    found = torch.autograd.grad((scores * weight).sum(), parameters)
     expected = torch.autograd.grad((one_by_one * weight).sum(), parameters)
     for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
@@ -112,8 +112,8 @@ def test_hard_negatives_are_drawn_by_their_weight():
     similarity = torch.full((1000, 1000), -torch.inf)
     similarity[:, :4] = wanted  # rows 4 and on may choose among all four
     found = draws(similarity, torch.arange(1000), 10)
-    share = torch.stack([(found[:, 4:] == i).float().mean() for i in range(4)])
-    torch.testing.assert_close(share, wanted.softmax(0), rtol=0, atol=0.02)
+    fraction = torch.stack([(found[:, 4:] == i).float().mean() for i in range(4)])
+    torch.testing.assert_close(fraction, wanted.softmax(0), rtol=0, atol=0.02)
     first = (found[:, 1] == 2).float().mean()  # row 1 may not choose itself
     assert first > 0.4 and not (found[:, 1] == 1).any()
 

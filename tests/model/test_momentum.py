@@ -1,4 +1,4 @@
-"""momentum.py: the slow twin against its closed form, how slow it is, the queue against a list that forgets."""
+"""momentum.py: the momentum encoder against its closed form, the queue against a list that forgets."""
 
 import itertools
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.momentum import FeatureQueue, make_twin, update_twin
-from model.stage_one import TWIN_MOMENTUM, twin_momentum
+from model.momentum import MAX_MOMENTUM, FeatureQueue, momentum_at, momentum_encoder, update_momentum
 
 
 def network():
@@ -27,69 +26,69 @@ def jump(net):
     net(torch.randn(8, 3) + 2)
 
 
-def test_twin_after_k_steps_is_the_exponential_mean():
+def test_momentum_encoder_after_k_steps_is_the_exponential_mean():
     net, m, k = network(), 0.9, 7
-    twin = make_twin(net)
+    net_m = momentum_encoder(net)
     history = [[p.detach().clone() for p in net[2].parameters()]]
     for _ in range(k):
         jump(net)
-        update_twin(twin, net, m)
+        update_momentum(net_m, net, m)
         history.append([p.detach().clone() for p in net[2].parameters()])
-    for i, slow in enumerate(twin[2].parameters()):
+    for i, slow in enumerate(net_m[2].parameters()):
         expected = m**k * history[0][i] + (1 - m) * sum(m ** (k - j) * history[j][i] for j in range(1, k + 1))
         torch.testing.assert_close(slow, expected)
 
 
 def test_buffers_are_copied_not_shared():
     net = network()
-    twin = make_twin(net)
+    net_m = momentum_encoder(net)
     jump(net)
-    assert not torch.equal(twin[1].running_mean, net[1].running_mean)
-    update_twin(twin, net, 0.99)
+    assert not torch.equal(net_m[1].running_mean, net[1].running_mean)
+    update_momentum(net_m, net, 0.99)
     for name, buffer in net.named_buffers():
-        slow = dict(twin.named_buffers())[name]
+        slow = dict(net_m.named_buffers())[name]
         assert torch.equal(slow, buffer)
         assert slow is not buffer
 
 
 def test_frozen_parameters_are_the_same_objects_and_do_not_move():
     net = network()
-    twin = make_twin(net)
+    net_m = momentum_encoder(net)
     before = net[0].weight.clone()
     for _ in range(3):
         jump(net)
-        update_twin(twin, net, 0.5)
-    assert twin[0].weight is net[0].weight
-    assert twin[0].bias is net[0].bias
+        update_momentum(net_m, net, 0.5)
+    assert net_m[0].weight is net[0].weight
+    assert net_m[0].bias is net[0].bias
     assert torch.equal(net[0].weight, before)
-    for slow, fast in zip(twin[2].parameters(), net[2].parameters(), strict=True):
+    for slow, fast in zip(net_m[2].parameters(), net[2].parameters(), strict=True):
         assert slow is not fast
 
 
 def test_a_wholly_frozen_module_is_shared_and_its_buffers_still_follow():
     net = network().requires_grad_(False)
-    twin = make_twin(net)
+    net_m = momentum_encoder(net)
     net[1].running_mean.fill_(5.0)
-    update_twin(twin, net, 0.9)
-    assert all(t is p for t, p in zip(twin.parameters(), net.parameters(), strict=True))
-    assert torch.equal(twin[1].running_mean, net[1].running_mean)
+    update_momentum(net_m, net, 0.9)
+    assert all(t is p for t, p in zip(net_m.parameters(), net.parameters(), strict=True))
+    assert torch.equal(net_m[1].running_mean, net[1].running_mean)
 
 
-def test_twin_has_no_gradient_and_leaves_the_module_its_own():
+def test_momentum_encoder_has_no_gradient_and_leaves_the_module_its_own():
     net = network()
-    twin = make_twin(net)
-    assert not any(p.requires_grad for p in twin.parameters())
-    assert not twin.training
+    net_m = momentum_encoder(net)
+    assert not any(p.requires_grad for p in net_m.parameters())
+    assert not net_m.training
     assert net.training
     assert [p.requires_grad for p in net.parameters()] == [False, False, True, True, True, True]
-    assert not twin(torch.randn(2, 3)).requires_grad
+    assert not net_m(torch.randn(2, 3)).requires_grad
 
 
-def test_the_twins_momentum_rises_to_its_end():
-    found = [twin_momentum(step) for step in (0, 1, 10, 100, 1000, 10_000, 10**6)]
+def test_the_momentum_rises_to_its_maximum():
+    found = [momentum_at(step) for step in (0, 1, 10, 100, 1000, 10_000, 10**6)]
     assert all(0 <= one < 1 for one in found) and found[0] < 0.9
     assert all(one <= other for one, other in itertools.pairwise(found))
-    assert found[-1] == TWIN_MOMENTUM == 0.995
+    assert found[-1] == MAX_MOMENTUM == 0.995
 
 
 def rows_of(spots, width=2):

@@ -18,12 +18,12 @@ def unit(n, seed):
 
 def pairs_and_queue(spots, queue_spots):
     spots, queue_spots = torch.tensor(spots), torch.tensor(queue_spots, dtype=torch.long)
-    student, twin = (Pair(unit(len(spots), s), unit(len(spots), s + 1), spots) for s in (0, 2))
-    return student, twin, (unit(len(queue_spots), 4), unit(len(queue_spots), 5), queue_spots)
+    pair, pair_m = (Pair(unit(len(spots), s), unit(len(spots), s + 1), spots) for s in (0, 2))
+    return pair, pair_m, (unit(len(queue_spots), 4), unit(len(queue_spots), 5), queue_spots)
 
 
 def slow_targets(query, keys, spots, candidates, t, alpha):
-    """alpha softmax(s_twin) + (1 - alpha) onehot, one entry at a time: (B, M)."""
+    """alpha softmax(s_m) + (1 - alpha) onehot, one entry at a time: (B, M)."""
     target = np.zeros((len(query), len(keys)))
     for i in range(len(query)):
         scores = [math.exp(float(query[i] @ keys[j]) / t) for j in range(len(keys))]
@@ -34,9 +34,9 @@ def slow_targets(query, keys, spots, candidates, t, alpha):
     return target
 
 
-def slow_loss(student, twin, queue, t, alpha):
-    """Both directions; keys of the batch are the student's in the loss and the twin's in the target."""
-    s, w, old = ([x.double().numpy() for x in group] for group in (student, twin, queue))
+def slow_loss(pair, pair_m, queue, t, alpha):
+    """Both directions; keys of the batch are the encoders' in the loss and the momentum encoders' in the target."""
+    s, w, old = ([x.double().numpy() for x in group] for group in (pair, pair_m, queue))
     candidates, total = np.concatenate([s[2], old[2]]), 0.0
     for query, key, slow_query, slow_key, past in (
         (s[0], s[1], w[0], w[1], old[1]),
@@ -64,18 +64,18 @@ QUEUES = {
 @pytest.mark.parametrize("queue_spots", QUEUES.values(), ids=QUEUES.keys())
 @pytest.mark.parametrize("spots", [[0, 1, 2, 3], [0, 1, 0, 3]], ids=["all differ", "a spot twice"])
 def test_loss_equals_double_loops(spots, queue_spots, alpha):
-    student, twin, queue = pairs_and_queue(spots, queue_spots)
-    found = ContrastiveHead(0.2)(student, twin, queue, alpha)
-    assert found.item() == pytest.approx(slow_loss(student, twin, queue, 0.2, alpha), rel=1e-5)
+    pair, pair_m, queue = pairs_and_queue(spots, queue_spots)
+    found = ContrastiveHead(0.2)(pair, pair_m, queue, alpha)
+    assert found.item() == pytest.approx(slow_loss(pair, pair_m, queue, 0.2, alpha), rel=1e-5)
 
 
 @pytest.mark.parametrize("queue_spots", [[], [10, 11, 12]])
 def test_alpha_zero_is_the_plain_contrastive_loss(queue_spots):
-    student, twin, queue = pairs_and_queue([0, 1, 2, 3], queue_spots)
+    pair, pair_m, queue = pairs_and_queue([0, 1, 2, 3], queue_spots)
     own = torch.arange(4)
-    to_gene = F.cross_entropy(student.image @ torch.cat([student.gene, queue[1]]).T / 0.07, own)
-    to_image = F.cross_entropy(student.gene @ torch.cat([student.image, queue[0]]).T / 0.07, own)
-    torch.testing.assert_close(ContrastiveHead()(student, twin, queue, 0.0), (to_gene + to_image) / 2)
+    to_gene = F.cross_entropy(pair.image @ torch.cat([pair.gene, queue[1]]).T / 0.07, own)
+    to_image = F.cross_entropy(pair.gene @ torch.cat([pair.image, queue[0]]).T / 0.07, own)
+    torch.testing.assert_close(ContrastiveHead()(pair, pair_m, queue, 0.0), (to_gene + to_image) / 2)
 
 
 def test_equal_features_give_the_loss_of_chance():
@@ -84,27 +84,27 @@ def test_equal_features_give_the_loss_of_chance():
     assert ContrastiveHead()(pair, pair, queue, 0.4).item() == pytest.approx(math.log(8))
 
 
-def test_gradient_reaches_the_student_and_the_temperature_only():
-    student, twin, queue = pairs_and_queue([0, 1, 2, 3], [10, 11])
-    for x in (*student[:2], *twin[:2]):
+def test_gradient_reaches_the_encoders_features_and_the_temperature_only():
+    pair, pair_m, queue = pairs_and_queue([0, 1, 2, 3], [10, 11])
+    for x in (*pair[:2], *pair_m[:2]):
         x.requires_grad_(True)
     head = ContrastiveHead()
-    head(student, twin, queue, 0.4).backward()
-    for x in (*student[:2], head.logit_scale):
+    head(pair, pair_m, queue, 0.4).backward()
+    for x in (*pair[:2], head.logit_scale):
         assert x.grad.abs().sum() > 0
-    assert all(x.grad is None for x in twin[:2])
+    assert all(x.grad is None for x in pair_m[:2])
 
 
 def test_gradient_of_the_temperature_leaves_the_target_out():
-    student, twin, queue = pairs_and_queue([0, 1, 2, 3], [10, 11])
+    pair, pair_m, queue = pairs_and_queue([0, 1, 2, 3], [10, 11])
     head, step = ContrastiveHead(0.2), 1e-3
-    head(student, twin, queue, 1.0).backward()
+    head(pair, pair_m, queue, 1.0).backward()
     with torch.no_grad():
         targets = [
             head.similarity(a, torch.cat([b, old])).softmax(1)
-            for a, b, old in ((twin.image, twin.gene, queue[1]), (twin.gene, twin.image, queue[0]))
+            for a, b, old in ((pair_m.image, pair_m.gene, queue[1]), (pair_m.gene, pair_m.image, queue[0]))
         ]
-        sides = ((student.image, student.gene, queue[1]), (student.gene, student.image, queue[0]))
+        sides = ((pair.image, pair.gene, queue[1]), (pair.gene, pair.image, queue[0]))
         losses = []
         for sign in (1, -1):
             head.logit_scale.add_(sign * step)

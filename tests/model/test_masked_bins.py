@@ -1,4 +1,4 @@
-"""masked_bins.py: which places are asked for, what stands there, the loss against a slow twin, what the head leaves."""
+"""masked_bins.py: which places are asked for, what stands there, the loss against a slow loop, what the head leaves."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from model.gene_encoder import GeneEncoder
-from model.masked_bins import MASK, SHOWN_MASKED, MaskedBins, hide, masked_loss, masked_places
+from model.masked_bins import MASK, MASKED_FRACTION, MaskedBins, hide, masked_loss, masked_places
 
 GENES, WIDTH = 12, 24
 
@@ -58,7 +58,7 @@ def test_hidden_places_show_the_mask_and_no_others():
     assert (some_bins() == bins).all()  # the bins themselves stay
 
 
-def test_loss_agrees_with_its_slow_twin():
+def test_loss_agrees_with_a_slow_loop():
     logits, bins = torch.randn(5, GENES, MASK, generator=draws()).double(), some_bins()
     places = masked_places(all_measured(), 0.3, draws())
     terms = []
@@ -71,7 +71,7 @@ def test_loss_agrees_with_its_slow_twin():
 @torch.no_grad()
 def test_before_the_first_step_each_gene_has_its_marginal_whatever_else_stands_there():
     model, marginal = small(), some_marginal()
-    model.begin(marginal)
+    model.initialise(marginal)
     places = masked_places(all_measured(), 0.3, draws())
     torch.testing.assert_close(model.log_probabilities(some_bins(), places), marginal.expand(5, -1, -1))
 
@@ -100,14 +100,14 @@ def test_in_training_a_tenth_of_the_places_asked_for_show_their_bin():
     loss = model.loss(bins, torch.ones(n, genes, dtype=torch.bool), 0.5, draws())
     assert loss.item() == pytest.approx(np.log(MASK))
     assert ((seen[0] == MASK) | (seen[0] == 2)).all()
-    assert (seen[0] == MASK).float().mean().item() == pytest.approx(0.5 * SHOWN_MASKED, abs=0.01)
+    assert (seen[0] == MASK).float().mean().item() == pytest.approx(0.5 * MASKED_FRACTION, abs=0.01)
 
 
 def test_pretraining_teaches_trunk_and_head_and_leaves_the_rest():
     model = small()
     nn.init.normal_(model.to_bins.weight, std=0.1)
-    taught = {id(p) for p in model.taught()}
-    names = {name for name, p in model.named_parameters() if id(p) in taught}
+    trained = {id(p) for p in model.trained_parameters()}
+    names = {name for name, p in model.named_parameters() if id(p) in trained}
     rest = {name for name, _ in model.named_parameters()} - names
     assert {name.split(".")[1] for name in rest} == {"gather", "linear_path"}
     model.loss(some_bins(), all_measured(), 0.5, draws()).backward()
@@ -118,9 +118,9 @@ def test_pretraining_teaches_trunk_and_head_and_leaves_the_rest():
 def test_what_genes_do_together_is_learnt_that_no_marginal_can_tell():
     """Two kinds of spots: each gene has one bin or another, one half of the genes the other way round."""
     model = small(depth=1)
-    optimizer, one = torch.optim.Adam(model.taught(), lr=1e-2), draws()
+    optimizer, one = torch.optim.Adam(model.trained_parameters(), lr=1e-2), draws()
     turned = torch.arange(GENES) % 2 == 0
-    model.begin(torch.tensor([0.01, 0.48, 0.01, 0.01, 0.48, 0.01]).log().expand(GENES, -1))
+    model.initialise(torch.tensor([0.01, 0.48, 0.01, 0.01, 0.48, 0.01]).log().expand(GENES, -1))
     losses = []
     for _ in range(40):
         kind = torch.rand(32, 1, generator=one) < 0.5

@@ -1,4 +1,4 @@
-"""stage_one.py: which pairs the matching judges, how it is scored, and what draws its negatives."""
+"""stage_one.py: which pairs are matched, how that is scored, and what draws the negatives."""
 
 import math
 
@@ -11,19 +11,19 @@ from model.contrastive import Pair
 
 
 class Recorder(torch.nn.Module):
-    """In place of the fusion: keeps what it is given, says `answer` to each (gene, image) of token values."""
+    """In place of the fusion: keeps what it is given, returns `answer` for each (gene, image) of token values."""
 
     def __init__(self, answer):
         super().__init__()
         self.answer, self.calls = answer, []
 
-    def read_genes(self, tokens):
+    def precompute_genes(self, tokens):
         return tokens
 
-    def read_images(self, tokens):
+    def precompute_images(self, tokens):
         return [tokens[None]]
 
-    def judge(self, genes, images):
+    def score(self, genes, images):
         labels = genes[:, :, 0, 0].long()  # (B, C)
         self.calls.append((labels, images[0][0, :, 0, 0].long()[:, None].expand_as(labels)))
         return self.answer(*self.calls[-1]).float()
@@ -39,10 +39,8 @@ def matched(answer, spots):
     model = stage_one()
     model.fusion = Recorder(answer)
     tokens = spots.float()[:, None, None].expand(-1, 2, 32)
-    student = Pair(
-        F.normalize(torch.randn(len(spots), 32), dim=1), F.normalize(torch.randn(len(spots), 32), dim=1), spots
-    )
-    return *model.match(tokens, tokens, student, torch.Generator().manual_seed(0)), *model.fusion.given
+    pair = Pair(F.normalize(torch.randn(len(spots), 32), dim=1), F.normalize(torch.randn(len(spots), 32), dim=1), spots)
+    return *model.match(tokens, tokens, pair, torch.Generator().manual_seed(0)), *model.fusion.given
 
 
 def test_matching_sees_each_pair_with_a_wrong_profile_and_a_wrong_image():
@@ -72,14 +70,14 @@ def test_a_step_matches_the_tokens_that_the_encoders_give():
     model, batch = stage_one(), batch_of()
     model.fusion = Recorder(lambda g, i: torch.zeros(g.shape))
     seen = {}
-    for side in ("read_genes", "read_images"):
+    for side in ("precompute_genes", "precompute_images"):
         original = getattr(model.fusion, side)
         setattr(
             model.fusion, side, lambda tokens, side=side, original=original: original(seen.setdefault(side, tokens))
         )
     step_of(model, batch)
-    torch.testing.assert_close(seen["read_genes"], model.encode_genes(batch["bins"])[1])
-    torch.testing.assert_close(seen["read_images"], model.encode_images(batch["tiles"])[1])
+    torch.testing.assert_close(seen["precompute_genes"], model.encode_genes(batch["bins"])[1])
+    torch.testing.assert_close(seen["precompute_images"], model.encode_images(batch["tiles"])[1])
     assert [labels.shape for labels, _ in model.fusion.calls] == [(BATCH, 2), (BATCH, 1)]
 
 
@@ -94,9 +92,9 @@ def test_a_step_matches_the_tokens_that_the_encoders_give():
     ids=["knows", "errs", "always yes", "always no"],
 )
 def test_matching_accuracy_weighs_pairs_and_non_pairs_alike(answer, accuracy, loss):
-    found, share, *_ = matched(answer, torch.tensor([3, 5, 6, 8]))
-    assert share.item() == pytest.approx(accuracy)
-    assert found.item() == pytest.approx(loss, rel=1e-4)
+    loss_found, fraction, *_ = matched(answer, torch.tensor([3, 5, 6, 8]))
+    assert fraction.item() == pytest.approx(accuracy)
+    assert loss_found.item() == pytest.approx(loss, rel=1e-4)
 
 
 def test_hard_negatives_of_a_step_follow_its_generator():

@@ -340,5 +340,5 @@ def test_what_the_caller_gave_is_left_alone_and_not_kept(tmp_path):
     given = written(tmp_path / "w.pth", build("class").state_dict() | {"head.weight": ONES})
     names, trunk = list(given), ImageEncoder("test_vit", 112, WIDTH, given).trunk
     assert list(given) == names
-    assert "state_dict" not in trunk.pretrained_cfg, "every twin would copy it"
+    assert "state_dict" not in trunk.pretrained_cfg, "every momentum encoder would copy it"
     assert all(p.data_ptr() != given[name].data_ptr() for name, p in trunk.named_parameters())

@@ -25,6 +25,7 @@ from spaceranger_folders import refused
 
 from model import performer, scbert
 from model.scbert import load_scbert, loading_table
+from utils.files.tensors import read_weights
 from utils.training import gene_weights
 
 
@@ -53,7 +54,7 @@ def trunk_output(encoder, bins):
     """What the encoder's head is given: (B, G, W)."""
     seen = []
     handle = encoder.gather.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    encoder.encode(bins)
+    encoder(bins)
     handle.remove()
     return seen[0]
 
@@ -119,7 +120,7 @@ def test_every_trunk_tensor_is_overwritten(tensors, tmp_path, prefix):
     encoder = gene_encoder()
     for tensor in encoder.state_dict().values():
         tensor.fill_(torch.nan)
-    read = tensors.read_weights(write_released(tmp_path / "p.pth", tensors, prefix), "--gene_weights")
+    read = read_weights(write_released(tmp_path / "p.pth", tensors, prefix), "--gene_weights")
     assert {name: len(names) for name, names in load_scbert(encoder, read).items()} == {
         **{"loaded": 87, "missing": 0, "unexpected": 0, "skipped": 4}
     }
@@ -136,7 +137,7 @@ def test_prefixed_names_are_taken_as_they_stand_too(tensors):
     assert torch.equal(encoder.token_embedding.weight, tensors["token_emb.weight"])
 
 
-def test_what_became_of_every_tensor_is_said(tensors):
+def test_the_outcome_of_every_tensor_is_reported(tensors):
     others = {name: tensor for name, tensor in tensors.items() if name != "to_out.bias"}
     others |= {f"to_out.fc{i}.weight": torch.zeros(3) for i in range(5)}
     found = load_scbert(gene_encoder(depth=5), others)
@@ -146,9 +147,9 @@ def test_what_became_of_every_tensor_is_said(tensors):
     assert [line.split()[:2] for line in lines] == [
         *(["loaded", "73"], ["missing", "1"], ["unexpected", "5"], ["skipped", "17"])
     ]
-    assert lines[1].endswith("to_out.bias (not needed: scBERT's reading of masked tokens)")
+    assert lines[1].endswith("to_out.bias (not needed: scBERT's head for masked tokens)")
     assert "to_out.fc2.weight and 2 more (no part of scBERT)" in lines[2]
-    assert "pos_emb.emb.weight (positions of genes, taken by name); to_out.weight (scBERT's reading" in lines[3]
+    assert "pos_emb.emb.weight (positions of genes, taken by name); to_out.weight (scBERT's head" in lines[3]
     assert lines[3].endswith("and 11 more (beyond --gene_depth 5)")
 
 

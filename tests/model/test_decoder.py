@@ -1,19 +1,19 @@
-"""decoder.py: what the prediction starts from, what it looks at, and what a missing neighbour must not do."""
+"""decoder.py: what the prediction starts from, what it attends to, and what a missing neighbour must not do."""
 
 import pytest
 import torch
 from torch import nn
 
-from model.decoder import OWN_SHARE, GeneDecoder, KernelRidge, LinearExpansion
+from model.decoder import VECTOR_WEIGHT, GeneDecoder, KernelRidge, LinearExpansion
 from model.layers import Attention
 
-WIDTH, GENES, TOKENS, CONTEXT, REACHES, LANDMARKS = 12, 9, 4, 5, 3, 7
+WIDTH, GENES, TOKENS, CONTEXT, BANDWIDTHS, LANDMARKS = 12, 9, 4, 5, 3, 7
 
 
 def decoder(trained=True):
     """In evaluation mode; `trained`: the read-out has left its zero start."""
     torch.manual_seed(0)
-    model = GeneDecoder(WIDTH, GENES, layers=2, decoder_width=16, n_landmarks=LANDMARKS, n_reaches=REACHES).eval()
+    model = GeneDecoder(WIDTH, GENES, layers=2, decoder_width=16, n_landmarks=LANDMARKS, n_bandwidths=BANDWIDTHS).eval()
     if trained:
         nn.init.normal_(model.read_out.weight)
     return model
@@ -27,14 +27,14 @@ def batch(n=3, context=CONTEXT):
         "context": torch.randn(n, context, WIDTH),
         "offsets": torch.randn(n, context, 2),
         "present": torch.ones(n, context, dtype=torch.bool),
-        "around": torch.randn(n, REACHES, WIDTH),
+        "smoothed": torch.randn(n, BANDWIDTHS, WIDTH),
     }
 
 
-def begun(model, sharpness=0.7, places=None, n_parts=1 + REACHES):
+def begun(model, gamma=0.7, places=None, n_parts=1 + BANDWIDTHS):
     """Its ridge has landmarks, at random `places` if not given, and random weights."""
-    model.ridge.look_from(torch.randn(LANDMARKS, 1 + REACHES, WIDTH) if places is None else places, n_parts)
-    model.start_from(sharpness, torch.randn(GENES, LANDMARKS), torch.randn(GENES))
+    model.ridge.set_landmarks(torch.randn(LANDMARKS, 1 + BANDWIDTHS, WIDTH) if places is None else places, n_parts)
+    model.initialise(gamma, torch.randn(GENES, LANDMARKS), torch.randn(GENES))
     return model
 
 
@@ -52,22 +52,22 @@ def test_prediction_starts_as_the_expansion():
 
 
 @torch.no_grad()
-def test_prediction_starts_as_the_kernel_ridge_on_the_spot_and_what_is_around():
+def test_prediction_starts_as_the_kernel_ridge_on_the_spot_and_the_smoothed_features():
     model, given = begun(decoder(trained=False)), batch()
-    seen = torch.cat([given["vector"][:, None], given["around"]], 1)
-    torch.testing.assert_close(model(**given), model.ridge(seen))
-    for name in ("vector", "around"):
+    spots = torch.cat([given["vector"][:, None], given["smoothed"]], 1)
+    torch.testing.assert_close(model(**given), model.ridge(spots))
+    for name in ("vector", "smoothed"):
         assert smallest_change(model, given, **{name: torch.randn_like(given[name])}) > 1e-4
 
 
 def test_what_is_learnt_leaves_the_start_and_the_ridge_stays():
     model, given = begun(decoder(trained=False)), batch()
-    start, ridge = model(**given).detach(), model.ridge.read.weight.clone()
+    start, ridge = model(**given).detach(), model.ridge.linear.weight.clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     model(**given).square().mean().backward()
     optimizer.step()
     assert not torch.allclose(model(**given), start, atol=1e-3)
-    assert torch.equal(model.ridge.read.weight, ridge) and model.ridge.read.weight.grad is None
+    assert torch.equal(model.ridge.linear.weight, ridge) and model.ridge.linear.weight.grad is None
     for last in (model.expand[-1], model.read_out):
         assert last.weight.abs().max() > 0
 
@@ -75,64 +75,64 @@ def test_what_is_learnt_leaves_the_start_and_the_ridge_stays():
 # ---- the kernel
 
 
-def slow_kernel_ridge(model, places, seen, n_parts):
+def slow_kernel_ridge(model, places, spots, n_parts):
     """Spot by spot, landmark by landmark and part by part, in double precision."""
     places = places[:, :n_parts].double()
-    shares = [OWN_SHARE] + [1.0] * (n_parts - 1)
+    weights = [VECTOR_WEIGHT] + [1.0] * (n_parts - 1)
     found = []
-    for spot in seen[:, :n_parts].double():
-        total = model.read.bias.double().clone()
-        for weight, landmark in zip(model.read.weight.double().T, places, strict=True):
+    for spot in spots[:, :n_parts].double():
+        total = model.linear.bias.double().clone()
+        for weight, landmark in zip(model.linear.weight.double().T, places, strict=True):
             parts = [
-                share * (a - b).square().sum() / (2 * places[:, i].var(0, correction=0).sum())
-                for i, (share, a, b) in enumerate(zip(shares, spot, landmark, strict=True))
+                part_weight * (a - b).square().sum() / (2 * places[:, i].var(0, correction=0).sum())
+                for i, (part_weight, a, b) in enumerate(zip(weights, spot, landmark, strict=True))
             ]
-            total += weight * torch.exp(-model.sharpness.double() * sum(parts) / sum(shares))
+            total += weight * torch.exp(-model.gamma.double() * sum(parts) / sum(weights))
         found.append(total)
     return torch.stack(found)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("n_parts", [1, 3, 1 + REACHES])
-@pytest.mark.parametrize("sharpness", [0.03, 1.0])
-def test_kernel_is_that_of_a_slow_loop(sharpness, n_parts):
-    places = torch.randn(LANDMARKS, 1 + REACHES, WIDTH)
+@pytest.mark.parametrize("n_parts", [1, 3, 1 + BANDWIDTHS])
+@pytest.mark.parametrize("gamma", [0.03, 1.0])
+def test_kernel_is_that_of_a_slow_loop(gamma, n_parts):
+    places = torch.randn(LANDMARKS, 1 + BANDWIDTHS, WIDTH)
     places[:, 1] *= 10  # a part of another size weighs no more
-    model = begun(decoder(), sharpness, places, n_parts).ridge
-    seen = torch.randn(5, 1 + REACHES, WIDTH)
+    model = begun(decoder(), gamma, places, n_parts).ridge
+    spots = torch.randn(5, 1 + BANDWIDTHS, WIDTH)
     torch.testing.assert_close(
-        model(seen).double(), slow_kernel_ridge(model, places, seen, n_parts), atol=1e-5, rtol=1e-5
+        model(spots).double(), slow_kernel_ridge(model, places, spots, n_parts), atol=1e-5, rtol=1e-5
     )
 
 
 @torch.no_grad()
 def test_kernel_keeps_single_precision_under_autocast():
-    model, seen = begun(decoder()).ridge, torch.randn(5, 1 + REACHES, WIDTH)
-    expected = model(seen)
+    model, spots = begun(decoder()).ridge, torch.randn(5, 1 + BANDWIDTHS, WIDTH)
+    expected = model(spots)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(seen), expected)
-        assert model.read(torch.ones(1, LANDMARKS)).dtype == torch.bfloat16, "the context is in force"
+        assert torch.equal(model(spots), expected)
+        assert model.linear(torch.ones(1, LANDMARKS)).dtype == torch.bfloat16, "the context is in force"
 
 
 @torch.no_grad()
 def test_distances_of_landmarks_are_0_to_themselves_and_1_on_average():
-    model = KernelRidge(200, 1 + REACHES, WIDTH, GENES)
-    places = torch.randn(200, 1 + REACHES, WIDTH)
-    model.look_from(places, 1 + REACHES)
+    model = KernelRidge(200, 1 + BANDWIDTHS, WIDTH, GENES)
+    places = torch.randn(200, 1 + BANDWIDTHS, WIDTH)
+    model.set_landmarks(places, 1 + BANDWIDTHS)
     found = model.distances(places)
     torch.testing.assert_close(found.diagonal(), torch.zeros(200), atol=1e-5, rtol=0)
     assert found.mean().item() == pytest.approx(1, abs=1e-4)
 
 
 @torch.no_grad()
-def test_a_part_without_spread_is_not_seen():
-    """As the means around are where every spot is alone, or there is one landmark."""
+def test_a_constant_part_is_left_out():
+    """As the smoothed features are where every spot is alone, or there is one landmark."""
     model, landmarks = KernelRidge(6, 2, WIDTH, GENES), torch.randn(6, 2, WIDTH)
     landmarks[:, 1] = 0
-    model.look_from(landmarks, 2)
-    seen = torch.randn(3, 2, WIDTH)
-    other = torch.stack([seen[:, 0], torch.randn(3, WIDTH)], 1)
-    assert torch.equal(model.distances(seen), model.distances(other)) and model.distances(seen).min() > 0
+    model.set_landmarks(landmarks, 2)
+    spots = torch.randn(3, 2, WIDTH)
+    other = torch.stack([spots[:, 0], torch.randn(3, WIDTH)], 1)
+    assert torch.equal(model.distances(spots), model.distances(other)) and model.distances(spots).min() > 0
 
 
 def test_every_gene_changes_with_each_part_of_the_image():
@@ -214,7 +214,7 @@ def test_each_kind_of_memory_carries_its_mark(kind, rows):
     model, given = decoder(), batch()
     parts = [given[name] for name in ("vector", "tokens", "context", "offsets")]
     before = model.memory(*parts)
-    model.kind[kind] += torch.randn(16)
+    model.type_embedding[kind] += torch.randn(16)
     assert ((model.memory(*parts) - before).abs().amax((0, 2)) > 1e-3).nonzero().flatten().tolist() == rows
 
 
@@ -222,7 +222,7 @@ def test_every_parameter_learns_and_no_attention_is_dead():
     model, given = decoder().train(), batch(n=8)
     model(**given).square().sum().backward()
     for name, p in model.named_parameters():
-        if not name.startswith("ridge.read."):
+        if not name.startswith("ridge.linear."):
             assert p.grad is not None and p.grad.abs().max() > 0, name
     attentions = [m for m in model.modules() if isinstance(m, Attention)]
     assert len(attentions) == 4
@@ -247,5 +247,5 @@ def test_expansion_has_the_published_widths():
 
 @pytest.mark.parametrize("layers", [0, 1])
 def test_depth_is_free(layers):
-    model = GeneDecoder(WIDTH, GENES, layers=layers, decoder_width=16, n_reaches=REACHES)
+    model = GeneDecoder(WIDTH, GENES, layers=layers, decoder_width=16, n_bandwidths=BANDWIDTHS)
     assert model(**batch()).shape == (3, GENES)

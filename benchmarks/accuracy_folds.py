@@ -35,6 +35,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "fusion_pooled": {"train_mymodel": "--gene_tokens 1 --image_tokens 1"},
     "no_matching": {"train_mymodel": "--matching_weight 0"},
     "no_expression": {"train_mymodel": "--expression_weight 0"},
+    "pretrained_genes": {"train_mymodel": "--pretrain_genes"},
     "hires": {"image_tilling": "--source hires"},
     "counts": {"train_decoder": "--target counts"},
     "lognorm": {"train_decoder": "--target lognorm"},

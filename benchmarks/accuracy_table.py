@@ -1,4 +1,4 @@
-"""Finished runs of accuracy.py put together: means and deviations over seeds, intervals, JSON and Markdown."""
+"""Finished runs of accuracy.py as Markdown: means and deviations over seeds, differences with their intervals."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ FIGURES = {
     "given_depth": "lognorm, given depth",
 }
 GALLERY = ("depth", "contrastive", "matching", "reranked")
+LOSSES = ("contrast_loss", "contrast_chance", "matching_loss", "matching_chance")
 INTERVALS = (
     "Intervals: 95 %, paired bootstrap over genes and over blocks of 5 x 5 pitches within slices, 2,000 draws. They "
     "hold for these slices; another patient may lie outside."
 )
-LOSSES = ("contrast_loss", "contrast_chance", "matching_loss", "matching_chance")
-Record = Mapping[str, Any]
+Record = Mapping[str, Any]  # of a run, see accuracy_run.py
+Records = Sequence[Record]  # of the seeds of a fold
 
 
-# ---- numbers
+def scores(records: Records, method: str, figure: str = "residuals") -> list[float]:
+    """A figure of each run; empty where the method has no such figure."""
+    values = [record["methods"][method][figure] for record in records]
+    return [] if None in values else values
 
 
-def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean and deviation over seeds; null where a method has no such figure, no deviation of a single seed."""
-    known = [value for value in values if value is not None]
-    sd = float(np.std(known, ddof=1)) if len(known) > 1 else None
-    return {"mean": float(np.mean(known)) if known else None, "sd": sd, "seeds": list(values)}
+def best_baseline(records: Records) -> str:
+    means = {method: np.mean(values) for method in BASELINES if (values := scores(records, method))}
+    return max(means, key=lambda method: means[method])
 
 
 def interval(draws: Sequence[Sequence[float]], other: Sequence[Sequence[float]], level: float = 0.95) -> list[float]:
@@ -43,66 +45,17 @@ def interval(draws: Sequence[Sequence[float]], other: Sequence[Sequence[float]],
     return np.quantile(difference, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
-def difference(records: Sequence[Record], method: str, others: Sequence[Record], baseline: str) -> dict[str, Any]:
-    """Mean over runs of one method minus another, with its interval; draws are stored in units of 1e-5."""
-    pairs = ((records, method), (others, baseline))
-    means = [np.mean([record["methods"][name]["residuals"] for record in runs]) for runs, name in pairs]
-    ends = interval(*([record["draws"][name] for record in runs] for runs, name in pairs))
-    return {"difference": float(means[0] - means[1]), "interval": (np.array(ends) / 1e5).tolist()}
+def difference(records: Records, method: str, others: Records, other: str) -> tuple[float, list[float]]:
+    """Mean over runs of one method minus another, and its interval; draws are stored in units of 1e-5."""
+    ends = interval([record["draws"][method] for record in records], [record["draws"][other] for record in others])
+    return float(np.mean(scores(records, method)) - np.mean(scores(others, other))), [end / 1e5 for end in ends]
 
 
-def retrieval_summary(records: Sequence[Record]) -> dict[str, Any]:
-    runs = [record["retrieval"] for record in records]
-    accuracy = {name: over_seeds([run["neighbours"][name] for run in runs]) for name in GALLERY}
-    return {
-        "neighbours": {"chance": runs[0]["neighbours"]["chance"], **accuracy},
-        "interval": {name: np.mean([run["interval"][name] for run in runs], axis=0).tolist() for name in GALLERY},
-        "R@10": over_seeds([run["R@10"] for run in runs]),
-        "R@10_chance": runs[0]["R@10_chance"],
-    }
-
-
-def fold_summary(records: Sequence[Record]) -> dict[str, Any]:
-    """One fold: the runs of its seeds -> figures of each method, the best baseline, the difference to it."""
-    scores = {
-        method: {name: over_seeds([record["methods"][method][name] for record in records]) for name in FIGURES}
-        for method in METHODS
-    }
-    means = {method: scores[method]["residuals"]["mean"] for method in BASELINES}
-    best = max((method for method in BASELINES if means[method] is not None), key=lambda method: means[method])
-    return {
-        "methods": scores,
-        "best_baseline": best,
-        **difference(records, "magic", records, best),
-        "retrieval": retrieval_summary(records),
-        "losses": {name: np.mean([record["losses"]["best"][name] for record in records]) for name in LOSSES},
-        "sd_ratio": np.mean([record["sd_ratio"] for record in records]),
-    }
-
-
-def ablation_summary(records: Mapping[str, Record]) -> dict[str, Any]:
-    """Ablation -> figures of its run, difference to the default; `no_stage_one` is a method of the default run."""
-    default = records["default"]
-    runs = {name: (record, "magic") for name, record in records.items()}
-    runs["no_stage_one"] = default, "stage_two_pretrained"
-    return {
-        name: {
-            "residuals": record["methods"][method]["residuals"],
-            "lognorm": record["methods"][method]["lognorm"],
-            "retrieval": None if name == "no_stage_one" else record["retrieval"],
-            **difference([record], method, [default], "magic"),
-        }
-        for name, (record, method) in runs.items()
-    }
-
-
-# ---- Markdown
-
-
-def cell(summary: Mapping[str, Any]) -> str:
-    if summary["mean"] is None:
+def cell(values: Sequence[float]) -> str:
+    """Mean and deviation over seeds; no deviation of a single seed."""
+    if not values:
         return "-"
-    return f"{summary['mean']:.3f}" + ("" if summary["sd"] is None else f" ± {summary['sd']:.3f}")
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def between(ends: Sequence[float], digits: str = ".3f") -> str:
@@ -113,7 +66,7 @@ def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
-def origin(records: Sequence[Record], flags: str) -> str:
+def origin(records: Records, flags: str) -> str:
     """Command, dates and machines of runs, and a warning where the benchmark has changed since."""
     dates, machines = (sorted({record[name] for record in records}) for name in ("date", "machine"))
     text = f"`python benchmarks/accuracy.py --data DATA{flags}`, {' to '.join({dates[0]: 0, dates[-1]: 0})}, "
@@ -123,29 +76,41 @@ def origin(records: Sequence[Record], flags: str) -> str:
     return text
 
 
-def fold_markdown(name: str, fold: Mapping[str, Any], n_seeds: int) -> list[str]:
-    scores, retrieval = fold["methods"], fold["retrieval"]
-    done = len(scores["magic"]["residuals"]["seeds"])
-    rows = [[f"**{m}**" if m == "magic" else m, *(cell(scores[m][f]) for f in FIGURES)] for m in METHODS]
-    neighbours, ends = retrieval["neighbours"], retrieval["interval"]
-    gallery = [f"{method} {cell(neighbours[method])} {between(ends[method])}" for method in GALLERY]
+def retrieval_line(records: Records) -> str:
+    runs = [record["retrieval"] for record in records]
+    gallery = []
+    for name in GALLERY:
+        ends = np.mean([run["interval"][name] for run in runs], axis=0)
+        gallery.append(f"{name} {cell([run['neighbours'][name] for run in runs])} {between(ends)}")
+    return (
+        f"Retrieval among a spot's neighbours (chance {runs[0]['neighbours']['chance']:.3f}): {', '.join(gallery)}; "
+        f"whole slice, R@10 {cell([run['R@10'] for run in runs])} (chance {runs[0]['R@10_chance']:.3f})."
+    )
+
+
+def fold_lines(name: str, records: Records, n_seeds: int) -> list[str]:
+    rows = [
+        [f"**{method}**" if method == "magic" else method, *(cell(scores(records, method, key)) for key in FIGURES)]
+        for method in METHODS
+    ]
+    best = best_baseline(records)
+    gain, ends = difference(records, "magic", records, best)
+    means = {name: np.mean([record["losses"]["best"][name] for record in records]) for name in LOSSES}
     return [
-        f"### {name}" + ("" if done == n_seeds else f" ({done} of {n_seeds} seeds)"),
+        f"### {name}" + ("" if len(records) == n_seeds else f" ({len(records)} of {n_seeds} seeds)"),
         "",
         *table_lines(["method", *FIGURES.values()], rows),
         "",
-        f"magic - {fold['best_baseline']}, the best baseline, against residuals: {fold['difference']:+.3f} "
-        f"{between(fold['interval'], '+.3f')}.",
-        f"Retrieval among a spot's neighbours (chance {neighbours['chance']:.3f}): {', '.join(gallery)}; whole slice, "
-        f"R@10 {cell(retrieval['R@10'])} (chance {retrieval['R@10_chance']:.3f}).",
+        f"magic - {best}, the best baseline, against residuals: {gain:+.3f} {between(ends, '+.3f')}.",
+        retrieval_line(records),
         "Best epoch of stage one: contrast {contrast_loss:.3g} (chance {contrast_chance:.3g}), matching "
         "{matching_loss:.3g} (chance {matching_chance:.3g}). Predicted over measured deviation of a gene: "
-        "{sd_ratio:.3g}.".format(**fold["losses"], sd_ratio=fold["sd_ratio"]),
+        "{sd_ratio:.3g}.".format(**means, sd_ratio=np.mean([record["sd_ratio"] for record in records])),
         "",
     ]
 
 
-def markdown(folds: Mapping[str, Sequence[Record]], flags: str, n_seeds: int, shuffled: bool = False) -> str:
+def markdown(folds: Mapping[str, Records], flags: str, n_seeds: int, shuffled: bool = False) -> str:
     """The table of all folds.
 
     Parameters
@@ -155,9 +120,8 @@ def markdown(folds: Mapping[str, Sequence[Record]], flags: str, n_seeds: int, sh
     n_seeds : runs of a complete fold
     shuffled : counts were shuffled against the tiles
     """
-    records = [record for runs in folds.values() for record in runs]
     lines = [
-        origin(records, flags),
+        origin([record for records in folds.values() for record in records], flags),
         f"Mean PCC per gene over genes, then over test slices, mean ± deviation over {n_seeds} seeds. All methods are "
         "fitted on Pearson residuals; signs are kept, a flat prediction counts as 0.",
         INTERVALS,
@@ -165,23 +129,24 @@ def markdown(folds: Mapping[str, Sequence[Record]], flags: str, n_seeds: int, sh
     ]
     if shuffled:
         lines += ["**Counts were shuffled against the tiles within each slice: expected of every method is 0.**", ""]
-    for name, runs in folds.items():
-        lines += fold_markdown(name, fold_summary(runs), n_seeds)
-    return "\n".join(lines).rstrip()
+    return "\n".join(lines + [line for name in folds for line in fold_lines(name, folds[name], n_seeds)]).rstrip()
 
 
 def ablation_markdown(records: Mapping[str, Record], flags: str) -> str:
-    """What each part of the method is worth: a row per ablation, the default first."""
-    rows = []
-    for name, part in ablation_summary(records).items():
-        retrieval, shown = part["retrieval"], ["-"] * 3
-        if retrieval is not None:
-            shown = [f"{retrieval['neighbours'][key]:.3f}" for key in ("reranked", "contrastive")]
-            shown.append(f"{retrieval['R@10']:.3f}")
-        against = "" if name == "default" else f"{part['difference']:+.3f} {between(part['interval'], '+.3f')}"
-        rows.append([name, f"{part['residuals']:.3f}", f"{part['lognorm']:.3f}", *shown, against])
-    heads = ["part", "PCC, residuals", "PCC, lognorm", "neighbours, reranked", "contrastive", "R@10", "to the default"]
+    """What each part of the method is worth: a row per ablation, the default first. `no_stage_one` is a method of the
+    default run."""
     default = records["default"]
+    runs = {name: (record, "magic") for name, record in records.items()}
+    rows = []
+    for name, (record, method) in (runs | {"no_stage_one": (default, "stage_two_pretrained")}).items():
+        cells, retrieval = [f"{record['methods'][method][key]:.3f}" for key in ("residuals", "lognorm")], ["-"] * 3
+        if method == "magic":
+            neighbours = record["retrieval"]["neighbours"]
+            retrieval = [f"{x:.3f}" for x in (neighbours["reranked"], neighbours["contrastive"])]
+            retrieval.append(f"{record['retrieval']['R@10']:.3f}")
+        gain, ends = difference([record], method, [default], "magic")
+        rows.append([name, *cells, *retrieval, "" if name == "default" else f"{gain:+.3f} {between(ends, '+.3f')}"])
+    heads = ["part", "PCC, residuals", "PCC, lognorm", "neighbours, reranked", "contrastive", "R@10", "to the default"]
     return "\n".join(
         [
             origin(list(records.values()), flags),

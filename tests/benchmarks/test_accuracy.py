@@ -243,19 +243,16 @@ def record_of(rng, seed, magic=0.2, ablation="default"):
 
 
 def test_a_fold_is_means_over_seeds_with_the_difference_to_the_best_baseline(rng):
-    fold = accuracy_table.fold_summary([record_of(rng, seed) for seed in (0, 1, 2)])
-    assert fold["losses"]["contrast_loss"] == 3.0 and fold["sd_ratio"] == pytest.approx(0.3)
-    assert tuple(fold["methods"]) == accuracy_table.METHODS
-    magic = fold["methods"]["magic"]
-    assert magic["residuals"]["mean"] == pytest.approx(0.21) and magic["residuals"]["sd"] == pytest.approx(0.01)
-    assert fold["methods"]["mean"]["residuals"] == {"mean": None, "sd": None, "seeds": [None] * 3}
-    assert (fold["best_baseline"], fold["difference"]) == ("knn", pytest.approx(0.1))
-    assert fold["interval"] == pytest.approx([0.1, 0.1], abs=1e-4)  # the same noise in both
-    retrieval = fold["retrieval"]
-    assert retrieval["neighbours"]["chance"] == 0.1
-    assert retrieval["neighbours"]["reranked"]["seeds"] == pytest.approx([0.2, 0.3, 0.4])
-    assert retrieval["interval"]["depth"] == pytest.approx([0.1, 0.4])
-    assert retrieval["R@10"]["mean"] == pytest.approx(0.3) and retrieval["R@10_chance"] == 0.1
+    records = [record_of(rng, seed) for seed in (0, 1, 2)]
+    assert accuracy_table.best_baseline(records) == "knn"
+    gain, ends = accuracy_table.difference(records, "magic", records, "knn")
+    assert gain == pytest.approx(0.1) and ends == pytest.approx([0.1, 0.1], abs=1e-4)  # the same noise in both
+    text = "\n".join(accuracy_table.fold_lines("P1", records, 3))
+    assert text.startswith("### P1\n") and "| mean | - | - | - | - |" in text
+    assert "| **magic** | 0.210 ± 0.010 | 0.210 ± 0.010 |" in text
+    assert "neighbours (chance 0.100): depth 0.300 ± 0.100 [0.100, 0.400], contrastive" in text
+    assert "R@10 0.300 ± 0.000 (chance 0.100)" in text
+    assert "contrast 3 (chance 3), matching 3 (chance 3). Predicted over measured deviation of a gene: 0.3." in text
 
 
 def test_markdown_states_what_its_intervals_hold_for_and_what_is_out_of_date(rng):
@@ -277,13 +274,11 @@ def test_intervals_are_of_the_mean_over_seeds():
 
 def test_ablations_are_compared_with_the_default(rng):
     records = {"default": record_of(rng, 0), "no_queue": record_of(rng, 0, magic=0.15, ablation="no_queue")}
-    parts = accuracy_table.ablation_summary(records)
-    assert list(parts) == ["default", "no_queue", "no_stage_one"]
-    assert parts["no_queue"]["difference"] == pytest.approx(-0.05)
-    low, high = parts["no_queue"]["interval"]
-    assert -0.08 < low < -0.05 < high < -0.02
-    assert parts["default"]["interval"] == [0, 0] and parts["no_stage_one"]["retrieval"] is None
-    assert "| no_queue | 0.150 |" in accuracy_table.ablation_markdown(records, "")
+    rows = [line.strip("| ").split(" | ") for line in accuracy_table.ablation_markdown(records, "").splitlines()[-3:]]
+    assert [row[:2] for row in rows] == [["default", "0.200"], ["no_queue", "0.150"], ["no_stage_one", "0.100"]]
+    assert rows[0][2:] == ["0.200", "0.200", "0.200", "0.300"] and rows[2][3:6] == ["-", "-", "-"]
+    gain, low, high = (float(word.strip("[,]")) for word in rows[1][6].split())
+    assert gain == -0.05 and -0.08 < low < -0.05 < high < -0.02
 
 
 @pytest.mark.parametrize("name, flags", [("accuracy", []), ("ablations", ["--small", "--ablations"])])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -69,13 +69,20 @@ class Tissue:
         rows = [slice_.rows_of(part) for slice_ in self.slices]
         return [values[chosen] for values, chosen in zip(per_slice, rows, strict=True) if len(chosen)]
 
-    def images(self, features: Sequence[np.ndarray], part: str) -> list[dict[str, Any]]:
-        """What baselines read of the spots of a part: features (S, C), standardised in each slice, places, targets."""
-        images = [
-            cache.as_images(slice_, baselines.standardise(values), part) | {"target": target[slice_.rows_of(part)]}
-            for slice_, values, target in zip(self.slices, features, self.targets, strict=True)
-        ]
-        return [image for image in images if len(image["target"])]
+    def images(self, features: Sequence[np.ndarray], part: str) -> list[baselines.Slice]:
+        """Spots of a part as the baselines read them, with features (S, C) standardised in each slice."""
+        images = []
+        for slice_, values, target in zip(self.slices, features, self.targets, strict=True):
+            if len(rows := slice_.rows_of(part)):
+                image = baselines.Slice(
+                    features=baselines.standardise(values)[rows],
+                    xy=slice_.xy_fullres_px[rows],
+                    pitch=slice_.pitch_fullres_px,
+                    log_depth=np.log(slice_.total_counts[rows]),
+                    target=target[rows],
+                )
+                images.append(image)
+        return images
 
     def table(self, values: Predictions) -> Table:
         return Table(self.spots, self.genes, values)

@@ -1,10 +1,9 @@
 """One run of accuracy.py, a fold with a seed: the six scripts as a user calls them, then every method, into one JSON.
 
-A run is repeated only where its key differs: a hash of RULES, of the flags of the scripts that are not at their
-defaults, and of the data (counts, images, positions, scale factors, lines of the table, the encoder's weights). An
-interrupted run begins anew.
+A run is repeated only where its key differs: a hash of RULES, of the flags of the scripts, and of the data (counts,
+images, positions, scale factors, lines of the table, the encoder's weights). An interrupted run begins anew.
 
-The JSON of a run holds: fold, seed, ablation, rules, key, settings (flags by script), date, machine, seconds by step,
+The JSON of a run holds: fold, seed, ablation, rules, key, flags by script, date, machine, seconds by step,
 `methods` (figures of each method, means over slices), `retrieval`, `losses` of stage one, `sd_ratio` (predicted over
 measured deviation of a gene), and `draws`: PCC per gene against residuals in 2,000 resamples, in whole units of 1e-5,
 of the methods that are compared by an interval. The resamples are the same for all methods and seeds of a fold, so a
@@ -14,7 +13,6 @@ difference of two methods is the difference of their draws.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import shutil
 import subprocess
@@ -30,7 +28,6 @@ from benchmarks import accuracy_folds as folds
 from benchmarks.accuracy_folds import RULES, Fold
 from benchmarks.speed import machine_name
 from utils import settings as shared_settings
-from utils.files import tensors
 from utils.files.atomic import write_whole
 from utils.files.hashing import content_hash
 from utils.slices import splits, visium
@@ -85,16 +82,6 @@ class Step:
     def script(self) -> str:
         return self.name.removesuffix(PRETRAINED)
 
-    def parsed(self) -> Any:
-        """The script's own settings."""
-        return importlib.import_module(self.script).parse_args(list(self.argv))
-
-    def changed_settings(self) -> dict[str, Any]:
-        """Flags that are not at their defaults and change the result; a changed default calls for other RULES."""
-        default = vars(importlib.import_module(self.script).parse_args([]))
-        parsed = vars(self.parsed()).items()
-        return {name: x for name, x in parsed if name not in shared_settings.WHERE and x != default[name]}
-
     def run(self, log: Path) -> float:
         """Seconds that the script took; its output goes to `log`. Raises ValueError where it fails."""
         start = time.perf_counter()
@@ -118,17 +105,6 @@ def slice_key(folder: Path, name: str, image: str | None) -> str:
     counts = visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes)
     files = sorted(path for path in (source.root / "spatial").iterdir() if path.is_file())
     return digest(counts, [content_hash(path) for path in (*files, source.fullres_image(image)) if path is not None])
-
-
-@cache
-def weights_key(weights: str) -> str:
-    """timm, none, or a hash of the tensors of a file (the file's own bytes vary with torch's version)."""
-    if weights in ("timm", "none"):
-        return weights
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(tensors.read_weights(Path(weights), "--encoder_weights").items()):
-        hashed.update(name.encode() + tensor.contiguous().float().numpy().tobytes())
-    return hashed.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -159,19 +135,25 @@ class Run:
     def similarity(self, kind: str = "") -> Path:
         return self.folder / f"similarity{kind}"
 
+    def own_flags(self, script: str) -> list[str]:
+        """Flags of a script that set what it computes, as opposed to where it reads and writes."""
+        size, encoder = str(self.settings.tile_px), self.settings.encoder
+        flags = {
+            "image_tilling": ["--tile_px", size],
+            "train_mymodel": ["--image_encoder", encoder, "--image_size", size],
+        }
+        seed = [] if script in ("image_tilling", "make_decoder_data") else ["--seed", str(self.seed)]
+        return [*flags.get(script, []), *seed, *folds.script_flags(script, self.ablation, self.settings.small)]
+
     def step(self, name: str, **files: Any) -> Step:
-        """Flags: where the data lie, the `files` of this call, and what the settings ask for."""
+        """A call of a script; `files` are those that only this call reads or writes."""
         script = name.removesuffix(PRETRAINED)
         tiles = "tiles_" + self.ablation if "image_tilling" in folds.ABLATIONS[self.ablation] else "tiles"
-        flags = {"data": self.settings.data, "tiles": self.settings.out / tiles, "panels": self.folder / "panels"}
-        flags |= {"slices": self.folder / "slices.csv", "seed": self.seed, "device": self.settings.device}
-        flags |= {"workers": self.settings.workers, **files}
-        if script == "image_tilling":
-            flags["tile_px"] = self.settings.tile_px
-        elif script == "train_mymodel":
-            flags |= {"image_encoder": self.settings.encoder, "image_size": self.settings.tile_px}
-        words = [str(word) for flag, x in flags.items() if x is not None for word in (f"--{flag}", x)]
-        return Step(name, (*words, *self.fold.flags, *folds.script_flags(script, self.ablation, self.settings.small)))
+        places = {"data": self.settings.data, "tiles": self.settings.out / tiles, "panels": self.folder / "panels"}
+        places |= {"slices": self.folder / "slices.csv", **files}
+        machine = {"device": self.settings.device, "workers": self.settings.workers}
+        words = [str(word) for flag, x in (places | machine).items() if x is not None for word in (f"--{flag}", x)]
+        return Step(name, (*words, *self.fold.flags, *self.own_flags(script)))
 
     @property
     def steps(self) -> list[Step]:
@@ -187,20 +169,24 @@ class Run:
 
     def stage_one_settings(self) -> Any:
         """Settings of train_mymodel.py, whose data, encoder and optimiser the other methods share."""
-        parsed = next(step for step in self.steps if step.name == "train_mymodel").parsed()
+        import train_mymodel
+
+        parsed = train_mymodel.parse_args(next(step.argv for step in self.steps if step.name == "train_mymodel"))
         shared_settings.check_training(parsed)
         return parsed
 
-    def changed_settings(self) -> dict[str, Any]:
-        return {step.name: step.changed_settings() for step in self.steps}
+    def flags(self) -> dict[str, str]:
+        """Flags of each script that change the result; a changed default of a script calls for other RULES."""
+        return {step.name: " ".join(self.own_flags(step.script)) for step in self.steps}
 
     @property
     def key(self) -> str:
         assert self.settings.data is not None
         rows = self.fold.rows
         contents = [slice_key(splits.slice_folder(self.settings.data, r), r.slice, r.image) for r in rows]
-        data = ([asdict(row) for row in rows], contents, self.fold.flags, weights_key(self.weights))
-        return digest(RULES, data, self.settings.shuffled, self.changed_settings())
+        weights = self.weights if self.weights in ("timm", "none") else content_hash(Path(self.weights))
+        data = ([asdict(row) for row in rows], contents, self.fold.flags, weights)
+        return digest(RULES, data, self.settings.shuffled, self.flags())
 
     def finished(self) -> dict[str, Any] | None:
         """The record of a finished run of this key, None where there is none."""
@@ -231,7 +217,7 @@ class Run:
             "ablation": self.ablation,
             "rules": RULES,
             "key": self.key,
-            "settings": self.changed_settings(),
+            "flags": self.flags(),
             "date": date.today().isoformat(),
             "machine": machine_name(self.settings.device),
             "seconds": seconds,

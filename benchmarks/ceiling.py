@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,8 +85,9 @@ def main(settings: Settings) -> None:
         "| --- | --- | --- | --- |",
     ]
     for slice_ in slices:
-        total = np.asarray(slice_.counts.sum(1)).ravel()
-        counts = (slice_.counts @ gene_panels.gather(slice_.genes, panel)).toarray()
+        all_counts: Any = slice_.counts  # sparse
+        total = np.asarray(all_counts.sum(1)).ravel()
+        counts = (all_counts @ gene_panels.gather(slice_.genes, panel)).toarray()
         r = ceiling(counts, total, settings.seed)
         lines.append(f"| {slice_.name} | {len(total)} | {np.median(total):,.0f} | {r:.3f} |")
     text = "\n".join(lines)

@@ -8,7 +8,7 @@ compare each with the fast path's numbers.
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,8 @@ def shallow_copy(module: Model) -> Model:
 
 
 def plain_gene_encoder(encoder: GeneEncoder) -> GeneEncoder:
-    plain = shallow_copy(encoder)
-    plain.blocks = nn.ModuleList(PlainBlock(block) for block in encoder.blocks)
+    plain, blocks = shallow_copy(encoder), cast(list[PerformerBlock], encoder.blocks)
+    plain.blocks = nn.ModuleList(PlainBlock(block) for block in blocks)
     return plain
 
 

@@ -113,8 +113,8 @@ def write_tiles(folder: Path, n: int, size: int, seed: int) -> list[Path]:
     from utils.images.image import open_image
 
     rng = np.random.default_rng(seed)
-    image = Image.fromarray(rng.integers(60, 255, (64, 64, 3), dtype=np.uint8)).resize((4 * size, 4 * size))
-    image.save(folder / "image.png")
+    coarse = Image.fromarray(rng.integers(60, 255, (64, 64, 3), dtype=np.uint8))
+    coarse.resize((4 * size, 4 * size)).save(folder / "image.png")
     barcodes, centres = np.array([f"SPOT{i}-1" for i in range(n)]), rng.uniform(size, 3 * size, (n, 2))
     cut = tiles.Cut("fullres", "image.png", 0.5, float(size), size, True)
     with open_image(folder / "image.png") as image:

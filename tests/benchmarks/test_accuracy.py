@@ -1,5 +1,6 @@
 """benchmarks/accuracy.py: folds, what is repeated and what is not, the table; slowly, all of it at once."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -8,7 +9,6 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from tiny_runs import rewrite_matrix, row
 
 from benchmarks import accuracy, accuracy_run, accuracy_scores, accuracy_table
@@ -86,19 +86,21 @@ def test_the_given_split_is_the_tables_own():
     assert folds.given_folds([*rows, row("P04_1", "val")])[0].flags == ()
 
 
-def test_every_ablation_changes_what_it_names(run):
-    default = run().changed_settings()
+def test_every_ablation_changes_what_it_names_and_parses(run):
+    default = run()
     for name in folds.ABLATIONS:
-        settings, changed = run(ablation=name).changed_settings(), set(folds.ABLATIONS[name])
-        differing = {step for step in settings if settings[step] != default[step]}
-        assert differing <= changed | {"decoder_similarity"}, name
-        assert changed <= differing or name == "no_expression", name  # whose weight may be 0 already
+        other, changed = run(ablation=name), set(folds.ABLATIONS[name])
+        flags = other.flags()
+        assert {step for step in flags if flags[step] != default.flags()[step]} == changed, name
+        for step in other.steps:
+            parsed = importlib.import_module(step.script).parse_args(list(step.argv))
+            assert parsed.seed == other.seed and str(parsed.panels).startswith(str(other.folder))
 
 
 def test_every_run_has_a_folder_of_its_own_and_shares_tiles_cut_alike(run):
     default, counts, hires = (run(ablation=name) for name in ("default", "counts", "hires"))
     assert len({one.folder for one in (default, counts, hires, run("--shuffled"))}) == 4
-    tiles = [one.steps[0].parsed().tiles for one in (default, counts, hires)]
+    tiles = [one.steps[0].argv[3] for one in (default, counts, hires)]
     assert tiles[0] == tiles[1] != tiles[2]
     assert counts.file.name == "given_seed0_test_vit_32px_small_counts.json"
     assert [step.name for step in default.steps][-2:] == ["train_decoder_pretrained", "decoder_similarity_pretrained"]
@@ -156,12 +158,12 @@ def test_a_replaced_input_repeats_a_run(simulated, tmp_path, what):
     assert key() != before
 
 
-def test_weights_are_known_by_their_tensors(tmp_path):
-    tensors, paths = {"a": torch.ones(2), "b": torch.zeros(3)}, [tmp_path / f"{i}.pth" for i in range(3)]
-    for path, of in zip(paths, (tensors, dict(reversed(tensors.items())), {"a": torch.ones(2)}), strict=True):
-        torch.save(of, path)
-    keys = [accuracy_run.weights_key(str(path)) for path in paths]
-    assert keys[0] == keys[1] != keys[2]
+def test_other_weights_repeat_a_run(run, tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"weights")
+    runs = [run(), *(replace(run(), weights=weights) for weights in ("timm", str(tmp_path / "a.pth")))]
+    keys = [one.key for one in runs]
+    (tmp_path / "a.pth").write_bytes(b"others")
+    assert len({*keys, runs[2].key}) == 4
 
 
 def test_a_finished_run_is_not_repeated_and_one_of_another_key_is(run, monkeypatch, capsys):

@@ -217,7 +217,8 @@ def main(settings: Settings) -> None:
     import torch
 
     if settings.part == "growth":
-        return measure_growth(settings)
+        measure_growth(settings)
+        return
     results: dict[str, Any] = {
         "command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]),
         "machine": machine_name(settings.device),
@@ -235,7 +236,8 @@ def main(settings: Settings) -> None:
         write_record(settings.out, results)
         put_into(FOLDER / "RESULTS.md", f"{'gpu' if on_gpu else 'cpu'}, batch {settings.batch_size}", table(results))
     print(table(results))
-    return None
+    if settings.part is not None:
+        print(f"{settings.part} ratio {results['parts'][settings.part]['ratio']:.2f}")
 
 
 if __name__ == "__main__":

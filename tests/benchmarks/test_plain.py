@@ -1,4 +1,4 @@
-"""benchmarks/plain.py and plain_tiles.py: each plain twin computes the same as ours, so that times may be compared."""
+"""benchmarks/plain.py, speed_data.py: the plain references compute the same as ours, so times are comparable."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from PIL import Image
 from small_stage_one import batch_of, stage_one
 
 import get_accuracy_image
-from benchmarks import plain, plain_tiles
+from benchmarks import plain, speed_data
 from model.gene_encoder import GeneEncoder
 from model.stage_two import StageTwo, StageTwoSizes
 from utils.features.cache import EncodedPairs
@@ -37,7 +37,7 @@ def test_the_gene_encoder_and_its_gradients():
 
 
 def test_a_step_without_distillation():
-    """With the twin's say at nothing and an empty queue, stage one's loss is the plain one."""
+    """With alpha 0 and no queue, the loss of stage one is the plain one."""
     model, batch = stage_one(queue_size=0, n_components=0), batch_of()
     draws = [torch.Generator().manual_seed(3) for _ in range(2)]
     found = model(batch["tiles"], batch["bins"], batch["spots"], 0.0, draws[0]).loss
@@ -109,7 +109,7 @@ def test_augmentation_of_single_files(tmp_path, rng):
         paths.append(tmp_path / f"{i}.jpeg")
         coarse.resize((40, 40)).save(paths[-1])
         tiles.append(np.asarray(Image.open(paths[-1])))
-    files = plain_tiles.TileFiles(paths, seed=5)
+    files = speed_data.TileFiles(paths, seed=5)
     expected = torch.stack([files[i] for i in range(len(files))])
     found = augment.augment(torch.from_numpy(np.stack(tiles)), np.arange(24), 5, 0, 40)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -118,7 +118,7 @@ def test_augmentation_of_single_files(tmp_path, rng):
 def test_published_tiles(tmp_path, rng):
     image = rng.integers(0, 255, (90, 80, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "hires.png")
-    plain_tiles.cut_tiles(tmp_path / "hires.png", np.array([[30.0, 40.0], [41.0, 52.0]]), tmp_path / "tiles")
+    speed_data.plain_tiles(tmp_path / "hires.png", np.array([[30.0, 40.0], [41.0, 52.0]]), tmp_path / "tiles")
     for spot, (x, y) in enumerate(((30, 40), (41, 52))):
         Image.fromarray(image[y - 20 : y + 20, x - 20 : x + 20]).save(tmp_path / "expected.jpeg")
         assert (tmp_path / "tiles" / f"{spot}.jpeg").read_bytes() == (tmp_path / "expected.jpeg").read_bytes()

@@ -1,9 +1,9 @@
 """The paired bootstrap of accuracy.py against resampled spots, and on cases with a known answer."""
 
 import numpy as np
-import pytest
 
-from benchmarks.accuracy_bootstrap import Resamples, block_correlations, interval, pcc_draws, resample
+from benchmarks.accuracy_scores import Resamples, block_correlations, pcc_draws, resample
+from benchmarks.accuracy_table import interval
 from utils.evaluation import metrics
 
 N_GENES = 7
@@ -24,15 +24,15 @@ def spots_of(member, times):
 
 def slow_draws(preds, trues, drawn: Resamples):
     """Every draw with its spots and genes repeated, scored as any other table."""
-    found = []
+    values = []
     for d, genes in enumerate(drawn.genes):
         chosen, means = np.repeat(np.arange(len(genes)), genes), []
         for p, t, member, times in zip(preds, trues, drawn.members, drawn.blocks, strict=True):
             rows = spots_of(member, times[d])
             r = metrics.scored_pearson_per_gene(p[rows][:, chosen], t[rows][:, chosen])
             means.append(r[~np.isnan(r)].mean())
-        found.append(np.mean(means))
-    return np.array(found)
+        values.append(np.mean(means))
+    return np.array(values)
 
 
 def test_draws_are_those_of_repeated_spots_and_genes(rng):
@@ -81,7 +81,7 @@ def test_a_clear_difference_excludes_zero(rng):
     assert 0 < low < measured[0] - measured[1] < high
 
 
-def test_two_rows_of_equal_worth_differ_by_an_interval_that_covers_zero():
+def test_two_methods_of_equal_worth_differ_by_an_interval_that_covers_zero():
     covered = []
     for seed in range(120):
         rng = np.random.default_rng(seed)
@@ -100,8 +100,3 @@ def test_blocks_are_drawn_within_their_slice_and_are_the_same_for_a_seed(rng):
     assert (drawn.genes.sum(1) == 3).all() and drawn.genes.shape == (50, 3)
     assert all((a == b).all() for a, b in zip(drawn.blocks, again.blocks, strict=True))
     assert (resample(members, 3, n_draws=50, seed=2).genes != drawn.genes).any()
-
-
-def test_intervals_are_of_the_mean_over_seeds():
-    one, other = np.arange(101.0), np.zeros(101)
-    assert interval([one, one + 2], [other, other]) == pytest.approx([3.5, 98.5])

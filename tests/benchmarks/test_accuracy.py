@@ -1,5 +1,6 @@
-"""benchmarks/accuracy.py: folds, what is repeated and what is not, the rows, the table; slowly, all of it at once."""
+"""benchmarks/accuracy.py: folds, what is repeated and what is not, the table; slowly, all of it at once."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -8,10 +9,9 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from tiny_runs import rewrite_matrix, row
 
-from benchmarks import accuracy, accuracy_run, accuracy_table
+from benchmarks import accuracy, accuracy_run, accuracy_scores, accuracy_table
 from benchmarks import accuracy_folds as folds
 from utils.genes import panels as gene_panels
 from utils.slices import splits
@@ -25,12 +25,12 @@ def parts_of(fold):
 
 
 def tiny(data, out, *flags):
-    """Parsed and checked flags of a small run with the smallest encoder."""
+    """Checked settings of a small run with the smallest encoder."""
     files = ["--data", data, "--out", out, "--runs", out / "runs", "--protocol", "given", "--small"]
     encoder = ["--encoder", "test_vit", "--encoder_weights", "none", "--tile_px", 32, "--workers", 0, "--device", "cpu"]
-    args = accuracy.parse_args([str(flag) for flag in (*files, *encoder, *flags)])
-    accuracy.check(args)
-    return args
+    settings = accuracy.parse_args([str(flag) for flag in (*files, *encoder, *flags)])
+    accuracy.check(settings)
+    return settings
 
 
 @pytest.fixture
@@ -38,9 +38,8 @@ def run(simulated, tmp_path):
     """`run(*flags)` is the run of the simulated slices' own split with seed 0."""
 
     def make(*flags, ablation="default", **changed):
-        args = tiny(simulated, tmp_path, *flags)
         fold = folds.given_folds(splits.read_table(simulated)[0])[0]
-        return accuracy_run.Run(replace(fold, **changed), 0, args, ablation)
+        return accuracy_run.Run(replace(fold, **changed), 0, tiny(simulated, tmp_path, *flags), "none", ablation)
 
     return make
 
@@ -87,22 +86,25 @@ def test_the_given_split_is_the_tables_own():
     assert folds.given_folds([*rows, row("P04_1", "val")])[0].flags == ()
 
 
-def test_every_ablation_changes_what_it_names(run):
-    default = run().settings
+def test_every_ablation_changes_what_it_names_and_parses(run):
+    default = run()
     for name in folds.ABLATIONS:
-        settings, changed = run(ablation=name).settings, set(folds.ABLATIONS[name])
-        differing = {step for step in settings if settings[step] != default[step]}
-        assert differing <= changed | {"decoder_similarity"}, name
-        assert changed <= differing or name == "no_expression", name  # whose weight may be 0 already
+        other, changed = run(ablation=name), set(folds.ABLATIONS[name])
+        flags = other.flags()
+        assert {step for step in flags if flags[step] != default.flags()[step]} == changed, name
+        for step in other.steps:
+            parsed = importlib.import_module(step.script).parse_args(list(step.argv))
+            assert parsed.seed == other.seed and str(parsed.panels).startswith(str(other.folder))
 
 
-def test_an_ablation_of_stage_two_shares_stage_one_and_no_other_does(run):
-    default, counts, alone, hires = (run(ablation=n) for n in ("default", "counts", "no_matching", "hires"))
-    assert counts.encoder == default.encoder and counts.folder != default.folder
-    assert alone.encoder != default.encoder and alone.tiles == default.tiles
-    assert hires.tiles != default.tiles and hires.encoder != default.encoder
-    assert [step.key for step in counts.steps[:2]] == [step.key for step in default.steps[:2]]
-    assert counts.file().name == "given_seed0_test_vit_32px_small_counts.json"
+def test_every_run_has_a_folder_of_its_own_and_shares_tiles_cut_alike(run):
+    default, counts, hires = (run(ablation=name) for name in ("default", "counts", "hires"))
+    assert len({one.folder for one in (default, counts, hires, run("--shuffled"))}) == 4
+    tiles = [one.steps[0].argv[3] for one in (default, counts, hires)]
+    assert tiles[0] == tiles[1] != tiles[2]
+    assert counts.file.name == "given_seed0_test_vit_32px_small_counts.json"
+    assert [step.name for step in default.steps][-2:] == ["train_decoder_pretrained", "decoder_similarity_pretrained"]
+    assert len(default.steps) == len(counts.steps) + 2
 
 
 # ---- what is repeated
@@ -110,8 +112,8 @@ def test_an_ablation_of_stage_two_shares_stage_one_and_no_other_does(run):
 
 def test_a_key_knows_data_parts_and_settings_but_neither_paths_nor_machine(run, monkeypatch):
     same = run()
-    assert run("--out", "elsewhere", "--device", "auto", "--workers", "3").key == same.key
-    rows = same.fold.rows
+    key, rows = same.key, same.fold.rows
+    assert run("--out", "elsewhere", "--device", "auto", "--workers", "3").key == key
     others = [
         run("--tile_px", "48"),
         run("--shuffled"),
@@ -119,9 +121,9 @@ def test_a_key_knows_data_parts_and_settings_but_neither_paths_nor_machine(run, 
         run(flags=("--allow_leak",)),
         run(rows=(replace(rows[0], part="val"), replace(rows[1], part="train"), rows[2])),
     ]
+    keys = {key, *(other.key for other in others)}
     monkeypatch.setitem(folds.SMALL, "train_mymodel", "--Epoch 4")
-    others.append(run())
-    assert len({one.key for one in [same, *others]}) == 7
+    assert len({*keys, same.key}) == 7
 
 
 def other_bytes(path):
@@ -141,63 +143,51 @@ REPLACED = {
 
 
 @pytest.mark.parametrize("what", REPLACED)
-def test_a_replaced_input_repeats_every_step(simulated, tmp_path, what):
-    """Under the same name: rows of a run and each of its steps are those of what the files hold."""
+def test_a_replaced_input_repeats_a_run(simulated, tmp_path, what):
+    """Under the same name: the key of a run is that of what the files hold."""
     data = shutil.copytree(simulated, tmp_path / "data")
 
-    def keys():
-        accuracy_run.content_of.cache_clear()
+    def key():
+        accuracy_run.slice_key.cache_clear()
         fold = folds.given_folds(splits.read_table(data)[0])[0]
-        one = accuracy_run.Run(fold, 0, tiny(data, tmp_path / "out"))
-        return [one.key, *(step.key for step in (*one.prepare, *one.steps))]
+        return accuracy_run.Run(fold, 0, tiny(data, tmp_path / "out"), "none").key
 
-    before = keys()
-    assert keys() == before
+    before = key()
+    assert key() == before
     REPLACED[what](data)
-    assert all(old != new for old, new in zip(before, keys(), strict=True))
+    assert key() != before
 
 
-def test_weights_are_known_by_their_tensors(tmp_path):
-    tensors, paths = {"a": torch.ones(2), "b": torch.zeros(3)}, [tmp_path / f"{i}.pth" for i in range(3)]
-    for path, of in zip(paths, (tensors, dict(reversed(tensors.items())), {"a": torch.ones(2)}), strict=True):
-        torch.save(of, path)
-    keys = [accuracy_run.weights_key(str(path)) for path in paths]
-    assert keys[0] == keys[1] != keys[2]
+def test_other_weights_repeat_a_run(run, tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"weights")
+    runs = [run(), *(replace(run(), weights=weights) for weights in ("timm", str(tmp_path / "a.pth")))]
+    keys = [one.key for one in runs]
+    (tmp_path / "a.pth").write_bytes(b"others")
+    assert len({*keys, runs[2].key}) == 4
 
 
 def test_a_finished_run_is_not_repeated_and_one_of_another_key_is(run, monkeypatch, capsys):
     def do(self):
-        record = {"key": self.key, "rows": {"magic": {"residuals": 0.1}}, "seconds": {"rows": 1.0}}
-        accuracy_run.write_run(self.file(), record)
+        record = {"key": self.key, "methods": {"magic": {"residuals": 0.1}}, "seconds": {"methods": 1.0}}
+        accuracy_run.write_run(self.file, record)
         return record
 
     monkeypatch.setattr(accuracy_run.Run, "do", do)
-    accuracy_run.done(run())
+    accuracy_run.finish(run())
     assert "there already" not in capsys.readouterr().out
     monkeypatch.setattr(accuracy_run.Run, "do", lambda self: pytest.fail("run again"))
-    assert accuracy_run.done(run())["rows"]["magic"]["residuals"] == 0.1
+    assert accuracy_run.finish(run())["methods"]["magic"]["residuals"] == 0.1
     assert "there already" in capsys.readouterr().out
     monkeypatch.setattr(accuracy_run.Run, "do", do)
-    assert run(flags=("--allow_leak",)).found() is None
-    accuracy_run.done(run(flags=("--allow_leak",)))
+    assert run(flags=("--allow_leak",)).finished() is None
+    accuracy_run.finish(run(flags=("--allow_leak",)))
     assert capsys.readouterr().out.count("other data or settings: run again") == 1
 
 
-def test_a_step_runs_once_and_again_when_its_key_changes(run, tmp_path):
-    step = run().prepare[0]
-    assert step.run() > 0 and (tmp_path / "tiles" / "image_tilling.log").read_text().endswith("tiles\n")
-    (tmp_path / "tiles" / "image_tilling.log").write_text("as it was")
-    step.run()
-    assert (tmp_path / "tiles" / "image_tilling.log").read_text() == "as it was"
-    replace(step, after=("other data",)).run()
-    assert "are there" in (tmp_path / "tiles" / "image_tilling.log").read_text()
-
-
-def test_a_step_that_fails_raises_with_what_it_said_last(tmp_path):
-    step = accuracy_run.Step("image_tilling", ("--data", str(tmp_path / "none")), tmp_path, ())
+def test_a_step_that_fails_raises_with_its_last_output(tmp_path):
+    step = accuracy_run.Step("image_tilling", ("--data", str(tmp_path / "none")))
     with pytest.raises(ValueError, match=r"image_tilling.py ended with code 2: .*none.*image_tilling.log"):
-        step.run()
-    assert not (tmp_path / "image_tilling.json").exists()
+        step.run(tmp_path / "image_tilling.log")
 
 
 # ---- shuffled counts
@@ -205,7 +195,8 @@ def test_a_step_that_fails_raises_with_what_it_said_last(tmp_path):
 
 def test_shuffling_moves_counts_with_their_totals_and_nothing_else(prepared, tmp_path):
     names = [path.name for path in sorted(prepared.panels.iterdir())]
-    folds.shuffle_panels(prepared.panels, tmp_path, names)
+    shutil.copytree(prepared.panels, tmp_path, dirs_exist_ok=True)
+    folds.shuffle_panels(tmp_path, names)
     orders = []
     for name in names:
         for role in gene_panels.FILES:
@@ -227,98 +218,99 @@ def test_shuffling_moves_counts_with_their_totals_and_nothing_else(prepared, tmp
 
 def record_of(rng, seed, magic=0.2, ablation="default"):
     """A finished run as accuracy_run.py writes it."""
-    scores = {name: 0.01 * i for i, name in enumerate(accuracy_table.ROWS)} | {"magic": magic, "knn": 0.1}
+    scores = {name: 0.01 * i for i, name in enumerate(accuracy_table.METHODS)} | {"magic": magic, "knn": 0.1}
     figures = {name: dict.fromkeys(accuracy_table.FIGURES, score + 0.01 * seed) for name, score in scores.items()}
     figures["mean"] = dict.fromkeys(accuracy_table.FIGURES)
-    found = dict.fromkeys(accuracy_table.GALLERY, 0.2 + seed / 10)
+    gallery = dict.fromkeys(accuracy_table.GALLERY, 0.2 + seed / 10)
     noise = rng.normal(scale=500, size=2000)
-    drawn = [name for name in (*accuracy_table.CHEAP, "stage_two_pretrained", "magic") if name != "mean"]
+    drawn = [name for name in accuracy_scores.DRAWN if name != "mean"]
     return {
+        "fold": "P1",
         "seed": seed,
         "ablation": ablation,
-        "rows": figures,
+        "rules": folds.RULES,
+        "date": "2026-01-0" + str(seed + 1),
+        "machine": "m",
+        "methods": figures,
         "draws": {name: np.rint(1e5 * figures[name]["residuals"] + noise).astype(int).tolist() for name in drawn},
         "retrieval": {
-            "neighbours": {"chance": 0.1, **found},
-            "interval": {name: [0.1, 0.3 + seed / 10] for name in found},
+            "neighbours": {"chance": 0.1, **gallery},
+            "interval": {name: [0.1, 0.3 + seed / 10] for name in gallery},
             "R@10": 0.3,
             "R@10_chance": 0.1,
         },
-        "diagnostics": {
-            "losses": {"best": {f"{a}_{b}": 2.0 + seed for a in ("contrast", "matching") for b in ("loss", "chance")}},
-            "slice_classifier": {"before": {"accuracy": 0.8}, "after": {"accuracy": 0.5 + seed / 10, "chance": 0.5}},
-            "effective_rank": {"image": 30.0, "gene": 10.0},
-            "dead_units": {"image": 0.0, "gene": 0.0},
-            "matching_calibration_error": 0.01,
-            "sd_ratio": 0.3,
-        },
+        "losses": {"best": dict.fromkeys(accuracy_table.LOSSES, 2.0 + seed)},
+        "sd_ratio": 0.3,
     }
 
 
-def test_a_fold_is_means_over_seeds_beside_the_best_cheap_row(rng):
-    fold = accuracy_table.fold_table([record_of(rng, seed) for seed in (0, 1, 2)])
-    assert set(fold) == {"rows", "best_baseline", "ratio", "difference_interval", "diagnostics"}
-    assert fold["diagnostics"]["slice_after"] == pytest.approx(0.6) and fold["diagnostics"]["contrast_loss"] == 3.0
-    assert tuple(fold["rows"]) == accuracy_table.ROWS
-    for name, found in fold["rows"].items():
-        assert set(found) == {"residuals", "lognorm", "given_depth", "top50", "retrieval"}
-        assert all(set(found[key]) == {"mean", "sd", "seeds"} for key in accuracy_table.FIGURES)
-        assert (found["retrieval"] is None) == (name != "magic")
-    magic = fold["rows"]["magic"]
-    assert magic["residuals"]["mean"] == pytest.approx(0.21) and magic["residuals"]["sd"] == pytest.approx(0.01)
-    assert fold["rows"]["mean"]["residuals"] == {"mean": None, "sd": None, "seeds": [None] * 3}
-    assert (fold["best_baseline"], fold["ratio"]) == ("knn", pytest.approx(0.21 / 0.11))
-    assert fold["difference_interval"] == pytest.approx([0.1, 0.1], abs=1e-4)  # the same noise in both
-    assert magic["retrieval"]["neighbours"]["chance"] == 0.1
-    assert magic["retrieval"]["neighbours"]["reranked"]["seeds"] == pytest.approx([0.2, 0.3, 0.4])
-    assert magic["retrieval"]["interval"]["depth"] == pytest.approx([0.1, 0.4])
-    assert magic["retrieval"]["R@10"]["mean"] == pytest.approx(0.3) and magic["retrieval"]["R@10_chance"] == 0.1
-    json.dumps(fold, allow_nan=False)
+def test_a_fold_is_means_over_seeds_with_the_difference_to_the_best_baseline(rng):
+    records = [record_of(rng, seed) for seed in (0, 1, 2)]
+    assert accuracy_table.best_baseline(records) == "knn"
+    gain, ends = accuracy_table.difference(records, "magic", records, "knn")
+    assert gain == pytest.approx(0.1) and ends == pytest.approx([0.1, 0.1], abs=1e-4)  # the same noise in both
+    text = "\n".join(accuracy_table.fold_lines("P1", records, 3))
+    assert text.startswith("### P1\n") and "| mean | - | - | - | - |" in text
+    assert "| **magic** | 0.210 ± 0.010 | 0.210 ± 0.010 |" in text
+    assert "neighbours (chance 0.100): depth 0.300 ± 0.100 [0.100, 0.400], contrastive" in text
+    assert "R@10 0.300 ± 0.000 (chance 0.100)" in text
+    assert "contrast 3 (chance 3), matching 3 (chance 3). Predicted over measured deviation of a gene: 0.3." in text
 
 
-def test_markdown_says_what_its_intervals_speak_of_and_names_published_figures_for_patients_alone(rng):
-    result = {"command": "c", "date": "d", "machine": "m", "seeds": [0, 1], "shuffled": False, "protocol": "patients"}
-    result["folds"] = {"P1": accuracy_table.fold_table([record_of(rng, 0)])}
-    text = accuracy_table.markdown(result)
-    assert "of these slices, not of patients" in text and "TRIPLEX" in text and "Another protocol" in text
+def test_markdown_states_what_its_intervals_hold_for_and_what_is_out_of_date(rng):
+    record = record_of(rng, 0)
+    text = accuracy_table.markdown({"P1": [record]}, " --small", n_seeds=2)
+    assert "hold for these slices" in text and "--data DATA --small`, 2026-01-01, m." in text
     assert "### P1 (1 of 2 seeds)" in text and "| **magic** | 0.200 |" in text and "| mean | - |" in text
-    text = accuracy_table.markdown(result | {"protocol": "default", "shuffled": True})
-    assert "TRIPLEX" not in text and "must come to chance" in text
+    assert "magic - knn, the best baseline, against residuals: +0.100 [+0.1" in text
+    assert "Out of date" not in text and "shuffled" not in text
+    old = record | {"rules": folds.RULES - 1}
+    text = accuracy_table.markdown({"P1": [old]}, "", 1, shuffled=True)
+    assert text.startswith("**Out of date**") and "expected of every method is 0" in text
 
 
-def test_ablations_stand_beside_the_default(rng):
+def test_intervals_are_of_the_mean_over_seeds():
+    one, other = np.arange(101.0), np.zeros(101)
+    assert accuracy_table.interval([one, one + 2], [other, other]) == pytest.approx([3.5, 98.5])
+
+
+def test_ablations_are_compared_with_the_default(rng):
     records = {"default": record_of(rng, 0), "no_queue": record_of(rng, 0, magic=0.15, ablation="no_queue")}
-    rows = accuracy_table.ablation_table(records)
-    assert list(rows) == ["default", "no_queue", "no_stage_one"]
-    assert rows["no_queue"]["difference"] == pytest.approx(-0.05)
-    low, high = rows["no_queue"]["difference_interval"]
-    assert -0.08 < low < -0.05 < high < -0.02
-    assert rows["default"]["difference_interval"] == [0, 0] and rows["no_stage_one"]["retrieval"] is None
-    about = {"command": "c", "date": "d", "machine": "m", "fold": "C_to_B", "seed": 0}
-    assert "| no_queue | 0.150 |" in accuracy_table.ablation_markdown({"rows": rows, **about})
+    rows = [line.strip("| ").split(" | ") for line in accuracy_table.ablation_markdown(records, "").splitlines()[-3:]]
+    assert [row[:2] for row in rows] == [["default", "0.200"], ["no_queue", "0.150"], ["no_stage_one", "0.100"]]
+    assert rows[0][2:] == ["0.200", "0.200", "0.200", "0.300"] and rows[2][3:6] == ["-", "-", "-"]
+    gain, low, high = (float(word.strip("[,]")) for word in rows[1][6].split())
+    assert gain == -0.05 and -0.08 < low < -0.05 < high < -0.02
+
+
+@pytest.mark.parametrize("name, flags", [("accuracy", []), ("ablations", ["--small", "--ablations"])])
+def test_the_tables_of_results_md_are_those_of_the_kept_runs(name, flags, capsys):
+    accuracy.main(accuracy.parse_args(["--table", *flags]))
+    text, mark = capsys.readouterr().out.strip(), f"<!-- speed: {name} -->"
+    assert accuracy.RESULTS.read_text().split(mark)[1].strip() == text
 
 
 def test_flags_that_exclude_each_other_and_unknown_folds_are_refused(simulated, tmp_path):
-    for flags in (("--ablations",), ("--only", "given", "x")):
+    for flags in (("--ablations",), ("--only", "given", "x"), ("--table",)):
         with pytest.raises(ValueError, match=flags[0]):
             tiny(simulated, tmp_path, *flags)
+    with pytest.raises(ValueError, match="--data"):
+        accuracy.check(accuracy.parse_args([]))
+    with pytest.raises(ValueError, match=r"--runs .*found none"):
+        accuracy.main(accuracy.parse_args(["--table", "--runs", str(tmp_path)]))
     with pytest.raises(ValueError, match="--only C_to_B: expected one of given"):
         accuracy.main(tiny(simulated, tmp_path, "--only", "C_to_B", "0"))
-    assert not tiny(simulated, tmp_path).keep
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("another_precision")
 def test_a_whole_run_from_slices_to_the_table(simulated, tmp_path, capsys):
     accuracy.main(tiny(simulated, tmp_path))
-    result = json.loads((tmp_path / "accuracy.json").read_text())
-    rows = result["folds"]["given"]["rows"]
-    assert tuple(rows) == accuracy_table.ROWS
-    known = [found["residuals"]["mean"] for name, found in rows.items() if name != "mean"]
-    assert all(-1 < score < 1 for score in known) and rows["ridge"]["residuals"]["mean"] > 0.05
     record = json.loads((tmp_path / "runs" / "given_seed0_test_vit_32px_small.json").read_text())
+    assert set(record["methods"]) == set(accuracy_table.METHODS)
+    known = [figures["residuals"] for name, figures in record["methods"].items() if name != "mean"]
+    assert all(-1 < score < 1 for score in known) and record["methods"]["ridge"]["residuals"] > 0.05
     assert all(len(draws) == 2000 for draws in record["draws"].values())
-    assert set(record["diagnostics"]) >= {"losses", "effective_rank", "dead_units", "sd_ratio", "slice_classifier"}
     assert str(tmp_path) not in json.dumps(record)
     assert (tmp_path / "accuracy.md").read_text().count("| **magic** |") == 1
     capsys.readouterr()

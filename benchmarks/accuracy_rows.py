@@ -69,7 +69,7 @@ class Tissue:
         self.measured = [
             expression.MeasuredSlice(
                 name=one.name,
-                counts=one.panels["target"].counts,
+                counts=one.panels["target"].read_counts(),
                 total_counts=one.total_counts,
                 measured=one.panels["target"].measured,
             )
@@ -81,7 +81,7 @@ class Tissue:
     def residuals(one: dataset.SliceData) -> np.ndarray:
         """(S, G), NaN where the slice lacks a gene."""
         panel = one.panels["target"]
-        return np.where(panel.measured, metrics.to_scale(SCALE, panel.counts, one.total_counts), np.nan)
+        return np.where(panel.measured, metrics.to_scale(SCALE, panel.read_counts(), one.total_counts), np.nan)
 
     def images(self, found: Sequence[np.ndarray], part: str) -> list[dict[str, Any]]:
         """Standardised features (S, C) of all slices as the cheap rows read the spots of a part, with targets."""

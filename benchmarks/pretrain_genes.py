@@ -227,7 +227,7 @@ def main(args) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     rows = prepare(args)
     sections = load(rows, args)
-    bins = [gene_panels.bin_tokens(one.panels["input"].counts, one.total_counts) for one in sections]
+    bins = [gene_panels.bin_tokens(one.panels["input"].read_counts(), one.total_counts) for one in sections]
     validation = next(i for i, one in enumerate(sections) if one.part == "val")
     record: dict[str, Any] = {
         "date": date.today().isoformat(),

@@ -183,8 +183,8 @@ def panel_hash(genes: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel file: what it says of the slice and of the choice. Its counts stay in the file until they are asked
-    for, so that slices that nobody works on take no memory."""
+    """One panel file: its spots, its genes, and how they were chosen. The counts stay in the file until `read_counts`:
+    slices that are not worked on take no memory."""
 
     path: Path
     rows: np.ndarray  # (S,) of the file, in its order
@@ -199,23 +199,22 @@ class Panel:
     files_hash: str = ""  # of the slice's matrix and positions that it was written from
     columns: np.ndarray | None = None  # (P,) of the file, -1 for a gene that it lacks; None: all, in its order
 
-    @property
-    def counts(self) -> np.ndarray:
-        """Raw counts (S, P) int32 of the panel's genes, read anew each time; zeros for a gene that the file lacks."""
+    def read_counts(self) -> np.ndarray:
+        """Raw counts (S, P) int32 of the panel's genes, read from the file; zeros for a gene that the file lacks."""
         import h5py
         from anndata.io import read_elem
 
         with h5py.File(self.path) as file:
-            counts = read_elem(file["X"])
-        found = np.asarray(counts[self.rows].toarray() if sp.issparse(counts) else counts[self.rows]).astype(np.int32)
-        return found if self.columns is None else np.where(self.columns >= 0, found[:, self.columns], 0)
+            stored = read_elem(file["X"])
+        counts = np.asarray(stored[self.rows].toarray() if sp.issparse(stored) else stored[self.rows]).astype(np.int32)
+        return counts if self.columns is None else np.where(self.columns >= 0, counts[:, self.columns], 0)
 
-    def of(self, rows: np.ndarray) -> Panel:
+    def select_spots(self, rows: np.ndarray) -> Panel:
         """The same for some of its spots (n,)."""
         per_spot = ("rows", "barcodes", "total_counts", "xy_fullres_px")
         return replace(self, **{name: getattr(self, name)[rows] for name in per_spot})
 
-    def onto(self, wanted: list[str]) -> Panel:
+    def select_genes(self, wanted: list[str]) -> Panel:
         """The same for other genes, in their order: one that this panel lacks counts zero and is not measured."""
         if wanted == self.genes:
             return self

@@ -7,10 +7,13 @@ where a slice is too small for that. Penalties and the number of neighbours are 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.spatial import KDTree
+from sklearn.neighbors import NearestNeighbors
 
 from utils.evaluation.ridge import Ridge, Slices, check_tables, fit_ridge, mean_over_spots, validation_pcc
 
@@ -58,9 +61,6 @@ def ring_features(features: np.ndarray, xy: np.ndarray, pitch: float) -> np.ndar
     -------
     (S, 3 P): own, within 1.2 pitches, within 1.2 to 2.3 pitches.
     """
-    from scipy.sparse import csr_array
-    from scipy.spatial import KDTree
-
     n_spots = len(features)
     pairs = KDTree(xy).query_pairs(RINGS[-1][1] * pitch, output_type="ndarray")
     distance = np.linalg.norm(np.asarray(xy)[pairs[:, 0]] - np.asarray(xy)[pairs[:, 1]], axis=1) / pitch
@@ -78,7 +78,7 @@ def ring_features(features: np.ndarray, xy: np.ndarray, pitch: float) -> np.ndar
 class Knn:
     """Mean target of the `k` train spots with the most similar features. val_pcc is the score `k` was chosen on."""
 
-    x_train: np.ndarray  # (N, P), of unit length where cosine
+    search: NearestNeighbors  # over the N train spots, features of unit length where cosine
     y_train: np.ndarray  # (N, G)
     k: int
     cosine: bool
@@ -90,10 +90,11 @@ class Knn:
 
     def predict_each(self, x: np.ndarray, ks: Sequence[int]) -> list[np.ndarray]:
         """Predictions for several numbers of neighbours, with one search: (S, P) -> (S, G) for each of `ks`."""
-        near = nearest(_unit_length(x) if self.cosine else x, self.x_train, max(ks))
+        x = _unit_length(x) if self.cosine else x
+        nearest = self.search.kneighbors(x, max(ks), return_distance=False)
         total, means = np.zeros((len(x), self.y_train.shape[1])), {}
         for k in range(1, max(ks) + 1):  # one neighbour at a time: (S, k, G) would not fit
-            total += self.y_train[near[:, k - 1]]
+            total += self.y_train[nearest[:, k - 1]]
             if k in ks:
                 means[k] = total / k
         return [means[k] for k in ks]
@@ -113,32 +114,17 @@ def fit_knn(
     ----------
     x_train, x_val : per slice (S, P)
     y_train, y_val : per slice (S, G)
-    cosine : similarity by angle; otherwise by Euclidean distance.
+    cosine : similarity by angle (Euclidean distance of unit vectors); otherwise by Euclidean distance.
     """
     check_tables(x_train, y_train, x_val, y_val)
     x, y = np.concatenate(x_train), np.concatenate(y_train)
     ks = sorted({min(k, len(x)) for k in ks}, reverse=True)  # of equally good ones the smoothest
-    knn = Knn(_unit_length(x) if cosine else x, y, ks[0], cosine, np.nan)
-    tried = [knn.predict_each(part, ks) for part in x_val]  # per slice, per k
-    scores = [validation_pcc([one[i] for one in tried], y_val) for i in range(len(ks))]
+    search = NearestNeighbors(algorithm="brute").fit(_unit_length(x) if cosine else x)
+    knn = Knn(search, y, ks[0], cosine, np.nan)
+    tried = [knn.predict_each(features, ks) for features in x_val]  # per slice, per k
+    scores = [validation_pcc([predicted[i] for predicted in tried], y_val) for i in range(len(ks))]
     best = int(np.argmax(scores))
-    return Knn(knn.x_train, y, ks[best], cosine, scores[best])
-
-
-def nearest(x: np.ndarray, reference: np.ndarray, k: int) -> np.ndarray:
-    """The `k` rows of `reference` nearest to each row of `x`, nearest first, of equal ones the lower row.
-
-    Shapes: (S, P), (N, P) -> (S, k). The squared distance is |x|^2 - 2 (x r - |r|^2 / 2): least where the bracket is
-    largest.
-    """
-    import torch
-
-    from utils.evaluation.gallery import top_k
-
-    dtype = np.result_type(x, reference, np.float32)
-    queries, rows = (torch.from_numpy(np.require(each, dtype, ["C", "W"])) for each in (x, reference))
-    half_squares = torch.linalg.vecdot(rows, rows) / 2
-    return top_k(queries, rows, k, bias=-half_squares)[1].numpy()
+    return replace(knn, k=ks[best], val_pcc=scores[best])
 
 
 def fit_depth(x_train: Slices, log_depth_train: Slices, x_val: Slices, log_depth_val: Slices) -> Ridge:

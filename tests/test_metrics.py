@@ -97,6 +97,17 @@ def test_normalisation_divides_by_the_total_over_all_genes():
     np.testing.assert_allclose(metrics.log1p_cp10k(counts, total), np.log1p([[100, 400], [0, 0]]))
 
 
+def test_log1p_counts_per_10k_are_those_of_scanpy():
+    import anndata
+    import scanpy
+
+    counts = counts_of_a_slice()
+    data = anndata.AnnData(counts.copy())
+    scanpy.pp.normalize_total(data, target_sum=1e4)
+    scanpy.pp.log1p(data)
+    np.testing.assert_allclose(metrics.log1p_cp10k(counts, counts.sum(axis=1)), data.X, rtol=1e-12)
+
+
 @pytest.mark.parametrize("theta", [100, 10])
 def test_residuals_equal_scanpy_on_the_whole_matrix_restricted_to_the_panel(theta):
     import anndata

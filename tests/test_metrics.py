@@ -33,11 +33,11 @@ def test_pearson_of_large_numbers_in_half_precision_is_computed_in_double():
     np.testing.assert_allclose(metrics.pearson_per_gene(true, true), [1])
 
 
-def test_pearson_per_spot_is_per_gene_of_the_transposed():
+def test_pearson_per_spot_agrees_with_scipy():
     rng = np.random.default_rng(1)
     pred, true = rng.normal(size=(2, 5, 30))
     expected = [scipy.stats.pearsonr(p, t).statistic for p, t in zip(pred, true, strict=True)]
-    np.testing.assert_allclose(metrics.pearson_per_spot(pred, true), expected, rtol=1e-12)
+    np.testing.assert_allclose(metrics.scored_pearson_per_spot(pred, true), expected, rtol=1e-12)
 
 
 def test_a_constant_prediction_scores_zero_and_a_flat_measurement_leaves():

@@ -1,9 +1,9 @@
-"""The cheap predictors that stand beside every model: mean profile, depth, ridge, ridge with neighbours, kNN.
+"""The baselines of every evaluation: mean profile, depth, ridge, ridge with neighbours, kNN.
 
 Shapes: S spots of one slice, N train spots, P features, G genes, R rank of the train features.
-A linear probe on a strong encoder ties the best trained heads (HEST-bench), so no result stands without it. All take
-features that were standardised per slice (stain differs between slices): `standardise`, or the caller's own numbers
-where a slice is too small for that. Penalties and the number of neighbours are chosen on validation slices.
+A linear probe on a strong encoder equals the best trained heads (HEST-bench). All take features that were standardised
+per slice (stain differs between slices): by `standardise`, or by the caller where a slice is too small for that.
+Penalties and the number of neighbours are chosen on validation slices.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ RINGS = ((0.0, 1.2), (1.2, 2.3))  # in pitches: on a Visium array the 6 nearest 
 
 
 class Images(TypedDict):
-    """What is seen of one slice."""
+    """Features of one slice's spots."""
 
     features: np.ndarray  # (S, P) standardised
     xy: np.ndarray  # (S, 2) spot centres, in the unit of `pitch`
@@ -29,7 +29,7 @@ class Images(TypedDict):
 
 
 class Slice(Images):
-    """And what was measured on it, to learn from."""
+    """The same with what was measured, to fit on."""
 
     target: np.ndarray  # (S, G) in the scale to predict, NaN where the slice lacks a gene
     log_depth: np.ndarray  # (S,) log total counts
@@ -38,7 +38,7 @@ class Slice(Images):
 def standardise(features: np.ndarray, min_sd: float = 1e-3) -> np.ndarray:
     """Features of ONE slice with mean 0 and deviation 1 over its spots: (S, P) -> (S, P), half precision to single.
 
-    A feature that hardly varies is divided by `min_sd` instead, or its noise would be blown up to a signal.
+    A feature with a smaller deviation is divided by `min_sd`, or its noise would become a signal.
     """
     features = np.asarray(features)
     centred = features - features.mean(axis=0, dtype=np.float64)
@@ -46,12 +46,12 @@ def standardise(features: np.ndarray, min_sd: float = 1e-3) -> np.ndarray:
 
 
 def ring_features(features: np.ndarray, xy: np.ndarray, pitch: float) -> np.ndarray:
-    """A spot's own features beside the means over its two rings of neighbours.
+    """A spot's features and the means over its two rings of neighbours.
 
     Parameters
     ----------
     features : (S, P)
-        Standardised, so that the zeros of an empty ring say "average".
+        Standardised: the zeros of an empty ring are the average.
     xy : (S, 2)
         Spot centres, in the unit of `pitch`.
     pitch : float
@@ -59,7 +59,7 @@ def ring_features(features: np.ndarray, xy: np.ndarray, pitch: float) -> np.ndar
 
     Returns
     -------
-    (S, 3 P): own, within 1.2 pitches, within 1.2 to 2.3 pitches.
+    (S, 3 P): of the spot, within 1.2 pitches, within 1.2 to 2.3 pitches.
     """
     n_spots = len(features)
     pairs = KDTree(xy).query_pairs(RINGS[-1][1] * pitch, output_type="ndarray")
@@ -130,7 +130,7 @@ def fit_knn(
 def fit_depth(x_train: Slices, log_depth_train: Slices, x_val: Slices, log_depth_val: Slices) -> Ridge:
     """Ridge from features, per slice (S, P), to log total counts, per slice (S,); it predicts (S, 1).
 
-    Each slice's depths are taken relative to their mean: how deep a slice was sequenced cannot be seen in the image.
+    Each slice's depths are taken relative to their mean: the depth of sequencing of a slice does not show in the image.
     """
     train, val = ([(d - np.mean(d))[:, None] for d in depths] for depths in (log_depth_train, log_depth_val))
     return fit_ridge(x_train, train, x_val, val)
@@ -142,7 +142,7 @@ def mean_profile(targets: Slices) -> np.ndarray:
 
 
 def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Callable[[Images], np.ndarray]]:
-    """All cheap rows, fitted on the same slices as the model.
+    """All baselines, fitted on the same slices as the model.
 
     Returns
     -------
@@ -167,14 +167,14 @@ def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Cal
 
 
 def _filled(targets: Slices) -> Slices:
-    """Targets with the train mean of a gene wherever a slice lacks it: there it pulls no prediction anywhere."""
+    """Targets with the train mean of a gene wherever a slice lacks it, which leaves the fit unchanged there."""
     known = np.sum([np.isfinite(t).sum(axis=0) for t in targets], axis=0)
     mean = np.sum([np.nansum(t, axis=0, dtype=np.float64) for t in targets], axis=0) / np.maximum(known, 1)
     return [np.where(np.isfinite(t), t, mean) for t in targets]
 
 
-def rings(one: Images) -> np.ndarray:
-    return ring_features(one["features"], one["xy"], one["pitch"])
+def rings(slice_: Images) -> np.ndarray:
+    return ring_features(slice_["features"], slice_["xy"], slice_["pitch"])
 
 
 def _unit_length(x: np.ndarray) -> np.ndarray:

@@ -154,7 +154,7 @@ def read_choice(path: Path, train: list[Survey], known: gene_names.KnownNames, w
         how = {panel[place]: matches.how[name] for name, place in matches.places.items()} | how
     unknown = [gene for gene in panel if gene not in how]
     if unknown and not whole:
-        hint = gene_lists.hint(panel, unknown, (name for surveyed in train for name in surveyed.profile.names))
+        hint = gene_lists.hint(unknown, (name for surveyed in train for name in surveyed.profile.names))
         remedy = hint or "remove them" + ("" if known.approved else ", or name a table of aliases with --gene_aliases")
         raise ValueError(
             f"{path}: {len(unknown)} of {len(panel)} genes are in no train slice ({unknown[0]}, ...); {remedy}"

@@ -115,7 +115,7 @@ def make_slice(x, y, seed):
     return {"features": baselines.standardise(x), "xy": xy, "pitch": 100.0, "target": y, "log_depth": log_depth}
 
 
-def test_all_rows_predict_every_gene_and_learn_what_there_is():
+def test_all_baselines_predict_every_gene_and_learn_what_there_is():
     slices = [make_slice(x, y, seed) for seed, (x, y) in enumerate(zip(*linear_slices(4), strict=True))]
     rows = baselines.fit_baselines(slices[:2], slices[2:3])
     unseen = {key: slices[3][key] for key in ("features", "xy", "pitch")}

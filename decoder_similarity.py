@@ -85,7 +85,7 @@ def predict_cheap(args, state: dict, slices, taught, accelerator) -> dict[str, l
     seen: dict[str, list] = {"train": [], "val": []}
     for one, own in zip(taught, found, strict=False):
         panel = one.panels["target"]
-        scaled = metrics.to_scale(state["target"], panel.counts, one.total_counts)
+        scaled = metrics.to_scale(state["target"], panel.read_counts(), one.total_counts)
         target = np.where(panel.measured, scaled, np.nan)
         for part, images in seen.items():
             if len(one.rows_of(part)):
@@ -222,7 +222,7 @@ def main(args):
     measured = [
         {
             "name": one.name,
-            "counts": one.panels["target"].counts[chosen],
+            "counts": one.panels["target"].read_counts()[chosen],
             "total_counts": one.total_counts[chosen],
             "measured": one.panels["target"].measured,
             "xy": one.xy_fullres_px[chosen],

@@ -63,7 +63,7 @@ class Tissue:
     def residuals(slice_: dataset.SliceData) -> np.ndarray:
         """(S, G), NaN where the slice lacks a gene."""
         panel = slice_.panels["target"]
-        return np.where(panel.measured, metrics.to_scale(SCALE, panel.counts, slice_.total_counts), np.nan)
+        return np.where(panel.measured, metrics.to_scale(SCALE, panel.read_counts(), slice_.total_counts), np.nan)
 
     def of_part(self, part: str, per_slice: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The spots of a part of every slice that has any: (S, ...) of all slices -> (n, ...) of each."""

@@ -16,8 +16,8 @@ OURS = {"model", "utils", "tests", "benchmarks"} | SCRIPTS
 LAYERS = (
     ("utils.doctor", "utils.doctor_data"),
     ("utils.prediction", "utils.report", "utils.sharing"),
-    ("utils.training", "utils.evaluation"),
-    ("utils.features", "utils.importers", "utils.simulation"),
+    ("utils.training", "utils.evaluation", "utils.simulation"),
+    ("utils.features", "utils.importers"),
     ("model", "utils.images", "utils.genes", "utils.slices"),
     ("utils.files", "utils.distributed", "utils.memory", "utils.settings"),
 )
@@ -29,7 +29,7 @@ NARROWER = {
     "utils.evaluation": ("utils.evaluation",),
     "utils.images": ("utils.images", "utils.files"),
     "utils.genes": ("utils.genes", "utils.files"),
-    "utils.simulation": ("utils.simulation",),
+    "utils.simulation": ("utils.simulation", "utils.evaluation.metrics"),
 }
 
 

@@ -11,7 +11,7 @@ from tiny_runs import data_flags, row
 from model.gene_encoder import GeneEncoder
 from model.masked_bins import MaskedBins
 from utils.features import dataset
-from utils.genes.panels import N_BINS
+from utils.genes.panels import HIGHEST_BIN
 from utils.training import pretrain
 from utils.training.count_tables import CountTable
 from utils.training.pretrain import Spots
@@ -64,7 +64,7 @@ def test_each_spot_meets_the_marginal_of_the_other_spots(rng):
     for spot in range(9):
         others = np.delete(bins, spot, axis=0)
         for gene in range(4):
-            numbers = np.bincount(others[:, gene], minlength=N_BINS + 1) + pretrain.SMOOTHING
+            numbers = np.bincount(others[:, gene], minlength=HIGHEST_BIN + 1) + pretrain.SMOOTHING
             np.testing.assert_allclose(found[spot, gene], np.log(numbers / numbers.sum()), rtol=1e-6)
 
 

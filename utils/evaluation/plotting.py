@@ -1,7 +1,7 @@
 """Figures for the results folders: arrays in, matplotlib Figure out, never pyplot's global state.
 
 Shapes: S spots, G genes. Colours are Okabe and Ito's (told apart by colour-blind readers), maps are viridis
-(perceptually uniform). Curves differ in marker too, so that a grey print still reads; what a guess reaches is dashed.
+(perceptually uniform). Curves differ in marker too, for prints in grey; the level of chance is dashed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,13 @@ def loss_curves(
     title: str = "Loss",
     unit: str = "nats",
 ) -> "Figure":
-    """Every loss over the epochs, with the level of a guess dashed in the colour of the loss it belongs to.
+    """Every loss over the epochs, with its chance level dashed in the same colour.
 
     Parameters
     ----------
     rows : one per epoch
-        "epoch" and any keys that contain "loss"; one that lacks a key, or holds None or NaN, is passed over.
-    chance : key of `rows` -> loss of a guess, in `unit`
+        "epoch" and any keys that contain "loss"; missing keys, None and NaN are left out.
+    chance : key of `rows` -> loss at chance, in `unit`
         Such as ln(number of candidates) for a contrast.
     """
     figure, axes = _figure(6.4, 4.0)
@@ -42,7 +42,7 @@ def loss_curves(
         known = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
         _curve(axes, i, key, *np.reshape(known, (-1, 2)).T)
         if chance and key in chance:
-            axes.axhline(chance[key], color=COLOURS[i % 7], lw=1, ls="--", label=f"guess: {chance[key]:.2f}")
+            axes.axhline(chance[key], color=COLOURS[i % 7], lw=1, ls="--", label=f"chance: {chance[key]:.2f}")
     _label(axes, "Epoch", f"Loss ({unit})", title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if keys:
@@ -50,23 +50,23 @@ def loss_curves(
     return figure
 
 
-def pcc_histogram(pcc_by_row: Mapping[str, np.ndarray], title: str = "Correlation per gene") -> "Figure":
-    """How many genes each row predicts how well, one panel a row on shared axes.
+def pcc_histogram(pcc_by_method: Mapping[str, np.ndarray], title: str = "Correlation per gene") -> "Figure":
+    """Histogram of the correlation per gene of each method, one panel a method on shared axes.
 
     Parameters
     ----------
-    pcc_by_row : row -> (G,)
-        Pearson r per gene over spots, signs kept; NaN (not measured) is left out. The first row is the model.
+    pcc_by_method : method -> (G,)
+        Pearson r per gene over spots, signs kept; NaN (not measured) is left out. The first method is the model.
     """
-    figure, panels = _figure(6.4, 1.0 + 0.85 * len(pcc_by_row), rows=len(pcc_by_row))
-    values = {row: np.asarray(pcc)[np.isfinite(pcc)] for row, pcc in pcc_by_row.items()}
+    figure, panels = _figure(6.4, 1.0 + 0.85 * len(pcc_by_method), rows=len(pcc_by_method))
+    values = {method: np.asarray(pcc)[np.isfinite(pcc)] for method, pcc in pcc_by_method.items()}
     joint = np.concatenate([*values.values(), [0.0]])
     bins = np.arange(np.floor(joint.min() * 20), np.ceil(joint.max() * 20) + 1.5) / 20 - 1e-9
-    for i, (axes, (row, pcc)) in enumerate(zip(np.ravel(panels), values.items(), strict=True)):
+    for i, (axes, (method, pcc)) in enumerate(zip(np.ravel(panels), values.items(), strict=True)):
         colour = COLOURS[0] if i == 0 else FAINT
         axes.hist(pcc, bins=bins, color=colour, alpha=0.85, edgecolor="white", lw=0.5)
         axes.axvline(0, color=INK, lw=0.8)
-        axes.text(1.01, 0.6, row.replace("_", " "), transform=axes.transAxes, color=INK, fontsize=9)
+        axes.text(1.01, 0.6, method.replace("_", " "), transform=axes.transAxes, color=INK, fontsize=9)
         if len(pcc):
             axes.axvline(pcc.mean(), color=COLOURS[1], lw=1.6)
             mean = f"mean {pcc.mean():.3f}"
@@ -109,17 +109,17 @@ def gene_maps(
     height = 3.6 * np.clip((bottom - top) / (right - left), 0.4, 1.8)
     figure, axes = _figure(3.6 * len(panels) + 0.9, height + 0.6, columns=len(panels))
     both = np.concatenate([measured, predicted])
-    # the top per cent shares the last colour: a few bright spots would darken all others
+    # clipped at the 99th percentile: a few bright spots would darken all others
     low, high = np.nanpercentile(both, [0, 99]) if np.isfinite(both).any() else (0.0, 1.0)
     shown = {"measured": measured, "predicted": predicted}
-    for i, (one, panel) in enumerate(zip(axes, panels, strict=True)):
+    for i, (ax, panel) in enumerate(zip(axes, panels, strict=True)):
         if image is not None:
-            one.imshow(image, interpolation="antialiased", alpha=0.5 if panel in shown else 1)
+            ax.imshow(image, interpolation="antialiased", alpha=0.5 if panel in shown else 1)
         if panel in shown:
-            spots = _draw_spots(one, xy_image_px, spot_radius_px, shown[panel], low, max(high, low + 1e-9))
-        _label(one, "", "", panel)
-        one.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
-        _scale(one, um_per_px, first=i == 0)
+            spots = _draw_spots(ax, xy_image_px, spot_radius_px, shown[panel], low, max(high, low + 1e-9))
+        _label(ax, "", "", panel)
+        ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
+        _scale(ax, um_per_px, first=i == 0)
     bar = figure.colorbar(spots, ax=axes, fraction=0.03, pad=0.01, extend="max")
     bar.outline.set_visible(False)
     bar.set_label(unit, color=INK)
@@ -131,30 +131,30 @@ def gene_maps(
 def retrieval_curve(
     k: np.ndarray, recall: Mapping[str, np.ndarray], chance: np.ndarray, title: str = "Retrieval in the whole slice"
 ) -> "Figure":
-    """Share of spots whose true partner is among the first k, against k.
+    """Fraction of spots whose true partner is among the first k, against k.
 
     Parameters
     ----------
     k : (n,)
-        Numbers of candidates looked at.
+        Numbers of candidates.
     recall : direction -> (n,)
         Recall at each k, 0..1.
     chance : (n,)
-        Recall of a guess.
+        Recall at chance.
     """
     figure, axes = _figure(5.6, 4.0)
     for i, (direction, values) in enumerate(recall.items()):
         _curve(axes, i, direction, k, values)
-    axes.plot(k, chance, color=FAINT, lw=1.2, ls="--", label="guess")
+    axes.plot(k, chance, color=FAINT, lw=1.2, ls="--", label="chance")
     axes.set(xscale="log", ylim=(0, 1.02))
     axes.xaxis.set_major_formatter("{x:g}")
-    _label(axes, "First k candidates", "Recall (share of spots)", title)
+    _label(axes, "First k candidates", "Recall (fraction of spots)", title)
     _legend(axes)
     return figure
 
 
 def save(figure: "Figure", path: Path | str) -> Path:
-    """Write beside the target and rename over it: an interrupted run leaves the old figure whole."""
+    """Write a figure to `<name>.part` and rename it: an interrupted run leaves the old file as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -220,6 +220,6 @@ def _scale(axes: "Axes", um_per_px: float | None, first: bool) -> None:
     if first:
         width_um = abs(np.subtract(*axes.get_xlim())) * um_per_px
         bar_um = max(step for step in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if step <= max(width_um / 4, 10))
-        start, share = 0.02, bar_um / width_um
-        axes.plot([start, start + share], [-0.03, -0.03], color=INK, lw=3, transform=axes.transAxes, clip_on=False)
+        start, width = 0.02, bar_um / width_um
+        axes.plot([start, start + width], [-0.03, -0.03], color=INK, lw=3, transform=axes.transAxes, clip_on=False)
         axes.set_xlabel(f"{bar_um} µm", loc="left", labelpad=12, fontsize=9)  # a label, for which the layout makes room

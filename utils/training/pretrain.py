@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.features import dataset
-from utils.genes.panels import N_BINS
+from utils.genes.panels import HIGHEST_BIN
 from utils.training import loop
 from utils.training.count_tables import CountTable
 
@@ -50,7 +50,7 @@ def spots_of(slices: list[dataset.SliceData], bins: Sequence[np.ndarray], part: 
 
 def numbers_of_bins(bins: np.ndarray) -> np.ndarray:
     """How many spots have each bin: (S, G) -> (G, V)."""
-    return np.stack([(bins == value).sum(0) for value in range(N_BINS + 1)], axis=1)
+    return np.stack([(bins == value).sum(0) for value in range(HIGHEST_BIN + 1)], axis=1)
 
 
 def log_marginal(numbers: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ def log_marginal(numbers: np.ndarray) -> np.ndarray:
 
 def marginal_without_self(bins: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Log marginal that each of some spots meets in its slice, its own count taken out: (B, G), (G, V) -> (B, G, V)."""
-    own = bins[..., None] == np.arange(N_BINS + 1)
+    own = bins[..., None] == np.arange(HIGHEST_BIN + 1)
     return log_marginal(numbers - own)
 
 

@@ -33,11 +33,11 @@ def test_pearson_of_large_numbers_in_half_precision_is_computed_in_double():
     np.testing.assert_allclose(metrics.pearson_per_gene(true, true), [1])
 
 
-def test_pearson_per_spot_is_per_gene_of_the_transposed():
+def test_pearson_per_spot_agrees_with_scipy():
     rng = np.random.default_rng(1)
     pred, true = rng.normal(size=(2, 5, 30))
     expected = [scipy.stats.pearsonr(p, t).statistic for p, t in zip(pred, true, strict=True)]
-    np.testing.assert_allclose(metrics.pearson_per_spot(pred, true), expected, rtol=1e-12)
+    np.testing.assert_allclose(metrics.scored_pearson_per_spot(pred, true), expected, rtol=1e-12)
 
 
 def test_a_constant_prediction_scores_zero_and_a_flat_measurement_leaves():
@@ -95,6 +95,17 @@ def test_normalisation_divides_by_the_total_over_all_genes():
     counts, total = np.array([[1.0, 4], [0, 0]]), np.array([100, 0])
     np.testing.assert_allclose(metrics.counts_per_10k(counts, total), [[100, 400], [0, 0]])
     np.testing.assert_allclose(metrics.log1p_cp10k(counts, total), np.log1p([[100, 400], [0, 0]]))
+
+
+def test_log1p_counts_per_10k_are_those_of_scanpy():
+    import anndata
+    import scanpy
+
+    counts = counts_of_a_slice()
+    data = anndata.AnnData(counts.copy())
+    scanpy.pp.normalize_total(data, target_sum=1e4)
+    scanpy.pp.log1p(data)
+    np.testing.assert_allclose(metrics.log1p_cp10k(counts, counts.sum(axis=1)), data.X, rtol=1e-12)
 
 
 @pytest.mark.parametrize("theta", [100, 10])

@@ -24,10 +24,10 @@ def test_loss_curves_show_every_loss_and_its_chance_dashed():
     rows[1]["val_loss"], rows[3]["val_loss"], rows[2]["val_loss"] = 4.0, 3.0, None
     axes = plotting.loss_curves(rows, chance={"contrast_loss": np.log(32)}).axes[0]
     drawn = lines(axes)
-    assert set(drawn) == {"loss", "contrast loss", "val loss", "guess: 3.47"}
+    assert set(drawn) == {"loss", "contrast loss", "val loss", "chance: 3.47"}
     assert drawn["val loss"].get_xdata().tolist() == [1, 3]
-    guess = drawn["guess: 3.47"]
-    assert guess.get_linestyle() == "--" and guess.get_color() == drawn["contrast loss"].get_color()
+    chance = drawn["chance: 3.47"]
+    assert chance.get_linestyle() == "--" and chance.get_color() == drawn["contrast loss"].get_color()
     assert axes.get_xlabel() == "Epoch" and "nats" in axes.get_ylabel()
 
 
@@ -35,7 +35,7 @@ def test_loss_curves_of_no_epoch_at_all(tmp_path):
     plotting.save(plotting.loss_curves([]), tmp_path / "loss.png")
 
 
-def test_histogram_counts_all_defined_genes_of_every_row():
+def test_histogram_counts_all_defined_genes_of_every_method():
     pcc = {"model": np.array([-0.2, 0.1, 0.1, 0.65, np.nan]), "knn": np.array([0.0, 0.3]), "mean": np.full(3, np.nan)}
     figure = plotting.pcc_histogram(pcc)
     counted = [sum(patch.get_height() for patch in axes.patches) for axes in figure.axes]
@@ -70,7 +70,7 @@ def test_maps_without_image_of_a_flat_or_missing_gene(tmp_path, value):
 def test_retrieval_curve_draws_both_directions_and_chance():
     k = np.array([1, 5, 10])
     axes = plotting.retrieval_curve(k, {"image_to_gene": k / 12, "gene_to_image": k / 15}, k / 100).axes[0]
-    assert set(lines(axes)) == {"image to gene", "gene to image", "guess"}
+    assert set(lines(axes)) == {"image to gene", "gene to image", "chance"}
     assert axes.get_xscale() == "log"
 
 

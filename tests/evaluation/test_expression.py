@@ -23,7 +23,7 @@ def made_up_slice(name, n_spots, n_genes=60, seed=0):
     }
 
 
-def made_up_rows(slices, seed=1):
+def made_up_predictions(slices, seed=1):
     rng = np.random.default_rng(seed)
     truth = [metrics.log1p_cp10k(s["counts"], s["total_counts"]) for s in slices]
     profile = np.mean(np.concatenate(truth), axis=0)
@@ -86,7 +86,7 @@ def test_a_slice_without_a_usable_gene_has_no_figures():
 
 
 def test_figures_do_not_depend_on_the_order_of_spots(two_slices):
-    pred, s = made_up_rows(two_slices)["model"][0], two_slices[0]
+    pred, s = made_up_predictions(two_slices)["model"][0], two_slices[0]
     true, depth, order = metrics.log1p_cp10k(s["counts"], s["total_counts"]), np.log(s["total_counts"]), np.arange(40)
     order = np.random.default_rng(0).permutation(order)
     first = expression.figures(pred, true, depth, defined=s["measured"], **ALL)
@@ -94,8 +94,8 @@ def test_figures_do_not_depend_on_the_order_of_spots(two_slices):
     assert first == pytest.approx(second)
 
 
-def test_evaluate_means_over_slices_and_nulls_what_rows_cannot_have(two_slices):
-    found = expression.evaluate(made_up_rows(two_slices), two_slices, "lognorm")
+def test_evaluate_means_over_slices_and_nulls_what_methods_cannot_have(two_slices):
+    found = expression.evaluate(made_up_predictions(two_slices), two_slices, "lognorm")
     assert (found["n_spots"], found["n_genes"]) == (130, 60)
     a, b = (found["per_slice"][name]["lognorm"]["model"] for name in "AB")
     top = found["lognorm"]["model"]
@@ -116,12 +116,12 @@ def test_evaluate_means_over_slices_and_nulls_what_rows_cannot_have(two_slices):
 
 
 def test_pooled_figures_take_all_spots_and_the_genes_measured_everywhere(two_slices):
-    rows, (a, b) = made_up_rows(two_slices), two_slices
+    predictions, (a, b) = made_up_predictions(two_slices), two_slices
     lacking = dict(b, measured=np.arange(60) != 7, counts=np.where(np.arange(60) == 7, np.nan, b["counts"]))
-    found = expression.evaluate(rows, [a, lacking], "lognorm")
+    found = expression.evaluate(predictions, [a, lacking], "lognorm")
     keep = np.arange(60) != 7
     true = np.concatenate([metrics.log1p_cp10k(s["counts"], s["total_counts"]) for s in two_slices])[:, keep]
-    r = metrics.pearson_per_gene(np.concatenate(rows["model"])[:, keep], true)
+    r = metrics.pearson_per_gene(np.concatenate(predictions["model"])[:, keep], true)
     assert found["pooled"]["lognorm"]["model"]["pcc_gene_mean"] == pytest.approx(r.mean())
     assert found["n_genes"] == 60
     json.dumps(found, allow_nan=False)
@@ -137,14 +137,14 @@ def test_mean_over_slices_uses_the_slices_that_have_a_figure():
 
 def test_per_gene_table_means_over_the_slices_that_measured_the_gene(two_slices):
     a, b = two_slices
-    rows = made_up_rows(two_slices)
+    predictions = made_up_predictions(two_slices)
     lacking = dict(b, measured=np.arange(60) != 0)
-    table = expression.per_gene_table(rows, [a, lacking], [f"G{i}" for i in range(60)])
+    table = expression.per_gene_table(predictions, [a, lacking], [f"G{i}" for i in range(60)])
     assert list(table.columns[:3]) == ["gene", "n_slices", "counts_per_10k"]
     scales = ("lognorm", "residuals", "counts")
     assert list(table.columns[3:]) == [f"pcc_{s}_{row}" for s in scales for row in ("model", "depth")]
     truth = [metrics.log1p_cp10k(s["counts"], s["total_counts"]) for s in two_slices]
-    r = [metrics.pearson_per_gene(p, t) for p, t in zip(rows["model"], truth, strict=True)]
+    r = [metrics.pearson_per_gene(p, t) for p, t in zip(predictions["model"], truth, strict=True)]
     assert table["pcc_lognorm_model"][0] == pytest.approx(r[0][0]) and table["n_slices"][0] == 1
     assert table["pcc_lognorm_model"][1] == pytest.approx((r[0][1] + r[1][1]) / 2)
     per_10k = metrics.counts_per_10k(a["counts"], a["total_counts"])[:, 0].mean()
@@ -158,10 +158,10 @@ def test_plain_leaves_nothing_json_cannot_say():
 
 
 def test_wrong_input_is_named(two_slices):
-    rows = made_up_rows(two_slices)
+    predictions = made_up_predictions(two_slices)
     with pytest.raises(ValueError, match="fitted_scale"):
-        expression.evaluate(rows, two_slices, "log")
-    with pytest.raises(ValueError, match=r"row model: expected .*\(90, 60\)"):
-        expression.evaluate({"model": rows["model"][:1]}, two_slices, "lognorm")
+        expression.evaluate(predictions, two_slices, "log")
+    with pytest.raises(ValueError, match=r"model: expected .*\(90, 60\)"):
+        expression.evaluate({"model": predictions["model"][:1]}, two_slices, "lognorm")
     with pytest.raises(ValueError, match="names of their own"):
-        expression.evaluate(rows, [two_slices[0]] * 2, "lognorm")
+        expression.evaluate(predictions, [two_slices[0]] * 2, "lognorm")

@@ -7,16 +7,16 @@ import torch
 from utils.evaluation import gallery
 
 
-def slow_top_k(queries, rows, k, bias=0):
-    scores = (queries @ rows.T + bias).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+def slow_top_k(queries, rows, k):
+    scores = (queries @ rows.T).nan_to_num(-torch.inf, torch.inf, -torch.inf)
     best = scores.sort(dim=1, descending=True, stable=True)
     return best.values[:, :k], best.indices[:, :k]
 
 
-def check(queries, rows, k, bias=None, **flags):
+def check(queries, rows, k, **flags):
     """Whole numbers below 2^24 multiply without rounding: the two must be equal."""
-    scores, found = gallery.top_k(queries, rows, k, bias, **flags)
-    expected = slow_top_k(queries, rows, k, 0 if bias is None else bias)
+    scores, found = gallery.top_k(queries, rows, k, **flags)
+    expected = slow_top_k(queries, rows, k)
     assert torch.equal(found, expected[1]) and torch.equal(scores, expected[0])
     return scores, found
 
@@ -85,14 +85,6 @@ def test_many_queries_go_in_several_parts(rng, monkeypatch):
     check(whole(rng, 11, 5), whole(rng, 200, 5), 6, block=32)
 
 
-@pytest.mark.parametrize("block", [16, 4096])
-def test_a_bias_of_half_the_square_finds_the_nearest(rng, block):
-    queries, rows = whole(rng, 20, 3), whole(rng, 400, 3)
-    _, found = check(queries, rows, 5, -(rows**2).sum(1) / 2, block=block)
-    away = np.linalg.norm(queries.numpy()[:, None].astype(float) - rows.numpy(), axis=2)
-    np.testing.assert_allclose(np.take_along_axis(away, found.numpy(), 1), np.sort(away, 1)[:, :5])
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_real_numbers_in_the_precision_of_the_queries(rng, dtype, tolerance):
     queries, rows = (torch.from_numpy(rng.normal(size=(n, 64))).to(dtype) for n in (30, 3000))
@@ -114,22 +106,21 @@ def test_a_gallery_in_half_precision_on_disk(rng, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_best_are_the_same(rng):
     queries, rows = whole(rng, 23, 6), whole(rng, 1000, 6)
-    scores, found = gallery.top_k(queries.cuda(), rows, 7, -(rows**2).sum(1) / 2, block=128)
-    expected = slow_top_k(queries, rows, 7, -(rows**2).sum(1) / 2)
+    scores, found = gallery.top_k(queries.cuda(), rows, 7, block=128)
+    expected = slow_top_k(queries, rows, 7)
     assert torch.equal(found.cpu(), expected[1]) and torch.equal(scores.cpu(), expected[0])
 
 
 @pytest.mark.parametrize(
-    ("queries", "rows", "k", "bias", "line"),
+    ("queries", "rows", "k", "line"),
     [
-        ((2, 3), (4, 3), 5, None, r"expected k from 1 to the 4 rows of the gallery, found 5"),
-        ((2, 3), (4, 3), 0, None, r"expected k from 1 to the 4 rows of the gallery, found 0"),
-        ((2, 3), (0, 3), 1, None, r"the 0 rows"),
-        ((2, 3), (4, 2), 1, None, r"one width D, found shapes \(2, 3\) and \(4, 2\)"),
-        ((3,), (4, 3), 1, None, r"found shapes \(3,\) and \(4, 3\)"),
-        ((2, 3), (4, 3), 1, (2,), r"each of 4 gallery rows, found shape \(2,\)"),
+        ((2, 3), (4, 3), 5, r"expected k from 1 to the 4 rows of the gallery, found 5"),
+        ((2, 3), (4, 3), 0, r"expected k from 1 to the 4 rows of the gallery, found 0"),
+        ((2, 3), (0, 3), 1, r"the 0 rows"),
+        ((2, 3), (4, 2), 1, r"one width D, found shapes \(2, 3\) and \(4, 2\)"),
+        ((3,), (4, 3), 1, r"found shapes \(3,\) and \(4, 3\)"),
     ],
 )
-def test_what_does_not_fit_is_named(queries, rows, k, bias, line):
+def test_what_does_not_fit_is_named(queries, rows, k, line):
     with pytest.raises(ValueError, match=line):
-        gallery.top_k(torch.ones(queries), torch.ones(rows), k, None if bias is None else torch.ones(bias))
+        gallery.top_k(torch.ones(queries), torch.ones(rows), k)

@@ -91,23 +91,6 @@ def test_knn_equals_scikit_learn(cosine):
     assert knn.k in (3, 7) and knn.val_pcc == pytest.approx(metrics.pearson_per_gene(expected, y[2]).mean())
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64])
-def test_the_nearest_are_those_of_all_distances_and_of_equal_ones_the_first(dtype):
-    rng = np.random.default_rng(3)
-    x, reference = (rng.integers(-4, 5, size=(n, 3)).astype(dtype) for n in (40, 200))
-    for array in (x, reference):
-        array.flags.writeable = False
-    distance = ((x[:, None].astype(float) - reference) ** 2).sum(axis=2)
-    found = baselines.nearest(x, reference, 30)
-    np.testing.assert_array_equal(found, np.argsort(distance, axis=1, kind="stable")[:, :30])
-
-
-def test_the_nearest_keep_the_finer_precision_of_the_two():
-    """In single precision all three would be equally far."""
-    reference = np.array([[1 + 3e-9], [1 + 1e-9], [1 + 2e-9]])
-    assert baselines.nearest(np.zeros((1, 1), np.float32), reference, 3).tolist() == [[1, 2, 0]]
-
-
 def test_knn_is_capped_by_the_number_of_train_spots():
     x, y = linear_slices(2, n_spots=6)
     knn = baselines.fit_knn(x[:1], y[:1], x[1:], y[1:])
@@ -132,7 +115,7 @@ def make_slice(x, y, seed):
     return {"features": baselines.standardise(x), "xy": xy, "pitch": 100.0, "target": y, "log_depth": log_depth}
 
 
-def test_all_rows_predict_every_gene_and_learn_what_there_is():
+def test_all_baselines_predict_every_gene_and_learn_what_there_is():
     slices = [make_slice(x, y, seed) for seed, (x, y) in enumerate(zip(*linear_slices(4), strict=True))]
     rows = baselines.fit_baselines(slices[:2], slices[2:3])
     unseen = {key: slices[3][key] for key in ("features", "xy", "pitch")}

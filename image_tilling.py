@@ -11,7 +11,7 @@ already, cut in the same way from the same image, is left as it is.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,19 @@ from utils.slices import checks, splits, visium
 BATCH = 64  # tiles cut at a time
 
 
-def parse_args(argv=None):
+@dataclass(kw_only=True)
+class Settings(settings.SharedSettings):
+    part: str
+    source: str
+    tile_um: float
+    tile_px: int
+    crop_size: int | None
+    spot_pitch_um: float | None
+    jpeg: bool
+    huge: bool
+
+
+def parse_args(argv: list[str] | None = None) -> Settings:
     parser = settings.shared(__doc__, part="all")
     group = parser.add_argument_group("tiles")
     group.add_argument(
@@ -49,11 +61,11 @@ def parse_args(argv=None):
     )
     group.add_argument("--jpeg", action="store_true", help="a JPEG per tile too, to look at; nothing reads them")
     group.add_argument("--huge", action="store_true", help="allow large images that are decoded as a whole")
-    return parser.parse_args(argv)
+    return Settings(**vars(parser.parse_args(argv)))
 
 
-def plan_cut(slice_: visium.Slice, source: visium.SourceImage, args) -> tiles.Cut:
-    """How the tiles of a slice are cut. Raises ValueError where their scale is asked for and not known."""
+def plan_cut(slice_: visium.Slice, source: visium.SourceImage, args: Settings) -> tiles.Cut:
+    """How the tiles of a slice are cut. Raises ValueError where their size is given in um and the pitch is unknown."""
     named = (source.kind, source.path.name)
     if args.crop_size is not None:
         um_per_px = None if slice_.um_per_px is None else slice_.um_per_px / source.scale
@@ -68,42 +80,44 @@ def plan_cut(slice_: visium.Slice, source: visium.SourceImage, args) -> tiles.Cu
     return tiles.Cut(*named, um_per_px, crop, args.tile_px, True, source.scale)
 
 
-def tile_slice(row: splits.SliceRow, args) -> int:
+def tile_slice(row: splits.SliceRow, args: Settings) -> int:
     """The tiles of one slice, unless they are there; returns how many spots have one."""
     pitch_um = args.spot_pitch_um or row.spot_pitch_um
     slice_ = visium.open_slice(splits.slice_folder(args.data, row), row.slice, pitch_um)
     source = slice_.source_image(args.source, row.image)
     cut, image_hash = plan_cut(slice_, source, args), content_hash(source.path)
-    outside = tiles_are_there(slice_, args.tiles / row.slice, cut, image_hash, args.jpeg)
-    what = "are there" if outside is not None else f"of {cut.size} px from {source.path.name}"
+    outside, action = outside_of_kept(slice_, args.tiles / row.slice, cut, image_hash, args.jpeg), "are there"
     if outside is None:
-        outside = cut_slice(slice_, source, cut, image_hash, args)
+        outside, action = cut_slice(slice_, source, cut, image_hash, args), f"of {cut.size} px from {source.path.name}"
     number = len(slice_.spots) - len(outside)
     notes = [f"{n} {reason}" for reason, n in slice_.unmatched.items() if n]
     notes += [f"{len(outside)} outside the image"] if outside else []
-    print(f"{row.slice}: {number} tiles {what}" + "".join(f", {note}" for note in notes))
+    print(f"{row.slice}: {number} tiles {action}" + "".join(f", {note}" for note in notes))
     return number
 
 
-def tiles_are_there(
+def outside_of_kept(
     slice_: visium.Slice, folder: Path, cut: tiles.Cut, image_hash: str, jpeg: bool
 ) -> list[str] | None:
-    """Spots outside the image, of a folder that holds just these tiles; None where it does not, which is printed."""
-    with suppress(ValueError):  # a damaged record goes with its tiles
-        record = tiles.read_record(folder) or {}
-        outside = record.get("outside", [])
-        kept = ~slice_.spots.index.isin(outside)
-        barcodes, xy_px = slice_.spots.index.to_numpy(str)[kept], slice_.xy_fullres_px[kept]
-        if tiles.is_whole(folder, cut, image_hash, barcodes, xy_px, jpeg or not cut.resampled):
-            return outside
-        changed = tiles.changes(record, cut, image_hash) if record else []
-        if changed:
-            print(f"{slice_.name}: settings changed ({', '.join(changed)}): its tiles are cut anew")
-    return None
+    """Spots outside the image, of a folder that holds exactly these tiles; None where it does not."""
+    try:
+        pack = tiles.TilePack(folder)
+    except ValueError:  # no tiles, or damaged ones
+        return None
+    changes = tiles.changes(pack.record, cut, image_hash)
+    if changes:
+        print(f"{slice_.name}: settings changed ({', '.join(changes)}): its tiles are cut anew")
+        return None
+    outside = pack.record.get("outside", [])
+    inside = ~slice_.spots.index.isin(outside)
+    barcodes, xy_px = slice_.spots.index.to_numpy(str)[inside], slice_.xy_fullres_px[inside]
+    return outside if tiles.is_whole(pack, barcodes, xy_px, jpeg or not cut.resampled) else None
 
 
-def cut_slice(slice_: visium.Slice, source: visium.SourceImage, cut: tiles.Cut, image_hash: str, args) -> list[str]:
-    """Hold image and spots against each other, then cut the slice as a whole; returns the spots outside the image."""
+def cut_slice(
+    slice_: visium.Slice, source: visium.SourceImage, cut: tiles.Cut, image_hash: str, args: Settings
+) -> list[str]:
+    """Check the image against the spots, then cut the slice as a whole; returns the spots outside the image."""
     with open_image(source.path, huge=args.huge) as image:
         inside, warnings = checks.check_image(slice_, source, image, image.thumbnail(checks.THUMBNAIL_PX))
         for note in image.notes:
@@ -121,7 +135,9 @@ def cut_slice(slice_: visium.Slice, source: visium.SourceImage, cut: tiles.Cut, 
     return outside
 
 
-def with_bar(image: TissueImage, centres, cut: tiles.Cut, workers: int | None, name: str) -> Iterator[np.ndarray]:
+def with_bar(
+    image: TissueImage, centres: np.ndarray, cut: tiles.Cut, workers: int | None, name: str
+) -> Iterator[np.ndarray]:
     """Tiles (n, Z, Z, 3) in the order of the centres, counted by a progress bar."""
     with tqdm(total=len(centres), desc=f"{name}: tiles", unit="spot", disable=None) as bar:
         for block in tiles.cut_tiles(image, centres, cut, BATCH, workers):
@@ -130,7 +146,7 @@ def with_bar(image: TissueImage, centres, cut: tiles.Cut, workers: int | None, n
 
 
 @exclusive_folder("tiles")
-def main(args):
+def main(args: Settings) -> None:
     rows, warnings = splits.read_table(args.data, args.slices, split=args.part != "all")
     settings.say(warnings)
     rows = settings.chosen(rows, args.part)

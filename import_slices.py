@@ -14,16 +14,34 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils import settings
-from utils.files import exclusive
+from utils.files.exclusive import exclusive_folder
+
+if TYPE_CHECKING:
+    from utils.importers.source import Source
 
 FORMATS = ("legacy_st", "visium_hd", "h5ad", "spatialdata")
 BINNED, JOINED = ("visium_hd", "spatialdata"), ("h5ad", "spatialdata")
 
 
-def parse_args(argv=None):
+@dataclass(kw_only=True)
+class Settings:
+    source: Path
+    format: str
+    out: Path
+    image: Path | None
+    bin: int | None
+    library_key: str | None
+    spot_pitch_um: float | None
+    debug: bool
+    memory: float
+
+
+def parse_args(argv: list[str] | None = None) -> Settings:
     parser = settings.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -43,11 +61,11 @@ def parse_args(argv=None):
     group.add_argument("--spot_pitch_um", type=settings.positive, help="um centre to centre, where it is not known")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     settings.add_memory(parser)
-    return parser.parse_args(argv)
+    return Settings(**vars(parser.parse_args(argv)))
 
 
-def sources(args) -> Iterator:
-    """The slices of SOURCE one after the other; what its format does not need is not imported."""
+def read_sources(args: Settings) -> Iterator[Source]:
+    """The slices of SOURCE one after the other; only the reader of its format is imported."""
     flags = (args.source, args.image, args.spot_pitch_um)
     if args.format == "legacy_st":
         from utils.importers.legacy_st import read_legacy_st
@@ -66,18 +84,19 @@ def sources(args) -> Iterator:
     return read_spatialdata(*flags, args.bin, args.library_key)
 
 
-@exclusive.exclusive_folder("out")
-def main(args):
+@exclusive_folder("out")
+def main(args: Settings) -> None:
     from utils.importers import base, images, slice_folder
 
     for flag, value, formats in (("--bin", args.bin, BINNED), ("--library_key", args.library_key, JOINED)):
         if value is not None and args.format not in formats:
-            wanted = f"--format {' or '.join(formats)}"
-            raise ValueError(f"{flag} {value}: expected {wanted}, found {args.format}; leave it out")
+            raise ValueError(
+                f"{flag} {value}: expected --format {' or '.join(formats)}, found {args.format}; leave it out"
+            )
     images.check_image(args.image)
     slice_folder.check_table(args.out)
     number = 0
-    for source in sources(args):
+    for source in read_sources(args):
         print("\n".join(base.import_slice(source, args.out, args.memory * 2**30)), flush=True)
         number += 1
     print(f"{number} slices in {args.out}; fill in the column part of {args.out / 'slices.csv'} (train, val, test)")

@@ -128,7 +128,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     measured = [
         expression.MeasuredSlice(
             name=slice_.name,
-            counts=slice_.panels["target"].counts,
+            counts=slice_.panels["target"].read_counts(),
             total_counts=slice_.total_counts,
             measured=slice_.panels["target"].measured,
         )

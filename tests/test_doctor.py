@@ -178,7 +178,7 @@ def test_one_slice_under_two_names(own, seen):
     (own / "data/P03_1/P01_1_he.jpg").rename(own / "data/P03_1/P03_1_he.jpg")
     shutil.rmtree(own / "tiles")
     shutil.rmtree(own / "panels")
-    seen(expect=[r"identical counts in two parts: P01_1 \(train\), P03_1 \(test\); mend: mend the parts"])
+    seen(expect=[r"identical counts in two parts: P01_1 \(train\), P03_1 \(test\); mend: correct the parts"])
 
 
 def test_counts_that_changed_after_the_panels(own, seen):

@@ -29,7 +29,7 @@ NARROWER = {
     "utils.evaluation": ("utils.evaluation",),
     "utils.images": ("utils.images", "utils.files"),
     "utils.genes": ("utils.genes", "utils.files"),
-    "utils.simulation": ("utils.simulation", "utils.evaluation.metrics"),
+    "utils.simulation": ("utils.simulation", "utils.evaluation.metrics", "utils.files", "utils.slices"),
 }
 
 

@@ -50,7 +50,7 @@ def test_spots_read_from_the_file_are_those_of_the_matrix_in_memory(stored, memo
         np.testing.assert_array_equal(found.toarray(), whole.counts[spots].toarray())
         assert found.dtype == np.int32 and found.has_canonical_format
     some = np.sort(rng.permutation(50)[:20])
-    np.testing.assert_array_equal(left.counts.of(some)[5:15].toarray(), whole.counts[some[5:15]].toarray())
+    np.testing.assert_array_equal(left.counts.select(some)[5:15].toarray(), whole.counts[some[5:15]].toarray())
     assert [left.genes.tolist(), left.gene_ids.tolist()] == [whole.genes.tolist(), whole.gene_ids.tolist()]
 
 

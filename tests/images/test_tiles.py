@@ -94,8 +94,8 @@ def test_tile_equals_a_resampled_crop_of_the_whole_image(tmp_path, rng):
     image = Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8))
     image.save(tmp_path / "he.png")
     how = tiles.Cut("fullres", "he.png", 4.0, 57.3, 28, True)
-    with open_image(tmp_path / "he.png") as image:
-        found = tiles.cut_tile(image, np.array([150.4, 120.7]), how)
+    with open_image(tmp_path / "he.png") as opened:
+        found = tiles.cut_tile(opened, np.array([150.4, 120.7]), how)
     box = (150.4 - 57.3 / 2, 120.7 - 57.3 / 2, 150.4 + 57.3 / 2, 120.7 + 57.3 / 2)
     expected = image.resize((28, 28), Image.Resampling.BICUBIC, box=box)
     assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1

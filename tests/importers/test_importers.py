@@ -12,8 +12,10 @@ from spaceranger_folders import refused
 
 from utils.importers import images as importer_images
 from utils.importers import slice_folder
-from utils.importers.base import SPOT_COLUMNS, Source, import_slice, place_spots, whole_counts
+from utils.importers.base import import_slice
+from utils.importers.source import SPOT_COLUMNS, Source, place_spots
 from utils.slices import splits, visium
+from utils.slices.matrix import CountMatrix, whole_counts, write_matrix
 
 
 @pytest.fixture
@@ -49,8 +51,9 @@ def test_a_slice_is_written_as_space_ranger_writes_it(source, root, tmp_path):
 
 @pytest.mark.parametrize("memory", [1, 64 * 200, np.inf])
 def test_counts_written_by_spans_are_those_written_at_once(source, root, tmp_path, memory):
+    matrix = CountMatrix(source.counts, source.spots.index.to_numpy(), source.genes, source.gene_ids)
     for name, given in (("one", np.inf), ("spans", memory)):
-        slice_folder.write_matrix(tmp_path / f"{name}.h5", source, given)
+        write_matrix(tmp_path / f"{name}.h5", matrix, {}, memory=given)
     with h5py.File(tmp_path / "one.h5") as one, h5py.File(tmp_path / "spans.h5") as spans:
         for name in ("data", "indices", "indptr", "shape", "barcodes", "features/name"):
             np.testing.assert_array_equal(one["matrix"][name][:], spans["matrix"][name][:])

@@ -49,7 +49,7 @@ def test_a_file_in_place_of_the_image(root, tmp_path):
     Image.new("RGB", (50, 50)).save(tmp_path / "other.png")
     refused("other.png: expected 1150 x 1153 or 288 x 289 px", only, path, tmp_path / "other.png")
     Image.open(image_of(root)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
-    refused("mirrored.png: expected the image that he0.png was made of", only, path, tmp_path / "mirrored.png")
+    refused("mirrored.png: expected the image that he0 was made of", only, path, tmp_path / "mirrored.png")
 
 
 def scaled(factor):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from spaceranger_folders import refused
 
-from utils.slices.lattice import array_places, fit_lattice, is_staggered, pitch_px
+from utils.slices.lattice import array_places, fit_lattice, is_staggered
 
 SQUARE = np.array([(r, c) for r in range(6) for c in range(7)])
 VISIUM = np.array([(r, c) for r in range(6) for c in range(r % 2, 14, 2)])
@@ -33,12 +33,11 @@ def test_pitch_survives_turns_holes_and_rounding(places, step, seed):
     pitch = rng.uniform(5, 400)
     xy = pixels(places, pitch, STEPS[step], turn=rng.uniform(0, 2 * np.pi))
     kept = rng.permutation(len(places))[: len(places) // 2]
-    assert pitch_px(xy[kept], places[kept]) == pytest.approx(pitch, rel=1e-9)
     found = fit_lattice("x", xy[kept], places[kept])
     assert found.pitch_px == pytest.approx(pitch, rel=1e-9) and not found.measured
     assert found.mirrored == (step == "mirrored") and found.staggered == (step == "visium")
     np.testing.assert_array_equal(found.array, places[kept])
-    assert pitch_px(xy.round(), places) == pytest.approx(pitch, abs=0.5)
+    assert fit_lattice("x", xy.round(), places).pitch_px == pytest.approx(pitch, abs=0.5)
 
 
 def test_pitch_of_few_spots():
@@ -72,7 +71,6 @@ def test_places_that_do_not_fit_are_measured(places, step, kind, rng):
     found = fit_lattice("x", xy, stated)
     assert found.measured and found.pitch_px == pytest.approx(137.0, rel=1e-6)
     assert found.staggered == (step == "visium") and len(np.unique(found.array, axis=0)) == len(places)
-    np.testing.assert_allclose(pitch_px(xy, found.array), 137.0, rtol=1e-6)
 
 
 def test_hand_printed_arrays_wobble(rng):

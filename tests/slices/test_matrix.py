@@ -68,8 +68,7 @@ def test_an_empty_matrix_is_read(slice_dir):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_barcodes_alone(tmp_path, zipped):
     write_folder(tmp_path / "filtered_feature_bc_matrix", zipped)
-    barcodes = visium.read_barcodes(tmp_path)
-    assert barcodes is not None and barcodes.tolist() == BARCODES
+    assert visium.read_barcodes(tmp_path / "filtered_feature_bc_matrix").tolist() == BARCODES
 
 
 def test_a_probe_level_matrix_is_read_but_is_no_slice(slice_dir):
@@ -78,6 +77,7 @@ def test_a_probe_level_matrix_is_read_but_is_no_slice(slice_dir):
         file["matrix/features/probe_region"] = np.array([b"spliced"] * 4)
     assert visium.read_matrix(path).counts.sum() == COUNTS.sum()
     refused("probe-level", visium.read_slice, slice_dir)
+    refused("probe-level", visium.read_slice_genes, slice_dir)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,12 @@ def test_damaged_matrices(slice_dir):
     whole = path.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"not an HDF5 file"):
         path.write_bytes(broken)
-        for function in (visium.read_matrix, visium.read_slice, visium.read_barcodes):
-            assert path.name in refused("expected a 10x matrix in HDF5, found", function, slice_dir)
+        for function, place in (
+            (visium.read_matrix, slice_dir),
+            (visium.read_slice, slice_dir),
+            (visium.read_barcodes, path),
+        ):
+            assert path.name in refused("expected a 10x matrix in HDF5, found", function, place)
     path.write_bytes(whole)
     with h5py.File(path, "a") as file:
         del file["matrix/indptr"]

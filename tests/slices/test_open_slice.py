@@ -25,6 +25,7 @@ def test_the_full_resolution_image(folder):
     for other in ("matrix.h5", "._he.tif", "detected_tissue_image.jpg"):
         (folder / other).write_text("")
     Image.new("RGB", (20, 30)).save(folder / "spatial" / "tissue_hires_image.png")
+    opened = visium.open_slice(folder)
     assert opened.fullres_image() is None and opened.source_image().kind == "hires"
     Image.new("RGB", (100, 150)).save(folder / "he.TIF")
     assert opened.fullres_image() == folder / "he.TIF"

@@ -1,17 +1,35 @@
-"""A file that exists is whole: written to `<name>.part`, then renamed."""
+"""A file that exists is whole: it is written to `<name>.part` and renamed when it is complete."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+PART = ".part"
+
+
+@contextmanager
+def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
+    """The path `<name>.part` to write to, which is renamed to `path` at the end of the block.
+
+    After an error it is removed, and the old file at `path` stays as it was. `ending` follows `.part` where a library
+    decides by the name of a file how to write it.
+    """
+    part = path.with_name(path.name + PART + ending)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write bytes; an interrupted write leaves the old file as it was."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_bytes(data)
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -54,6 +54,6 @@ def read_weights(path: Path, flag: str) -> Tensors:
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise ValueError(f"{flag}: expected named tensors in {path}, found none")
-    found = Tensors({k.removeprefix("module."): v for k, v in tensors.items()})
-    found.source = str(path)
-    return found
+    named = Tensors({k.removeprefix("module."): v for k, v in tensors.items()})
+    named.source = str(path)
+    return named

@@ -19,11 +19,12 @@ from PIL import Image
 
 from utils.images.checks import ImageError, check_size, reading
 from utils.images.samples import Samples, largest_values, measured_depth, on_white
+from utils.images.units import UM_PER_INCH
 
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"BM")
 FORMATS = ("JPEG", "PNG", "WEBP", "JPEG2000", "BMP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
-UM_PER_INCH, LEAST_DPI = 25400.0, 1000.0  # 72 or 300 dots per inch was written by a program that knew no microscope
+LEAST_DPI = 1000.0  # 72 or 300 dots per inch was written by a program that knew no microscope
 ORIENTATION = 0x0112
 GREY, COLOUR = (0, 4), (2, 6)  # PNG colour types, the second of each with alpha
 SRGB, GREYSCALE, SYCC = 16, 17, 18  # JPEG 2000, enumerated colour spaces that decode to grey or RGB
@@ -146,7 +147,7 @@ def _check_kind(path: Path, image: Image.Image) -> None:
 
 @dataclass(frozen=True)
 class PngHead:
-    """What the chunks before the pixels say: bits of a sample, colour type, sBIT and tRNS."""
+    """What the chunks before the pixels state: bits of a sample, colour type, sBIT and tRNS."""
 
     bits: int
     colour_type: int

@@ -3,7 +3,7 @@
     with open_image(Path("slide.svs")) as image:
         pixels = image.region(x, y, side=448, out_px=224)
 
-Which file is read how is told by its content, not by its name: the formats of scanners by openslide, TIFF by tifffile
+The content of a file decides how it is read, not its name: the formats of scanners by openslide, TIFF by tifffile
 and imagecodecs (only the tiles, strips or rows that are needed are decoded), JPEG, PNG, WebP, JPEG 2000 and BMP by
 Pillow and imagecodecs (decoded whole). docs/images.md has the table. Pixels lie as they are stored: Orientation is not
 followed. Transparent parts, what a slide leaves out, and what lies beyond the edge are white.
@@ -26,13 +26,13 @@ from PIL import Image
 
 from utils.images import flat, scanner, tiff
 from utils.images.checks import ImageError, reading
+from utils.images.units import plausible
 
 FLAT = (".jpg", ".jpeg", ".png", ".jp2", ".webp")
 TIFF = (".tif", ".tiff", ".btf", ".tf8")
 SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi")
 SUFFIXES: tuple[str, ...] = (*TIFF, *FLAT, *SCANNERS)  # by which an image is found in a folder
 ONLY_SCANNERS = (".mrxs", ".vms", ".vmu", ".dcm", ".czi", ".svslide")  # what they hold besides is no scan
-PLAUSIBLE_UM_PER_PX = (0.02, 20.0)  # beyond it, a resolution is a screen's or a printer's
 AS_FINE = 1.01  # levels of odd sides are a little coarser than they are meant to be
 BLOCK_PX = 1024  # of a level, read at a time for the thumbnail
 FILTER_REACH = 3  # pixels of the coarser side that the bicubic filter takes in, and one to spare
@@ -137,8 +137,8 @@ class TissueImage:
         def read(corner: tuple[int, int]) -> None:
             left, top = corner
             place = out[top : top + block, left : left + block]
-            found = self.region(left / scale, top / scale, block / scale, block)
-            place[:] = found[: place.shape[0], : place.shape[1]]
+            pixels = self.region(left / scale, top / scale, block / scale, block)
+            place[:] = pixels[: place.shape[0], : place.shape[1]]
 
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             list(pool.map(read, corners))  # raises what a thread raised
@@ -197,8 +197,13 @@ def stated_um_per_px(path: Path) -> float | None:
 
 
 def _plausible(um_per_px: float | None) -> float | None:
-    low, high = PLAUSIBLE_UM_PER_PX
-    return um_per_px if um_per_px is not None and low <= um_per_px <= high else None
+    return um_per_px if plausible(um_per_px) else None
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The files of images that lie directly in a folder, by name; hidden ones aside, none where there is no folder."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in files if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()]
 
 
 # ---- which reader
@@ -214,7 +219,7 @@ def _source(path: Path) -> Source:
 
 
 def _reader(path: Path) -> Source:
-    """The reader of a file, told by its content."""
+    """The reader of a file, by its content."""
     if not path.is_file():
         raise ImageError(f"{path}: expected an image, found {'a folder' if path.is_dir() else 'no such file'}")
     with reading(path), path.open("rb") as file:

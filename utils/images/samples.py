@@ -99,7 +99,7 @@ def measured_depth(
     stated : bits that the file states, and where; where it does not, the smallest of DEPTHS that holds the largest
     """
     colour, alpha = largest
-    depth, source = stated or (_smallest(colour), "")
+    depth, source = stated or (smallest_depth(colour), "")
     if stated is None and samples.kind in ("inverted", "cmyk"):
         raise ImageError(
             f"{path}: expected the depth of {samples.bits}-bit samples of which zero is white, found no MaxSampleValue "
@@ -111,13 +111,14 @@ def measured_depth(
             f"{source}, or convert the image to 8-bit RGB"
         )
     depth = max(depth, 8)
-    alpha_depth = depth if alpha < 2**depth and stated is not None else _smallest(alpha)
+    alpha_depth = depth if alpha < 2**depth and stated is not None else smallest_depth(alpha)
     by = f" by {source}" if source else ""
     note = f"{samples.bits} bits per channel read as {depth}{by} (largest value {colour:,})"
     return replace(samples, depth=depth, alpha_depth=alpha_depth), note
 
 
-def _smallest(largest: int) -> int:
+def smallest_depth(largest: int) -> int:
+    """The fewest bits of a camera that hold a value."""
     return next(depth for depth in DEPTHS if largest < 2**depth)
 
 

@@ -7,10 +7,8 @@ Letters: h, w rows and columns, C samples of a pixel.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,25 +19,34 @@ import numpy as np
 from utils.images.checks import ImageError
 from utils.images.flat import orientation_note
 from utils.images.samples import Samples
-
-# Photometric interpretations, compressions, extra samples and tags
-WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, MASK, CMYK, YCBCR = 0, 1, 2, 3, 4, 5, 6
-OLD_JPEG, JPEGS = 6, (7, 33007, 34892)
-UNSPECIFIED, PREMULTIPLIED, UNASSOCIATED = 0, 1, 2
-ORIENTATION, PAGE_NAME, MAX_SAMPLE_VALUE, RESOLUTION_UNIT, INK_SET = 274, 285, 281, 296, 332
-REDUCED, TRANSPARENCY = 1, 4  # bits of NewSubfileType
-UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "nm": 1e-3}
-UM |= {"inch": 25400.0, "in": 25400.0, "\\u00B5m": 1.0}  # micro sign, Greek mu, and what ImageJ writes
-RESOLUTION_UM = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}  # tag ResolutionUnit
-ASIDE = (  # what is never the scan: SlideLabel, label_image, macroimage, Thumbnail1, but not label-free, macrophages
-    r"((label|macro|thumbnail|thumb|overview|preview|barcode)s?(image|img|pic|image)?(?![a-z]|-free)"
-    r"|(?<![a-z])(map|lbl)(?![a-z]))"
+from utils.images.tiff_samples import (
+    CMYK,
+    MASK,
+    PALETTE,
+    RGB,
+    TO_RGB,
+    YCBCR,
+    channel_samples,
+    page_samples,
+    plain_samples,
 )
-ONLY_ASIDE = rf"\W*(slide|the)?[\W_]*{ASIDE}[\W_]*(image)?[\W_]*\d*\W*"  # nothing but such a name
+from utils.images.tiff_tags import (
+    ASIDE,
+    ONLY_ASIDE,
+    ORIENTATION,
+    max_sample_depth,
+    page_name,
+    per_pixel,
+    tag_um_per_px,
+    titles,
+)
+from utils.images.units import UM
+
+REDUCED, TRANSPARENCY = 1, 4  # bits of NewSubfileType
+ONE_PLANE = "save one plane as a file of its own, by tifffile or ImageJ"
 UNNAMED_AXES = {"Q": "without a name", "I": "pages"}
-NUMBERED = re.compile(r"(channel|ch|c|bf|tl|brightfield)?[\s_:#-]*(\d+([:/]\d+)*)?")  # channel names that say nothing
+NUMBERED = re.compile(r"(channel|ch|c|bf|tl|brightfield)?[\s_:#-]*(\d+([:/]\d+)*)?")  # channel names without meaning
 PRIMARY = re.compile(r"(r|red|g|green|b|blue|a|alpha)([\s_-]*(channel|ch))?")
-TO_RGB = "convert it to 8-bit RGB"
 
 
 @dataclass
@@ -51,7 +58,7 @@ class Series:
     name : as the file names it
     width, height : int
     pages : one page, or a page per channel, in the order red, green, blue, alpha
-    samples : what its samples mean, None where `problem` says why it cannot be read
+    samples : what its samples mean, None where `problem` is why it cannot be read
     levels : pages of its coarser levels
     mapped : offset and (h, w, C) of each plane, where they lie in one piece without a page of their own
     stated_depth : bits of a channel that the file states, and where
@@ -96,48 +103,37 @@ class Series:
 
 def find_scan(path: Path, file: Any) -> Series:
     """The largest RGB series of an open tifffile.TiffFile, else the largest grey one. Raises ImageError."""
-    found = read_series(path, file)
-    alone = len(found) == 1
-    wanted = [series for series in found if not (series.is_reduced or series.is_mask or series.is_aside(alone))]
+    images = read_series(path, file)
+    alone = len(images) == 1
+    wanted = [series for series in images if not (series.is_reduced or series.is_mask or series.is_aside(alone))]
     wanted = [series for series in wanted if series.looks_rgb] or wanted
     if not wanted:
-        names = ", ".join(title for series in found for title in series.titles if title) or "coarser copies"
+        names = ", ".join(title for series in images for title in series.titles if title) or "coarser copies"
         raise ImageError(f"{path}: expected the scan, found no image but {names}; export the scan itself")
     area = max(series.area for series in wanted)
     largest = [series for series in wanted if series.area == area]
     scan = largest[0]
     if len(largest) > 1:
-        names = ", ".join(_called(series, found) for series in largest[:4]) + (", ..." if len(largest) > 4 else "")
+        names = ", ".join(_called(series, images) for series in largest[:4]) + (", ..." if len(largest) > 4 else "")
         raise ImageError(
             f"{path}: expected one scan, found {len(largest)} planes of equal size, "
-            f"{scan.width:,} x {scan.height:,} px ({names}); {save_one(path, scan)}"
+            f"{scan.width:,} x {scan.height:,} px ({names}); {ONE_PLANE}"
         )
     if scan.problem:
         raise ImageError(f"{path}: {scan.problem}")
-    if any(mask.is_mask and (mask.width, mask.height) == (scan.width, scan.height) for mask in found):
+    if any(mask.is_mask and (mask.width, mask.height) == (scan.width, scan.height) for mask in images):
         raise ImageError(
             f"{path}: expected alpha or opaque pixels, found a transparency mask of its own; flatten it onto white"
         )
-    if len(found) > 1:
+    if len(images) > 1:
         what = "RGB" if scan.looks_rgb else "grey"
-        place = found.index(scan) + 1
-        scan.notes = (*scan.notes, f"image {place} of {len(found)} in the file, the largest {what} one")
+        place = images.index(scan) + 1
+        scan.notes = (*scan.notes, f"image {place} of {len(images)} in the file, the largest {what} one")
     return scan
 
 
-def _called(series: Series, found: list[Series]) -> str:
-    return series.name or f"image {found.index(series) + 1}"
-
-
-def save_one(path: Path, series: Series, n_channels: int = 1) -> str:
-    """How a plane becomes a file of its own."""
-    rgb = n_channels == 3 or int(series.key.samplesperpixel) >= 3
-    first, photometric = series.pages[0].index, "rgb" if rgb else "minisblack"
-    key = f"range({first}, {first + n_channels})" if n_channels > 1 else f"{first}"
-    return (
-        f"save one as a file of its own, the first one by: python -c \"import tifffile as t; t.imwrite('plane.tif', "
-        f"t.imread('{path}', key={key}), photometric='{photometric}')\""
-    )
+def _called(series: Series, images: list[Series]) -> str:
+    return series.name or f"image {images.index(series) + 1}"
 
 
 def read_series(path: Path, file: Any) -> list[Series]:
@@ -149,51 +145,52 @@ def read_series(path: Path, file: Any) -> list[Series]:
             return read(path, file)
         if kind == "imagej" and file.is_imagej:
             raise ValueError("ImageJ states more planes than the file holds")
-    found = _plain_series(file)
-    for one in found if file.is_ome else []:  # OME-XML that does not fit: only pages in RGB are an image by themselves
-        if not one.looks_rgb:
-            one.problem = f"expected all channels in this file, found pages that its OME-XML does not explain; {TO_RGB}"
-    return found
+    images = _plain_series(file)
+    if file.is_ome:  # OME-XML that does not fit: only pages in RGB are an image by themselves
+        problem = f"expected all channels in this file, found pages that its OME-XML does not explain; {TO_RGB}"
+        for image in (image for image in images if not image.looks_rgb):
+            image.problem = problem
+    return images
 
 
 # ---- OME-TIFF, ImageJ, tifffile's own description
 
 
 def _ome_series(path: Path, file: Any) -> list[Series]:
-    images = list(ElementTree.fromstring(file.ome_metadata).iterfind("{*}Image"))
-    found = []
+    elements = list(ElementTree.fromstring(file.ome_metadata).iterfind("{*}Image"))
+    images = []
     for series in file.series:
-        image = _ome_image(images, series)
-        pixels = None if image is None else image.find("{*}Pixels")
+        element = _ome_image(elements, series)
+        pixels = None if element is None else element.find("{*}Pixels")
         channels = [] if pixels is None else list(pixels.iterfind("{*}Channel"))
-        name = "" if image is None else image.get("Name") or ""
-        one = _from_tifffile(path, series, name, _ome_order(channels))
+        name = "" if element is None else element.get("Name") or ""
+        image = _from_tifffile(path, series, name, _ome_order(channels))
         if pixels is not None:
-            one.um_per_px = _ome_um_per_px(pixels) or one.um_per_px
+            image.um_per_px = _ome_um_per_px(pixels) or image.um_per_px
             bits = pixels.get("SignificantBits", "")
-            one.stated_depth = (int(bits), "SignificantBits") if bits.isdigit() and int(bits) else one.stated_depth
-        found.append(one)
-    most = max((one.area for one in found), default=0)
-    for image in images:  # which tifffile has left out
-        pixels = image.find("{*}Pixels")
+            image.stated_depth = (int(bits), "SignificantBits") if bits.isdigit() and int(bits) else image.stated_depth
+        images.append(image)
+    most = max((image.area for image in images), default=0)
+    for element in elements:  # which tifffile has left out
+        pixels = element.find("{*}Pixels")
         width, height = (0, 0) if pixels is None else (int(pixels.get("SizeX", 0)), int(pixels.get("SizeY", 0)))
         if width * height > most:
-            one = Series(image.get("Name") or "", width, height, [file.pages.first], looks_rgb=True)
-            one.titles = (one.name,)
-            one.problem = f"expected the planes of its largest image, found none that fit its OME-XML; {TO_RGB}"
-            found.append(one)
-    return found
+            image = Series(element.get("Name") or "", width, height, [file.pages.first], looks_rgb=True)
+            image.titles = (image.name,)
+            image.problem = f"expected the planes of its largest image, found none that fit its OME-XML; {TO_RGB}"
+            images.append(image)
+    return images
 
 
-def _ome_image(images: list[Any], series: Any) -> Any:
+def _ome_image(elements: list[Any], series: Any) -> Any:
     """The element that a series was made from, which is taken out of the list: first of its name and size."""
     sizes = dict(zip(series.get_axes(False), series.get_shape(False), strict=True))
-    for image in images:
-        pixels = image.find("{*}Pixels")
+    for element in elements:
+        pixels = element.find("{*}Pixels")
         size = None if pixels is None else (pixels.get("SizeX"), pixels.get("SizeY"))
-        if size == (str(sizes.get("X")), str(sizes.get("Y"))) and (image.get("Name") or series.name) == series.name:
-            images.remove(image)
-            return image
+        if size == (str(sizes.get("X")), str(sizes.get("Y"))) and (element.get("Name") or series.name) == series.name:
+            elements.remove(element)
+            return element
     return None
 
 
@@ -206,7 +203,7 @@ def _ome_um_per_px(pixels: Any) -> float | None:
 
 
 def _ome_order(channels: list[Any]) -> list[int] | str:
-    """Which primary each channel is, by name, else by colour; empty where neither tells, text where they are others."""
+    """Which primary each channel is, by name, else by colour; empty where neither is known, text where others."""
     names = [(channel.get("Name") or channel.get("ID", "").split(":")[-1]).strip().lower() for channel in channels]
     primaries = [PRIMARY.fullmatch(name) for name in names]
     if primaries and all(primaries):
@@ -234,11 +231,11 @@ def _imagej_series(path: Path, file: Any) -> list[Series]:
     meta = file.imagej_metadata or {}
     tables = [np.asarray(table) for table in meta.get("LUTs", [])]
     order = _order_of_colours([(int(table[0, -1]), int(table[1, -1]), int(table[2, -1])) for table in tables])
-    one = _from_tifffile(path, file.series[0], "", order)
+    image = _from_tifffile(path, file.series[0], "", order)
     unit = str(meta.get("unit", "")).strip()
     if unit in UM:
-        one.um_per_px = _per_pixel(one.key, UM[unit])
-    return [one]
+        image.um_per_px = per_pixel(image.key, UM[unit])
+    return [image]
 
 
 def _shaped_series(path: Path, file: Any) -> list[Series]:
@@ -246,49 +243,49 @@ def _shaped_series(path: Path, file: Any) -> list[Series]:
 
 
 def _from_tifffile(path: Path, series: Any, name: str, order: list[int] | str) -> Series:
-    """A series as tifffile sees it. `order` says which primary each channel is, or why they are none."""
+    """A series as tifffile sees it. `order` is which primary each channel is, or why they are none."""
     sizes = dict(zip(series.get_axes(False), series.get_shape(False), strict=True))
     key, width, height = series.keyframe, int(sizes.get("X", 1)), int(sizes.get("Y", 1))
-    one = Series(name, width, height, [key], um_per_px=_tag_um_per_px(key), stated_depth=_max_sample_depth(key))
-    one.titles, one.is_reduced = _titles(key, name), len(key.parent.series) > 1 and bool(key.subfiletype & REDUCED)
+    image = Series(name, width, height, [key], um_per_px=tag_um_per_px(key), stated_depth=max_sample_depth(key))
+    image.titles, image.is_reduced = titles(key, name), len(key.parent.series) > 1 and bool(key.subfiletype & REDUCED)
     others = {axis: size for axis, size in sizes.items() if axis not in "YXSC" and size > 1}
     channels = math.prod(series.get_shape(False)) // max(1, math.prod(others.values()) * width * height)
     n_planes = max(1, channels // int(key.samplesperpixel))
     if (width, height) != (int(key.imagewidth), int(key.imagelength)) and not others:
-        return _interleaved(one, series, channels)
-    _read_samples(one, n_planes, order)
+        return _interleaved(image, series, channels)
+    _read_samples(image, n_planes, order)
     if others:
         planes = math.prod(others.values())
         axes = ", ".join(f"{size} {UNNAMED_AXES.get(axis, axis)}" for axis, size in others.items())
-        one.problem = f"expected one plane, found {planes} planes ({axes}); {save_one(path, one, n_planes)}"
-        return one
-    if one.samples is None:
-        return one
+        image.problem = f"expected one plane, found {planes} planes ({axes}); {ONE_PLANE}"
+        return image
+    if image.samples is None:
+        return image
     pages = list(series) if n_planes > 1 else [series[0]]
     if n_planes > 1 and len(pages) < n_planes and series.dataoffset is not None:
         plane = width * height * key.dtype.itemsize
-        one.mapped = [series.dataoffset + plane * number for number in range(n_planes)], (height, width, 1)
+        image.mapped = [series.dataoffset + plane * number for number in range(n_planes)], (height, width, 1)
     elif len(pages) < n_planes or any(page is None or page.parent is not key.parent for page in pages):
-        one.problem = f"expected all its planes in this file, found {n_planes} of which some are elsewhere; {TO_RGB}"
-        return one
+        image.problem = f"expected all its planes in this file, found {n_planes} of which some are elsewhere; {TO_RGB}"
+        return image
     else:
-        one.pages = pages
+        image.pages = pages
     levels = [list(level) if n_planes > 1 else [level[0]] for level in series.levels[1:]]
-    one.levels = [pages for pages in levels if len(pages) == len(one.pages) and None not in pages]
-    return one
+    image.levels = [pages for pages in levels if len(pages) == len(image.pages) and None not in pages]
+    return image
 
 
-def _interleaved(one: Series, series: Any, channels: int) -> Series:
+def _interleaved(image: Series, series: Any, channels: int) -> Series:
     """Pixels (h, w, C) that were written as h planes of w x C."""
-    one.looks_rgb = channels == 3
+    image.looks_rgb = channels == 3
     axes = series.get_axes(True)
     if axes not in ("YXC", "YXS") or series.dataoffset is None or channels not in (1, 3):
-        one.problem = f"expected planes that are images, found axes {axes} of {series.get_shape(True)}; {TO_RGB}"
-        return one
+        image.problem = f"expected planes that are images, found axes {axes} of {series.get_shape(True)}; {TO_RGB}"
+        return image
     colours = (0, 1, 2) if channels == 3 else (0,)
-    one.samples, one.problem = _plain_samples(one.key, "rgb" if channels == 3 else "grey", colours)
-    one.mapped = [series.dataoffset], (one.height, one.width, channels)
-    return one
+    image.samples, image.problem = plain_samples(image.key, "rgb" if channels == 3 else "grey", colours)
+    image.mapped = [series.dataoffset], (image.height, image.width, channels)
+    return image
 
 
 # ---- plain TIFF
@@ -300,27 +297,27 @@ def _plain_series(file: Any) -> list[Series]:
     pages = [file.pages[number].aspage() for number in range(len(file.pages))]
     sub_pages = {page.index: [sub.aspage() for sub in page.pages or []] for page in pages}
     larger = [sub for page in pages for sub in sub_pages[page.index] if sub.imagewidth > page.imagewidth]
-    found, reduced = [], []
+    images, reduced = [], []
     for page in [*pages, *larger]:
         is_reduced = bool(page.subfiletype & REDUCED) and not page.subfiletype & TRANSPARENCY
         if is_reduced and len(pages) + len(larger) > 1:
             reduced.append(page)
         else:
-            found.append(_page_series(page, sub_pages.get(page.index, []) if page in pages else []))
-    levels = [[page] for page in reduced if not any(re.search(ASIDE, t, re.IGNORECASE) for t in _titles(page, ""))]
-    for one in found:
-        one.levels += levels
-    return found
+            images.append(_page_series(page, sub_pages.get(page.index, []) if page in pages else []))
+    levels = [[page] for page in reduced if not any(re.search(ASIDE, t, re.IGNORECASE) for t in titles(page, ""))]
+    for image in images:
+        image.levels += levels
+    return images
 
 
 def _page_series(page: Any, sub_pages: list[Any]) -> Series:
-    name = _text(page.tags.valueof(PAGE_NAME, ""))
-    one = Series(name, int(page.imagewidth), int(page.imagelength), [page])
-    one.titles, one.is_mask = _titles(page, name), page.photometric == MASK
-    one.um_per_px, one.stated_depth = _tag_um_per_px(page), _max_sample_depth(page)
-    one.levels = [[sub] for sub in sub_pages]
-    _read_samples(one, 1, [])
-    return one
+    name = page_name(page)
+    image = Series(name, int(page.imagewidth), int(page.imagelength), [page])
+    image.titles, image.is_mask = titles(page, name), page.photometric == MASK
+    image.um_per_px, image.stated_depth = tag_um_per_px(page), max_sample_depth(page)
+    image.levels = [[sub] for sub in sub_pages]
+    _read_samples(image, 1, [])
+    return image
 
 
 def level_samples(scan: Series, pages: list[Any]) -> Samples | None:
@@ -338,143 +335,15 @@ def level_samples(scan: Series, pages: list[Any]) -> Samples | None:
     return samples and replace(samples, depth=scan.samples.depth, alpha_depth=scan.samples.alpha_depth)
 
 
-# ---- what the samples mean
-
-
-def _read_samples(one: Series, n_planes: int, order: list[int] | str) -> None:
+def _read_samples(image: Series, n_planes: int, order: list[int] | str) -> None:
     """Fill in samples, problem, notes and looks_rgb of a series of so many planes."""
-    key = one.key
+    key = image.key
     if n_planes == 1:
-        one.samples, one.problem, notes = page_samples(key)
+        image.samples, image.problem, notes = page_samples(key)
     else:
-        one.samples, one.problem = _channel_samples(key, n_planes, order)
+        image.samples, image.problem = channel_samples(key, n_planes, order)
         notes = ()
-    one.looks_rgb = one.samples is not None and one.samples.is_colour
-    if one.samples is None:
-        one.looks_rgb = key.photometric in (RGB, PALETTE, CMYK, YCBCR) and n_planes == 1
-    one.notes = (*orientation_note(key.tags.valueof(ORIENTATION)), *notes)
-
-
-def _channel_samples(key: Any, n_planes: int, order: list[int] | str) -> tuple[Samples | None, str]:
-    """Of planes that are a channel each."""
-    wanted = "expected red, green and blue, or grey"
-    if isinstance(order, str):
-        return None, f"{wanted}, found channels {order}; {TO_RGB}, or name the channels Red, Green and Blue"
-    order = order or [0, 1, 2]
-    is_single = key.samplesperpixel == 1 and key.photometric == BLACK_IS_ZERO
-    if not is_single or len(order) != n_planes or sorted(order) not in ([0, 1, 2], [0, 1, 2, 3]):
-        return None, f"{wanted}, found {n_planes} channels; {TO_RGB}"
-    places = [order.index(primary) for primary in range(n_planes)]
-    return _plain_samples(key, "rgb", tuple(places[:3]), places[3] if n_planes == 4 else None)
-
-
-def page_samples(key: Any) -> tuple[Samples | None, str, tuple[str, ...]]:
-    """Of one page: its samples, or what about them cannot be read, and notes."""
-    problem = _unreadable(key)
-    if problem:
-        return None, problem, ()
-    n, extras = int(key.samplesperpixel), [int(value) for value in key.extrasamples]
-    first = n - len(extras)
-    alpha = next((first + i for i, value in enumerate(extras) if value in (PREMULTIPLIED, UNASSOCIATED)), None)
-    premultiplied = alpha is not None and extras[alpha - first] == PREMULTIPLIED
-    kind = {RGB: "rgb", YCBCR: "rgb", CMYK: "cmyk", PALETTE: "palette", WHITE_IS_ZERO: "inverted"}
-    found = kind.get(key.photometric, "grey")
-    n_colours = {"rgb": 3, "cmyk": 4}.get(found, 1)
-    spare = n - n_colours - (alpha is not None)
-    notes: tuple[str, ...] = ()
-    if found == "grey" and spare == 2 and alpha in (None, 3):  # written by programs that state no colours
-        found, n_colours, spare = "rgb", 3, 0
-        notes = ("three samples without stated colours read as red, green, blue",)
-    if spare < 0 or (n_colours == 1 and spare):
-        return None, f"expected grey or RGB, and alpha where the file states it, found {n} channels; {TO_RGB}", ()
-    if spare:
-        notes = (*notes, f"{spare} further channel{'s' if spare > 1 else ''} of no stated meaning ignored")
-    samples, problem = _plain_samples(key, found, tuple(range(n_colours)), alpha, premultiplied)
-    return samples, problem, notes
-
-
-def _unreadable(key: Any) -> str:
-    """What about colours and compression of a page cannot be read."""
-    photometric = getattr(key.photometric, "name", key.photometric)
-    if key.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR):
-        return f"expected grey or RGB pixels, found colours {photometric}; {TO_RGB}"
-    jpeg = key.compression in JPEGS
-    if key.compression == OLD_JPEG:
-        return f"expected JPEG as of TIFF 6.0's supplement 2, found old-style JPEG; {TO_RGB}"
-    if key.photometric == YCBCR and (not jpeg or key.planarconfig != 1 or key.extrasamples):
-        how = getattr(key.compression, "name", key.compression)
-        return f"expected YCbCr in JPEG, found it with compression {how} or in planes; {TO_RGB}"
-    if key.photometric == CMYK and (jpeg or key.tags.valueof(INK_SET, 1) != 1):
-        return f"expected CMYK inks without JPEG compression, found others; {TO_RGB}"
-    if max(int(key.imagedepth), int(key.tiledepth or 1)) > 1:
-        return f"expected a plane, found a volume {key.imagedepth} planes deep; {TO_RGB}"
-    return ""
-
-
-def _plain_samples(
-    key: Any, kind: str, colours: tuple[int, ...], alpha: int | None = None, premultiplied: bool = False
-) -> tuple[Samples | None, str]:
-    """Samples of the page's bits, where these can be read."""
-    bits, dtype = key.bitspersample, key.dtype
-    if dtype is None or isinstance(bits, tuple) or dtype.kind not in "ub" or dtype.itemsize > 2:
-        kinds = {"f": "floating-point", "i": "signed", "c": "complex"}
-        found = f"{kinds.get(dtype.kind if dtype is not None else '', 'unsigned')} samples of {bits} bits"
-        return None, f"expected unsigned samples of up to 16 bits, found {found}; {TO_RGB}"
-    palette = None
-    if kind == "palette":
-        table = key.colormap
-        if table is None:
-            return None, f"expected a colour map, found none; {TO_RGB}"
-        palette = np.asarray(table).reshape(3, -1).T  # 16 bits; some writers use 8 of them
-        palette = (palette >> 8 if palette.max(initial=0) > 255 else palette).astype(np.uint8)
-    return Samples(kind, colours, alpha, premultiplied, int(bits), palette=palette), ""
-
-
-# ---- what tags say
-
-
-def _titles(key: Any, name: str) -> tuple[str, ...]:
-    """What an image is called by its name, its page's name and its descriptions."""
-    texts = [name, _text(key.tags.valueof(PAGE_NAME, ""))]
-    for text in (key.description, key.description1):
-        texts += _description_names(text or "")
-    return tuple(dict.fromkeys(text for text in texts if text))
-
-
-def _description_names(text: str) -> Iterator[str]:
-    """What a description calls its image: a name in JSON or XML, short text, lines that begin with such a word."""
-    if text.startswith("{"):
-        try:
-            content = json.loads(text)
-        except ValueError:
-            return
-        yield from (str(value) for key, value in content.items() if key.lower() in ("name", "title"))
-    elif text.lstrip().startswith("<"):
-        yield from re.findall(r"<ImageType>([^<]*)</ImageType>", text)
-    elif len(text) <= 60 and "=" not in text:
-        yield text
-    else:
-        yield from (found[0] for found in re.finditer(rf"^\W*{ASIDE}", text, re.IGNORECASE | re.MULTILINE))
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _max_sample_depth(key: Any) -> tuple[int, str] | None:
-    value = key.tags.valueof(MAX_SAMPLE_VALUE)
-    if isinstance(value, tuple):  # a value per sample, the opacity's last
-        value = max(value[:3] if len(value) > 2 else value[:1], default=None)
-    largest = value
-    return (largest.bit_length(), "MaxSampleValue") if isinstance(largest, int) and largest > 0 else None
-
-
-def _tag_um_per_px(key: Any) -> float | None:
-    unit = key.tags.valueof(RESOLUTION_UNIT, 2)
-    return _per_pixel(key, RESOLUTION_UM[unit]) if unit in RESOLUTION_UM else None
-
-
-def _per_pixel(key: Any, unit_um: float) -> float | None:
-    """Micrometres per pixel by the tags XResolution and YResolution, pixels per unit."""
-    per_unit = key.get_resolution()
-    return unit_um / math.sqrt(per_unit[0] * per_unit[1]) if min(per_unit) > 0 else None
+    image.looks_rgb = image.samples is not None and image.samples.is_colour
+    if image.samples is None:
+        image.looks_rgb = key.photometric in (RGB, PALETTE, CMYK, YCBCR) and n_planes == 1
+    image.notes = (*orientation_note(key.tags.valueof(ORIENTATION)), *notes)

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from utils.files.atomic import write_record
+from utils.files.atomic import whole_file, write_record
 from utils.images.image import TissueImage
 
 PACK, RECORD = "tiles.h5", "tiles.json"
@@ -72,10 +72,14 @@ def cut_tile(image: TissueImage, centre_px: np.ndarray, cut: Cut) -> np.ndarray:
 def cut_tiles(
     image: TissueImage, centres_px: np.ndarray, cut: Cut, batch_size: int, workers: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Tiles around `centres_px` (S, 2), x and y, in their order: batches (B, Z, Z, 3) uint8, the last one smaller.
+    """Tiles in the order of their centres: batches (B, Z, Z, 3) uint8, the last one smaller.
 
-    `workers` threads (up to four where None) cut ahead of the consumer by a few batches: memory depends on the batch
-    alone. An error is raised where its batch is due.
+    Parameters
+    ----------
+    centres_px : ndarray (S, 2), x and y, in pixels of the image
+    batch_size : B
+    workers : threads (up to four where None), which cut ahead of the consumer by a few batches: memory depends on the
+        batch alone. An error is raised where its batch is due.
     """
     centres_px = np.asarray(centres_px, float)
     if centres_px.ndim != 2 or centres_px.shape[1] != 2 or not np.isfinite(centres_px).all():
@@ -136,7 +140,7 @@ def tile_files(folder: Path, barcodes: Iterable[str]) -> list[str]:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What `tiles.json` says, None where there is none. Raises ValueError where it is not JSON."""
+    """The content of `tiles.json`, None where there is none. Raises ValueError where it is not JSON."""
     path = folder / RECORD
     if not path.exists():
         return None
@@ -148,19 +152,15 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def changes(record: dict[str, Any], cut: Cut, image_hash: str) -> list[str]:
     """What of the cut and the image differs from a record, in words."""
-    found = [f"{key} {record.get(key)} -> {value}" for key, value in asdict(cut).items() if record.get(key) != value]
-    return found + (["another content of the image"] if record.get("image_hash") != image_hash else [])
+    changed = [f"{key} {record.get(key)} -> {value}" for key, value in asdict(cut).items() if record.get(key) != value]
+    return changed + (["another content of the image"] if record.get("image_hash") != image_hash else [])
 
 
-def is_whole(folder: Path, cut: Cut, image_hash: str, barcodes: np.ndarray, xy_px: np.ndarray, jpeg: bool) -> bool:
-    """Whether a folder holds just these tiles: same cut, content of the image and spots, JPEGs where asked for."""
-    with suppress(ValueError):
-        pack = TilePack(folder)
-        if changes(pack.record, cut, image_hash) or not np.array_equal(pack.barcodes, barcodes):
-            return False
-        there = {str(path) for path in folder.glob("*.jpeg")} if jpeg else set()
-        return np.array_equal(pack.coords, xy_px) and (not jpeg or there.issuperset(tile_files(folder, barcodes)))
-    return False
+def is_whole(pack: TilePack, barcodes: np.ndarray, xy_px: np.ndarray, jpeg: bool) -> bool:
+    """Whether a pack holds exactly these spots (S,) at their centres (S, 2), with JPEGs beside it where asked for."""
+    there = {str(path) for path in pack.folder.glob("*.jpeg")} if jpeg else set()
+    same = np.array_equal(pack.barcodes, barcodes) and np.array_equal(pack.coords, xy_px)
+    return same and (not jpeg or there.issuperset(tile_files(pack.folder, barcodes)))
 
 
 def write_tiles(
@@ -183,29 +183,22 @@ def write_tiles(
     """
     files = tile_files(folder / JPEGS_PART, barcodes[order])
     folder.mkdir(parents=True, exist_ok=True)
-    pack = folder / (PACK + ".part")
     try:
-        if jpeg:
-            (folder / JPEGS_PART).mkdir(exist_ok=True)
-            blocks = _save_jpegs(files, blocks, cut.quality)
-        _write_pack(pack, barcodes, xy_px, blocks, cut.size, order)
-        (folder / RECORD).unlink(missing_ok=True)  # no record stands beside files of two runs
-        for old in folder.glob("*.jpeg"):
-            old.unlink()
-        for file in files if jpeg else []:
-            Path(file).rename(folder / Path(file).name)
-        pack.replace(folder / PACK)
+        with whole_file(folder / PACK) as pack:
+            if jpeg:
+                (folder / JPEGS_PART).mkdir(exist_ok=True)
+                blocks = _save_jpegs(files, blocks, cut.quality)
+            _write_pack(pack, barcodes, xy_px, blocks, cut.size, order)
+            (folder / RECORD).unlink(missing_ok=True)  # no record stands beside files of two runs
+            for old in folder.glob("*.jpeg"):
+                old.unlink()
+            for file in files if jpeg else []:
+                Path(file).rename(folder / Path(file).name)
         write_record(folder / RECORD, asdict(cut) | about)
     finally:
-        pack.unlink(missing_ok=True)
         shutil.rmtree(folder / JPEGS_PART, ignore_errors=True)
         with suppress(OSError):  # not empty
             folder.rmdir()
-
-
-def write_jpegs(folder: Path, barcodes: Sequence[str], blocks: Iterable[np.ndarray], quality: int) -> None:
-    """Write tiles, blocks (n, Z, Z, 3) in the order of the barcodes, as `<barcode>.jpeg` with Pillow's settings."""
-    deque(_save_jpegs(tile_files(folder, barcodes), blocks, quality), maxlen=0)
 
 
 def _save_jpegs(files: list[str], blocks: Iterable[np.ndarray], quality: int) -> Iterator[np.ndarray]:
@@ -278,13 +271,16 @@ class TilePack:
 
 
 def write_pack(folder: Path, barcodes: np.ndarray, xy_px: np.ndarray, tiles: Iterable[np.ndarray], size: int) -> None:
-    """Write `tiles` as img, coords, barcode (HEST's names): blocks (n, Z, Z, 3) uint8 in the order of `barcodes`."""
-    part = folder / (PACK + ".part")
-    try:
+    """Write a pack as img, coords, barcode (HEST's names).
+
+    Parameters
+    ----------
+    barcodes, xy_px : (S,) and (S, 2), centres in full-resolution pixels
+    tiles : blocks (n, Z, Z, 3) uint8 in the order of the barcodes
+    size : Z
+    """
+    with whole_file(folder / PACK) as part:
         _write_pack(part, barcodes, xy_px, tiles, size, np.arange(len(barcodes)))
-        part.replace(folder / PACK)
-    finally:
-        part.unlink(missing_ok=True)  # half a pack
 
 
 def _write_pack(

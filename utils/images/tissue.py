@@ -16,7 +16,7 @@ from utils.images.checks import reading
 
 # Saturation, (max - min) / max of red, green, blue: clear glass is below 0.05, pale connective tissue from 0.12
 UNSTAINED, STAINED = 0.06, 0.12
-SMALL = 1 / 100  # holes and specks smaller than a square with this share of the longest side
+SMALL = 1 / 100  # holes and specks smaller than a square with this fraction of the longest side
 BLUR = 1 / 500  # of the longest side: gaps in loose tissue that are narrower than a spot
 # Ink, in grey levels of 255. Dense haematoxylin (99.9 % of the pixels of six real sections) stays below both of COLOUR,
 # that is blue - red, and (green - red) / (max - min)
@@ -120,13 +120,22 @@ def _mask_values(path: Path) -> tuple[np.ndarray, int]:
 
 
 def grid(width: int, height: int, pitch_px: float, kind: str = "hexagonal") -> tuple[np.ndarray, np.ndarray]:
-    """Spots `pitch_px` apart, in the middle of a slide of width x height px, row by row.
+    """Spots in the middle of a slide, row by row.
 
-    `kind` hexagonal as Visium's: rows lie sqrt(3)/2 pitch apart, a step of the column is half a pitch, and row and
-    column are both even or both odd; square: a step is one pitch.
+    Parameters
+    ----------
+    width, height : of the slide, px
+    pitch_px : distance between neighbouring spots
+    kind : "hexagonal", as Visium's: rows are sqrt(3)/2 pitch apart, a step of the column is half a pitch, and row and
+        column are both even or both odd; "square": a step is one pitch
 
-    Returns centres (S, 2) float, x and y in px, and array places (S, 2) int, row and column. Raises ValueError for a
-    pitch that gives no sensible number of spots.
+    Returns
+    -------
+    centres (S, 2) float, x and y in px, and array places (S, 2) int, row and column
+
+    Raises
+    ------
+    ValueError for a pitch that gives no sensible number of spots.
     """
     if kind not in ("hexagonal", "square"):
         raise ValueError(f"expected a hexagonal or square grid, found {kind!r}")
@@ -147,10 +156,14 @@ def grid(width: int, height: int, pitch_px: float, kind: str = "hexagonal") -> t
 
 
 def on_tissue(centres_px: np.ndarray, mask: np.ndarray, scale: float, radius_px: float) -> np.ndarray:
-    """Which spots (S,) have at least half of their disc on tissue.
+    """Which spots (S,) have at least half of their disc on tissue; what lies off the slide is no tissue.
 
-    `centres_px` (S, 2) and `radius_px` in level-0 pixels, of which `mask` (h, w) has `scale` pixels each. The disc is
-    sampled two points to a pixel of the mask, nine across at least; what lies off the slide is no tissue.
+    Parameters
+    ----------
+    centres_px, radius_px : (S, 2) and of all spots, level-0 pixels
+    mask, scale : ndarray (h, w) bool, and its pixels per level-0 pixel
+
+    The disc is sampled two points to a pixel of the mask, nine across at least.
     """
     across = int(np.clip(math.ceil(4 * radius_px * scale), 9, 41))
     line = (np.arange(across) + 0.5) / across * 2 - 1

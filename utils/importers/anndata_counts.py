@@ -17,6 +17,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from utils.genes.names import without_unique_suffixes
+from utils.slices.matrix import first_bad_count
 
 COUNT_WORDS = {"counts", "count", "raw", "rawcounts", "umi", "umis"}
 NEUTRAL_WORDS = {"x", "data", "matrix", "integer", "original"}  # a layer is taken as counts for words of these two only
@@ -87,7 +88,7 @@ def matrices(adata: Any) -> list[Matrix]:
 
 
 def is_named_counts(name: str) -> bool:
-    """Whether a layer's name says counts and nothing else: not spliced, normalised or corrected ones."""
+    """Whether a layer's name means counts and nothing else: not spliced, normalised or corrected ones."""
     words = {word for word in re.split(r"[\W_]+", name.lower()) if word}
     return bool(words & COUNT_WORDS) and words <= COUNT_WORDS | NEUTRAL_WORDS
 
@@ -112,16 +113,9 @@ def choose_matrix(where: str, adata: Any) -> tuple[Matrix, csr_matrix]:
 
 def why_no_counts(values: np.ndarray) -> str | None:
     """What the numbers of a sparse matrix are, where they are not counts."""
-    if values.dtype.kind not in "iuf":
-        return f"values of the kind {values.dtype}"
-    for kind, bad in (
-        ("NaN", np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)),
-        ("negative numbers", values < 0),
-        ("fractions", values != np.rint(values)),
-        ("numbers too large for counts", values > np.iinfo(np.int32).max),
-    ):
-        if bad.any():
-            return f"{kind} ({values[bad][0]:.6g})"
+    bad = first_bad_count(values)
+    if bad is not None:
+        return bad[0] if bad[1] is None else f"{bad[0]} ({bad[1]:.6g})"
     largest = values.max(initial=0)
     return None if largest > 1 else "zeros only" if largest == 0 else "0 and 1 only"
 

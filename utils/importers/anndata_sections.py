@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.importers.base import place_spots
+from utils.importers.source import place_spots
+from utils.slices import lattice
 
 LIBRARY_COLUMNS = ("library_id", "library", "libraryid")  # several values are several arrays, wherever they lie
 SECTION_COLUMNS = (
@@ -46,46 +47,46 @@ def libraries(where: str, adata: Any) -> dict[str, dict[str, Any]]:
 
 
 def choose_library(
-    where: str, found: dict[str, dict[str, Any]], obs: pd.DataFrame, fitting: list[str]
+    where: str, by_library: dict[str, dict[str, Any]], obs: pd.DataFrame, fitting: list[str]
 ) -> dict[str, Any]:
     """The entry of the section: the only one, the one that a column of obs names, or the only one that fits.
 
     Parameters
     ----------
     where : what messages name
-    found : entries of uns['spatial'] by library
+    by_library : entries of uns['spatial'] by library
     obs : DataFrame (S, ...), the spots of one section
     fitting : libraries whose image all spots lie on
 
     Raises ValueError where several are left.
     """
-    if len(found) < 2:
-        return next(iter(found.values()), {})
+    if len(by_library) < 2:
+        return next(iter(by_library.values()), {})
     named = {column: str(obs[column].iloc[0]) for column in obs if obs[column].astype(str).nunique() == 1}
-    by_obs = {name for name in named.values() if name in found}
+    by_obs = {name for name in named.values() if name in by_library}
     for column in LIBRARY_COLUMNS:
-        if named.get(column) in found:
+        if named.get(column) in by_library:
             by_obs = {named[column]}
     for names in (by_obs, set(fitting)):
         if len(names) == 1:
-            return found[names.pop()]
+            return by_library[names.pop()]
     raise ValueError(
-        f"{where}: expected one library in uns['spatial'], found {', '.join(found)} and no column of obs that says "
-        "which is this section's; remove the others, or add obs['library_id']"
+        f"{where}: expected one library in uns['spatial'], found {', '.join(by_library)} and no column of obs "
+        "that names this section's; remove the others, or add obs['library_id']"
     )
 
 
-def check_one_section(where: str, obs: pd.DataFrame, found: dict[str, Any], xy_px: np.ndarray, array: Any) -> None:
+def check_one_section(where: str, obs: pd.DataFrame, by_library: dict[str, Any], xy_px: np.ndarray, array: Any) -> None:
     """Raises ValueError where several sections are joined and a column of obs separates them.
 
     Parameters
     ----------
     where : what messages name
     obs : DataFrame (S, ...)
-    found : libraries of uns['spatial']
+    by_library : entries of uns['spatial']
     xy_px, array : ndarray (S, 2), pixels and array places; None without places
     """
-    column = separating_column(obs, found, xy_px, array)
+    column = separating_column(obs, by_library, xy_px, array)
     if column is None:
         return
     values = list(dict.fromkeys(obs[column].astype(str)))
@@ -96,7 +97,7 @@ def check_one_section(where: str, obs: pd.DataFrame, found: dict[str, Any], xy_p
     )
 
 
-def separating_column(obs: pd.DataFrame, found: dict[str, Any], xy_px: np.ndarray, array: Any) -> str | None:
+def separating_column(obs: pd.DataFrame, by_library: dict[str, Any], xy_px: np.ndarray, array: Any) -> str | None:
     """The column of obs whose values are sections, None where the spots are of one section.
 
     That is a column of library ids with several values; one that alone keeps spots apart which share a place or lie on
@@ -104,10 +105,10 @@ def separating_column(obs: pd.DataFrame, found: dict[str, Any], xy_px: np.ndarra
     """
     by_column = {column: labels for column in _in_order(obs) if (labels := _labels(obs[column])) is not None}
     for column, labels in by_column.items():
-        of_libraries = len(found) > 1 and set(labels.astype(str)) <= set(found)
+        of_libraries = len(by_library) > 1 and set(labels.astype(str)) <= set(by_library)
         if str(column).lower() in LIBRARY_COLUMNS or of_libraries:
             return column
-    nearest_px = _nearest(xy_px) if len(xy_px) > 1 else np.ones(1)
+    nearest_px = lattice.nearest_px(xy_px) if len(xy_px) > 1 else np.ones(1)
     crowded = nearest_px.min() < CLOSE * np.median(nearest_px) or _repeated(array)
     for column, labels in by_column.items():
         if (crowded or str(column).lower() in SECTION_COLUMNS) and _keeps_apart(labels, xy_px, array, nearest_px):
@@ -146,7 +147,7 @@ def _labels(values: pd.Series) -> np.ndarray | None:
 def _keeps_apart(labels: np.ndarray, xy_px: np.ndarray, array: Any, nearest_px: np.ndarray) -> bool:
     """Whether spots of one label (S,) are apart while those of several labels share places or lie on each other."""
     numbers = np.unique(labels, return_inverse=True)[1]
-    within_px = min(_nearest(xy_px[numbers == number]).min() for number in range(numbers.max() + 1))
+    within_px = min(lattice.nearest_px(xy_px[numbers == number]).min() for number in range(numbers.max() + 1))
     if within_px == 0:
         return False
     labelled = None if array is None else np.column_stack([numbers, array])
@@ -155,13 +156,6 @@ def _keeps_apart(labels: np.ndarray, xy_px: np.ndarray, array: Any, nearest_px: 
 
 def _repeated(rows: np.ndarray | None) -> bool:
     return rows is not None and len(np.unique(rows, axis=0)) < len(rows)
-
-
-def _nearest(xy_px: np.ndarray) -> np.ndarray:
-    """Distance of each spot (S,) to its nearest neighbour, in px."""
-    from scipy.spatial import KDTree
-
-    return KDTree(xy_px).query(xy_px, k=2)[0][:, 1]
 
 
 def _on_lattice(xy_px: np.ndarray, array: Any) -> bool:

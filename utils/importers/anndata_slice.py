@@ -16,8 +16,8 @@ from utils.images.image import stated_um_per_px
 from utils.importers import anndata_sections as sections
 from utils.importers import pitch
 from utils.importers.anndata_counts import read_counts
-from utils.importers.base import Source, lie_on, place_spots
 from utils.importers.images import to_rgb
+from utils.importers.source import Source, lie_on, place_spots
 from utils.slices.lattice import Lattice
 from utils.slices.matrix import check_once
 
@@ -86,12 +86,12 @@ def from_anndata(
     kept = in_tissue(where, adata.obs)
     left_out = {"not in tissue": int((~kept).sum())}
     adata, xy_px = (adata, xy_px) if kept.all() else (adata[kept], xy_px[kept])
-    array, found = stated_array(adata.obs), sections.libraries(where, adata)
-    sections.check_one_section(where, adata.obs, found, xy_px, array)
+    array, by_library = stated_array(adata.obs), sections.libraries(where, adata)
+    sections.check_one_section(where, adata.obs, by_library, xy_px, array)
     check_once(origin, adata.obs_names.to_numpy(dtype=object))
     spots, lattice, notes = place_spots(where, adata.obs_names, xy_px, array)
     counts = read_counts(where, adata)
-    entry = _library(where, adata.obs, found, xy_px, image is None)
+    entry = _library(where, adata.obs, by_library, xy_px, image is None)
     factors = _factors(entry)
     if "bin_size_um" in factors:
         lattice = replace(lattice, mirrored=False)  # the array of Visium HD is a mirror image of the pixels by itself
@@ -122,11 +122,13 @@ def from_anndata(
     )
 
 
-def _library(where: str, obs: pd.DataFrame, found: dict[str, Any], xy_px: np.ndarray, needed: bool) -> dict[str, Any]:
-    """The entry of uns['spatial'] that is of these spots; none where it is not needed and cannot be told."""
-    fitting = [key for key, entry in found.items() if _fits(entry, xy_px)]
+def _library(
+    where: str, obs: pd.DataFrame, by_library: dict[str, Any], xy_px: np.ndarray, needed: bool
+) -> dict[str, Any]:
+    """The entry of uns['spatial'] that is of these spots; none where it is not needed and cannot be chosen."""
+    fitting = [key for key, entry in by_library.items() if _fits(entry, xy_px)]
     try:
-        return sections.choose_library(where, found, obs, fitting)
+        return sections.choose_library(where, by_library, obs, fitting)
     except ValueError:
         if needed:
             raise
@@ -156,7 +158,7 @@ def _factors(entry: dict[str, Any]) -> dict[str, float]:
 def _small_pixels(entry: dict[str, Any], names: dict[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
     """The small images of a library as they are kept, by Space Ranger's names of them."""
     images = entry.get("images") or {}
-    found = {kind: next((images[name] for name in own if name in images), None) for kind, own in names.items()}
+    found = {kind: next((images[name] for name in known if name in images), None) for kind, known in names.items()}
     return {kind: np.asarray(pixels) for kind, pixels in found.items() if pixels is not None}
 
 
@@ -171,7 +173,7 @@ def _uns_images(
     fullres = (entry.get("images") or {}).get("fullres")
     small: dict[str, np.ndarray] = {}
     notes = []
-    names = {kind: own if needed else own[:1] for kind, own in SMALL.items()}
+    names = {kind: known if needed else known[:1] for kind, known in SMALL.items()}
     found = {kind: pixels for kind, pixels in _small_pixels(entry, names).items() if f"tissue_{kind}_scalef" in factors}
     for kind, pixels in (found | ({"fullres": fullres} if fullres is not None and needed else {})).items():
         try:

@@ -17,10 +17,11 @@ from typing import Any
 import h5py
 import numpy as np
 
+from utils.images.image import images_in
 from utils.importers import anndata_sections as sections
 from utils.importers.anndata_slice import from_anndata
-from utils.importers.base import Source, found_in
-from utils.importers.images import images_in, only_image
+from utils.importers.images import only_image
+from utils.importers.source import Source, found_in
 from utils.slices.matrix import reading
 from utils.slices.visium import is_slice
 
@@ -81,7 +82,7 @@ def _check_form(source: Path) -> None:
 
 
 def _form_of_hdf5(source: Path) -> str | None:
-    """What else than an AnnData an HDF5 file holds; None for one, or for no HDF5, which reading it will tell."""
+    """What else than an AnnData an HDF5 file holds; None for one, or for no HDF5, which reading it refuses."""
     if not h5py.is_hdf5(source):
         return None
     with reading(source, "an .h5ad file"), h5py.File(source) as file:
@@ -159,7 +160,7 @@ def read_h5ad(
     source : .h5ad, or folder with st/ and wsis/
     image : the full-resolution H&E of an .h5ad; without it the images of uns['spatial'] serve
     pitch_um : distance between neighbouring spots; default 100 on a staggered array, else as stated
-    library_key : column of obs that says which section a spot is of, where several are joined
+    library_key : column of obs with the section of each spot, where several are joined
     """
     for sample in find_samples(source, image):
         yield from read_sample(sample, pitch_um, library_key)

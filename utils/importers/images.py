@@ -13,7 +13,7 @@ from PIL import Image
 
 from utils.images import image as image_files
 from utils.images.image import SUFFIXES, open_image
-from utils.images.samples import DEPTHS, Samples
+from utils.images.samples import Samples, smallest_depth
 
 LARGEST_PX = 2**27  # of an image that is decoded whole, 400 MB
 # Resampling and compression leave values a little beyond the ends of the scale.
@@ -65,13 +65,6 @@ def make_thumbnail(image: Path | np.ndarray, longest: int) -> Thumbnail:
     return Thumbnail(np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)), scale)
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The images that lie directly in a folder, hidden files aside."""
-    files = folder.iterdir() if folder.is_dir() else []
-    wanted = (path for path in files if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-    return sorted(path for path in wanted if path.is_file())
-
-
 def check_image(image: Path | None) -> Path | None:
     """The file of --image. Raises ValueError where there is none, or one of a kind that no script reads."""
     if image is not None and (not image.is_file() or image.suffix.lower() not in SUFFIXES):
@@ -101,14 +94,15 @@ def to_rgb(where: str, pixels: np.ndarray) -> tuple[np.ndarray, str | None]:
 
     Raises
     ------
-    ValueError for another number of channels, NaN, negative numbers, or a scale that cannot be told.
+    ValueError for another number of channels, NaN, negative numbers, or an unknown scale.
     """
     values = _channels_last(where, np.asarray(pixels))
     n_channels = values.shape[2]
     n_colours = 1 if n_channels < 3 else 3
     values = _stored(where, values, n_colours)
     alpha = n_channels - 1 if n_channels in (2, 4) and values[..., -1].any() else None
-    depth, alpha_depth = (_depth(values[..., part]) for part in (slice(n_colours), slice(n_colours, None)))
+    parts = values[..., :n_colours], values[..., n_colours:]
+    depth, alpha_depth = (smallest_depth(int(part.max(initial=0))) for part in parts)
     kind, colours = ("grey", (0,)) if n_colours == 1 else ("rgb", (0, 1, 2))
     samples = Samples(kind, colours, alpha, bits=8 * values.itemsize, depth=depth, alpha_depth=alpha_depth)
     notes = ["grey, without the colours of the stain"] if n_colours == 1 else []
@@ -147,8 +141,3 @@ def _stored(where: str, pixels: np.ndarray, n_colours: int) -> np.ndarray:
     if of_floats:
         pixels = np.rint(np.clip(pixels, 0, 255 if pixels.max() <= BYTE_RANGE[1] else None))
     return pixels.astype(np.uint8 if pixels.max() < 2**8 else np.uint16, copy=False)
-
-
-def _depth(values: np.ndarray) -> int:
-    """The smallest depth of cameras that holds the largest of the numbers."""
-    return next(bits for bits in DEPTHS if values.max(initial=0) < 2**bits)

@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from utils.importers.base import Source, found_in, place_spots, whole_counts
-from utils.importers.images import SUFFIXES, images_in, only_image
+from utils.images.image import images_in
+from utils.importers.images import only_image
+from utils.importers.source import Source, found_in, place_spots
 from utils.slices.lattice import Lattice
-from utils.slices.matrix import check_once, reading
+from utils.slices.matrix import check_once, reading, whole_counts
 
 PITCH_UM, SPOT_UM = 200.0, 100.0
 # The denser array lays a second lattice of 200 um between the spots of the first: a place measures 100 um. A pitch is
@@ -90,9 +91,10 @@ def _her2st_section(folder: Path, counts: Path, image: Path | None) -> Section:
     spots = next((path for path in wanted if path.is_file()), None)
     if spots is None:
         raise ValueError(f"{counts}: expected the spot file {wanted[0]}, found no such file; add it")
-    images = [path for path in (folder / "ST-imgs").rglob("*") if path.suffix.lower() in SUFFIXES]
-    own = [path for path in images if name in (path.parent.name, path.stem) and path.name[0] != "."]
-    return Section(name, counts, spots, only_image(folder / "ST-imgs", own, image, name))
+    folders = [path for path in (folder / "ST-imgs").rglob("*") if path.is_dir()]
+    images = [path for place in (folder / "ST-imgs", *folders) for path in images_in(place)]
+    named = [path for path in images if name in (path.parent.name, path.stem)]
+    return Section(name, counts, spots, only_image(folder / "ST-imgs", named, image, name))
 
 
 def _plain_section(folder: Path, counts: Path | None, image: Path | None) -> Section:
@@ -120,7 +122,7 @@ def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
         found = f"{len(header)} cells above {table.shape[1]}"
         raise ValueError(f"{path}: expected a header of genes above spots with their counts, found {found}; fix it")
     names, genes = table[0].to_numpy(dtype=object), np.array(across, dtype=str)
-    counts = csr_matrix(whole_counts(str(path), table.iloc[:, 1:].to_numpy()))
+    counts = csr_matrix(whole_counts(path, table.iloc[:, 1:].to_numpy()))
     if _are_spots(across) and not _are_spots(names):
         names, genes, counts = np.array(across, dtype=object), names.astype(str), csr_matrix(counts.T)
     check_once(path, names)

@@ -1,6 +1,6 @@
 """The distance between neighbouring spots in um, from whichever of the stated sizes fits the spots.
 
-A pixel size s (um per px) and a distance d (um from spot to spot) say the same of spots that are p px apart where
+A pixel size s (um per px) and a distance d (um from spot to spot) agree for spots that are p px apart where
 s p = d. Files state several of both, some of them wrong: HEST-1k repeats what a resolution tag made up, and gives the
 distance of the smallest bins for pooled ones.
 """
@@ -12,12 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from utils.images.units import plausible
 from utils.slices.lattice import Lattice
-from utils.slices.visium import VISIUM_PITCH_UM
+from utils.slices.visium import DISAGREE, VISIUM_PITCH_UM
 
-PLAUSIBLE_UM_PER_PX = (0.05, 20.0)  # of microscopes
 SQUARE_PITCHES_UM = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 100.0, 200.0)  # bins of Visium HD, arrays of legacy ST
-AGREE = 0.05
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Stated:
     distance_um: float | None = None
 
     @property
-    def plausible(self) -> bool:
-        return PLAUSIBLE_UM_PER_PX[0] <= self.um_per_px <= PLAUSIBLE_UM_PER_PX[1]
+    def is_plausible(self) -> bool:
+        return plausible(self.um_per_px)
 
 
 def positive(value: Any) -> float | None:
@@ -73,29 +72,29 @@ def choose_pitch_um(where: str, lattice: Lattice, given: float | None, stated: I
         return given
     if lattice.staggered:
         return VISIUM_PITCH_UM
-    plausible = [one for one in stated if one.plausible]
-    if not plausible:
+    candidates = [size for size in stated if size.is_plausible]
+    if not candidates:
         raise ValueError(
             f"{where}: expected a staggered array or a stated pixel size, found a square array and none; "
             "use --spot_pitch_um"
         )
-    best = max(plausible, key=lambda one: _evidence(one, plausible, lattice.pitch_px))  # the first of equals
-    distances = (one.distance_um for one in plausible if one.distance_um and agree(one.um_per_px, best.um_per_px))
+    best = max(candidates, key=lambda size: _evidence(size, candidates, lattice.pitch_px))  # the first of equals
+    distances = (size.distance_um for size in candidates if size.distance_um and agree(size.um_per_px, best.um_per_px))
     return next(distances, best.um_per_px * lattice.pitch_px)
 
 
-def _evidence(one: Stated, others: list[Stated], pitch_px: float) -> int:
+def _evidence(size: Stated, others: list[Stated], pitch_px: float) -> int:
     """Number of other origins that agree, and one more where the pitch is that of a known array."""
-    agreeing = {other.origin for other in others if agree(one.um_per_px, other.um_per_px)} - {one.origin}
-    known = any(agree(one.um_per_px * pitch_px, pitch_um) for pitch_um in SQUARE_PITCHES_UM)
+    agreeing = {other.origin for other in others if agree(size.um_per_px, other.um_per_px)} - {size.origin}
+    known = any(agree(size.um_per_px * pitch_px, pitch_um) for pitch_um in SQUARE_PITCHES_UM)
     return len(agreeing) + known
 
 
-def agree(one: float, other: float) -> bool:
+def agree(size: float, other: float) -> bool:
     """Whether two sizes are the same within a few percent."""
-    return abs(one - other) <= AGREE * other
+    return abs(size - other) <= DISAGREE * other
 
 
 def contradictions(stated: Iterable[Stated]) -> dict[str, float]:
     """Statements to compare with the spots, um per px by where they stand: all distances, and plausible pixel sizes."""
-    return {one.where: one.um_per_px for one in stated if one.plausible or one.distance_um}
+    return {size.where: size.um_per_px for size in stated if size.is_plausible or size.distance_um}

@@ -7,38 +7,37 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from utils.files.atomic import write_whole
+from utils.files.atomic import write_record, write_whole
 from utils.importers.images import image_size, reduced_image
-from utils.slices import splits, visium
-
-if TYPE_CHECKING:
-    from utils.importers.base import Source
+from utils.importers.source import Source
+from utils.slices import splits
+from utils.slices.matrix import CountMatrix, write_matrix
 
 LONGEST_PX = {"hires": 2000, "lowres": 600}  # sides of Space Ranger's small images
-CHUNK = 2**16  # numbers of a compressed piece of the matrix
 
 
 def write_folder(folder: Path, source: Source, memory: float) -> str | None:
     """Write all files of a slice into a new folder; gives the name of the full-resolution image, if there is one."""
     (folder / "spatial").mkdir(parents=True)
     image = _write_image(folder, source)
-    write_matrix(folder / "filtered_feature_bc_matrix.h5", source, memory)
+    matrix = CountMatrix(source.counts, source.spots.index.to_numpy(), source.genes, source.gene_ids)
+    about = {"library_ids": np.array([source.name.encode()]), "software_version": "magic import_slices"}
+    about["chemistry_description"] = "unknown"
+    write_matrix(folder / "filtered_feature_bc_matrix.h5", matrix, about, memory=memory)
     write_positions(folder / "spatial" / "tissue_positions.csv", source)
     scales = _write_small(folder / "spatial", source)
     factors = source.scalefactors | scales
     for key in ("fiducial_diameter_fullres", "spot_diameter_fullres"):  # the first is there because readers expect it
         factors.setdefault(key, source.spot_diameter_px)
-    (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(factors, indent=1) + "\n")
+    write_record(folder / "spatial" / "scalefactors_json.json", factors)
     return image
 
 
@@ -96,47 +95,6 @@ def write_positions(path: Path, source: Source) -> None:
         whole = (spots[axis] == spots[axis].round()).all()
         columns[name] = spots[axis].astype(np.int64) if whole else spots[axis]
     pd.DataFrame(columns, index=spots.index).to_csv(path, index_label="barcode")
-
-
-def write_matrix(path: Path, source: Source, memory: float) -> None:
-    """Counts in the 10x schema of version 3 (genes x barcodes, by column), span by span where they do not fit."""
-    texts: dict[str, Any] = {
-        "barcodes": source.spots.index,
-        "features/name": source.genes,
-        "features/id": source.gene_ids,
-    }
-    n_spots, n_genes = source.counts.shape
-    texts |= {"features/feature_type": ["Gene Expression"] * n_genes, "features/genome": ["unknown"] * n_genes}
-    with h5py.File(path, "w") as file:
-        file.attrs.update(
-            {
-                "chemistry_description": "unknown",
-                "filetype": "matrix",
-                "library_ids": np.array([source.name.encode()]),
-                "original_gem_groups": np.array([1]),
-                "software_version": "magic import_slices",
-                "version": 2,
-            }
-        )
-        group = file.create_group("matrix")
-        for name, values in texts.items():
-            encoded = np.array([str(value).encode() for value in values], dtype="S")
-            group.create_dataset(name, data=encoded, compression="gzip")
-        group["features/_all_tag_keys"] = np.array([b"genome"])
-        group["shape"] = np.array([n_genes, n_spots], np.int32)
-        numbers = {
-            name: group.create_dataset(name, (0,), kind, maxshape=(None,), chunks=(CHUNK,), compression="gzip")
-            for name, kind in (("data", "int32"), ("indices", "int64"))
-        }
-        lengths = [np.zeros(1, np.int64)]
-        for span in visium.spans(source.counts, memory):
-            counts = source.counts[span]
-            counts.sort_indices()
-            for name, values in (("data", counts.data), ("indices", counts.indices)):
-                numbers[name].resize(numbers[name].size + len(values), axis=0)
-                numbers[name][numbers[name].size - len(values) :] = values
-            lengths.append(np.diff(counts.indptr).astype(np.int64))
-        group.create_dataset("indptr", data=np.cumsum(np.concatenate(lengths)), compression="gzip")
 
 
 def add_row(out: Path, row: splits.SliceRow) -> None:

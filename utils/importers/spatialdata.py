@@ -6,19 +6,17 @@ Shapes: S spots. Spots and images lie in coordinate systems of their own; spots 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from utils.importers import anndata_sections as sections
 from utils.importers.anndata_slice import from_anndata
-from utils.importers.base import Source, found_in, lie_on
 from utils.importers.images import image_size, make_thumbnail, to_rgb
+from utils.importers.source import Source, found_in, lie_on
 from utils.slices import checks
 from utils.slices.matrix import reading
 
@@ -62,7 +60,7 @@ def choose_table(source: Path, data: Any, bin_um: int | None) -> str:
 
 
 def _regions(table: Any) -> list[str]:
-    """Elements that a table says it annotates."""
+    """Elements that a table annotates."""
     region = table.uns.get("spatialdata_attrs", {}).get("region")
     return [region] if isinstance(region, str) else [str(name) for name in region] if region is not None else []
 
@@ -146,7 +144,7 @@ def find_candidates(data: Any, element: Any, centres: np.ndarray) -> list[Candid
     import spatialdata
     from spatialdata.transformations import get_transformation_between_coordinate_systems as between
 
-    found = []
+    candidates = []
     for name, image in data.images.items():
         pixels = image if hasattr(image, "transpose") else spatialdata.get_pyramid_levels(image, n=0)
         if _rgb_order(pixels) is None:
@@ -157,8 +155,8 @@ def find_candidates(data: Any, element: Any, centres: np.ndarray) -> list[Candid
             continue
         candidate = Candidate(name, pixels, np.asarray(affine, float))
         if lie_on(moved(centres, candidate.affine), candidate.size):
-            found.append(candidate)
-    return found
+            candidates.append(candidate)
+    return candidates
 
 
 def moved(xy: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -208,13 +206,13 @@ def image_of_file(source: Path, image: Path, candidates: list[Candidate]) -> Can
     Raises ValueError where there is none, or where the file shows something else.
     """
     width, height = image_size(image)
-    left = [one for one in candidates if not one.words & OTHERS] or candidates
-    for one in sorted(left, key=lambda one: (one.size != (width, height), -one.scale)):
-        ratio = width / height * one.size[1] / one.size[0]
-        if one.size == (width, height) or (width > one.size[0] and abs(ratio - 1) <= SAME_RATIO):
-            to_file = np.diag([width / one.size[0], height / one.size[1], 1.0])
-            return replace(one, affine=to_file @ one.affine)
-    wanted = " or ".join(f"{one.size[0]} x {one.size[1]}" for one in left)
+    left = [shown for shown in candidates if not shown.words & OTHERS] or candidates
+    for shown in sorted(left, key=lambda shown: (shown.size != (width, height), -shown.scale)):
+        ratio = width / height * shown.size[1] / shown.size[0]
+        if shown.size == (width, height) or (width > shown.size[0] and abs(ratio - 1) <= SAME_RATIO):
+            to_file = np.diag([width / shown.size[0], height / shown.size[1], 1.0])
+            return replace(shown, affine=to_file @ shown.affine)
+    wanted = " or ".join(f"{shown.size[0]} x {shown.size[1]}" for shown in left)
     raise ValueError(
         f"--image {image}: expected {wanted} px, as in {source}, or larger in that ratio, found {width} x {height} px"
     )
@@ -223,16 +221,23 @@ def image_of_file(source: Path, image: Path, candidates: list[Candidate]) -> Can
 def _check_content(image: Path, shown: Candidate) -> list[str]:
     """Warnings where a file differs from the image of the zarr. Raises ValueError where it shows something else."""
     step = max(1, max(shown.size) // checks.THUMBNAIL_PX)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{shown.name}.png"
-        Image.fromarray(shown.read(step)[0]).save(path)
-        return checks.check_content(image, make_thumbnail(image, checks.THUMBNAIL_PX).pixels, path)
+    pixels = make_thumbnail(image, checks.THUMBNAIL_PX).pixels
+    return checks.check_content(image, pixels, shown.read(step)[0], shown.name)
 
 
 def read_part(
     source: Path, data: Any, table: Any, name: str, image: Path | None, pitch_um: float | None, is_hd: bool
 ) -> Source:
-    """The slice of the rows of a table that annotate one element; `is_hd` for bins of Visium HD."""
+    """The slice of the rows of a table that annotate one element.
+
+    Parameters
+    ----------
+    source, data : the zarr, and what it holds
+    table, name : AnnData of the rows (S, ...), and the name of the slice
+    image : a file in place of the image in the zarr
+    pitch_um : distance between neighbouring spots, where it is given
+    is_hd : whether the spots are bins of Visium HD
+    """
     region, centres, diameter = _centres(source, data, table)
     with reading(source, "images of SpatialData"):
         candidates = find_candidates(data, data[region], centres)
@@ -276,7 +281,7 @@ def read_spatialdata(
     image : the H&E as a file: it is copied in place of the image in the zarr, of which it has the sides or their ratio
     pitch_um : distance between neighbouring spots; default 100 on a staggered array, else the bin size of the table
     bin_um : which table, where there is one per bin size of Visium HD
-    library_key : column of the table's obs that says which section a spot is of, where it annotates several
+    library_key : column of the table's obs with the section of each spot, where it annotates several
     """
     data = _open(source)
     table_name = choose_table(source, data, bin_um)
@@ -287,6 +292,6 @@ def read_spatialdata(
     if image is not None and len(parts) > 1:
         found = f"{len(parts)} in obs['{library_key}']"
         raise ValueError(f"--image {image}: expected the image of one section, found {found}; import without --image")
-    for own, rows in parts:  # one after the other: each holds its image
+    for part_name, rows in parts:  # one after the other: each holds its image
         part = table if rows.all() else table[rows]
-        yield read_part(source, data, part, own, image, pitch_um, of_bins is not None)
+        yield read_part(source, data, part, part_name, image, pitch_um, of_bins is not None)

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.simulation.slices import write_slices
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+@dataclass(kw_only=True)
+class Settings:
+    out: Path
+    patients: int
+    slices_per_patient: int
+    spots: int
+    genes: int
+    seed: int
+    um_per_px: float
+
+
+def parse_args(argv: list[str] | None = None) -> Settings:
     # usage is suppressed so that a wrong flag gives one line
     parser = argparse.ArgumentParser(prog="simulate", usage=argparse.SUPPRESS, description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
@@ -26,10 +38,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--um_per_px", type=float, default=1.0, help="pixel size of the H&E in um: 0.5 shows nuclei better (1)"
     )
-    return parser.parse_args(argv)
+    return Settings(**vars(parser.parse_args(argv)))
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Settings) -> None:
     try:
         sizes = (args.patients, args.slices_per_patient, args.spots, args.genes, args.seed, args.um_per_px)
         folders = write_slices(args.out, *sizes, verbose=True)

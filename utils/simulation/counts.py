@@ -1,6 +1,6 @@
 """Makes gene counts from what a tile shows: morphology -> programmes -> expected expression -> counts.
 
-One part of the chain is determined by the image (factors, programmes, expected fractions, a share of the depth), the
+One part of the chain is determined by the image (factors, programmes, expected fractions, a part of the depth), the
 other is chance (the rest of the depth, negative binomial counts). So it is known how well the best reader of images
 can do: the `ceilings`.
 
@@ -18,8 +18,8 @@ from utils.evaluation.metrics import pearson_per_gene, to_scale
 # Tuned so that the best prediction of the 300 most expressed genes has a mean PCC of 0.5 to 0.6 on Pearson residuals.
 EFFECT = 1.95  # natural log fold between a programme that is off and one that is on, mean over genes
 DISPERSION = 0.25  # negative binomial: variance = mean + dispersion mean^2, median over genes
-DEPTH_NOISE = 0.4  # standard deviation of the log depth that no image tells
-INDEPENDENT = 0.1  # share of genes that no programme drives
+DEPTH_NOISE = 0.4  # standard deviation of the log depth that no image shows
+INDEPENDENT = 0.1  # fraction of genes that no programme drives
 
 # Programme: a name, and known genes of the kind it stands for, so that maps and tables can be read at a glance.
 PROGRAMMES = {
@@ -93,7 +93,7 @@ def expected_fractions(activity: np.ndarray, genes: Genes, offset: np.ndarray) -
 
 
 def image_depth(factors: pd.DataFrame, median_umis: float) -> np.ndarray:
-    """The share of the depth (S,) that can be seen, in UMIs: many cells give much RNA, a spot over fat gives little."""
+    """The part of the depth (S,) that the image shows, in UMIs: many cells give much RNA, fat gives little."""
     cells = np.sqrt(np.clip(factors["density"].to_numpy() / 4000, 0.05, None))
     return median_umis * cells / np.median(cells)
 

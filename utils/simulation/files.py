@@ -3,20 +3,21 @@
 Shapes: S spots; G genes; K programmes.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy import sparse
+from scipy.sparse import csr_matrix
 
+from utils.files.atomic import write_record
 from utils.simulation.counts import PROGRAMMES, Genes
 from utils.simulation.image import Scene
+from utils.slices.matrix import CountMatrix, write_matrix
+from utils.slices.spatial_files import POSITION_COLUMNS
 
 SPOT_UM, FIDUCIAL_UM = 65.0, 105.0  # the diameters that Space Ranger writes, whatever the spots' real size
-POSITIONS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 CEILING = (
     "ceiling_lognorm and ceiling_residuals: per gene, over the spots of this slice, the Pearson correlation between "
     "the measured value and its best prediction from the image, which is the mean over {redraws} redraws of the "
@@ -26,44 +27,19 @@ CEILING = (
 )
 
 
-def write_matrix(
-    path: Path, counts: np.ndarray, barcodes: list[str], names: list[str], slice_name: str, software: str
-) -> None:
-    """Counts (S, G) as a `filtered_feature_bc_matrix.h5` of the 10x schema: genes x barcodes, compressed by column."""
-    matrix = sparse.csr_matrix(counts)  # spots x genes by row is genes x spots by column
-    n_genes = len(names)
-    with h5py.File(path, "w") as file:
-        attributes = {
-            "chemistry_description": "Spatial 3' v1",
-            "filetype": "matrix",
-            "software_version": software,
-            "version": 2,
-        }
-        file.attrs.update(
-            attributes | {"library_ids": np.array([slice_name], "S"), "original_gem_groups": np.array([1])}
-        )
-        arrays = {
-            "shape": np.array([n_genes, len(counts)], np.int32),
-            "data": matrix.data.astype(np.int32),
-            "indices": matrix.indices.astype(np.int64),
-            "indptr": matrix.indptr.astype(np.int64),
-            "barcodes": np.array(barcodes, "S"),
-            # Numbers that Ensembl has not given out: the names may be real, the genes are not.
-            "features/id": np.array([f"ENSG9{g:010d}" for g in range(1, n_genes + 1)], "S"),
-            "features/name": np.array(names, "S"),
-            "features/feature_type": np.array(["Gene Expression"] * n_genes, "S"),
-            "features/genome": np.array(["GRCh38"] * n_genes, "S"),
-            "features/_all_tag_keys": np.array(["genome"], "S"),
-        }
-        for name, array in arrays.items():
-            file.create_dataset(f"matrix/{name}", data=array, compression="gzip")
+def write_counts(path: Path, counts: np.ndarray, barcodes: pd.Index, names: list[str], about: dict[str, Any]) -> None:
+    """Counts (S, G) as Space Ranger's `filtered_feature_bc_matrix.h5`; `about`: attributes of the file."""
+    # Numbers that Ensembl has not given out: the names may be real, the genes are not.
+    ids = np.array([f"ENSG9{g:010d}" for g in range(1, len(names) + 1)])
+    matrix = CountMatrix(csr_matrix(counts), barcodes.to_numpy(), np.array(names), ids)
+    write_matrix(path, matrix, {"chemistry_description": "Spatial 3' v1"} | about, genome="GRCh38")
 
 
 def write_spatial(folder: Path, grid: pd.DataFrame, scene: Scene, header: bool) -> None:
     """The `spatial/` folder: positions (Space Ranger 2 has a header, 1 none), scale factors, the two small images."""
     folder.mkdir()
     name = "tissue_positions.csv" if header else "tissue_positions_list.csv"
-    grid[POSITIONS].to_csv(folder / name, index=False, header=header)
+    grid[list(POSITION_COLUMNS)].to_csv(folder / name, index=False, header=header)
     image = Image.fromarray(scene.image)
     scales = {}
     for kind, longest in (("hires", 2000), ("lowres", 600)):
@@ -74,7 +50,7 @@ def write_spatial(folder: Path, grid: pd.DataFrame, scene: Scene, header: bool) 
         f"{what}_diameter_fullres": um / scene.um_per_px for what, um in (("spot", SPOT_UM), ("fiducial", FIDUCIAL_UM))
     }
     factors |= {f"tissue_{kind}_scalef": scale for kind, scale in scales.items()}
-    (folder / "scalefactors_json.json").write_text(json.dumps(factors))
+    write_record(folder / "scalefactors_json.json", factors)
 
 
 def write_truth(

@@ -58,7 +58,7 @@ def splat(canvas: np.ndarray, nuclei: pd.DataFrame, um_per_px: float, grow: floa
     grow
         Factor on the ellipse's axes: 1 for the nucleus, more for the cell around it.
     rim
-        Share of the density that lies at the nuclear membrane rather than evenly.
+        Fraction of the density that lies at the nuclear membrane rather than evenly.
     """
     if nuclei.empty:
         return
@@ -162,7 +162,7 @@ def develop(rng: np.random.Generator, haematoxylin: np.ndarray, eosin: np.ndarra
 
 
 def paint(rng: np.random.Generator, tissue: Tissue, um_per_px: float) -> Scene:
-    """The tissue as a image. Nuclei that would float in a hole are neither drawn nor in `Scene.nuclei`."""
+    """The tissue as an image. Nuclei that would float in a hole are neither drawn nor in `Scene.nuclei`."""
     shape = (round(tissue.size_um[0] / um_per_px), round(tissue.size_um[1] / um_per_px))
     eosin, ground, white = paint_ground(rng, tissue, shape)
     row, column = (
@@ -187,8 +187,8 @@ def measure_tiles(scene: Scene, centres_um: np.ndarray, side_um: float = TILE_UM
     """What the square tiles around the spots (S, 2; x first) show: one row per spot, the columns of FACTORS.
 
     `density` nuclei per mm2; `nuclear_size` mean diameter in um (7 where there is none); `lymphocytes` and `spindles`
-    shares of the nuclei; `tumour` share of the area in nests; `collagen` amount of fibres, `eosin` optical density of
-    the ground, both as the mean over the tile; `holes` share of the area that is white.
+    fractions of the nuclei; `tumour` fraction of the area in nests; `collagen` amount of fibres, `eosin` optical
+    density of the ground, both as the mean over the tile; `holes` fraction of the area that is white.
     """
     nuclei = scene.nuclei
     trees = cKDTree(nuclei[["x_um", "y_um"]].to_numpy()).query_ball_point(centres_um, side_um / 2, p=np.inf)

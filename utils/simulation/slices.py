@@ -1,8 +1,8 @@
 """Simulated slices: Space Ranger folders of which everything is known, for the demo, the tests and the benchmarks.
 
 A piece of tumour is drawn in haematoxylin and eosin (`tissue`, `image`); what a tile shows drives the genes of its spot
-(`counts`). Beside the files of Space Ranger, `truth.h5ad` holds what no experiment tells: the expected fractions, the
-morphology, the gene programmes and how well each gene can be predicted at all.
+(`counts`). Beside the files of Space Ranger, `truth.h5ad` holds what no experiment measures: the expected fractions,
+the morphology, the gene programmes and how well each gene can be predicted at all.
 
 Shapes: S spots; G genes; K programmes.
 """
@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from utils.files.atomic import write_whole
 from utils.simulation import counts as counting
-from utils.simulation.files import write_matrix, write_spatial, write_truth
+from utils.simulation.files import write_counts, write_spatial, write_truth
 from utils.simulation.image import measure_tiles, paint
 from utils.simulation.tissue import Recipe, at, grow_tissue
 
 PITCH_UM = 100.0  # between the centres of neighbouring spots
-TISSUE_SHARE = 0.62  # of the spots on the grid
+TISSUE_FRACTION = 0.62  # of the spots on the grid
 REDRAWS = 64
 UMIS_PER_GENE = (2.5, 12.0)  # median of a spot, of the patient with the poorest and with the richest slices
 
@@ -44,13 +45,13 @@ class Plan:
 
 
 def visium_grid(n_spots: int) -> tuple[pd.DataFrame, tuple[float, float]]:
-    """Staggered grid with room for `n_spots` under tissue, and the height and width in um of a image that holds it.
+    """Staggered grid with room for `n_spots` under tissue, and the height and width in um of an image that holds it.
 
     Columns: `barcode`, `array_row`, `array_col` (their sum is even), `x_um`, `y_um`. As on real slides a place on the
     grid has the same barcode in every slice.
     """
-    n_columns = max(round(np.sqrt(n_spots / TISSUE_SHARE * 0.866)), 4)
-    n_rows = int(np.ceil(n_spots / TISSUE_SHARE / n_columns))
+    n_columns = max(round(np.sqrt(n_spots / TISSUE_FRACTION * 0.866)), 4)
+    n_rows = int(np.ceil(n_spots / TISSUE_FRACTION / n_columns))
     row, column = (axis.ravel() for axis in np.meshgrid(np.arange(n_rows), np.arange(n_columns), indexing="ij"))
     grid = pd.DataFrame({"array_row": row, "array_col": 2 * column + row % 2})
     grid["x_um"] = PITCH_UM + grid["array_col"] * PITCH_UM / 2
@@ -110,7 +111,8 @@ def write_slice(out: Path, plan: Plan, genes: counting.Genes, n_spots: int, um_p
     part = out / f"{plan.name}.part"
     part.mkdir(parents=True)
     software = "spaceranger-2.1.0 (simulated)" if plan.header else "spaceranger-1.3.0 (simulated)"
-    write_matrix(part / "filtered_feature_bc_matrix.h5", counts, list(spots.index), genes.names, plan.name, software)
+    about = {"library_ids": np.array([plan.name], "S"), "software_version": software}
+    write_counts(part / "filtered_feature_bc_matrix.h5", counts, spots.index, genes.names, about)
     write_spatial(part / "spatial", grid, scene, plan.header)
     Image.fromarray(scene.image).save(part / f"{plan.name}_he.jpg", quality=90)
     spots = spots.join(factors).assign(depth=depth, depth_from_image=seen_depth)
@@ -187,6 +189,5 @@ def write_slices(
     table = pd.DataFrame({"slice": [p.name for p in plans], "patient": [p.patient for p in plans]})
     table["part"], table["spot_pitch_um"] = [p.part for p in plans], f"{PITCH_UM:g}"
     table["image"] = table["slice"] + "_he.jpg"
-    table.to_csv(out / "slices.csv.part", index=False)
-    (out / "slices.csv.part").rename(out / "slices.csv")
+    write_whole(out / "slices.csv", table.to_csv(index=False).encode())
     return folders

@@ -1,9 +1,9 @@
 """Draws a made-up piece of tumour as it looks under the microscope in haematoxylin and eosin (H&E).
 
 Smooth random fields divide the piece into tumour nests, lymphoid aggregates, fibrous stroma, fat and ducts. The regions
-say where nuclei of which kind lie and how much eosin the ground between them takes; nuclei and ground are painted as
-optical density and turned into colour by the law of Beer and Lambert. The scene keeps what was drawn, so that
-`measure_tiles` can say what a tile shows.
+determine where nuclei of which kind lie and how much eosin the ground between them takes; nuclei and ground are painted
+as optical density and turned into colour by the law of Beer and Lambert. The scene keeps what was drawn, so that
+`measure_tiles` can measure what a tile shows.
 
 Shapes: H, W pixels of the image; h, w cells of the coarse maps (MAP_UM each); N nuclei; S spots.
 """
@@ -25,13 +25,13 @@ TUMOUR, LYMPHOCYTE, FIBROBLAST = 0, 1, 2
 class Recipe:
     """What one slice is made of; jittered between patients (composition) and slices (stain).
 
-    Shares are fractions of the tissue's area. Stain vectors are optical densities of red, green and blue; `background`
+    Fractions are of the area of the tissue. Stain vectors are optical densities of red, green and blue; `background`
     is the colour of the empty glass, 0 to 255.
     """
 
-    tumour_share: float
-    lymphoid_share: float
-    fat_share: float
+    tumour_fraction: float
+    lymphoid_fraction: float
+    fat_fraction: float
     nuclear_scale: float
     haematoxylin: np.ndarray
     eosin: np.ndarray
@@ -64,9 +64,9 @@ def smooth_field(rng: np.random.Generator, shape: tuple[int, int], scale: float)
     return (field - field.mean()) / field.std()
 
 
-def share_mask(level: np.ndarray, share: float, inside: np.ndarray, sharpness: float) -> np.ndarray:
-    """Soft mask (h, w), 0..1, that covers about `share` of the cells `inside` (h, w, bool), those of highest level."""
-    return expit(sharpness * (level - np.quantile(level[inside], 1 - share))).astype(np.float32)
+def fraction_mask(level: np.ndarray, fraction: float, inside: np.ndarray, sharpness: float) -> np.ndarray:
+    """Soft mask (h, w), 0..1, that covers a fraction of the cells `inside` (h, w, bool), those of highest level."""
+    return expit(sharpness * (level - np.quantile(level[inside], 1 - fraction))).astype(np.float32)
 
 
 def tissue_level(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -120,13 +120,13 @@ def grow_regions(
     inside = level > cut
     macro, fat_field, duct_field = field(220), field(150), field(36)
     nests = 0.9 * macro + 0.75 * field(30) + 0.35 * field(12)
-    tumour = share_mask(nests, recipe.tumour_share, inside, 5)
-    fat = share_mask(fat_field - 0.9 * macro, recipe.fat_share, inside, 6) * (1 - tumour)
-    lymphoid = share_mask(field(60) - 0.5 * (macro - 0.3) ** 2, recipe.lymphoid_share, inside, 5) * (1 - fat)
+    tumour = fraction_mask(nests, recipe.tumour_fraction, inside, 5)
+    fat = fraction_mask(fat_field - 0.9 * macro, recipe.fat_fraction, inside, 6) * (1 - tumour)
+    lymphoid = fraction_mask(field(60) - 0.5 * (macro - 0.3) ** 2, recipe.lymphoid_fraction, inside, 5) * (1 - fat)
     duct_level = duct_field + 0.2 * field(10) - 0.6 * abs(macro) - 2 * fat - 2 * lymphoid
-    lumen = share_mask(duct_level, 0.016, inside, 14)
-    duct_wall = share_mask(duct_level, 0.055, inside, 9) * (1 - lumen)
-    collagen = share_mask(field(90) + 0.3 * field(15), 0.5, inside, 1.6)
+    lumen = fraction_mask(duct_level, 0.016, inside, 14)
+    duct_wall = fraction_mask(duct_level, 0.055, inside, 9) * (1 - lumen)
+    collagen = fraction_mask(field(90) + 0.3 * field(15), 0.5, inside, 1.6)
     maps = {"level": level - cut, "tissue": inside.astype(np.float32), "tumour": tumour * (1 - lumen), "fat": fat}
     maps |= {"lymphoid": lymphoid, "lumen": lumen, "duct_wall": duct_wall, "collagen": collagen}
     maps["stroma"] = np.clip(1 - np.maximum.reduce([tumour, fat, lymphoid, lumen, duct_wall]), 0, 1)
@@ -193,6 +193,6 @@ def place_nuclei(rng: np.random.Generator, maps: dict[str, np.ndarray], nuclear_
 def grow_tissue(
     rng: np.random.Generator, size_um: tuple[float, float], spots_um: np.ndarray, n_inside: int, recipe: Recipe
 ) -> Tissue:
-    """A piece of tissue under exactly `n_inside` of the spots (S, 2; x first) on a image of this height and width."""
+    """A piece of tissue under exactly `n_inside` of the spots (S, 2; x first) on an image of this height and width."""
     maps = grow_regions(rng, size_um, spots_um, n_inside, recipe)
     return Tissue(recipe, size_um, maps, place_nuclei(rng, maps, recipe.nuclear_scale))

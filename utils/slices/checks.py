@@ -1,4 +1,4 @@
-"""An image held against what its slice says of it: sizes, content, spots on it and on its tissue, um per px.
+"""An image checked against its slice: sizes, content, spots on it and on its tissue, um per px.
 
 Each check raises a ValueError of one line where the image cannot be the one that the positions refer to, and returns
 warnings where something is odd. Shapes: S spots; h, w pixels of a thumbnail. Coordinates are x, y.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from utils.images import tissue
-from utils.images.image import TissueImage, image_size, open_image
-from utils.slices.visium import DISAGREE, SIZE
-
-if TYPE_CHECKING:
-    from utils.slices.visium import Slice, SourceImage
+from utils.images.image import TissueImage, open_image
+from utils.slices.visium import DISAGREE, SIZE, Slice, SourceImage
 
 FEW, FEW_FRACTION = 3, 0.02  # spots outside the image that are no reason to doubt it
 # Correlation of two grey images of SIDE x SIDE px. The five HER2+ sections and a Visium one have .99 with themselves in
@@ -34,7 +31,13 @@ HARDLY, MOSTLY, LARGELY, BETTER = 0.1, 0.5, 0.9, 0.05
 def check_image(
     slice_: Slice, source: SourceImage, image: TissueImage, thumbnail: Thumbnail
 ) -> tuple[np.ndarray, list[str]]:
-    """All checks of the open image that tiles are to be cut from.
+    """All checks of the image that tiles are to be cut from.
+
+    Parameters
+    ----------
+    slice_, source : the slice, and which of its images it is
+    image : that image, open
+    thumbnail : the image (h, w, 3) uint8 made small, and its pixels per pixel of the image
 
     Returns
     -------
@@ -49,12 +52,11 @@ def check_image(
             f"{source.path}: has {source.scale:.4g} times the size of the image that the positions refer to; they are "
             "scaled with it"
         )
-    for kind in ("hires", "lowres"):
-        small = slice_.small_image(kind)
-        if small is not None and kind != source.kind:
-            check_size(source.path, [side / source.scale for side in size], small.path, small.scale)
-            warnings += check_content(source.path, thumbnail[0], small.path, exported)
-    if stated_nothing(slice_, source, image):
+    fullres_px = (size[0] / source.scale, size[1] / source.scale)
+    for kind, small in slice_.small.items():
+        if kind != source.kind:
+            warnings += check_small(source.path, fullres_px, thumbnail[0], small, exported)
+    if source.kind == "fullres" and not slice_.small and image.metadata_um_per_px is None:
         warnings.append(
             f"{source.path}: expected a hires or lowres image, or a pixel size in the file, to check its scale by, "
             "found none; look at the spots on it"
@@ -65,16 +67,18 @@ def check_image(
     return inside, warnings + check_axes(f"{source.path}", xy_px[inside], size, radius_px, thumbnail, mirrored)
 
 
-def stated_nothing(slice_: Slice, source: SourceImage, image: TissueImage) -> bool:
-    """Whether nothing tells that a full-resolution image has the size that the positions are in."""
-    small = any(slice_.small_image(kind) is not None for kind in ("hires", "lowres"))
-    return source.kind == "fullres" and not small and image.metadata_um_per_px is None
-
-
 def spots_on_image(where: str, xy_px: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Which spots (S,) have their centre on an image of that width and height.
+    """Which spots (S,) have their centre on an image.
 
-    Raises ValueError where more than a few (3, or 2 %) have not: it is another image, another scale, or swapped axes.
+    Parameters
+    ----------
+    where : what messages name
+    xy_px : ndarray (S, 2), centres in pixels of the image
+    size : its width and height
+
+    Raises
+    ------
+    ValueError where more than a few (3, or 2 %) have not: it is another image, another scale, or swapped axes.
     """
     inside = np.asarray(((xy_px >= 0) & (xy_px < size)).all(axis=1))
     n_outside = int((~inside).sum())
@@ -90,7 +94,7 @@ def spots_on_image(where: str, xy_px: np.ndarray, size: tuple[int, int]) -> np.n
 
 
 def _check_scale(slice_: Slice, source: SourceImage, image: TissueImage) -> list[str]:
-    """Micrometres per pixel as the image's file states them against those of the spots."""
+    """Micrometres per pixel as the file of the image states them, compared with those of the spots."""
     stated, known = image.metadata_um_per_px, slice_.um_per_px
     known = None if known is None else known / source.scale
     if stated is None or known is None or source.kind != "fullres" or abs(stated / known - 1) <= DISAGREE:
@@ -101,28 +105,61 @@ def _check_scale(slice_: Slice, source: SourceImage, image: TissueImage) -> list
     ]
 
 
-def check_size(path: Path, fullres_px: list[float], small: Path, small_scale: float) -> None:
+def check_small(
+    path: Path, fullres_px: tuple[float, float], thumbnail: np.ndarray, small: SourceImage, exported: bool = False
+) -> list[str]:
+    """Size and content of an image against one of the small images that were made of it.
+
+    Parameters
+    ----------
+    path, thumbnail : the image, and its pixels (h, w, 3) made small
+    fullres_px : its width and height in full-resolution pixels
+    small : the small image, which is opened
+    exported : whether the image has another size than the scan
+
+    Raises
+    ------
+    ValueError where the small image was made of another image.
+    """
+    with open_image(small.path) as image:
+        check_size(path, fullres_px, (image.width, image.height), small)
+        return check_content(path, thumbnail, image.thumbnail(THUMBNAIL_PX)[0], small.path.name, exported)
+
+
+def check_size(path: Path, fullres_px: tuple[float, float], small_px: tuple[int, int], small: SourceImage) -> None:
     """Raises ValueError where the sides of an image are not those of its small one over that one's scale factor."""
-    expected = [side / small_scale for side in image_size(small)]
-    rounding = 1.5 / small_scale
-    if any(abs(found - side) > SIZE * side + rounding for found, side in zip(fullres_px, expected, strict=True)):
+    expected = [side / small.scale for side in small_px]
+    rounding = 1.5 / small.scale
+    if any(abs(side - wanted) > SIZE * wanted + rounding for side, wanted in zip(fullres_px, expected, strict=True)):
         raise ValueError(
-            f"{path}: expected about {expected[0]:.0f} x {expected[1]:.0f} full-resolution px ({small.name} over its "
-            f"scale factor), found {fullres_px[0]:.0f} x {fullres_px[1]:.0f}; give the image that the positions refer "
-            "to (column image of slices.csv), at its full size"
+            f"{path}: expected about {expected[0]:.0f} x {expected[1]:.0f} full-resolution px ({small.path.name} over "
+            f"its scale factor), found {fullres_px[0]:.0f} x {fullres_px[1]:.0f}; give the image that the positions "
+            "refer to (column image of slices.csv), at its full size"
         )
 
 
-def check_content(path: Path, thumbnail: np.ndarray, small: Path, exported: bool = False) -> list[str]:
-    """Raises ValueError where an image does not show what its small one shows.
+def check_content(
+    path: Path, thumbnail: np.ndarray, small: np.ndarray, small_name: str, exported: bool = False
+) -> list[str]:
+    """Warnings where an image hardly shows what its small one shows.
 
-    A small image that is blank tells nothing. Where it has to confirm that the image was `exported` at another size,
-    that is not enough, and the colours have to agree too: a correlation does not tell a smooth image from a part of it.
+    Parameters
+    ----------
+    path, thumbnail : the image, and its pixels (h, w, 3) made small
+    small, small_name : pixels (h, w, 3) of the small image, and what messages call it
+    exported : whether the image has another size than the scan
+
+    Raises
+    ------
+    ValueError where it does not show the same.
+
+    A blank small image allows no comparison. Where it has to confirm that the image was `exported` at another size,
+    a blank one is refused, and the colours have to agree too: a correlation does not separate a smooth image from a
+    part of it.
     """
-    with open_image(small) as image:
-        pixels = [_made_small(one) for one in (thumbnail, image.thumbnail(THUMBNAIL_PX)[0])]
-    grey, least = [one.mean(2) for one in pixels], RESEMBLING if exported else SAME
-    blank = min(one.std() for one in grey) < FLAT
+    pixels = [_made_small(thumbnail), _made_small(small)]
+    grey, least = [colours.mean(2) for colours in pixels], RESEMBLING if exported else SAME
+    blank = min(values.std() for values in grey) < FLAT
     if blank and not exported:
         return []
     other_colours = exported and np.abs(pixels[0] - pixels[1]).mean() > COLOURS
@@ -132,23 +169,21 @@ def check_content(path: Path, thumbnail: np.ndarray, small: Path, exported: bool
         turned = [name for name, pixels in _turned(grey[0]) if not blank and _correlation(pixels, grey[1]) >= SAME]
         hint = f"; it fits {turned[0]}" if turned else ""
         raise ValueError(
-            f"{path}: expected the image that {small.name} was made of, found another ({differs}; of the "
+            f"{path}: expected the image that {small_name} was made of, found another ({differs}; of the "
             f"same image the correlation is above {least}){hint}; give the image that the positions refer to, unchanged"
         )
     if alike < RESEMBLING:
-        return [f"{path}: resembles {small.name} (correlation {alike:.2f}) but may be shifted or cropped against it"]
+        return [f"{path}: resembles {small_name} (correlation {alike:.2f}) but may be shifted or cropped against it"]
     return []
 
 
 def _made_small(pixels: np.ndarray) -> np.ndarray:
     """(h, w, 3) uint8 -> (SIDE, SIDE, 3)."""
-    from PIL import Image
-
     return np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX), float)
 
 
-def _correlation(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.corrcoef(one.ravel(), other.ravel())[0, 1])
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
 def _turned(pixels: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -188,7 +223,7 @@ def check_axes(
     def on_tissue(centres_px: np.ndarray) -> float:
         return float(tissue.on_tissue(centres_px, mask, thumbnail[1], radius_px).mean())
 
-    own = on_tissue(xy_px)
+    as_given = on_tissue(xy_px)
     x, y = xy_px.T
     others = {
         "x and y swapped": np.column_stack([y, x]),
@@ -196,24 +231,25 @@ def check_axes(
         "y mirrored": np.column_stack([x, size[1] - y]),
         "x and y mirrored": np.column_stack([size[0] - x, size[1] - y]),
     }
-    name, best = max(((name, on_tissue(centres)) for name, centres in others.items()), key=lambda one: one[1])
-    if best >= LARGELY and (own < MOSTLY or (mirrored and best - own > BETTER)):
+    name, best = max(((name, on_tissue(centres)) for name, centres in others.items()), key=lambda named: named[1])
+    if best >= LARGELY and (as_given < MOSTLY or (mirrored and best - as_given > BETTER)):
         raise ValueError(
-            f"{where}: expected spots on tissue, found {own:.0%} of {len(xy_px)} there and {best:.0%} with {name}; "
-            "correct the axes of the positions, or give the image that they refer to"
+            f"{where}: expected spots on tissue, found {as_given:.0%} of {len(xy_px)} there and {best:.0%} with {name};"
+            " correct the axes of the positions, or give the image that they refer to"
         )
-    if own < HARDLY and mask.any():
+    if as_given < HARDLY and mask.any():
         raise ValueError(
-            f"{where}: expected spots on tissue, found {own:.0%} of {len(xy_px)} there; give the image that the "
+            f"{where}: expected spots on tissue, found {as_given:.0%} of {len(xy_px)} there; give the image that the "
             "positions refer to"
         )
     if mirrored:
         return [
             f"{where}: array places and pixels are mirror images of each other: axes swapped or mirrored, or a flipped "
-            f"scan ({own:.0%} of the spots lie on tissue as they stand)"
+            f"scan ({as_given:.0%} of the spots lie on tissue as they stand)"
         ]
-    if own < MOSTLY and mask.any():
+    if as_given < MOSTLY and mask.any():
         return [
-            f"{where}: {own:.0%} of the spots under tissue lie on what looks like tissue; are axes and image right?"
+            f"{where}: {as_given:.0%} of the spots under tissue lie on what looks like tissue; are axes and image "
+            "right?"
         ]
     return []

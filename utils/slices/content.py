@@ -1,4 +1,4 @@
-"""What a slice holds as hashes: its counts, by which the same section under two names is found, and its files.
+"""Hashes of a slice: of its counts, by which the same section under two names is found, and of its files.
 
 Shapes: S spots, G genes.
 """
@@ -17,12 +17,12 @@ from utils.slices.matrix import StoredCounts, first_of, longest, runs, slice_mat
 
 def _by_rank(counts: csr_matrix, rank: np.ndarray) -> csr_matrix:
     """Counts (S, names) int64 with genes in the places `rank` (G,), those of one place added, in ascending order."""
-    found = csr_matrix(
+    by_place = csr_matrix(
         (counts.data.astype(np.int64), rank[counts.indices], counts.indptr), (len(counts.indptr) - 1, rank.max() + 1)
     )
-    found.sum_duplicates()
-    found.eliminate_zeros()
-    return found
+    by_place.sum_duplicates()
+    by_place.eliminate_zeros()
+    return by_place
 
 
 def counts_hash(
@@ -51,10 +51,10 @@ def counts_hash(
     lengths = np.diff(counts.indptr)[spots]
     stops, place = np.cumsum(lengths), (np.cumsum(seen) - 1).astype("<i8")
     in_order = [spots[run] for run in runs(stops - lengths, stops, longest(memory))]
-    for some in in_order:
-        digest.update(place[_by_rank(counts[some], rank).indices])
-    for some in in_order:  # read again: a digest has no second place to write to
-        digest.update(_by_rank(counts[some], rank).data.astype("<i8"))
+    for rows in in_order:
+        digest.update(place[_by_rank(counts[rows], rank).indices])
+    for rows in in_order:  # read again: a digest has no second place to write to
+        digest.update(_by_rank(counts[rows], rank).data.astype("<i8"))
     return digest.hexdigest()
 
 

@@ -47,7 +47,7 @@ def find_root(folder: str | Path) -> Path:
 
 
 def is_slice(folder: str | Path) -> bool:
-    """Whether a folder looks like a slice; one with several bin sizes does, and find_root then says what to do."""
+    """Whether a folder looks like a slice; one with several bin sizes does, and find_root then names them."""
     return bool(_roots(Path(folder)))
 
 
@@ -92,4 +92,4 @@ def _published_name(name: str) -> str | None:
     """Space Ranger's name for a file of spatial/ or a matrix that has a prefix or is packed."""
     plain = name.removesuffix(".gz")
     known = (*SPATIAL_FILES, *MATRICES, "matrix.mtx", "features.tsv", "barcodes.tsv")
-    return next((one for one in known if plain == one or plain.endswith(("_" + one, "-" + one, "." + one))), None)
+    return next((file for file in known if plain == file or plain.endswith(("_" + file, "-" + file, "." + file))), None)

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from scipy.spatial import cKDTree
 
 NEAR = 1.2  # nearest distances: between the first ring of neighbours and the second (1.41 or 1.73)
 START_RADIUS = 6.0  # nearest distances around the middle, where the first fit is made
@@ -83,16 +87,6 @@ def is_staggered(array: np.ndarray) -> bool:
     return bool(np.all((row + col) % 2 == 0)) and len(np.unique(row % 2)) == 2
 
 
-def pitch_px(xy_px: np.ndarray, array: np.ndarray) -> float:
-    """Centre-to-centre distance between neighbouring spots, in the unit of `xy_px` (S, 2), of spots at their places.
-
-    An affine map from array places to pixels is fitted, which holes, turns and rounding hardly touch. Its determinant
-    is the area per place: pitch squared on a square array; on a staggered one, where a column is half a pitch and a row
-    sqrt(3)/2 of it, sqrt(3)/4 of that. Spots on one line have no area: their closest pair is taken.
-    """
-    return _pitch_px(_fit(array, xy_px)[0], is_staggered(array), np.asarray(xy_px, float))
-
-
 def _fit(array: np.ndarray, xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pixels per step of column and row (2, 2), and how far each spot (S,) lies from the fitted place, in pixels."""
     places = np.asarray(array, float)[:, ::-1]
@@ -102,12 +96,28 @@ def _fit(array: np.ndarray, xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pitch_px(slopes: np.ndarray, staggered: bool, xy_px: np.ndarray) -> float:
+    """Centre-to-centre distance between neighbouring spots (S, 2), from the affine map that _fit gives.
+
+    Holes, turns and rounding hardly change that map. Its determinant is the area per place: pitch squared on a square
+    array; on a staggered one, where a column is half a pitch and a row sqrt(3)/2 of it, sqrt(3)/4 of that. Spots on one
+    line have no area: their closest pair is taken.
+    """
     area_px2 = abs(np.linalg.det(slopes))
     if area_px2 > 1e-9 * np.square(slopes).sum():
         return math.sqrt(area_px2 * (4 / math.sqrt(3) if staggered else 1))
-    from scipy.spatial import KDTree
+    return float(nearest_px(xy_px).min())
 
-    return float(KDTree(xy_px).query(xy_px, k=2)[0][:, 1].min())
+
+def nearest_px(xy_px: np.ndarray) -> np.ndarray:
+    """Distance of each spot (S, 2) to its nearest neighbour: (S,), in the unit of `xy_px`."""
+    return neighbour_tree(xy_px).query(xy_px, k=2)[0][:, 1]
+
+
+def neighbour_tree(xy_px: np.ndarray) -> cKDTree:
+    """For the search of neighbours among spots (S, 2)."""
+    from scipy.spatial import cKDTree  # a quarter of a second, which `--help` does not need
+
+    return cKDTree(xy_px)
 
 
 def _all_at_their_places(off: np.ndarray) -> bool:
@@ -190,17 +200,14 @@ def _steps(xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
 
 def _basis(xy_px: np.ndarray) -> tuple[np.ndarray, bool]:
     """Two vectors (2, 2) between neighbours, and whether spots have six of them (else four)."""
-    from scipy.spatial import KDTree
-
-    tree = KDTree(xy_px)
-    nearest_px = float(np.median(tree.query(xy_px, k=2)[0][:, 1]))
-    pairs = tree.query_pairs(NEAR * nearest_px, output_type="ndarray")
+    usual_px = float(np.median(nearest_px(xy_px)))
+    pairs = neighbour_tree(xy_px).query_pairs(NEAR * usual_px, output_type="ndarray")
     steps = (xy_px[pairs[:, 1]] - xy_px[pairs[:, 0]]) @ np.array([1, 1j])
     # On a lattice with n neighbours all n directions are alike after multiplication by n. Spots at a border lack some
-    # of theirs, so the count of neighbours says little; that the directions agree says all.
+    # of theirs, so the agreement of the directions decides, not the count of neighbours.
     agree = {n: np.mean((steps / np.abs(steps)) ** n) if len(steps) else 0j for n in (4, 6)}
     n = max(agree, key=lambda n: abs(agree[n]))
     turn = np.angle(agree[n]) / n  # the direction nearest to the x axis
-    length = np.median(np.abs(steps)) if len(steps) else nearest_px
+    length = np.median(np.abs(steps)) if len(steps) else usual_px
     first, second = length * np.exp(1j * turn), length * np.exp(1j * (turn + 2 * np.pi / n))
     return np.array([[first.real, first.imag], [second.real, second.imag]]), n == 6

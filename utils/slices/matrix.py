@@ -2,7 +2,7 @@
 
 Shapes: S spots, G genes. A matrix in HDF5 that would take more than the memory it is given stays in its file and is
 read by spans of spots: genes x barcodes by column are spots x genes by row, so a span is one stretch of the file.
-Whatever is wrong with a file is a ValueError of one line: the file, what was expected, what was found, how to mend it.
+A damaged file is a ValueError of one line: the file, what was expected, what was found, how to fix it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ MATRICES = (
     *("raw_feature_bc_matrix.h5", "raw_feature_bc_matrix"),
 )
 BYTES_PER_COUNT = 64  # of memory, at the most, that a number of the matrix takes while it is read, summed and hashed
+LARGEST = np.iinfo(np.int32).max
 LONGEST_SPAN = 2**22  # numbers; longer ones gain nothing
+CHUNK = 2**16  # numbers of a compressed piece of a matrix that is written
+GENES = "Gene Expression"  # the kind of feature that is read
 
 
 def runs(starts: np.ndarray, stops: np.ndarray, most: float) -> Iterator[slice]:
@@ -73,8 +76,8 @@ class StoredCounts:
     def indptr(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
-    def of(self, spots: np.ndarray) -> "StoredCounts":
-        """Some spots, still in the file."""
+    def select(self, spots: np.ndarray) -> "StoredCounts":
+        """The counts of these spots, still in the file."""
         return replace(self, starts=self.starts[spots], lengths=self.lengths[spots])
 
     def __getitem__(self, spots: slice | np.ndarray) -> csr_matrix:
@@ -82,11 +85,10 @@ class StoredCounts:
         starts, lengths = self.starts[spots], self.lengths[spots]
         order = np.lexsort((lengths, starts))  # an empty one before the spot that begins at the same place
         starts, lengths = starts[order], lengths[order]
-        with reading(self.path, "a 10x matrix in HDF5"), h5py.File(self.path, "r") as file:
-            group = _h5_group(file)
+        with _h5_group(self.path) as group:
             parts = [self._read(group, starts[run], lengths[run]) for run in runs(starts, starts + lengths, self.most)]
-        found = _cleaned(self.path, vstack(parts, format="csr") if len(parts) > 1 else parts[0], self.of_genes)
-        return found if (np.diff(order) == 1).all() else found[np.argsort(order)]
+        counts = _cleaned(self.path, vstack(parts, format="csr") if len(parts) > 1 else parts[0], self.of_genes)
+        return counts if (np.diff(order) == 1).all() else counts[np.argsort(order)]
 
     def _read(self, group: h5py.Group, starts: np.ndarray, lengths: np.ndarray) -> csr_matrix:
         """One stretch of the file, and of it the spots asked for: their counts (spots, features)."""
@@ -120,7 +122,7 @@ class CountMatrix:
 
 @contextmanager
 def reading(path: Path, expected: str) -> Iterator[None]:
-    """Turn whatever a library says about a damaged file into one line that names the file."""
+    """Turn whatever a library raises on a damaged file into one line that names the file."""
     try:
         yield
     except (OSError, EOFError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, zlib.error) as error:
@@ -146,9 +148,11 @@ def _text(dataset: h5py.Dataset) -> np.ndarray:
     return np.asarray(dataset.asstr()[:], dtype=str)
 
 
-def _h5_group(file: h5py.File) -> h5py.Group:
-    """`matrix`, or the only group: Cell Ranger 2 named it after the genome."""
-    return file["matrix"] if "matrix" in file or len(file) != 1 else file[next(iter(file))]
+@contextmanager
+def _h5_group(path: Path) -> Iterator[h5py.Group]:
+    """The group `matrix` of an open file, or its only group: Cell Ranger 2 named it after the genome."""
+    with reading(path, "a 10x matrix in HDF5"), h5py.File(path, "r") as file:
+        yield file["matrix"] if "matrix" in file or len(file) != 1 else file[next(iter(file))]
 
 
 def _h5_features(group: h5py.Group) -> list[np.ndarray]:
@@ -156,7 +160,7 @@ def _h5_features(group: h5py.Group) -> list[np.ndarray]:
     if "features" in group:
         return [_text(group["features"][key]) for key in ("name", "id", "feature_type")]
     names, ids = _text(group["gene_names"]), _text(group["genes"])
-    return [names, ids, np.full(len(names), "Gene Expression")]
+    return [names, ids, np.full(len(names), GENES)]
 
 
 def _h5_counts(path: Path, group: h5py.Group, memory: float) -> csr_matrix | StoredCounts:
@@ -191,7 +195,7 @@ def _folder_features(folder: Path) -> list[np.ndarray]:
     """The same as _h5_features, from features.tsv (symbol; id, symbol; or id, symbol, kind)."""
     table = _read_tsv(_part(folder, "features.tsv"))
     ids, names = (table[column].to_numpy(dtype=str) for column in (0, min(1, table.shape[1] - 1)))
-    return [names, ids, table[2].to_numpy(dtype=str) if table.shape[1] > 2 else np.full(len(table), "Gene Expression")]
+    return [names, ids, table[2].to_numpy(dtype=str) if table.shape[1] > 2 else np.full(len(table), GENES)]
 
 
 def _folder_counts(folder: Path) -> csr_matrix:
@@ -202,18 +206,36 @@ def _folder_counts(folder: Path) -> csr_matrix:
         return csr_matrix(mmread(path).T)
 
 
-def _whole_numbers(path: Path, values: np.ndarray) -> np.ndarray:
-    """Counts as int32; files made outside Space Ranger may hold whole numbers as floats."""
-    whole = values == np.rint(values) if values.dtype.kind == "f" else values.dtype.kind in "iu"
-    bad = ~((values >= 0) & (values <= np.iinfo(np.int32).max) & whole)  # NaN fails every comparison
-    if bad.any():
-        raise ValueError(f"{path}: expected raw counts (0, 1, 2, ...), found {values[bad][0]}; give the raw matrix")
+def first_bad_count(values: np.ndarray) -> tuple[str, Any] | None:
+    """Of values that are not all counts (0, 1, 2, ... within int32): what is wrong, and the first such number."""
+    if values.dtype.kind not in "iuf":
+        return f"values of the kind {values.dtype}", None
+    floats = values.dtype.kind == "f"
+    checks = (
+        ("NaN", lambda: floats and np.isnan(values)),
+        ("negative numbers", lambda: values < 0),
+        ("fractions", lambda: floats and values != np.rint(values)),
+        ("numbers too large for counts", lambda: values > LARGEST),
+    )
+    for wrong, check in checks:
+        bad = np.asarray(check())
+        if bad.any():
+            return wrong, values[bad][0]
+    return None
+
+
+def whole_counts(where: str | Path, values: np.ndarray) -> np.ndarray:
+    """Counts as int32; files made outside Space Ranger may hold whole numbers as floats. Raises ValueError."""
+    bad = first_bad_count(values)
+    if bad is not None:
+        found = bad[0] if bad[1] is None else bad[1]
+        raise ValueError(f"{where}: expected raw counts (0, 1, 2, ...), found {found}; give the raw counts")
     return values.astype(np.int32, copy=False)
 
 
 def _cleaned(path: Path, counts: csr_matrix, of_genes: np.ndarray) -> csr_matrix:
     """Counts (S, G) int32 of the features that are genes, each number once and above zero."""
-    counts.data = _whole_numbers(path, counts.data)
+    counts.data = whole_counts(path, counts.data)
     counts = counts if of_genes.all() else counts[:, of_genes]
     counts.sum_duplicates()
     counts.eliminate_zeros()
@@ -221,38 +243,38 @@ def _cleaned(path: Path, counts: csr_matrix, of_genes: np.ndarray) -> csr_matrix
 
 
 def _barcodes(path: Path) -> np.ndarray:
-    """The barcodes (S,) of either form of matrix."""
-    if path.is_dir():
-        path = _part(path, "barcodes.tsv")
-        barcodes = _read_tsv(path)[0].to_numpy(dtype=str)
-    else:
-        with reading(path, "a 10x matrix in HDF5"), h5py.File(path, "r") as file:
-            barcodes = _text(_h5_group(file)["barcodes"])
+    """The barcodes (S,) of a folder."""
+    path = _part(path, "barcodes.tsv")
+    barcodes = _read_tsv(path)[0].to_numpy(dtype=str)
     check_once(path, barcodes)
     return barcodes
 
 
 def slice_matrix(root: Path) -> Path | None:
-    """The matrix that a slice is read from, None without any; one of probes in place of genes is refused."""
-    path = first_of(root, MATRICES)
-    if path is not None and path.is_file():
-        with reading(path, "a 10x matrix in HDF5"), h5py.File(path, "r") as file:
-            of_probes = "matrix/features/probe_region" in file
-        if of_probes:
-            raise ValueError(f"{path}: expected counts per gene, found a probe-level matrix; give the one per gene")
-    return path
+    """The matrix that a slice is read from, filtered before raw, HDF5 before folder; None without any."""
+    return first_of(root, MATRICES)
 
 
-def read_barcodes(root: str | Path) -> np.ndarray | None:
-    """Read the barcodes (S,) alone; None where the slice has no counts."""
-    path = slice_matrix(Path(root))
-    return None if path is None else _barcodes(path)
+def read_barcodes(path: Path) -> np.ndarray:
+    """Read the barcodes (S,) of a slice's matrix alone."""
+    if path.is_dir():
+        return _barcodes(path)
+    with _h5_group(path) as group:
+        barcodes, of_probes = _text(group["barcodes"]), "features/probe_region" in group
+    _check_genes(path, of_probes)
+    check_once(path, barcodes)
+    return barcodes
+
+
+def _check_genes(path: Path, of_probes: bool) -> None:
+    if of_probes:
+        raise ValueError(f"{path}: expected counts per gene, found a probe-level matrix; give the one per gene")
 
 
 def _matrix_path(root: Path) -> Path:
     """The matrix of a slice's root (filtered before raw, HDF5 before folder), or the path itself."""
     itself = root.is_file() or first_of(root, ("matrix.mtx", "matrix.mtx.gz")) is not None
-    path = root if itself else first_of(root, MATRICES)
+    path = root if itself else slice_matrix(root)
     if path is None:
         found = listing(root) if root.is_dir() else "nothing"
         fix = "gunzip the matrix, or cut the prefix off its name" if "feature_bc_matrix" in found else "add the matrix"
@@ -262,39 +284,40 @@ def _matrix_path(root: Path) -> Path:
 
 def _are_genes(path: Path, names: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     """Which features are genes: of the kind "Gene Expression", and no control by their name."""
-    of_genes = kinds == "Gene Expression"
+    of_genes = kinds == GENES
     if not of_genes.any():
-        raise ValueError(f"{path}: expected features of the kind Gene Expression, found {sorted(set(kinds))}")
+        raise ValueError(f"{path}: expected features of the kind {GENES}, found {sorted(set(kinds))}")
     controls = are_controls(names) & of_genes
     if (controls == of_genes).all():
         raise ValueError(f"{path}: expected genes, found control features alone ({names[controls][0]}, ...)")
     return of_genes & ~controls
 
 
-def _features(path: Path) -> list[np.ndarray]:
-    """Names, ids and kinds (features,) of either form of matrix."""
+def _features(path: Path, of_slice: bool) -> list[np.ndarray]:
+    """Names, ids and kinds (features,) of either form of matrix; `of_slice` refuses one of probes."""
     if path.is_dir():
         return _folder_features(path)
-    with reading(path, "a 10x matrix in HDF5"), h5py.File(path, "r") as file:
-        features = _h5_features(_h5_group(file))
+    with _h5_group(path) as group:
+        features, of_probes = _h5_features(group), "features/probe_region" in group
+    _check_genes(path, of_probes and of_slice)
     if len(set(map(len, features))) > 1:
-        found = ", ".join(str(len(part)) for part in features)
-        raise ValueError(f"{path}: expected as many names as ids and kinds of features, found {found}; export it again")
+        lengths = ", ".join(str(len(part)) for part in features)
+        raise ValueError(f"{path}: expected as many names as ids and kinds, found {lengths}; export it again")
     return features
 
 
 def read_genes(root: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Names and ids (G,) as read_matrix gives them, without reading counts."""
+    """Names and ids (G,) of a slice's matrix as read_matrix gives them, without reading counts."""
     path = _matrix_path(Path(root))
-    names, ids, kinds = _features(path)
+    names, ids, kinds = _features(path, of_slice=True)
     of_genes = _are_genes(path, names, kinds)
     return names[of_genes], ids[of_genes]
 
 
 def count_controls(root: str | Path) -> int:
     """How many features of the kind "Gene Expression" read_matrix leaves out as controls."""
-    names, _, kinds = _features(_matrix_path(Path(root)))
-    return int((are_controls(names) & (kinds == "Gene Expression")).sum())
+    names, _, kinds = _features(_matrix_path(Path(root)), of_slice=False)
+    return int((are_controls(names) & (kinds == GENES)).sum())
 
 
 def read_matrix(root: str | Path, memory: float = math.inf) -> CountMatrix:
@@ -306,16 +329,64 @@ def read_matrix(root: str | Path, memory: float = math.inf) -> CountMatrix:
     path = _matrix_path(Path(root))
     counts: csr_matrix | StoredCounts
     if path.is_dir():
-        counts, features = _folder_counts(path), _folder_features(path)
+        counts, features, barcodes = _folder_counts(path), _folder_features(path), _barcodes(path)
     else:
-        with reading(path, "a 10x matrix in HDF5"), h5py.File(path, "r") as file:
-            counts, features = _h5_counts(path, _h5_group(file), memory), _h5_features(_h5_group(file))
-    barcodes = _barcodes(path)
+        with _h5_group(path) as group:
+            counts, features, barcodes = _h5_counts(path, group, memory), _h5_features(group), _text(group["barcodes"])
+        check_once(path, barcodes)
     lengths = {counts.shape[1], *map(len, features)}
     if counts.shape[0] != len(barcodes) or len(lengths) != 1:
-        found = f"{counts.shape[0]} x {counts.shape[1]} counts, {len(barcodes)} barcodes, {len(features[0])} features"
-        raise ValueError(f"{path}: expected spots x genes of one size, found {found}; export the matrix again")
+        sizes = f"{counts.shape[0]} x {counts.shape[1]} counts, {len(barcodes)} barcodes, {len(features[0])} features"
+        raise ValueError(f"{path}: expected spots x genes of one size, found {sizes}; export the matrix again")
     of_genes = _are_genes(path, features[0], features[2])
     stored = isinstance(counts, StoredCounts)
     counts = replace(counts, of_genes=of_genes) if stored else _cleaned(path, counts, of_genes)
     return CountMatrix(counts, barcodes, features[0][of_genes], features[1][of_genes])
+
+
+def write_matrix(
+    path: Path, matrix: CountMatrix, about: dict[str, Any], genome: str = "unknown", memory: float = math.inf
+) -> None:
+    """Write counts in the 10x schema of version 3: genes x barcodes by column, compressed.
+
+    Parameters
+    ----------
+    matrix : counts and names
+    about : attributes of the file, beside those that are the same in every file
+    genome : of all genes
+    memory : bytes for the counts that are read together, where they are left in their file
+    """
+    n_spots, n_genes = matrix.counts.shape
+    texts: dict[str, Iterable[str]] = {
+        "barcodes": matrix.barcodes,
+        "features/name": matrix.genes,
+        "features/id": matrix.gene_ids,
+        "features/feature_type": [GENES] * n_genes,
+        "features/genome": [genome] * n_genes,
+        "features/_all_tag_keys": ["genome"],
+    }
+    with h5py.File(path, "w") as file:
+        file.attrs.update({"filetype": "matrix", "original_gem_groups": np.array([1]), "version": 2} | about)
+        group = file.create_group("matrix")
+        for name, values in texts.items():
+            encoded = np.array([str(value).encode() for value in values], dtype="S")
+            group.create_dataset(name, data=encoded, compression="gzip")
+        group["shape"] = np.array([n_genes, n_spots], np.int32)
+        _write_counts(group, matrix.counts, memory)
+
+
+def _write_counts(group: h5py.Group, counts: csr_matrix | StoredCounts, memory: float) -> None:
+    """Counts (S, G) as data, indices and indptr, span by span."""
+    numbers = {
+        name: group.create_dataset(name, (0,), kind, maxshape=(None,), chunks=(CHUNK,), compression="gzip")
+        for name, kind in (("data", "int32"), ("indices", "int64"))
+    }
+    lengths = [np.zeros(1, np.int64)]
+    for span in spans(counts, memory):
+        part = counts[span]
+        part.sort_indices()
+        for name, values in (("data", part.data), ("indices", part.indices)):
+            numbers[name].resize(numbers[name].size + len(values), axis=0)
+            numbers[name][numbers[name].size - len(values) :] = values
+        lengths.append(np.diff(part.indptr).astype(np.int64))
+    group.create_dataset("indptr", data=np.cumsum(np.concatenate(lengths)), compression="gzip")

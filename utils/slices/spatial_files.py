@@ -1,4 +1,4 @@
-"""The files of spatial/ that say where spots are: positions and scale factors, checked where they enter.
+"""The files of spatial/ with the places of the spots: positions and scale factors, checked where they enter.
 
 Coordinates are full-resolution pixels of the H&E, origin top left: x_fullres_px is Space Ranger's pxl_col_in_fullres,
 y_fullres_px its pxl_row_in_fullres.

@@ -13,6 +13,8 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
+from utils.files.atomic import write_whole
+from utils.slices.lattice import neighbour_tree
 from utils.slices.visium import is_slice, why_no_slice
 
 PARTS = ("train", "val", "test")
@@ -65,7 +67,7 @@ def _pitch_um(text: str, where: str) -> float | None:
     except ValueError:
         pitch_um = math.nan
     if not 0 < pitch_um < math.inf:
-        raise ValueError(f"{where}: expected a positive number of um as spot_pitch_um, found {text}; mend the number")
+        raise ValueError(f"{where}: expected a positive number of um as spot_pitch_um, found {text}; correct it")
     return pitch_um
 
 
@@ -76,7 +78,7 @@ def _row(data: Path, cells: dict[str, str], where: str) -> SliceRow:
     if not is_slice(data / name):
         raise ValueError(f"{where}: {data / name}: {_no_slice(data / name)}; correct the slice column")
     if part not in ("", *PARTS):
-        raise ValueError(f"{where}: expected train, val, test or nothing as part, found {part}; mend the part column")
+        raise ValueError(f"{where}: expected train, val, test or nothing as part, found {part}; correct it")
     image = _inside(cells["image"], where) if cells.get("image") else None
     patient = cells.get("patient") or _own_patient(name)
     return SliceRow(name, patient, part, _pitch_um(cells.get("spot_pitch_um", ""), where), image)
@@ -106,7 +108,7 @@ def _listed(data: Path, table: Path) -> tuple[list[SliceRow], list[str]]:
     header = lines[0][1] if lines else []
     if "slice" not in header or any(header.count(name) > 1 for name in COLUMNS):
         found = ",".join(header) or "an empty file"
-        raise ValueError(f"{table}: expected the header {','.join(COLUMNS)} (slice is needed), found {found}; mend it")
+        raise ValueError(f"{table}: expected the header {','.join(COLUMNS)}, at least slice, found {found}; correct it")
     rows: dict[str, SliceRow] = {}
     for number, cells in lines[1:]:
         where = f"{table}, line {number}"
@@ -205,7 +207,7 @@ def default_split(rows: Sequence[SliceRow], val_strip: bool = False) -> list[Sli
 
 def _leak(message: str, allow_leak: bool) -> str:
     if not allow_leak:
-        raise ValueError(f"{message}; mend the parts in slices.csv, or use --allow_leak and say so with the results")
+        raise ValueError(f"{message}; correct the parts in slices.csv, or use --allow_leak and report the leak")
     return message
 
 
@@ -260,11 +262,9 @@ def format_table(rows: Iterable[SliceRow]) -> str:
 
 def write_table(rows: Iterable[SliceRow], path: str | Path) -> None:
     """Write slices.csv; an interrupted write leaves the old file whole."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *map(_cells, rows)])
-    part.replace(path)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(_cells, rows)])
+    write_whole(Path(path), text.getvalue().encode())
 
 
 def strip_parts(xy_px: np.ndarray, pitch_px: float) -> np.ndarray:
@@ -279,8 +279,6 @@ def strip_parts(xy_px: np.ndarray, pitch_px: float) -> np.ndarray:
     -------
     ndarray (S,) of "train", "val" (the far end of the longer axis), "gap" (nearer than two pitches to a val spot)
     """
-    from scipy.spatial import KDTree
-
     xy_px = np.asarray(xy_px, dtype=float)
     axis = int(np.ptp(xy_px[:, 1]) > np.ptp(xy_px[:, 0]))
     order = np.lexsort((xy_px[:, 1 - axis], xy_px[:, axis]))  # a column that the cut divides is divided in order
@@ -288,6 +286,6 @@ def strip_parts(xy_px: np.ndarray, pitch_px: float) -> np.ndarray:
     parts = np.full(len(xy_px), "train", dtype="<U5")
     parts[order[-n_val:]] = "val"
     rest = order[:-n_val]
-    distance_px, _ = KDTree(xy_px[order[-n_val:]]).query(xy_px[rest]) if len(rest) else (np.zeros(0), None)
+    distance_px, _ = neighbour_tree(xy_px[order[-n_val:]]).query(xy_px[rest]) if len(rest) else (np.zeros(0), None)
     parts[rest[distance_px < 2 * pitch_px]] = "gap"
     return parts

@@ -11,14 +11,15 @@ line: the file, what was expected, what was found, how to fix it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from utils.images.image import SUFFIXES, image_size
+from utils.images.image import SUFFIXES, image_size, images_in
 from utils.slices.content import counts_hash
 from utils.slices.folders import HIRES, LOWRES, SPATIAL_FILES, find_root, is_slice, why_no_slice
 from utils.slices.lattice import Lattice, fit_lattice
@@ -75,7 +76,7 @@ SPOT_DIAMETER = 0.3, 1.2  # pitches: 0.5 legacy ST, 0.65 Visium, 1 Visium HD
 
 @dataclass(frozen=True)
 class SourceImage:
-    """The image that tiles are cut from: `kind` "fullres" or "hires", and its pixels per full-resolution pixel.
+    """An image of a slice: `kind` "fullres", "hires" or "lowres", and its pixels per full-resolution pixel.
 
     The full-resolution pixel is that of the positions. A scan that was exported smaller or larger has another scale.
     """
@@ -84,10 +85,15 @@ class SourceImage:
     path: Path
     scale: float
 
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height in its pixels, from the head of the file. Raises ValueError where that is damaged."""
+        return image_size(self.path)
+
 
 @dataclass(frozen=True)
 class Slice:
-    """What a slice folder says, without its counts.
+    """A slice folder without its counts.
 
     Attributes
     ----------
@@ -101,6 +107,7 @@ class Slice:
     lattice : Lattice or None, of all positions; None where there is a single one
     scalefactors : dict of the positive numbers in scalefactors_json.json
     stated_pitch_um : float or None, as slices.csv or a flag states it
+    small : dict, the images "hires" and "lowres" of spatial/ that are there
     warnings : tuple of str, what contradicts itself but can be worked with
     """
 
@@ -114,6 +121,7 @@ class Slice:
     lattice: Lattice | None
     scalefactors: dict[str, float]
     stated_pitch_um: float | None
+    small: dict[str, SourceImage]
     warnings: tuple[str, ...]
 
     @property
@@ -156,21 +164,19 @@ class Slice:
 
     def small_image(self, kind: str) -> SourceImage | None:
         """The "hires" or "lowres" image of spatial/."""
-        path = self.root / "spatial" / {"hires": HIRES, "lowres": LOWRES}[kind]
-        return SourceImage(kind, path, self.scalefactors[f"tissue_{kind}_scalef"]) if path.exists() else None
+        return self.small.get(kind)
 
     def fullres_image(self, named: str | None = None) -> Path | None:
         """The full-resolution image: the one named, else the only one in the folder or its root, else None."""
         places = list(dict.fromkeys([self.folder, self.root]))
         if named is not None:
-            found = [place / named for place in places if (place / named).is_file()]
-            if not found:
+            files = [place / named for place in places if (place / named).is_file()]
+            if not files:
                 raise ValueError(
                     f"{self.folder}: expected the image {named}, found no such file; correct the image column"
                 )
-            return found[0]
-        files = [path for place in places for path in sorted(place.iterdir()) if path.suffix.lower() in SUFFIXES]
-        images = [path for path in files if path.is_file() and path.name[0] != "." and path.name not in BY_PRODUCTS]
+            return files[0]
+        images = [path for place in places for path in images_in(place) if path.name not in BY_PRODUCTS]
         packed = [path.name for place in places for path in place.iterdir() if _is_packed_image(path)]
         if packed and not images:
             raise ValueError(f"{self.folder}: expected an unpacked image, found {min(packed)}; gunzip it")
@@ -183,9 +189,9 @@ class Slice:
 
     def source_image(self, source: str = "auto", named: str | None = None) -> SourceImage:
         """The image to cut tiles from. `source`: "fullres", "hires", or "auto" for the best that is there."""
-        fullres = None if source == "hires" else self.fullres_image(named)
-        if fullres is not None:
-            return SourceImage("fullres", fullres, self.export_scale(image_size(fullres)))
+        path = None if source == "hires" else self.fullres_image(named)
+        if path is not None:
+            return SourceImage("fullres", path, self.export_scale(image_size(path)))
         hires = self.small_image("hires")
         if source == "fullres" or hires is None:
             wanted = "a full-resolution image" + (f" or spatial/{HIRES}" if source == "auto" else "")
@@ -194,15 +200,14 @@ class Slice:
 
     def export_scale(self, size: tuple[int, int]) -> float:
         """Pixels of an image of that width and height per full-resolution pixel: 1, or 2, 3, ..., 1/2, 1/3, ... where
-        the sizes of the small images say that the scan was exported so. Other ratios may be those of a crop."""
-        for small in filter(None, map(self.small_image, ("hires", "lowres"))):
-            ratios = [side * small.scale / other for side, other in zip(size, image_size(small.path), strict=True)]
-            whole = round(max(max(ratios), 1 / min(ratios)))
-            for exact in (float(whole), 1 / whole):
-                if all(abs(ratio / exact - 1) <= EXPORT for ratio in ratios):
-                    return exact
+        the sizes of the small images show that the scan was exported so. Other ratios may be those of a crop."""
+        small = next(iter(self.small.values()), None)
+        if small is None:
             return 1.0
-        return 1.0
+        ratios = [side * small.scale / other for side, other in zip(size, small.size, strict=True)]
+        whole = round(max(max(ratios), 1 / min(ratios)))
+        exact = (float(whole), 1 / whole)
+        return next((scale for scale in exact if all(abs(ratio / scale - 1) <= EXPORT for ratio in ratios)), 1.0)
 
     def read_genes(self) -> tuple[np.ndarray, np.ndarray]:
         """Names and ids (G,) of the genes that the counts are of."""
@@ -211,7 +216,9 @@ class Slice:
     def with_counts(self, memory: float = math.inf) -> CountedSlice:
         """The slice and the counts of its spots; more than `memory` bytes of them stay in their HDF5 file."""
         matrix = read_matrix(self.matrix or self.root, memory)
-        counts = matrix.counts.of(self.rows) if isinstance(matrix.counts, StoredCounts) else matrix.counts[self.rows]
+        counts = (
+            matrix.counts.select(self.rows) if isinstance(matrix.counts, StoredCounts) else matrix.counts[self.rows]
+        )
         return CountedSlice(**vars(self), counts=counts, genes=matrix.genes, gene_ids=matrix.gene_ids)
 
 
@@ -237,7 +244,7 @@ def open_slice(folder: str | Path, name: str | None = None, spot_pitch_um: float
     ----------
     folder : the slice folder, as find_root takes it
     name : what to call the slice; default the name of the folder
-    spot_pitch_um : distance between neighbouring spots where the folder does not tell it
+    spot_pitch_um : distance between neighbouring spots where the folder does not state it
 
     Raises
     ------
@@ -248,16 +255,23 @@ def open_slice(folder: str | Path, name: str | None = None, spot_pitch_um: float
     _check_unpacked(root / "spatial")
     positions, scalefactors = read_positions(root), read_scalefactors(root)
     matrix = slice_matrix(root)
-    barcodes = positions.index.to_numpy() if matrix is None else read_barcodes(root)
-    if barcodes is None:
-        raise ValueError(f"{root}: expected the barcodes of {matrix}, found none")
+    barcodes = positions.index.to_numpy() if matrix is None else read_barcodes(matrix)
     _check_one_run(root, positions.index.to_numpy(), barcodes)
     lattice = fit_positions(root, positions)
     spots, rows, unmatched = _match(root, positions, barcodes)
-    found = Slice(
-        name, folder, root, spots, unmatched, rows, matrix, lattice, scalefactors, _positive(root, spot_pitch_um), ()
-    )
-    return Slice(**vars(found) | {"warnings": tuple(_contradictions(found))})
+    pitch_um, small = _positive(root, spot_pitch_um), _small_images(root, scalefactors)
+    slice_ = Slice(name, folder, root, spots, unmatched, rows, matrix, lattice, scalefactors, pitch_um, small, ())
+    return replace(slice_, warnings=tuple(_contradictions(slice_)))
+
+
+def _small_images(root: Path, scalefactors: dict[str, float]) -> dict[str, SourceImage]:
+    """The small images of spatial/ by their kind, the larger one first."""
+    paths = {kind: root / "spatial" / name for kind, name in (("hires", HIRES), ("lowres", LOWRES))}
+    return {
+        kind: SourceImage(kind, path, scalefactors[f"tissue_{kind}_scalef"])
+        for kind, path in paths.items()
+        if path.exists()
+    }
 
 
 def _check_unpacked(spatial: Path) -> None:
@@ -274,10 +288,10 @@ def fit_positions(where: Path, positions: pd.DataFrame) -> Lattice | None:
     Measured places replace those of `positions`. None for a single position.
     """
     for used in (np.ones(len(positions), bool), positions["in_tissue"].to_numpy()):
-        found = positions[used]
-        if len(found) < 2:
+        chosen = positions[used]
+        if len(chosen) < 2:
             continue
-        xy, array = (found[list(columns)].to_numpy() for columns in (POSITIONS_PX, POSITIONS_ARRAY))
+        xy, array = (chosen[list(columns)].to_numpy() for columns in (POSITIONS_PX, POSITIONS_ARRAY))
         try:
             lattice = fit_lattice(str(where), xy, array)
         except ValueError:
@@ -314,7 +328,7 @@ def _positive(root: Path, pitch_um: float | None) -> float | None:
 
 
 def _contradictions(slice_: Slice) -> list[str]:
-    """What the files of a slice say against each other and can still be worked with."""
+    """Contradictions between the files of a slice that it can still be used with."""
     lattice, factors = slice_.lattice, slice_.scalefactors
     warnings: list[str] = []
     if lattice is None:

@@ -17,7 +17,7 @@ from utils.doctor.findings import Findings
 from utils.genes import panels as gene_panels
 from utils.images import tiles
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def look(capsys, data, tiles_at, panels, *flags) -> tuple[int, str, list[str]]:

@@ -5,6 +5,7 @@ SHARED := --data demo/data --tiles demo/tiles --panels demo/panels
 DEMO_ONE := --image_encoder test_vit --image_size 64 --image_weights none --gene_depth 1 --gene_width 64 --gene_heads 1 \
 	--gene_tokens 16 --fusion_blocks 1 --width 128 --queue_size 256 --Init_lr 1e-3 --Epoch 12
 DEMO_TWO := --decoder_layers 2 --decoder_width 32 --Init_lr 1e-3 --Epoch 15 --precision fp32
+SPELLED := *.md *.py docs model utils benchmarks/*.py benchmarks/*.md tests data/README.md
 
 .PHONY: demo test test-slow torture lint types format clean
 
@@ -44,6 +45,7 @@ torture: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell $(SPELLED)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

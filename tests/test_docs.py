@@ -67,7 +67,9 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("words", every_command())
 def test_every_command_has_flags_that_exist(words, capsys):
-    parse = getattr(importlib.import_module(words[0].removesuffix(".py").replace("/", ".")), "parse_args", None)
+    name = words[0].removesuffix(".py").replace("/", ".")
+    package = (ROOT / name.replace(".", "/") / "__main__.py").exists()
+    parse = getattr(importlib.import_module(f"{name}.__main__" if package else name), "parse_args", None)
     if parse is None:
         pytest.skip(f"{words[0]} has no parse_args to ask")
     with mock.patch.dict(os.environ):  # predict_slide.py sets variables of its process there

@@ -25,6 +25,8 @@ INDIRECT = {
     "pandas-stubs": "make types",
     "types-tqdm": "make types",
     "pytest-timeout": "ends a test that hangs (pyproject.toml)",
+    "pytest-randomly": "draws the order of the tests, and seeds each of them",
+    "codespell": "make lint spells README, docs and code",
 }
 BROUGHT = {"httpx2": "huggingface_hub, whose own errors a test raises"}  # by what is asked for, for tests alone
 SHIPPED = ("model", "utils", "benchmarks")

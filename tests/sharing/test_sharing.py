@@ -53,7 +53,9 @@ def test_the_round_trip_is_exact(trained, shared, kind):
     for key in ("settings", "encoder_settings"):
         if key in before:  # paths of this machine are cut to names, all else is kept
             given, found = before.pop(key), after.pop(key)
-            assert found == export.plain(given) and given.keys() == found.keys() and given["seed"] == found["seed"]
+            assert (
+                found == export.publishable(given) and given.keys() == found.keys() and given["seed"] == found["seed"]
+            )
             assert Path(given["data"]).is_absolute() and found["data"] == "data"
     assert same(before, after) and list(before["model"]) == list(after["model"])
     assert sorted(path.name for path in shared[kind].iterdir()) == sorted(FILES)
@@ -143,7 +145,7 @@ def test_the_config_says_what_is_needed_elsewhere(trained, shared):
     assert config["target"] == "lognorm"
 
 
-def test_no_path_of_the_machine_is_told(trained, shared):
+def test_no_path_of_the_machine_is_published(trained, shared):
     for folder in shared.values():
         for name in (CONFIG, CARD):
             text = (folder / name).read_text()
@@ -166,15 +168,15 @@ def test_no_path_of_the_machine_is_told(trained, shared):
         ({1: True}, {"1": True}),
     ],
 )
-def test_plain_values(value, expected):
-    assert export.plain(value) == expected
+def test_publishable_values(value, expected):
+    assert export.publishable(value) == expected
 
 
 def test_the_card(shared):
     for kind, folder in shared.items():
         card = huggingface_hub.ModelCard.load(folder / CARD)
         assert card.data.library_name == "magic-st" and "spatial-transcriptomics" in card.data.tags
-        assert card.data.license is None and "is for whoever shares them to state" in card.text
+        assert card.data.license is None and "Whoever shares these weights states their licence" in card.text
         assert "- train: P01_1 (patient P01)" in card.text and "- val: P02_1 (patient P02)" in card.text
         assert "P03" not in card.text, "not trained on"
         assert "32 x 32 px, 3.5 um per px, 112 um" in card.text
@@ -183,7 +185,7 @@ def test_the_card(shared):
             assert (f"- {name}: {value:.4g}" in card.text) == name.startswith("val_")
         assert f"{len(state['genes'])} genes ({', '.join(state['genes'][:5])}, ..." in card.text
         assert "Not a medical device" in card.text and f"--{STAGES[kind][0]} FOLDER" in card.text
-    assert "as log1p of counts per 10,000; each spot is seen with up to 18 around it" in card.text
+    assert "as log1p counts per 10,000; with up to 18 neighbours of each spot as context" in card.text
     below = int((state["val_pcc"] < 0.1).sum())
     assert f"- {below} of 20 genes are below 0.1" in card.text
     best = state["genes"][int(state["val_pcc"].argmax())]
@@ -269,7 +271,7 @@ def test_what_the_hub_does_not_have(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hub_module, "snapshot_download", missing)
     monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", missing)
     assert exit_code("--pull", "jane/none", tmp_path / "down") == 2
-    stderr_line(capsys, "--pull jane/none: no network here; see that the name is right")
+    stderr_line(capsys, "--pull jane/none: no network here; fix: check the name")
     assert not (tmp_path / "down").exists()
 
 

@@ -48,9 +48,10 @@ class SharedMagic(ModelHubMixin):
 
 
 @contextmanager
-def talking_to_hub(flag: str, name: str) -> Iterator[None]:
+def hub_errors(flag: str, name: str) -> Iterator[None]:
+    """Errors of the hub's client as a ValueError of one line."""
     try:
         yield
     except Exception as error:  # of whichever HTTP library the hub's client has come with
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{flag} {name}: {reason}; see that the name is right, and `hf auth login`") from error
+        raise ValueError(f"{flag} {name}: {reason}; fix: check the name, and log in with `hf auth login`") from error

@@ -1,4 +1,4 @@
-"""The folder that a trained model is shared by, read: model.safetensors and config.json give a checkpoint's state."""
+"""Reading the folder that a trained model is shared by: model.safetensors and config.json give a checkpoint's state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def read_config(folder: Path, flag: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag}: {path}: expected JSON, found {error}; export or download the folder anew") from error
+        raise ValueError(
+            f"{flag}: {path}: expected JSON, found {error}; fix: export or download the folder again"
+        ) from error
     if not isinstance(config, dict) or config.get("library_name") != LIBRARY:
         raise ValueError(f"{flag}: {path}: expected what --export wrote, found the config of something else")
     return config
@@ -48,7 +50,9 @@ def state_of(config: dict[str, Any], folder: Path, flag: str) -> dict[str, Any]:
     wrong = [f"{key} ({kind.__name__})" for key, kind in needed.items() if not isinstance(config.get(key), kind)]
     wrong += [] if wrong or set(config["tile_scale"]) == {"side_px", "um_per_px"} else ["side_px of tile_scale"]
     if wrong:
-        raise ValueError(f"{flag}: {folder / CONFIG} lacks {', '.join(wrong)}; export or download the folder anew")
+        raise ValueError(
+            f"{flag}: {folder / CONFIG} lacks {', '.join(wrong)}; fix: export or download the folder again"
+        )
     tensors = tensor_files.read_tensors(folder / WEIGHTS, flag)
     check_tensors(tensors, config, folder, flag)
     state = {key: value for key, value in config.items() if key not in (*ADDED, "metrics")}
@@ -71,9 +75,10 @@ def check_tensors(tensors: dict[str, Any], config: dict[str, Any], folder: Path,
         if wanted != found:
             raise ValueError(
                 f"{flag}: {path} is not the one of {CONFIG}: expected {wanted} for {name}, found {found}; "
-                "export or download the folder anew"
+                "fix: export or download the folder again"
             )
     if hashing.file_hash(path) != config["weights_sha256"]:
         raise ValueError(
-            f"{flag}: {path} is not the one of {CONFIG}: expected another sha256; export or download the folder anew"
+            f"{flag}: {path} is not the one of {CONFIG}: expected another sha256; fix: export or download the folder "
+            "again"
         )

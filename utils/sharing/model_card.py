@@ -46,9 +46,9 @@ def model_card(config: dict[str, Any], val_pcc: Sequence[float] | None) -> str:
         "## On its validation slices\n\n" + "\n".join(_figures(config, val_pcc)),
         "## Limits\n\n" + "\n".join([LIMITS] if kind == "stage_one" else [LIMITS, OF_PREDICTIONS]),
         f"## How to use it\n\nWith this folder downloaded as FOLDER, and tiles of the scale above:\n\n    {USES[kind]}",
-        "## Licence\n\nWhoever shares these weights states their licence: add a line `license: ...` to the head of this "
-        f"page. The image encoder was initialised from `{config['sizes']['image_encoder']}`, whose own licence, and the "
-        "terms of the slices above, may bind it.",
+        "## Licence\n\nWhoever shares these weights states their licence: add a line `license: ...` to the head of "
+        f"this page. The image encoder was initialised from `{config['sizes']['image_encoder']}`, whose own licence, "
+        "and the terms of the slices above, may bind it.",
         f"{_versions(config)} Nothing in these files is code: weights are safetensors, the rest is JSON.",
     ]
     return "\n\n".join(parts) + "\n"

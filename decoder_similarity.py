@@ -19,6 +19,7 @@ import numpy as np
 from utils import distributed, settings
 from utils.files.atomic import write_record, write_whole
 from utils.files.exclusive import exclusive_folder
+from utils.report.tables import expression_lines
 from utils.training import checkpoint, split
 
 if TYPE_CHECKING:
@@ -26,15 +27,6 @@ if TYPE_CHECKING:
 
     from utils.report.spots import SpotsOnImage
 
-PRINTED = (
-    "pcc_gene_mean",
-    "pcc_gene_top50",
-    "pcc_gene_given_depth",
-    "pcc_spot_mean",
-    "mse",
-    "sd_ratio",
-    "undefined_genes",
-)
 Predictions = dict[str, list[np.ndarray]]  # by method, (S, G) per slice; "model" is the trained one
 
 
@@ -214,19 +206,6 @@ def write_predictions(path: Path, predictions: Predictions, measured: list[Measu
     anndata_files.write_anndata(path, adata)
 
 
-def summary(metrics: dict[str, Any]) -> str:
-    from utils.evaluation.metrics import SCALES
-
-    lines = [f"{metrics['n_spots']} spots, {metrics['n_genes']} genes; means over slices"]
-    for scale in SCALES:
-        lines.append(f"{scale:<18}" + "".join(f"{figure.removeprefix('pcc_'):>17}" for figure in PRINTED))
-        for method, figures in metrics[scale].items():
-            values = [figures[name] for name in PRINTED]
-            cells = ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in values]
-            lines.append(f"  {method:<16}" + "".join(f"{cell:>17}" for cell in cells))
-    return "\n".join(lines)
-
-
 @exclusive_folder("out")
 def main(args: Settings) -> None:
     checkpoint.require_checkpoint(args.decoder, "--decoder", "run train_decoder.py first")
@@ -249,7 +228,7 @@ def main(args: Settings) -> None:
     draw_figures(out, predictions, measured, table, unit)
     write_page(out / "report.html", predictions, measured, metrics, table, state, args)
     write_record(out / "metrics.json", metrics)
-    print(summary(metrics))
+    print("\n".join([f"{metrics['n_spots']} spots, {metrics['n_genes']} genes", *expression_lines([metrics])]))
     print(f"results in {out}")
 
 

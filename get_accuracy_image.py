@@ -20,14 +20,13 @@ from utils import distributed, settings
 from utils.features import dataset
 from utils.files.atomic import write_record, write_whole
 from utils.files.exclusive import exclusive_folder
+from utils.report.tables import GALLERIES, RETRIEVAL_METHODS, retrieval_lines
 from utils.training import checkpoint, split
 
 if TYPE_CHECKING:
     from utils.evaluation.retrieval import Gallery
     from utils.report.page import RetrievalExample
 
-METHODS = ("depth", "contrastive", "matching", "reranked")
-GALLERIES = ("neighbours", "random10")
 SPOTS_AT_ONCE = 32  # neighbours in the file are often neighbours in the tissue, and share candidates
 NEAREST = 10
 SHOWN = 6  # of them beside an example
@@ -178,7 +177,7 @@ def compute_metrics(scored: list[ScoredSlice], seed: int) -> dict[str, Any]:
 
     metrics: dict = {"n_spots": sum(len(s.rows) for s in scored)}
     for name in GALLERIES:
-        scores = {method: [s.scores[name][method] for s in scored] for method in METHODS}
+        scores = {method: [s.scores[name][method] for s in scored] for method in RETRIEVAL_METHODS}
         galleries = [s.galleries[name] for s in scored]
         metrics[name] = retrieval.evaluate_gallery(scores, galleries, [s.blocks for s in scored], seed=seed)
     metrics["slice"] = retrieval.mean_slice_figures([retrieval.slice_figures(*s.ranks) for s in scored])
@@ -229,7 +228,7 @@ def write_spots(out: Path, slices, scored: list[ScoredSlice], genes: list[str]) 
 
     obs = {}
     for name in GALLERIES:
-        for method in METHODS:
+        for method in RETRIEVAL_METHODS:
             galleries = [(s.scores[name][method], s.galleries[name]) for s in scored]
             obs[f"{name}_{method}"] = np.concatenate([retrieval.hits(x, g.truth, g.candidates) for x, g in galleries])
     for i, way in enumerate(("image_to_gene", "gene_to_image")):
@@ -263,20 +262,6 @@ def draw_recall(path: Path, scored: list[ScoredSlice]) -> None:
     plotting.save(plotting.retrieval_curve(k, recall, chance), path)
 
 
-def summary(metrics: dict) -> str:
-    lines = [f"{metrics['n_spots']} spots            " + "".join(f"{name:>24}" for name in ("chance", *METHODS))]
-    for name in GALLERIES:
-        cells = [f"{metrics[name]['chance']:.3f}"]
-        for method in METHODS:
-            low, high = metrics[name]["interval"][method]
-            cells.append(f"{metrics[name][method]:.3f} [{low:.3f}, {high:.3f}]")
-        lines.append(f"{name:<20}" + "".join(f"{cell:>24}" for cell in cells))
-    for way in ("chance", "image_to_gene", "gene_to_image"):
-        figures = ", ".join(f"{key} {value:.3g}" for key, value in metrics["slice"][way].items())
-        lines.append(f"slice, {way:<14} {figures}")
-    return "\n".join(lines)
-
-
 @exclusive_folder("out")
 def main(args: Settings) -> None:
     checkpoint.require_checkpoint(args.encoder, "--encoder", "run train_mymodel.py first")
@@ -298,7 +283,7 @@ def main(args: Settings) -> None:
     draw_recall(out / "retrieval_curve.png", scored)
     write_page(out / "report.html", metrics, slices, scored, state, args)
     write_record(out / "metrics.json", metrics)
-    print(summary(metrics))
+    print("\n".join([f"{metrics['n_spots']} spots", *retrieval_lines([metrics])]))
     print(f"results in {out}")
 
 

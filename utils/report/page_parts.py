@@ -12,7 +12,7 @@ import numpy as np
 
 from utils.evaluation.metrics import SCALES, UNITS
 from utils.report.page import Table
-from utils.report.tables import GALLERIES, RETRIEVAL_ROWS
+from utils.report.tables import GALLERIES, RETRIEVAL_METHODS
 
 SCALE_NOTES = {
     "lognorm": "For comparison with the literature. This scale contains sequencing depth, which is predictable from "
@@ -58,8 +58,8 @@ def retrieval_tables(metrics: Mapping[str, Any]) -> list[Table]:
     rows: list[list[str | float | int | None]] = []
     for gallery, title in GALLERIES.items():
         scores = metrics[gallery]
-        intervals = {method: "{:.3f} to {:.3f}".format(*scores["interval"][method]) for method in RETRIEVAL_ROWS}
-        cells = [f"{scores[method]:.3f} ({intervals[method]})" for method in RETRIEVAL_ROWS]
+        intervals = {method: "{:.3f} to {:.3f}".format(*scores["interval"][method]) for method in RETRIEVAL_METHODS}
+        cells = [f"{scores[method]:.3f} ({intervals[method]})" for method in RETRIEVAL_METHODS]
         rows.append([title, scores["chance"], *cells])
     note = "Fraction of images that pick their own profile; 95 % intervals over blocks of neighbouring spots."
     columns = ["R@1", "R@5", "R@10", "median_rank"]
@@ -68,7 +68,7 @@ def retrieval_tables(metrics: Mapping[str, Any]) -> list[Table]:
         for way in ("chance", "image_to_gene", "gene_to_image")
     ]
     return [
-        Table("Retrieval: which profile is the image's?", ["gallery", "chance", *RETRIEVAL_ROWS], rows, note),
+        Table("Retrieval: which profile is the image's?", ["gallery", "chance", *RETRIEVAL_METHODS], rows, note),
         Table("Retrieval in the whole slice", ["direction", "R@1", "R@5", "R@10", "median rank"], whole),
     ]
 

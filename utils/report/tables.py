@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.evaluation.metrics import SCALES
 
-RETRIEVAL_ROWS = ("depth", "contrastive", "matching", "reranked")
+RETRIEVAL_METHODS = ("depth", "contrastive", "matching", "reranked")
 GALLERIES = {"neighbours": "among its neighbours", "random10": "among ten of the slice"}
 SCRIPTS = {"similarity": "decoder_similarity.py", "retrieval": "get_accuracy_image.py"}
 Metrics = dict[str, Any]
@@ -47,10 +47,10 @@ def line(cells: Sequence[str]) -> str:
 
 def retrieval_lines(runs: list[Metrics]) -> list[str]:
     """Accuracies with their 95 % intervals, beside chance."""
-    lines = [line(["which profile is the image's?", "chance", *RETRIEVAL_ROWS])]
+    lines = [line(["which profile is the image's?", "chance", *RETRIEVAL_METHODS])]
     for gallery, title in GALLERIES.items():
         scores = [run[gallery] for run in runs]
-        cells = [over_runs([s[method] for s in scores], scores[0]["interval"][method]) for method in RETRIEVAL_ROWS]
+        cells = [over_runs([s[method] for s in scores], scores[0]["interval"][method]) for method in RETRIEVAL_METHODS]
         lines.append(line([title, f"{scores[0]['chance']:.3f}", *cells]))
     lines.append(line(["in the whole slice", *(f"R@{k}" for k in (1, 5, 10))]))
     for way in ("chance", "image_to_gene", "gene_to_image"):

@@ -300,7 +300,7 @@ def line_of(error: BaseException) -> str | None:
     return text if isinstance(error, (ValueError, OSError)) else None
 
 
-def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> NoReturn:
+def run(main: Callable[[Any], Any], args: Any) -> NoReturn:
     """Call main(args); what is wrong with files, flags or memory ends in one line on stderr and exit code 2. Of several
     processes the first one talks."""
     if int(os.environ.get("RANK", 0)) > 0:

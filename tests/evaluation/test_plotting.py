@@ -4,8 +4,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
-from matplotlib.collections import EllipseCollection
 from PIL import Image
 
 from utils.evaluation import plotting
@@ -13,10 +11,6 @@ from utils.evaluation import plotting
 
 def lines(axes):
     return {line.get_label(): line for line in axes.lines}
-
-
-def spots(axes):
-    return next(c for c in axes.collections if isinstance(c, EllipseCollection))
 
 
 def test_loss_curves_show_every_loss_and_its_chance_dashed():
@@ -42,29 +36,6 @@ def test_histogram_counts_all_defined_genes_of_every_method():
     assert counted == [4, 2, 0]
     assert len({axes.get_xlim() for axes in figure.axes}) == len({axes.get_ylim() for axes in figure.axes}) == 1
     assert "mean 0.163" in [text.get_text() for text in figure.axes[0].texts]
-
-
-def test_measured_and_predicted_share_one_range_and_true_sizes(tmp_path):
-    xy, rng = np.array([[10.0, 20], [30, 20], [50, 60]]), np.random.default_rng(0)
-    image = rng.integers(0, 255, size=(80, 70, 3), dtype=np.uint8)
-    figure = plotting.gene_maps(image, xy, 4.0, np.array([0.0, 5, np.nan]), np.array([1.0, 2, 3]), "GENE", um_per_px=5)
-    histology, measured, predicted = figure.axes[:3]
-    assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == ["H&E", "measured", "predicted"]
-    assert spots(measured).get_clim() == spots(predicted).get_clim()
-    assert len(spots(measured).get_offsets()) == 2, "what was not measured is not drawn"
-    assert spots(predicted).get_widths().tolist() == [8, 8, 8]
-    assert not histology.collections
-    top, bottom = sorted(histology.get_ylim(), reverse=True)
-    assert histology.yaxis_inverted() and top > 60 > 20 > bottom
-    plotting.save(figure, tmp_path / "map.png")
-
-
-@pytest.mark.parametrize("value", [2.0, np.nan])
-def test_maps_without_image_of_a_flat_or_missing_gene(tmp_path, value):
-    xy = np.array([[0.0, 0], [10, 0]])
-    figure = plotting.gene_maps(None, xy, 3.0, np.full(2, value), np.full(2, value))
-    assert figure.axes[0].get_xlabel() == "x (image px)"
-    plotting.save(figure, tmp_path / "map.png")
 
 
 def test_retrieval_curve_draws_both_directions_and_chance():

@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-SCALES = ("lognorm", "residuals", "counts")
+UNITS = {"lognorm": "log1p counts per 10,000", "residuals": "Pearson residuals", "counts": "counts per 10,000"}
+SCALES = tuple(UNITS)
+PREDICTABLE_PCC = 0.1  # validation PCC from which a gene counts as predictable; below it the report greys the gene
 # A covariate that explains all but this fraction of a variance leaves rounding noise, which has no correlation.
 _LEAST_VARIANCE_LEFT = 1e-12
 

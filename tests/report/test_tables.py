@@ -13,8 +13,8 @@ from utils.report import tables
 
 GALLERY = {"chance": 0.111, "depth": 0.2, "contrastive": 0.3, "matching": 0.4, "reranked": 0.512}
 RETRIEVAL = {
-    "neighbours": GALLERY | {"interval": {row: [i / 100, 0.99] for i, row in enumerate(tables.RETRIEVAL_ROWS)}},
-    "random10": GALLERY | {"reranked": 0.622, "interval": {row: [0.05, 0.98] for row in tables.RETRIEVAL_ROWS}},
+    "neighbours": GALLERY | {"interval": {row: [i / 100, 0.99] for i, row in enumerate(tables.RETRIEVAL_METHODS)}},
+    "random10": GALLERY | {"reranked": 0.622, "interval": {row: [0.05, 0.98] for row in tables.RETRIEVAL_METHODS}},
     "slice": {
         way: {f"R@{k}": value * k for k in (1, 5, 10)} | {"median_rank": 9.0}
         for way, value in (("chance", 0.01), ("image_to_gene", 0.02), ("gene_to_image", 0.03))

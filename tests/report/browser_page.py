@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from utils.report.html import write_report
+from utils.report.page import write_report
 
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", "--disable-extensions")
 WEBGL = {"webgl": "--enable-unsafe-swiftshader", "svg": "--disable-3d-apis"}  # in software, and not at all

@@ -11,8 +11,8 @@ from report_pages import HOSTILE, a_report, blocks_of, content_of
 from tiny_runs import stderr_line
 
 from utils.report import __main__ as report_command
-from utils.report import data, html, parts
-from utils.report.html import SliceMaps, Table, join_reports, write_report
+from utils.report import page, page_data, page_parts
+from utils.report.page import SliceMaps, Table, join_reports, write_report
 
 
 def slow_values(text, bits, low, high, n_spots):
@@ -35,7 +35,7 @@ def slow_values(text, bits, low, high, n_spots):
 def test_values_come_back_to_half_a_step(rng, bits, n_spots):
     values = rng.normal(size=(n_spots, 4)) * [1, 10, 0.1, 0] + [0, 5, 0, 2]
     values[0, 0], values[-1, 1] = np.nan, np.inf
-    text, low, high = data.quantise(values, bits)
+    text, low, high = page_data.quantise(values, bits)
     found = slow_values(text, bits, low, high, n_spots)
     np.testing.assert_array_equal(np.isnan(found), ~np.isfinite(values))
     half = (np.array(high) - low) / (2**bits - 2) / 2
@@ -45,20 +45,20 @@ def test_values_come_back_to_half_a_step(rng, bits, n_spots):
 
 def test_a_gene_that_is_nowhere_known(rng):
     values = np.column_stack([np.full(5, np.nan), rng.normal(size=5)])
-    text, low, high = data.quantise(values, 16)
+    text, low, high = page_data.quantise(values, 16)
     assert (low[0], high[0]) == (0, 0) and np.isnan(slow_values(text, 16, low, high, 5)[:, 0]).all()
-    assert data.colour_range([values])[0][0] == 0
+    assert page_data.colour_range([values])[0][0] == 0
 
 
 def test_no_spots_at_all():
-    assert data.quantise(np.zeros((0, 2)), 16)[1:] == ([0, 0], [0, 0])
+    assert page_data.quantise(np.zeros((0, 2)), 16)[1:] == ([0, 0], [0, 0])
 
 
 def test_colours_share_one_range_without_the_outermost_per_cent(rng):
     maps = [rng.normal(size=(300, 2)), rng.normal(size=(300, 2)) + 5]
     maps[0][0, 0] = 1e6
     maps[1][3, 1] = np.nan
-    low, high = data.colour_range(maps)
+    low, high = page_data.colour_range(maps)
     both = np.concatenate(maps)
     expected = [np.percentile(column[np.isfinite(column)], [1, 99]) for column in both.T]
     np.testing.assert_allclose(np.column_stack([low, high]), expected)
@@ -89,8 +89,8 @@ def test_maps_are_read_back(tmp_path):
     write_report(tmp_path / "r.html", made)
     content, blocks = content_of(tmp_path / "r.html"), blocks_of(tmp_path / "r.html")
     one, kept = made.slices[0], content["slices"][0]
-    assert kept["barcodes"] == list(one.barcodes) and kept["maps"].keys() == {"measured", "predicted", "spread"}
-    for kind, tolerance in (("measured", 1e-3), ("predicted", 1e-3), ("spread", 1e-2)):
+    assert kept["barcodes"] == list(one.barcodes) and kept["maps"].keys() == {"measured", "predicted", "prediction_std"}
+    for kind, tolerance in (("measured", 1e-3), ("predicted", 1e-3), ("prediction_std", 1e-2)):
         own = kept["maps"][kind]
         found = slow_values(blocks[own["block"]], own["bits"], own["low"], own["high"], 50)
         np.testing.assert_allclose(found, getattr(one, kind), atol=tolerance)
@@ -135,7 +135,7 @@ def test_genes_of_low_or_unknown_validation_pcc_are_greyed(tmp_path):
 
 
 def test_a_large_image_is_made_smaller_and_keeps_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(html, "IMAGE_PX", 20)
+    monkeypatch.setattr(page, "IMAGE_PX", 20)
     made = a_report()
     write_report(tmp_path / "r.html", made)
     kept = content_of(tmp_path / "r.html")["slices"][0]["image"]
@@ -208,18 +208,18 @@ def test_what_cannot_be_joined_is_named(tmp_path):
 
 def test_examples_follow_their_rule():
     ranks = np.array([5, 1, 30, 2, 9, 40, 7, 3, 20, 6])
-    found = parts.choose_examples(ranks, 10, seed=0)
-    by_kind = {kind: {spot for k, spot in found if k == kind} for kind in parts.KINDS}
+    found = page_parts.choose_examples(ranks, 10, seed=0)
+    by_kind = {kind: {spot for k, spot in found if k == kind} for kind in page_parts.KINDS}
     assert by_kind["best"] == {1, 3} and by_kind["median"] == {9, 6}
     assert len(by_kind["missed"]) == 2 and by_kind["missed"] <= {2, 5, 8}
-    assert found == parts.choose_examples(ranks, 10, seed=0)
-    seen = {tuple(parts.choose_examples(ranks, 10, seed)) for seed in range(20)}
+    assert found == page_parts.choose_examples(ranks, 10, seed=0)
+    seen = {tuple(page_parts.choose_examples(ranks, 10, seed)) for seed in range(20)}
     assert len(seen) > 1, "the missed ones are drawn"
 
 
 @pytest.mark.parametrize("n_spots", [1, 2, 3, 5])
 def test_examples_of_a_small_slice_stand_once_each(n_spots):
-    found = parts.choose_examples(np.arange(1, n_spots + 1), 10, seed=0)
+    found = page_parts.choose_examples(np.arange(1, n_spots + 1), 10, seed=0)
     spots = [spot for _, spot in found]
     assert len(set(spots)) == len(spots) and 1 <= len(spots) <= n_spots
 
@@ -276,7 +276,10 @@ def test_a_missing_page_is_named_in_one_line(pages, tmp_path, capsys):
         (tmp_path / kind / "metrics.json").write_bytes((pages / kind / "metrics.json").read_bytes())
     capsys.readouterr()
     for argv, words in (
-        ([tmp_path, "--html", tmp_path / "r.html"], "--html: expected .*similarity/tables.html, found none; run dec"),
+        (
+            [tmp_path, "--html", tmp_path / "r.html"],
+            "--html: .*similarity/report.html: expected results, found none; run dec",
+        ),
         ([tmp_path, tmp_path, "--html", tmp_path / "r.html"], "--html: expected one folder of results, found 2"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -286,4 +289,4 @@ def test_a_missing_page_is_named_in_one_line(pages, tmp_path, capsys):
 
 
 def test_the_fields_are_those_that_are_drawn():
-    assert set(html.BITS) <= set(SliceMaps.__dataclass_fields__)
+    assert set(page.BITS) <= set(SliceMaps.__dataclass_fields__)

@@ -1,4 +1,4 @@
-"""Values and images as the text that `report.html` holds.
+"""Values and images as the text that report.html holds.
 
 Shapes: S spots, G genes.
 """
@@ -32,8 +32,8 @@ def quantise(values: np.ndarray, bits: int) -> tuple[str, list[float], list[floa
     high = np.where(known, values, -np.inf).max(axis=0, initial=-np.inf)
     low, high = (np.where(known.any(axis=0), edge, 0.0).astype(np.float64) for edge in (low, high))
     steps = 2**bits - 2
-    share = (np.where(known, values, 0.0) - low) / np.where(high > low, high - low, 1.0)
-    whole = np.where(known, np.rint(share * steps), steps + 1).astype("<u2" if bits == 16 else "u1")
+    position = (np.where(known, values, 0.0) - low) / np.where(high > low, high - low, 1.0)
+    whole = np.where(known, np.rint(position * steps), steps + 1).astype("<u2" if bits == 16 else "u1")
     rows = np.ascontiguousarray(whole.T).view(np.uint8).reshape(values.shape[1], -1)
     rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 3)))
     return base64.b64encode(rows.tobytes()).decode(), low.tolist(), high.tolist()
@@ -41,7 +41,7 @@ def quantise(values: np.ndarray, bits: int) -> tuple[str, list[float], list[floa
 
 def colour_range(maps: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
     """First and 99th percentile of each gene over all maps (S, G) together: (G,), (G,); 0 where nothing is known."""
-    both = np.concatenate([np.where(np.isfinite(one), one, np.nan) for one in maps])
+    both = np.concatenate([np.where(np.isfinite(values), values, np.nan) for values in maps])
     edges = np.zeros((2, both.shape[1]))
     known = np.isfinite(both).any(axis=0)
     edges[:, known] = np.nanpercentile(both[:, known], [1, 99], axis=0)
@@ -49,7 +49,7 @@ def colour_range(maps: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
 
 
 def jpeg(pixels: np.ndarray, longest_px: int, quality: int = 80) -> str:
-    """A image (h, w, 3) uint8, made smaller where it is larger than `longest_px`, as a data address."""
+    """An image (h, w, 3) uint8, reduced to `longest_px` where it is larger, as a data address."""
     from PIL import Image
 
     image, data = Image.fromarray(np.ascontiguousarray(pixels[..., :3])), io.BytesIO()
@@ -63,7 +63,7 @@ def numbers(values: np.ndarray) -> list[Any]:
 
 
 def cell(value: Any) -> str | float | int | None:
-    """As JSON can hold it: NaN and infinity are None; more than six digits of a figure say nothing."""
+    """As JSON can hold it: NaN and infinity are None, other numbers have six digits."""
     if isinstance(value, float | np.floating):
         return float(f"{value:.6g}") if np.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from utils.report.html import Report, RetrievalExample, SliceMaps, Table
+from utils.report.page import Report, RetrievalExample, SliceMaps, Table
 
 HOSTILE = "</script><img src=x onerror=alert(1)><b>&amp;\u2028'\""
 BLOCK = re.compile(r'<script type="text/plain" id="([^"]+)">(.*?)</script>', re.DOTALL)
@@ -56,14 +56,14 @@ def a_report(genes=("A", "B", "C"), n_spots=30, name="P1", barcode=None, image_p
         barcodes=barcodes,
         predicted=predicted,
         measured=measured,
-        spread=rng.uniform(0.1, 0.5, size=predicted.shape),
+        prediction_std=rng.uniform(0.1, 0.5, size=predicted.shape),
         domain_score=rng.uniform(0.5, 2, size=n_spots),
         um_per_fullres_px=5.0,
     )
     candidates = [(tiles[1], "rank 1: AAA", 0.9, False), (None, "rank 2: CCC", 0.8, True)]
     return Report(
         title="A report",
-        unit="Pearson residual",
+        unit="Pearson residuals",
         genes=list(genes),
         slices=[one],
         gene_columns={"PCC": val_pcc + 0.05, "mean counts per 10,000": rng.uniform(1, 50, size=n_genes)},

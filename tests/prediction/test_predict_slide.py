@@ -17,6 +17,7 @@ from tiny_runs import snapshot
 from utils.files.arrays import ArrayStore
 from utils.images import tiles
 from utils.prediction import outputs, slide_features
+from utils.prediction.predict import RunningMoments
 from utils.training import checkpoint
 
 
@@ -37,8 +38,8 @@ def measured(trained, section, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unmeasured(trained, section, tmp_path_factory):
-    """Results of its image alone, on a grid, with the spread over turned views."""
-    flags = ("--um_per_px", 1, "--spread")
+    """Results of its image alone, on a grid, with the deviation over flipped and rotated tiles."""
+    flags = ("--um_per_px", 1, "--prediction_std")
     return predict(section[1], trained.decoder, tmp_path_factory.mktemp("unmeasured"), *flags)
 
 
@@ -64,19 +65,19 @@ def test_a_slice_is_predicted_as_decoder_similarity_does(trained, measured, tmp_
         assert found["lognorm"]["model"][figure] == pytest.approx(expected["lognorm"]["model"][figure], abs=2e-3)
 
 
-def test_positions_of_a_file_stand_in_for_the_slice_and_the_spread_leaves_the_mean_alone(
+def test_positions_of_a_file_replace_those_of_the_slice_and_the_deviation_leaves_the_mean_alone(
     trained, section, measured, tmp_path
 ):
     positions = tmp_path / "spots of P03.csv"
     shutil.copy(next((section[0] / "spatial").glob("tissue_positions*")), positions)
-    out = predict(section[1], trained.decoder, tmp_path / "out", "--positions", positions, "--spread")
+    out = predict(section[1], trained.decoder, tmp_path / "out", "--positions", positions, "--prediction_std")
     one, other = read(out), read(measured)
-    assert set(one.obs_names) == set(other.obs_names) and "spread" in one.layers
+    assert set(one.obs_names) == set(other.obs_names) and "prediction_std" in one.layers
     np.testing.assert_allclose(one[other.obs_names].X, other.X, atol=1e-4)
     assert "counts" not in one.layers and not (out / "metrics.json").exists()
 
 
-def test_a_image_gets_a_grid_on_its_tissue(unmeasured, section):
+def test_an_image_gets_a_grid_on_its_tissue(unmeasured, section):
     adata = read(unmeasured)
     spots = pd.read_csv(unmeasured / "predictions.csv", index_col="barcode")
     assert 40 < adata.n_obs < 90 and adata.obs_names[0].count("x") == 1
@@ -87,10 +88,10 @@ def test_a_image_gets_a_grid_on_its_tissue(unmeasured, section):
     np.testing.assert_allclose(spots[["x", "y"]], adata.obsm["spatial"], rtol=1e-5)
     np.testing.assert_allclose(spots[adata.var_names], adata.X, rtol=1e-4, atol=1e-4)
     assert spots.columns[:3].tolist() == ["x", "y", "domain_score"]
-    assert (adata.layers["spread"] > 0).all() and "measured" not in adata.layers
+    assert (adata.layers["prediction_std"] > 0).all() and "measured" not in adata.layers
 
 
-def test_several_decoders_give_mean_and_spread_and_share_features(trained, section, measured, tmp_path, monkeypatch):
+def test_several_decoders_give_mean_and_deviation_and_share_features(trained, section, measured, tmp_path, monkeypatch):
     state = checkpoint.load(trained.decoder, "stage_two", "--decoder")
     state["model"]["target_mean"] += 2.0
     state.pop("format"), state.pop("kind")
@@ -100,19 +101,19 @@ def test_several_decoders_give_mean_and_spread_and_share_features(trained, secti
     both = [trained.decoder, tmp_path / "other.pth"]
     adata, alone = read(predict(section[0], both, tmp_path / "out")), read(measured)
     np.testing.assert_allclose(adata.X, alone.X + 1.0, atol=1e-4)
-    np.testing.assert_allclose(adata.layers["spread"], 1.0, atol=1e-4)
+    np.testing.assert_allclose(adata.layers["prediction_std"], 1.0, atol=1e-4)
     np.testing.assert_allclose(adata.obs["domain_score"], alone.obs["domain_score"], rtol=1e-5)
     assert calls.count(adata.n_obs) == 1, "one pass over the tiles for both"
 
 
 def test_mean_and_deviation_one_after_the_other(rng, tmp_path):
     several = rng.normal(5, 2, (8, 30, 4)).astype(np.float32)
-    spread = slide_features.Spread(ArrayStore(1e-9, tmp_path))
-    assert spread.deviation is None
+    moments = RunningMoments(ArrayStore(1e-9, tmp_path))
+    assert moments.std is None
     for one in several:
-        spread.add(one)
-    np.testing.assert_allclose(spread.mean, several.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(spread.deviation, several.std(0), rtol=1e-4)
+        moments.add(one)
+    np.testing.assert_allclose(moments.mean, several.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(moments.std, several.std(0), rtol=1e-4)
 
 
 def test_tiles_are_asked_for_one_batch_after_the_other():
@@ -175,17 +176,6 @@ def test_metrics_are_json_and_beside_the_mean_profile(measured):
     assert len(pd.read_csv(measured / "genes.csv")) == metrics["n_genes"] == 20
 
 
-def test_a_large_table_is_compressed(measured, tmp_path, monkeypatch):
-    adata = read(measured)
-    one = by_hand(adata)
-    small = outputs.write_csv(tmp_path, one)
-    monkeypatch.setattr(outputs, "CSV_BYTES", 100)
-    large = outputs.write_csv(tmp_path, one)
-    assert (small.name, large.name) == outputs.CSV_NAMES
-    assert [path.name for path in tmp_path.iterdir()] == [large.name]
-    np.testing.assert_allclose(pd.read_csv(large)[adata.var_names], adata.X, rtol=1e-4, atol=1e-4)
-
-
 def by_hand(adata):
     from utils.prediction.layout import SlideSpots
 
@@ -193,8 +183,18 @@ def by_hand(adata):
     spots = SlideSpots("P03_1", adata.obs_names.to_numpy(str), adata.obsm["spatial"], place, 100, 55, 1, 1)
     library = adata.uns["spatial"]["P03_1"]
     scale = library["scalefactors"]["tissue_hires_scalef"]
-    values = adata.X, None, adata.obs["domain_score"].to_numpy(), 2.0, adata.var["val_pcc"].to_numpy()
-    return outputs.Prediction(spots, adata.var_names.tolist(), "lognorm", *values, library["images"]["hires"], scale)
+    return outputs.Prediction(
+        spots=spots,
+        genes=adata.var_names.tolist(),
+        target="lognorm",
+        predicted=adata.X,
+        prediction_std=None,
+        domain_score=adata.obs["domain_score"].to_numpy(),
+        domain_limit=2.0,
+        val_pcc=adata.var["val_pcc"].to_numpy(),
+        image=library["images"]["hires"],
+        image_scale=scale,
+    )
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_the_spatialdata_file_is_read_again(measured, tmp_path):
     spatialdata = pytest.importorskip("spatialdata")
     one = by_hand(read(measured))
     for _ in range(2):  # over an earlier one
-        outputs.write_spatialdata(tmp_path / "a.zarr", one, outputs.as_anndata(one))
+        outputs.write_spatialdata(tmp_path / "a.zarr", one)
     found = spatialdata.read_zarr(tmp_path / "a.zarr")
     np.testing.assert_allclose(found.tables["predicted"].X, one.predicted, rtol=1e-6)
     centres = np.array([[p.x, p.y] for p in found.shapes["spots"].geometry])
@@ -228,7 +228,7 @@ def test_a_slide_unlike_anything_is_warned_of(trained, tmp_path, rng, capsys):
 
 def test_the_models_own_kind_of_slide_is_not_warned_of(measured, unmeasured):
     for out in (measured, unmeasured):
-        assert not record(out)["unlike_training"] and record(out)["share_out_of_domain"] < 0.5
+        assert not record(out)["unlike_training"] and record(out)["fraction_out_of_domain"] < 0.5
 
 
 def test_a_coarser_image_is_enlarged_with_a_warning(trained, section, unmeasured, tmp_path, capsys):
@@ -241,9 +241,9 @@ def test_a_coarser_image_is_enlarged_with_a_warning(trained, section, unmeasured
     assert record(out)["spot_pitch_fullres_px"] == pytest.approx(100 / 7)
 
 
-def test_a_slice_that_taught_the_model_is_warned_of(trained, tmp_path, capsys):
+def test_a_slice_that_the_model_was_trained_on_is_warned_of(trained, tmp_path, capsys):
     predict(trained.data / "P01_1", trained.decoder, tmp_path)
-    assert "the model was trained with this slice" in capsys.readouterr().out
+    assert "the model was trained on this slice" in capsys.readouterr().out
 
 
 def test_genes_that_a_slice_lacks_are_undefined(trained, section, tmp_path):

@@ -13,7 +13,7 @@ from utils.features import neighbourhoods
 from utils.images import tiles
 from utils.training import checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,11 @@ def test_an_interrupted_slide_goes_on_from_its_features(trained, section, measur
     assert len(list((out / "maps").iterdir())) == 3, "other flags, other files"
 
 
-def test_a_table_of_slides_is_worked_off_and_a_torn_one_does_not_stop_it(trained, section, tmp_path, capsys):
+def test_a_table_of_slides_is_worked_off_and_a_corrupt_one_does_not_stop_it(trained, section, tmp_path, capsys):
     (tmp_path / "corrupt.png").write_bytes(b"no image")
     (tmp_path / "P03_1").symlink_to(section[0])
     table = tmp_path / "cohort.csv"
-    table.write_text(f"slide,um_per_px,spot_pitch_um\ntorn.png,1,\nP03_1,,\n\n{section[1]},1,150\n")
+    table.write_text(f"slide,um_per_px,spot_pitch_um\ncorrupt.png,1,\nP03_1,,\n\n{section[1]},1,150\n")
     out = tmp_path / "out"
     assert exit_code(table, trained.decoder, out) == 2
     stderr_line(capsys, "1 of 3 slides could not be predicted: corrupt .*corrupt.png")
@@ -101,11 +101,17 @@ def test_a_model_of_tiles_without_scale_and_unlike_members_are_refused(trained, 
     stderr_line(capsys, "a.pth was trained on tiles without scale")
     assert exit_code(section[0], [trained.decoder, tmp_path / "b.pth"], tmp_path / "out") == 2
     stderr_line(capsys, "b.pth has other genes")
-    assert exit_code(section[0], [trained.decoder, tmp_path / "b.pth"], tmp_path / "out", "--spread") == 2
-    stderr_line(capsys, "--spread: several decoders give a spread by themselves")
+    assert exit_code(section[0], [trained.decoder, tmp_path / "b.pth"], tmp_path / "out", "--prediction_std") == 2
+    stderr_line(capsys, "--prediction_std: several decoders have a deviation of their own")
 
 
-def test_positions_of_another_image_and_torn_ones(trained, section, tmp_path, capsys):
+def test_a_launcher_of_several_processes_is_refused(trained, section, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert exit_code(section[0], trained.decoder, tmp_path / "out") == 2
+    stderr_line(capsys, "expected one process, found a launcher's several; .* --shard I/N")
+
+
+def test_positions_of_another_image_and_corrupt_ones(trained, section, tmp_path, capsys):
     far, corrupt = tmp_path / "far.csv", tmp_path / "corrupt.csv"
     far.write_text("".join(f"A{i}-1,1,{i},{i % 2},{9000 + 100 * i},{9000 + 50 * (i % 2)}\n" for i in range(4)))
     corrupt.write_text("barcode,in_tissue\nA,1\n")

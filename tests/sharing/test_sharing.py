@@ -1,8 +1,7 @@
-"""A shared model: the folder holds the checkpoint to the last bit, scripts take it, the hub hands it on."""
+"""A shared model: the folder holds the checkpoint to the last bit, and scripts take it."""
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import anndata
@@ -17,7 +16,6 @@ from tiny_runs import Work, stderr_line
 from utils import settings
 from utils.sharing import __main__ as sharing
 from utils.sharing import export
-from utils.sharing import hub as hub_module
 from utils.training import checkpoint
 from utils.training.shared_folder import CARD, CONFIG, FILES, WEIGHTS
 
@@ -53,7 +51,9 @@ def test_the_round_trip_is_exact(trained, shared, kind):
     for key in ("settings", "encoder_settings"):
         if key in before:  # paths of this machine are cut to names, all else is kept
             given, found = before.pop(key), after.pop(key)
-            assert found == export.plain(given) and given.keys() == found.keys() and given["seed"] == found["seed"]
+            assert (
+                found == export.publishable(given) and given.keys() == found.keys() and given["seed"] == found["seed"]
+            )
             assert Path(given["data"]).is_absolute() and found["data"] == "data"
     assert same(before, after) and list(before["model"]) == list(after["model"])
     assert sorted(path.name for path in shared[kind].iterdir()) == sorted(FILES)
@@ -143,7 +143,7 @@ def test_the_config_says_what_is_needed_elsewhere(trained, shared):
     assert config["target"] == "lognorm"
 
 
-def test_no_path_of_the_machine_is_told(trained, shared):
+def test_no_path_of_the_machine_is_published(trained, shared):
     for folder in shared.values():
         for name in (CONFIG, CARD):
             text = (folder / name).read_text()
@@ -166,15 +166,15 @@ def test_no_path_of_the_machine_is_told(trained, shared):
         ({1: True}, {"1": True}),
     ],
 )
-def test_plain_values(value, expected):
-    assert export.plain(value) == expected
+def test_publishable_values(value, expected):
+    assert export.publishable(value) == expected
 
 
 def test_the_card(shared):
     for kind, folder in shared.items():
         card = huggingface_hub.ModelCard.load(folder / CARD)
         assert card.data.library_name == "magic-st" and "spatial-transcriptomics" in card.data.tags
-        assert card.data.license is None and "is for whoever shares them to state" in card.text
+        assert card.data.license is None and "Whoever shares these weights states their licence" in card.text
         assert "- train: P01_1 (patient P01)" in card.text and "- val: P02_1 (patient P02)" in card.text
         assert "P03" not in card.text, "not trained on"
         assert "32 x 32 px, 3.5 um per px, 112 um" in card.text
@@ -183,46 +183,14 @@ def test_the_card(shared):
             assert (f"- {name}: {value:.4g}" in card.text) == name.startswith("val_")
         assert f"{len(state['genes'])} genes ({', '.join(state['genes'][:5])}, ..." in card.text
         assert "Not a medical device" in card.text and f"--{STAGES[kind][0]} FOLDER" in card.text
-    assert "as log1p of counts per 10,000; each spot is seen with up to 18 around it" in card.text
+    assert "as log1p counts per 10,000; with up to 18 neighbours of each spot as context" in card.text
     below = int((state["val_pcc"] < 0.1).sum())
     assert f"- {below} of 20 genes are below 0.1" in card.text
     best = state["genes"][int(state["val_pcc"].argmax())]
     assert f"best: {best} {state['val_pcc'].max():.2f}" in card.text
 
 
-# ---- the hub, without a network
-
-
-class Hub:
-    """Stands in for HfApi: keeps what is uploaded, and hands it out again."""
-
-    def __init__(self, store: Path):
-        self.store, self.calls = store, []
-
-    def create_repo(self, repo_id, private, exist_ok):
-        self.calls.append(("create_repo", private))
-        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
-
-    def upload_folder(self, *, repo_id, folder_path, **options):
-        shutil.copytree(folder_path, self.store / repo_id)
-        self.calls.append(("upload_folder", options["repo_type"]))
-        return f"https://huggingface.co/{repo_id}/commit/1"
-
-    def snapshot_download(self, repo_id, allow_patterns, **options):
-        assert set(allow_patterns) == set(FILES)
-        return str(self.store / repo_id)
-
-    def hf_hub_download(self, repo_id, filename, **options):
-        return str(self.store / repo_id / filename)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    fake = Hub(tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", lambda token=None: fake)
-    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", fake.hf_hub_download)
-    monkeypatch.setattr(hub_module, "snapshot_download", fake.snapshot_download)
-    return fake
+# ---- the command
 
 
 def command(*argv):
@@ -235,44 +203,6 @@ def exit_code(*argv):
     return stop.value.code
 
 
-@pytest.mark.parametrize("source", ["file", "folder"])
-def test_upload_and_download(trained, shared, hub, tmp_path, capsys, source):
-    """Precisely the three files go up, to a repository that is private, and come down unchanged."""
-    command(trained.decoder if source == "file" else shared["stage_two"], "--push", "jane/magic")
-    assert hub.calls == [("create_repo", True), ("upload_folder", "model")]
-    assert sorted(path.name for path in (hub.store / "jane/magic").rglob("*")) == sorted(FILES)
-    command("--pull", "jane/magic", tmp_path / "down")
-    assert "jane/magic/commit/1" in capsys.readouterr().out
-    for name in FILES:
-        assert (tmp_path / "down" / name).read_bytes() == (shared["stage_two"] / name).read_bytes()
-
-
-def test_a_public_repository_is_asked_for(shared, hub):
-    command(shared["stage_one"], "--push", "jane/magic", "--public")
-    assert hub.calls[0] == ("create_repo", False)
-
-
-def test_the_mixin_on_a_folder(trained, own, tmp_path):
-    (own["stage_two"] / CARD).write_text("---\nlicense: mit\n---\nby hand")
-    model = hub_module.SharedMagic.from_pretrained(own["stage_two"])
-    model.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / CARD).read_text().endswith("by hand"), "a card that was edited stays"
-    assert same(model.state, hub_module.SharedMagic.from_pretrained(tmp_path / "saved").state)
-    hub_module.SharedMagic(trained.decoder).save_pretrained(tmp_path / "written")
-    assert same(load(tmp_path / "written", "stage_two"), load(own["stage_two"], "stage_two"))
-
-
-def test_what_the_hub_does_not_have(hub, tmp_path, capsys, monkeypatch):
-    def missing(*args, **options):
-        raise huggingface_hub.errors.OfflineModeIsEnabled("no network\nhere")
-
-    monkeypatch.setattr(hub_module, "snapshot_download", missing)
-    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", missing)
-    assert exit_code("--pull", "jane/none", tmp_path / "down") == 2
-    stderr_line(capsys, "--pull jane/none: no network here; see that the name is right")
-    assert not (tmp_path / "down").exists()
-
-
 def test_the_command_line(trained, shared, tmp_path, capsys):
     command(trained.encoder, tmp_path / "new")
     assert checkpoint.model_hash(tmp_path / "new") == checkpoint.model_hash(shared["stage_one"])
@@ -281,7 +211,7 @@ def test_the_command_line(trained, shared, tmp_path, capsys):
     stderr_line(capsys, "DIR: expected a new or an empty folder")
     assert exit_code(tmp_path / "none.pth", tmp_path / "other") == 2
     stderr_line(capsys, "CHECKPOINT: expected the file .*none.pth, found none; train first")
-    for wrong in (["a"], ["a", "b", "c"], ["--pull", "x/y", "a", "b"], ["--push", "x/y", "a", "b"]):
+    for wrong, expected in ((["a"], "required: DIR"), (["a", "b", "c"], "unrecognized arguments: c")):
         with pytest.raises(SystemExit):
             sharing.parse_args(wrong)
-        stderr_line(capsys, "expected (CHECKPOINT|DIR)")
+        stderr_line(capsys, expected)

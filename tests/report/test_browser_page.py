@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from report_pages import HOSTILE, a_report
 
-from utils.report.html import Table
+from utils.report.page import Table
 
 pytest_plugins = ["browser_page"]
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -88,7 +88,7 @@ def test_a_script_that_got_in_would_not_run(opened):
 
 def test_a_page_of_several_slices_without_measurements_or_images(opened):
     made = a_report()
-    bare = replace(made.slices[0], name="P2", image=None, measured=None, spread=None, domain_score=None)
+    bare = replace(made.slices[0], name="P2", image=None, measured=None, prediction_std=None, domain_score=None)
     page = opened(replace(made, slices=[replace(made.slices[0], measured=None), bare]))
     assert page("return [state.left, state.right]") == ["image", "predicted"]
     page("get('slice').value = '1'; get('slice').dispatchEvent(new Event('change'))")
@@ -143,7 +143,7 @@ def test_no_page_is_wider_than_its_window(opened, width):
 @BOTH
 def test_a_large_report_is_below_15_mb_and_says_how_fast_it_was(opened):
     made = a_report(genes=[f"GENE{i:03d}" for i in range(300)], n_spots=5000, image_px=2000)
-    page = opened(replace(made, slices=[replace(made.slices[0], spread=None)]))
+    page = opened(replace(made, slices=[replace(made.slices[0], prediction_std=None)]))
     work = page.work_s()
     size = page.path.stat().st_size
     assert size < 15e6
@@ -161,7 +161,7 @@ def test_images_for_the_documentation(opened):
     if not folder:
         pytest.skip("MAGIC_SCREENSHOTS names no folder for the images")
     shown = opened(a_report(genes=[f"GENE{i:03d}" for i in range(40)], n_spots=600, image_px=1200))
-    own, demo = shown.path, Path(__file__).resolve().parents[1] / "demo" / "report.html"
+    own, demo = shown.path, Path(__file__).resolve().parents[2] / "demo" / "report.html"
     for name, dark in (("report", False), ("report_dark", True)):
         shown.open(demo if demo.exists() else own, dark)
         shown.hover(30)

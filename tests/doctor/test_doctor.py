@@ -1,4 +1,4 @@
-"""utils/doctor.py: a folder in order gives 0; every damage gives a line that says what was found and how to mend it."""
+"""utils/doctor: a folder in order gives 0; every damage gives a line with what was found and how to fix it."""
 
 import json
 import re
@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 from tiny_runs import rewrite_matrix, snapshot
 
-from utils import doctor
+from utils.doctor import __main__ as doctor
+from utils.doctor import environment
+from utils.doctor.findings import Findings
 from utils.genes import panels as gene_panels
 from utils.images import tiles
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def look(capsys, data, tiles_at, panels, *flags) -> tuple[int, str, list[str]]:
-    """Exit code, what was printed, and the lines of what is to be mended."""
+    """Exit code, what was printed, and the lines of the problems."""
     argv = ["--data", data, "--tiles", tiles_at, "--panels", panels, "--out", Path(tiles_at).parent, *flags]
     capsys.readouterr()
     code = doctor.main(doctor.parse_args([str(flag) for flag in argv]))
@@ -37,14 +39,14 @@ def own(prepared, tmp_path):
 
 @pytest.fixture
 def seen(own, capsys):
-    """`seen(*flags, expect=[...])`: the damaged folder has exactly these things to mend, in this order."""
+    """`seen(*flags, expect=[...])`: the damaged folder has exactly these problems, in this order."""
 
     def run(*flags, expect, also=()):
         code, printed, problems = look(capsys, own / "data", own / "tiles", own / "panels", *flags)
         assert code == 1 and len(problems) == len(expect), problems
         for problem, pattern in zip(problems, expect, strict=True):
             assert re.search(pattern, problem), problem
-            assert re.match(r"found .*; mend: \S", problem)
+            assert re.match(r"found .*; fix: \S", problem)
         for pattern in also:
             assert re.search(pattern, printed), printed
         return printed
@@ -91,7 +93,7 @@ def test_two_damaged_slices_are_both_found_and_the_third_is_looked_at(own, seen)
     corrupt = own / "data/P02_1/filtered_feature_bc_matrix.h5"
     corrupt.write_bytes(corrupt.read_bytes()[:1000])
     printed = seen(
-        expect=[r"P01_1: .*scalefactors_json.json: expected .*; mend: add it", r"P02_1: .*bc_matrix.h5: .*; mend: copy"]
+        expect=[r"P01_1: .*scalefactors_json.json: expected .*; fix: add it", r"P02_1: .*bc_matrix.h5: .*; fix: copy"]
     )
     assert "P03_1 (patient P03, test)\n    70 spots" in printed
 
@@ -113,7 +115,7 @@ def test_a_square_array_asks_for_its_pitch(own, seen):
     make_square(own / "data" / "P01_1")
     table = own / "slices.csv"
     table.write_text("slice,patient,part\nP01_1,P01,train\nP02_1,P02,val\nP03_1,P03,test\n")
-    seen("--slices", table, expect=[r"found a square array; mend: add the column spot_pitch_um"])
+    seen("--slices", table, expect=[r"found a square array; fix: add the column spot_pitch_um"])
 
 
 def test_images_missing_doubled_or_of_another_slide(own, seen):
@@ -127,8 +129,8 @@ def test_images_missing_doubled_or_of_another_slide(own, seen):
         "--slices",
         own / "slices.csv",
         expect=[
-            r"P01_1: .*expected one full-resolution image, found .*; mend: name it in the image column",
-            r"P02_1: .*expected a full-resolution image or .*, found none; mend: put the H&E image",
+            r"P01_1: .*expected one full-resolution image, found .*; fix: name it in the image column",
+            r"P02_1: .*expected a full-resolution image or .*, found none; fix: put the H&E image",
             r"P03_1: .*P03_1_he.jpg: expected the image that tissue_hires_image.png was made of, found another",
         ],
     )
@@ -151,7 +153,7 @@ def test_the_hires_image_alone_is_a_note(own, capsys):
         (
             "P01_1,A,train\nP09_1,B,val\n",
             (),
-            ["line 3: .*found no such folder; mend: correct the slice column"],
+            ["line 3: .*found no such folder; fix: correct the slice column"],
         ),
         ("P01_1,A,test\nP02_1,B,val\nP03_1,C,train\n", (), ["P01_1: genes chosen on P01_1, outside the train part"]),
     ],
@@ -178,7 +180,7 @@ def test_one_slice_under_two_names(own, seen):
     (own / "data/P03_1/P01_1_he.jpg").rename(own / "data/P03_1/P03_1_he.jpg")
     shutil.rmtree(own / "tiles")
     shutil.rmtree(own / "panels")
-    seen(expect=[r"identical counts in two parts: P01_1 \(train\), P03_1 \(test\); mend: correct the parts"])
+    seen(expect=[r"identical counts in two parts: P01_1 \(train\), P03_1 \(test\); fix: .*parts"])
 
 
 def test_counts_that_changed_after_the_panels(own, seen):
@@ -194,7 +196,7 @@ def test_tiles_missing_interrupted_or_of_another_scale(own, seen):
     (third / tiles.RECORD).write_text(json.dumps(record | {"um_per_px": 1.0}))
     seen(
         expect=[
-            r"P01_1: .*tiling was interrupted; mend: run image_tilling.py again",
+            r"P01_1: .*tiling was interrupted; fix: run image_tilling.py again",
             r"P02_1: .*expected tiles.json and tiles.h5, found none",
             r"in the tiles: P01_1, P02_1 have none",
         ]
@@ -218,9 +220,9 @@ def test_a_spot_without_tile(own, seen):
 
 def test_a_data_folder_that_is_not_there_or_is_a_slice(own, capsys, tmp_path):
     code, _, problems = look(capsys, own / "nothing", own / "tiles", own / "panels")
-    assert code == 1 and "found nothing; mend: give it with --data" in problems[0]
+    assert code == 1 and "found nothing; fix: give it with --data" in problems[0]
     code, _, problems = look(capsys, own / "data/P01_1", own / "tiles", own / "panels")
-    assert code == 1 and "mend: give the folder above it" in problems[0]
+    assert code == 1 and "fix: give the folder above it" in problems[0]
 
 
 def test_without_data_the_machine_alone_is_looked_at(tmp_path, capsys, monkeypatch):
@@ -231,26 +233,26 @@ def test_without_data_the_machine_alone_is_looked_at(tmp_path, capsys, monkeypat
 
 def test_unmet_requirements_are_named_and_slices_wait(tmp_path, capsys):
     (tmp_path / "requirements.txt").write_text("numpy>=999\nno-such-package-at-all>=1  # why\n\npillow>=1\n")
-    findings = doctor.Findings()
-    assert doctor.check_versions(findings, tmp_path / "requirements.txt") is False
+    findings = Findings()
+    assert environment.check_versions(findings, tmp_path / "requirements.txt") is False
     assert [p.split(";")[0] for p in findings.problems] == [
         f"found numpy {np.__version__}, needed is >=999",
         "found no-such-package-at-all not installed, needed is >=1",
     ]
     doctor.check_data(doctor.parse_args(["--data", str(tmp_path)]), False, findings)
-    assert "not looked at before" in capsys.readouterr().out
+    assert "not checked before" in capsys.readouterr().out
 
 
 def test_what_this_repository_needs_is_installed_here():
-    findings = doctor.Findings()
-    assert doctor.check_versions(findings) and not findings.problems
+    findings = Findings()
+    assert environment.check_versions(findings) and not findings.problems
 
 
 def test_room_for_tiles(own, seen, monkeypatch):
     usage = shutil.disk_usage(own)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     shutil.rmtree(own / "tiles")
-    seen(expect=[r"0\.0 GiB free for .*tiles, about 0\.0 GiB of tiles to come; mend: make room"])
+    seen(expect=[r"0\.0 GiB free for .*tiles, about 0\.0 GiB of tiles to come; fix: make room"])
 
 
 def test_a_driver_that_torch_does_not_see(monkeypatch, capsys):
@@ -258,9 +260,9 @@ def test_a_driver_that_torch_does_not_see(monkeypatch, capsys):
 
     if torch.cuda.is_available():
         pytest.skip("torch sees a CUDA device here")
-    monkeypatch.setattr(doctor, "driver", lambda: ["550.54"])
-    findings = doctor.Findings()
-    doctor.check_device(findings)
+    monkeypatch.setattr(environment, "driver_versions", lambda: ["550.54"])
+    findings = Findings()
+    environment.check_device(findings)
     assert "an NVIDIA driver 550.54, but torch" in findings.problems[0]
 
 
@@ -270,14 +272,15 @@ def test_a_cuda_device_is_named_with_driver_and_memory(capsys):
 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    findings = doctor.Findings()
-    doctor.check_device(findings)
+    findings = Findings()
+    environment.check_device(findings)
     assert not findings.problems
     assert re.search(r"GPU 0: .*, [\d.]+ GiB, CUDA [\d.]+, driver [\d.]+, ", capsys.readouterr().out)
 
 
 def test_help_and_a_wrong_flag_come_before_torch_and_pandas():
-    code = "import sys; from utils import doctor; doctor.parse_args([]); print({'torch', 'pandas'} & {*sys.modules})"
+    imports = "import sys; from utils.doctor import __main__ as doctor; "
+    code = imports + "doctor.parse_args([]); print({'torch', 'pandas'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     done = subprocess.run(
@@ -289,7 +292,7 @@ def test_help_and_a_wrong_flag_come_before_torch_and_pandas():
 def test_the_command_ends_with_the_exit_code(simulated, tmp_path):
     command = [sys.executable, "-m", "utils.doctor", "--data", str(tmp_path), "--tiles", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "; mend: " in done.stdout and not done.stderr
+    assert done.returncode == 1 and "; fix: " in done.stdout and not done.stderr
 
 
 @pytest.mark.realdata

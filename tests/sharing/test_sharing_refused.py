@@ -12,7 +12,6 @@ from test_checkpoint import Bomb
 from tiny_runs import LAST, stderr_line
 
 from utils.sharing import export
-from utils.sharing.hub import SharedMagic
 from utils.training import checkpoint
 from utils.training.shared_folder import CONFIG, WEIGHTS
 
@@ -25,14 +24,12 @@ def own(trained, tmp_path):
 def test_only_a_new_folder_is_written_to(trained, own):
     before = {path: path.read_bytes() for path in own["stage_two"].iterdir()}
     refused("expected a new or an empty folder, found", export.export, trained.decoder, own["stage_two"])
-    model = SharedMagic(trained.decoder)
-    refused("expected a new or an empty folder, found", model.save_pretrained, own["stage_two"])
     assert {path: path.read_bytes() for path in own["stage_two"].iterdir()} == before
 
 
 def test_a_checkpoint_to_resume_from_is_not_shared(trained, tmp_path):
     path = trained.decoder.with_name(LAST)
-    refused("is there to resume from; expected best_epoch_weights.pth", export.export, path, tmp_path / "new")
+    refused("is there to resume from; fix: give best_epoch_weights.pth", export.export, path, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -59,19 +56,19 @@ def damage(folder, kind, how):
         return r"expected none for model.more, found float32 \[2\]"
     if how == "another shape":
         save_file(tensors | {first: torch.ones(3, 3)}, weights)
-        return r"to_vector.weight, found float32 \[3, 3\]; export or download the folder anew"
+        return r"to_vector.weight, found float32 \[3, 3\]; fix: export or download the folder again"
     if how == "another type":
         save_file(tensors | {first: tensors[first].bfloat16()}, weights)
         return r"to_vector.weight, found bfloat16 \["
     if how == "another model":
         save_file(tensors | {first: tensors[first] + 1}, weights)
-        return "expected another sha256; export or download"
+        return "expected another sha256; fix: export"
     if how == "code":
         weights.write_bytes(pickle.dumps(Bomb(folder / "ran")))
         return "model.safetensors is corrupt, or"
     if how == "broken JSON":
         config.write_text(config.read_text()[:-20])
-        return "config.json: expected JSON, found .*; export or download"
+        return "config.json: expected JSON, found .*; fix: export"
     if how == "no text":
         config.write_bytes(b"\xff\xfe\x00")
         return "config.json: expected JSON"
@@ -83,7 +80,7 @@ def damage(folder, kind, how):
         return "expected what --export wrote, found the config of something else"
     if how == "keys missing":
         config.write_text(json.dumps({k: v for k, v in known.items() if k not in ("genes", "settings")}))
-        return r"config.json lacks genes \(list\), settings \(dict\); export"
+        return r"config.json lacks genes \(list\), settings \(dict\); fix: export"
     if how == "no scale":
         config.write_text(json.dumps(known | {"tile_scale": {}}))
         return "config.json lacks side_px of tile_scale"

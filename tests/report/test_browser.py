@@ -61,7 +61,7 @@ def test_a_spot_is_read_by_pointing(opened, panel):
     page.hover(42, panel)
     page.until("return get('spot').textContent.startsWith('SPOT00042-1')", "the spot to be read")
     one = made.slices[0]
-    kinds = (("measured", one.measured), ("predicted", one.predicted), ("uncertainty", one.spread))
+    kinds = (("measured", one.measured), ("predicted", one.predicted), ("prediction std", one.prediction_std))
     shown = page.text("#spot").replace("−", "-")
     for kind, values in kinds:
         found = float(shown.split(f"{kind} ")[1].split(" ")[0])
@@ -138,6 +138,6 @@ def test_opacity_range_and_kind_of_map(opened):
     page("get('range').value = 'own'; get('range').dispatchEvent(new Event('change'))")
     page.until("return plot.dataset.drawn.endsWith('own')", "own ranges")
     assert page(limits)[0] != page(limits)[1]
-    for kind in ("spread", "domain", "image"):
+    for kind in ("prediction_std", "domain", "image"):
         page("get('right').value = arguments[0]; get('right').dispatchEvent(new Event('change'))", kind)
         page.until(f"return plot.dataset.drawn.includes(' {kind} ')", kind)

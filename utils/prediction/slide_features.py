@@ -76,7 +76,9 @@ def tile_encoder(run: Run, member: Member) -> TileEncoder:
     def views(batch: Tensor) -> Tensor:
         symmetries = range(SYMMETRIES) if run.prediction_std else ()
         with run.accelerator.autocast():
-            return torch.stack([model.encode(batch), *(model.encode_transformed(batch, symmetry) for symmetry in symmetries)], 1)
+            return torch.stack(
+                [model.encode(batch), *(model.encode_transformed(batch, symmetry) for symmetry in symmetries)], 1
+            )
 
     return TileEncoder(views, model.sizes.image_size, run.accelerator.device, run.batch_size, run.workers)
 

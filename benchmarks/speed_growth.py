@@ -70,10 +70,11 @@ def measure_all(sizes: Sequence[int]) -> list[Growth]:
 def write_slices(folder: Path, n_slices: int) -> None:
     """Slice folders and slices.csv below data/: 8 of 10 slices to train, the others to validate."""
     import h5py
+    from scipy.sparse import csr_matrix
 
     from benchmarks.speed_data import simulated_slice
-    from utils.simulation import files
     from utils.slices import splits
+    from utils.slices.matrix import CountMatrix, write_matrix
 
     rng, first, data = np.random.default_rng(0), folder / "first", folder / "data"
     simulated_slice(first, SPOTS, seed=0)
@@ -81,9 +82,11 @@ def write_slices(folder: Path, n_slices: int) -> None:
     step = GENES // GENES_A_SPOT  # each spot shows one gene of every 20
     seen = np.arange(GENES_A_SPOT) * step + rng.integers(step, size=(SPOTS, GENES_A_SPOT))
     np.put_along_axis(counts, seen, 1 + rng.poisson(rate[seen]), axis=1)
-    barcodes, genes = [f"SPOT{i}-1" for i in range(SPOTS)], [f"G{g}" for g in range(GENES)]
+    barcodes, genes = (
+        np.array([text.format(i) for i in range(n)]) for text, n in (("SPOT{}-1", SPOTS), ("G{}", GENES))
+    )
     matrix = folder / "filtered_feature_bc_matrix.h5"
-    files.write_matrix(matrix, counts, barcodes, genes, "slice", "speed_growth.py")
+    write_matrix(matrix, CountMatrix(csr_matrix(counts), barcodes, genes, genes), {"library_ids": np.array(["slice"])})
     rows = []
     for i in range(n_slices):
         name = f"slice{i:04d}"

@@ -2,54 +2,67 @@
 
     python decoder_similarity.py --decoder decoder_model/best_epoch_weights.pth --part test
 
-Reads the checkpoint, tiles and target genes of the part's slices, and of the train and validation slices for the cheap
-rows on the pretrained encoder. Writes results/similarity/: metrics.json, genes.csv, predictions.h5ad, figures, and
-report.html, one page to look through them.
+Reads the checkpoint, tiles and target genes of the part's slices, and of the train and validation slices for the
+baselines on the pretrained encoder. Writes results/similarity/: metrics.json, genes.csv, predictions.h5ad, figures, and
+report.html.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utils import distributed, settings
-from utils.features import dataset
-from utils.files.atomic import write_record
+from utils.files.atomic import write_record, write_whole
 from utils.files.exclusive import exclusive_folder
-from utils.prediction.outputs import UNITS
-from utils.slices import export
+from utils.report.tables import expression_lines
 from utils.training import checkpoint, split
 
-SHOWN = (
-    "pcc_gene_mean",
-    "pcc_gene_top50",
-    "pcc_gene_given_depth",
-    "pcc_spot_mean",
-    "mse",
-    "sd_ratio",
-    "undefined_genes",
-)
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from utils.report.spots import SpotsOnImage
+
+Predictions = dict[str, list[np.ndarray]]  # by method, (S, G) per slice; "model" is the trained one
 
 
-def parse_args(argv=None):
+@dataclass(kw_only=True)
+class Settings(settings.EvaluationSettings):
+    decoder: Path
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one slice. S spots of the part, G target genes."""
+
+    spots: SpotsOnImage
+    counts: np.ndarray  # (S, G)
+    total_counts: np.ndarray  # (S,) over all genes
+    measured: np.ndarray  # (G,) bool
+    expression: np.ndarray  # (S, G) in the units of the model's target
+
+
+def parse_args(argv: list[str] | None = None) -> Settings:
     parser = settings.shared(__doc__, part="test")
     group = settings.add_evaluation(parser, out="results/similarity")
     settings.add_memory(parser)
     group.add_argument("--decoder", type=Path, default=Path("decoder_model/best_epoch_weights.pth"), help="stage two")
-    return parser.parse_args(argv)
+    return Settings(**vars(parser.parse_args(argv)))
 
 
-def load_model(args, state: dict, device):
+def load_model(path: Path, state: dict[str, Any], device: Any) -> Any:
     from model.stage_two import StageTwo, StageTwoSizes
 
     model = StageTwo(StageTwoSizes(**state["sizes"]))
-    checkpoint.fit(model, state["model"], args.decoder, "--decoder")
+    checkpoint.fit(model, state["model"], path, "--decoder")
     return model.to(device).eval()
 
 
-def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndarray]:
+def predict_model(model, state: dict[str, Any], slices, accelerator, args: Settings) -> list[np.ndarray]:
     """The model's prediction of every spot of the part: (S, G) per slice, in the units of its target.
 
     Features are computed, used and dropped slice by slice.
@@ -61,180 +74,161 @@ def predict_model(model, state: dict, slices, accelerator, args) -> list[np.ndar
         with accelerator.autocast():
             return model.encode(tiles)
 
-    device, around = accelerator.device, (model.sizes.context, model.sizes.reaches)
+    device, around = accelerator.device, (model.sizes.context, model.sizes.bandwidths)
     how = cache.TileEncoder(encode, model.sizes.image_size, device, args.batch_size, args.workers)
     moments = neighbourhoods.Moments(*(state["feature_moments"][key].numpy() for key in ("mean", "sd")))
     autocast, predicted = partial(distributed.decoder_autocast, accelerator, args.precision), []
-    for one in slices:
+    for slice_ in slices:
         memory = arrays.ArrayStore(args.memory, args.out)
-        kept = cache.in_budget(cache.encode_slice(how, one), len(one.barcodes), memory)
-        bank = neighbourhoods.FeatureBank([one], [[kept]], moments, *around, device, memory)
-        spots = one.rows_of(args.part)
+        features = cache.in_budget(cache.encode_slice(how, slice_), len(slice_.barcodes), memory)
+        bank = neighbourhoods.FeatureBank([slice_], [features], moments, *around, device, memory)
+        spots = slice_.rows_of(args.part)
         predicted.append(neighbourhoods.predict(model, bank, spots, autocast, args.batch_size))
     return predicted
 
 
-def predict_cheap(args, state: dict, slices, taught, accelerator) -> dict[str, list[np.ndarray]]:
-    """Rows on the pretrained encoder's features, fitted on the same slices and target: (S, G) per slice."""
-    from model.image_encoder import ImageEncoder
+def predict_baselines(state: dict[str, Any], slices, trained_on, accelerator, args: Settings) -> Predictions:
+    """Baselines on the pretrained encoder's features, fitted on the slices and the target of the model."""
     from utils.evaluation import baselines, metrics
     from utils.features import cache
 
-    several = [*taught, *slices]
-    found = cache.pretrained_features(ImageEncoder, state, state["encoder_settings"], several, accelerator, args)
-    found = [baselines.standardise(f) for f in found]
-    seen: dict[str, list] = {"train": [], "val": []}
-    for one, own in zip(taught, found, strict=False):
-        panel = one.panels["target"]
-        scaled = metrics.to_scale(state["target"], panel.counts, one.total_counts)
-        target = np.where(panel.measured, scaled, np.nan)
-        for part, images in seen.items():
-            if len(one.rows_of(part)):
-                images.append(cache.as_images(one, own, part) | {"target": target[one.rows_of(part)]})
-    cheap = baselines.fit_baselines(seen["train"], seen["val"])
-    images = [cache.as_images(one, f, args.part) for one, f in zip(slices, found[len(taught) :], strict=True)]
-    return {row: [predict(p) for p in images] for row, predict in cheap.items()}
+    several, inference = [*trained_on, *slices], cache.Inference(accelerator, args.batch_size, args.workers)
+    features = cache.pretrained_features(state, state["encoder_settings"], several, inference, args.image_weights)
+    features = [baselines.standardise(of_slice) for of_slice in features]
+    parts: dict[str, list] = {"train": [], "val": []}
+    for slice_, of_slice in zip(trained_on, features, strict=False):
+        panel = slice_.panels["target"]
+        expression = metrics.to_scale(state["target"], panel.read_counts(), slice_.total_counts)
+        target = np.where(panel.measured, expression, np.nan)
+        for part, images in parts.items():
+            rows = slice_.rows_of(part)
+            if len(rows):
+                images.append(cache.as_images(slice_, of_slice, part) | {"target": target[rows]})
+    fitted = baselines.fit_baselines(parts["train"], parts["val"])
+    evaluated = zip(slices, features[len(trained_on) :], strict=True)
+    images = [cache.as_images(slice_, of_slice, args.part) for slice_, of_slice in evaluated]
+    return {method: [predict(of_slice) for of_slice in images] for method, predict in fitted.items()}
 
 
-def draw(out: Path, slices, rows: dict, measured: list[dict], genes: list[str], target: str, table) -> None:
+def read_measured(slice_, part: str, target: str) -> Measured:
+    from utils.evaluation import metrics
+    from utils.report.spots import spots_on_image
+
+    rows, panel = slice_.rows_of(part), slice_.panels["target"]
+    counts, total_counts = panel.read_counts()[rows], slice_.total_counts[rows]
+    expression = metrics.to_scale(target, counts, total_counts)
+    return Measured(spots_on_image(slice_, rows), counts, total_counts, panel.measured, expression)
+
+
+def evaluate(predictions: Predictions, measured: list[Measured], state: dict) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The body of metrics.json, and the table of genes."""
+    from utils.evaluation import expression
+
+    truth: list[expression.MeasuredSlice] = [
+        {"name": m.spots.name, "counts": m.counts, "total_counts": m.total_counts, "measured": m.measured}
+        for m in measured
+    ]
+    metrics = expression.evaluate(predictions, truth, state["target"])
+    table = expression.per_gene_table(predictions, truth, state["genes"])
+    table.insert(1, "val_pcc", state["val_pcc"].numpy())
+    return metrics, table
+
+
+def draw_figures(out: Path, predictions: Predictions, measured: list[Measured], table: pd.DataFrame, unit: str) -> None:
     """Histogram of the correlations per gene, and maps of each slice's best, median and worst gene."""
     from utils.evaluation import metrics, plotting
+    from utils.report.spot_maps import spot_maps
 
-    scale = "residuals"
-    by_row = {row: table[f"pcc_{scale}_{row}"].to_numpy() for row in rows if f"pcc_{scale}_{row}" in table}
-    plotting.save(plotting.pcc_histogram(by_row, "Correlation per gene, Pearson residuals"), out / "pcc_histogram.png")
-    for i, (one, what) in enumerate(zip(slices, measured, strict=True)):
-        truth = metrics.to_scale(target, what["counts"], what["total_counts"])
-        pcc = np.where(what["measured"], metrics.scored_pearson_per_gene(rows["model"][i], truth), np.nan)
+    columns = {method: f"pcc_residuals_{method}" for method in predictions}
+    pcc_by_method = {method: table[column].to_numpy() for method, column in columns.items() if column in table}
+    histogram = plotting.pcc_histogram(pcc_by_method, "Correlation per gene, Pearson residuals")
+    plotting.save(histogram, out / "pcc_histogram.png")
+    for slice_, predicted in zip(measured, predictions["model"], strict=True):
+        scored = metrics.scored_pearson_per_gene(predicted, slice_.expression)
+        pcc = np.where(slice_.measured, scored, np.nan)
         known = np.flatnonzero(np.isfinite(pcc))
         if not len(known):
             continue
-        order = known[np.argsort(pcc[known])]
-        image = export.small_image(one.root)
-        image, scale_px = image if image else (None, 1.0)
-        um = dataset.um_per_fullres_px(one)
+        order, name = known[np.argsort(pcc[known])], slice_.spots.name
         for kind, gene in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0])):
-            figure = plotting.gene_maps(
-                image,
-                what["xy"] * scale_px,
-                one.pitch_fullres_px * scale_px * 0.4,
-                truth[:, gene],
-                rows["model"][i][:, gene],
-                title=f"{one.name}: {genes[gene]}, {kind} gene, PCC {pcc[gene]:.2f}",
-                unit=UNITS[target],
-                um_per_px=None if um is None else um / scale_px,
-            )
-            plotting.save(figure, out / f"map_{one.name.replace('/', '_')}_{kind}.png")
+            panels = {"measured": slice_.expression[:, gene], "predicted": predicted[:, gene]}
+            title = f"{name}: {table['gene'][gene]}, {kind} gene, PCC {pcc[gene]:.2f}"
+            figure = spot_maps(slice_.spots, panels, title, unit)
+            plotting.save(figure, out / f"map_{name.replace('/', '_')}_{kind}.png")
 
 
-def write_page(path: Path, state: dict, slices, rows: dict, measured: list[dict], metrics: dict, table, args) -> None:
-    """report.html: maps of every gene in the unit of the target, correlations beside mean expression, all rows."""
-    from utils.evaluation.metrics import to_scale
-    from utils.report import html, parts
+def write_page(
+    path: Path, predictions: Predictions, measured: list[Measured], metrics: dict, table, state: dict, args: Settings
+) -> None:
+    """report.html: maps of every gene in the unit of the target, correlations beside mean expression, all methods."""
+    from utils.evaluation.metrics import UNITS
+    from utils.report import page, page_parts
 
-    maps = []
-    for one, what, predicted in zip(slices, measured, rows["model"], strict=True):
-        image, scale_px = export.small_image(one.root) or (None, 1.0)
-        truth = to_scale(state["target"], what["counts"], what["total_counts"])
-        maps.append(
-            html.SliceMaps(
-                name=one.name,
-                image=image,
-                image_scale=scale_px,
-                xy_fullres_px=what["xy"],
-                spot_diameter_px=0.8 * one.pitch_fullres_px,
-                barcodes=one.barcodes[one.rows_of(args.part)],
-                predicted=predicted,
-                measured=np.where(what["measured"], truth, np.nan),
-                um_per_fullres_px=dataset.um_per_fullres_px(one),
-            )
+    maps = [
+        page.SliceMaps(
+            **vars(slice_.spots),
+            predicted=predicted,
+            measured=np.where(slice_.measured, slice_.expression, np.nan),
         )
-    report = html.Report(
+        for slice_, predicted in zip(measured, predictions["model"], strict=True)
+    ]
+    columns = {
+        "PCC, residuals": "pcc_residuals_model",
+        "validation PCC": "val_pcc",
+        "ridge PCC": "pcc_residuals_ridge",
+        "mean counts per 10,000": "counts_per_10k",
+    }
+    report = page.Report(
         title=f"Expression from the image: {args.part} slices",
         unit=UNITS[state["target"]],
         genes=state["genes"],
         slices=maps,
-        gene_columns={
-            "PCC, residuals": table["pcc_residuals_model"].to_numpy(),
-            "validation PCC": table["val_pcc"].to_numpy(),
-            "ridge PCC": table["pcc_residuals_ridge"].to_numpy(),
-            "mean counts per 10,000": table["counts_per_10k"].to_numpy(),
-        },
+        gene_columns={title: table[column].to_numpy() for title, column in columns.items()},
         val_pcc=table["val_pcc"].to_numpy(),
-        tables=parts.similarity_tables(metrics),
+        tables=page_parts.similarity_tables(metrics),
         settings=vars(args) | {f"training: {key}": value for key, value in state["settings"].items()},
     )
-    html.write_report(path, report)
+    page.write_report(path, report)
 
 
-def write_results(out: Path, state: dict, slices, rows: dict, measured: list[dict], metrics: dict, args) -> None:
+def write_predictions(path: Path, predictions: Predictions, measured: list[Measured], state: dict, unit: str) -> None:
     import pandas as pd
 
-    from utils.evaluation import expression
+    from utils.report import anndata_files
 
-    out.mkdir(parents=True, exist_ok=True)
-    genes = state["genes"]
-    table = expression.per_gene_table(rows, measured, genes)
-    table.insert(1, "val_pcc", state["val_pcc"].numpy())
-    table.to_csv(out / "genes.csv.part", index=False)
-    (out / "genes.csv.part").replace(out / "genes.csv")
-    parts = [
-        (one.name, one.root, one.barcodes[one.rows_of(args.part)], what["xy"])
-        for one, what in zip(slices, measured, strict=True)
-    ]
-    var = pd.DataFrame({"val_pcc": state["val_pcc"].numpy()}, index=genes)
-    obs = {"total_counts": np.concatenate([what["total_counts"] for what in measured])}
-    adata = export.spots_anndata(parts, np.concatenate(rows["model"]), var, obs)
-    adata.layers["counts"] = np.concatenate([what["counts"] for what in measured]).astype(np.float32)
-    adata.uns["magic"] = {
-        "X": f"predicted, {UNITS[state['target']]}",
-        "counts": "measured, raw",
-        "target": state["target"],
-    }
-    export.write_anndata(out / "predictions.h5ad", adata)
-    draw(out, slices, rows, measured, genes, state["target"], table)
-    write_page(out / "report.html", state, slices, rows, measured, metrics, table, args)
-    write_record(out / "metrics.json", metrics)
-
-
-def summary(metrics: dict) -> str:
-    lines = [f"{metrics['n_spots']} spots, {metrics['n_genes']} genes; means over slices"]
-    for scale in UNITS:
-        lines.append(f"{scale:<18}" + "".join(f"{figure.removeprefix('pcc_'):>17}" for figure in SHOWN))
-        for row, found in metrics[scale].items():
-            cells = ["-" if found[f] is None else f"{found[f]:.3f}" if f != SHOWN[-1] else f"{found[f]}" for f in SHOWN]
-            lines.append(f"  {row:<16}" + "".join(f"{cell:>17}" for cell in cells))
-    return "\n".join(lines)
+    var = pd.DataFrame({"val_pcc": state["val_pcc"].numpy()}, index=state["genes"])
+    obs = {"total_counts": np.concatenate([slice_.total_counts for slice_ in measured])}
+    predicted = np.concatenate(predictions["model"])
+    adata = anndata_files.spots_anndata([slice_.spots for slice_ in measured], predicted, var, obs)
+    adata.layers["counts"] = np.concatenate([slice_.counts for slice_ in measured]).astype(np.float32)
+    adata.uns["magic"] = {"X": f"predicted, {unit}", "counts": "measured, raw", "target": state["target"]}
+    anndata_files.write_anndata(path, adata)
 
 
 @exclusive_folder("out")
-def main(args):
+def main(args: Settings) -> None:
     checkpoint.require_checkpoint(args.decoder, "--decoder", "run train_decoder.py first")
     state = checkpoint.load(args.decoder, "stage_two", "--decoder")
-    slices, taught = split.load_evaluation(args, state, "--decoder", ("target",))
-    from utils.evaluation import expression
+    slices, trained_on = split.load_evaluation(args, state, "--decoder", ("target",))
+    from utils.evaluation.metrics import UNITS
 
     with distributed.running(args.device, args.precision) as accelerator:
-        model = load_model(args, state, accelerator.device)
-        rows = {"model": predict_model(model, state, slices, accelerator, args)}
-        rows |= predict_cheap(args, state, slices, taught, accelerator)
+        model = load_model(args.decoder, state, accelerator.device)
+        predictions = {"model": predict_model(model, state, slices, accelerator, args)}
+        predictions |= predict_baselines(state, slices, trained_on, accelerator, args)
         if not distributed.go_on_alone():
             return
-    measured = [
-        {
-            "name": one.name,
-            "counts": one.panels["target"].counts[chosen],
-            "total_counts": one.total_counts[chosen],
-            "measured": one.panels["target"].measured,
-            "xy": one.xy_fullres_px[chosen],
-        }
-        for one in slices
-        for chosen in [one.rows_of(args.part)]
-    ]
-    metrics = expression.evaluate(rows, measured, state["target"])
-    write_results(args.out, state, slices, rows, measured, metrics, args)
-    print(summary(metrics))
-    print(f"results in {args.out}")
+    measured = [read_measured(slice_, args.part, state["target"]) for slice_ in slices]
+    metrics, table = evaluate(predictions, measured, state)
+    out, unit = args.out, UNITS[state["target"]]
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "genes.csv", table.to_csv(index=False).encode())
+    write_predictions(out / "predictions.h5ad", predictions, measured, state, unit)
+    draw_figures(out, predictions, measured, table, unit)
+    write_page(out / "report.html", predictions, measured, metrics, table, state, args)
+    write_record(out / "metrics.json", metrics)
+    print("\n".join([f"{metrics['n_spots']} spots, {metrics['n_genes']} genes", *expression_lines([metrics])]))
+    print(f"results in {out}")
 
 
 if __name__ == "__main__":

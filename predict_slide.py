@@ -1,10 +1,10 @@
 """Predict expression on slides where nothing was measured: whole-slide images, or slice folders with or without counts.
 
     python predict_slide.py slide.svs --out predicted --decoder decoder_model/best_epoch_weights.pth
-    python predict_slide.py slide.tif --out predicted --um_per_px 0.5 --spread
+    python predict_slide.py slide.tif --out predicted --um_per_px 0.5 --prediction_std
     python predict_slide.py cohort.csv --out predicted            # columns slide,um_per_px,positions,mask,spot_pitch_um
 
-Finds the tissue, lays spots on a grid (or on given positions), cuts, encodes and drops their tiles one batch after the
+Finds the tissue, puts spots on a grid (or on given positions), cuts, encodes and drops their tiles one batch after the
 other. Writes per slide predictions.h5ad, .csv, .geojson (QuPath), maps/, report.html and, last, settings.json: a slide
 that has it is not predicted again. Of a slice with counts metrics.json and genes.csv too.
 """
@@ -16,27 +16,58 @@ import importlib.util
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utils import distributed, settings
 from utils.files import atomic, exclusive
 from utils.files.atomic import write_record, write_whole
-from utils.prediction import layout, measured, outputs
 from utils.prediction import slides as slide_list
 from utils.training import checkpoint
 
+if TYPE_CHECKING:
+    from utils.images.image import TissueImage
+    from utils.prediction.layout import Plan, SlideSpots
+    from utils.prediction.measured import MeasuredGenes
+    from utils.prediction.members import Run
+    from utils.prediction.predict import SlidePrediction
+
 SETTINGS, FEATURES = "settings.json", "features"
-RESULT_FLAGS = ("grid", "spread", "maps", "spatialdata", "precision")  # another value of them gives other files
+RESULT_FLAGS = ("grid", "prediction_std", "maps", "spatialdata", "precision")  # another value gives other files
 
 
-def parse_args(argv=None):
+@dataclass(kw_only=True)
+class Settings:
+    slides: list[Path]
+    um_per_px: float | None
+    positions: Path | None
+    mask: Path | None
+    spot_pitch_um: float | None
+    huge: bool
+    grid: str
+    decoder: list[Path]
+    prediction_std: bool
+    batch_size: int
+    precision: str
+    out: Path
+    maps: int
+    spatialdata: bool
+    shard: tuple[int, int]
+    device: str
+    workers: int | None
+    memory: float
+    debug: bool
+
+
+def parse_args(argv: list[str] | None = None) -> Settings:
     form = argparse.RawDescriptionHelpFormatter
     parser = settings.Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("slides", nargs="+", type=Path, metavar="SLIDE", help="images, slice folders, tables (.csv)")
     group = parser.add_argument_group("slides")
-    group.add_argument("--um_per_px", type=settings.positive, help="of the full-resolution image, if it does not say")
+    group.add_argument("--um_per_px", type=settings.positive, help="of the full-resolution image, where it lacks it")
     group.add_argument("--positions", type=Path, help="Space Ranger positions of the spots, in place of a grid")
     group.add_argument("--mask", type=Path, help="image of any size, above zero where there is tissue")
     group.add_argument(
@@ -45,14 +76,17 @@ def parse_args(argv=None):
     group.add_argument("--huge", action="store_true", help="allow large images that are decoded as a whole")
     group.add_argument("--grid", choices=["hexagonal", "square"], default="hexagonal", help="of the spots (hexagonal)")
     group = parser.add_argument_group("prediction")
+    decoder = [Path("decoder_model/best_epoch_weights.pth")]
     group.add_argument(
         "--decoder",
         type=Path,
         nargs="+",
-        default=[Path("decoder_model/best_epoch_weights.pth")],
-        help="stage two; of several the mean is predicted, and their deviation is its spread",
+        default=decoder,
+        help="stage two; of several the mean and the deviation",
     )
-    group.add_argument("--spread", action="store_true", help="deviation over 8 turned views of a tile: 9 x the time")
+    group.add_argument(
+        "--prediction_std", action="store_true", help="deviation over 8 flipped and rotated tiles: 9 x the time"
+    )
     group.add_argument("--batch_size", type=settings.count, default=32, help="spots encoded at a time")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     group = parser.add_argument_group("results")
@@ -60,102 +94,71 @@ def parse_args(argv=None):
     group.add_argument("--maps", type=settings.count_or_zero, default=12, help="genes drawn, best by validation PCC")
     group.add_argument("--spatialdata", action="store_true", help="predictions.zarr too (needs spatialdata)")
     group = parser.add_argument_group("machine")
-    group.add_argument("--shard", help="I/N: every N-th slide from the I-th on (default: Slurm's array, a launcher's)")
+    group.add_argument("--shard", type=slide_list.shard, default=(0, 1), help="I/N: every N-th slide from the I-th on")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     group.add_argument("--workers", type=settings.count_or_zero, help="that cut tiles (default: up to 4)")
     settings.add_memory(parser)
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    try:
-        args.shard = slide_list.shard_of(args.shard, os.environ)
-    except ValueError as error:
-        parser.error(str(error))
-    slide_list.work_alone(os.environ)
-    return args
+    return Settings(**vars(parser.parse_args(argv)))
 
 
-def read_checkpoints(paths: list[Path]) -> list[dict]:
-    """Of one panel, in one unit, and of tiles of a stated scale."""
-    states = [checkpoint.load(path, "stage_two", "--decoder") for path in paths]
-    for path, state in zip(paths, states, strict=True):
-        for what in ("genes", "target"):
-            if state[what] != states[0][what]:
-                raise ValueError(f"--decoder: {path} has other {what} than {paths[0]}; an ensemble shares them")
-        if state["tile_scale"][1] is None:
-            raise ValueError(
-                f"--decoder: {path} was trained on tiles without scale (--crop_size), which cannot be cut from another "
-                "slide; train on tiles of image_tilling.py --tile_um"
-            )
-    return states
+def check_flags(args: Settings) -> None:
+    """Checks between flags and of files, before anything heavy is imported."""
+    if args.prediction_std and len(args.decoder) > 1:
+        raise ValueError("--prediction_std: several decoders have a deviation of their own; leave one of the two out")
+    if args.spatialdata and importlib.util.find_spec("spatialdata") is None:
+        raise ValueError("--spatialdata: expected the package spatialdata, found none; pip install spatialdata")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("expected one process, found a launcher's several; start one a GPU, each with its --shard I/N")
+    for path in args.decoder:
+        checkpoint.require_checkpoint(path, "--decoder", "run train_decoder.py first")
 
 
-def load_run(states: list[dict], accelerator, args):
-    """All models on the device, and how they are run."""
-    from model.stage_two import StageTwo, StageTwoSizes, domain_score
-    from utils.prediction.predict import Member, Run
-
-    members = []
-    for path, state in zip(args.decoder, states, strict=True):
-        model = StageTwo(StageTwoSizes(**state["sizes"]))
-        checkpoint.fit(model, state.pop("model"), path, "--decoder")
-        members.append(Member(model.to(accelerator.device).eval(), state, checkpoint.model_hash(path)))
-    same = (args.precision, args.batch_size, args.workers, args.memory, args.spread)
-    return Run(members, domain_score, accelerator, *same)
-
-
-def run_key(planned: layout.Plan, run, args) -> dict:
-    """What the results of a slide depend on: where a record says the same, they are there."""
+def result_key(planned: Plan, run: Run, args: Settings) -> dict[str, Any]:
+    """What the results of a slide depend on: a slide whose record has the same key is not predicted again."""
     from utils.prediction.slide_features import fingerprint
 
-    request = planned.request
-    given = {name: getattr(request, name) for name in ("um_per_px", "spot_pitch_um")}
+    given = {name: getattr(planned.request, name) for name in ("um_per_px", "spot_pitch_um")}
     flags = {name: getattr(args, name) for name in RESULT_FLAGS}
-    return {"decoders": [m.file_hash for m in run.members], "files": fingerprint(planned.files), **given, **flags}
+    decoders = [member.file_hash for member in run.members]
+    return {"decoders": decoders, "files": fingerprint(planned.files), **given, **flags}
 
 
-def is_done(out: Path, key: dict) -> bool:
+def is_done(out: Path, key: dict[str, Any]) -> bool:
     try:
         return json.loads((out / SETTINGS).read_text())["key"] == key
     except (OSError, ValueError, KeyError):
         return False
 
 
-def compare(planned: layout.Plan, spots: layout.SlideSpots, predicted: np.ndarray, run, args, out: Path):
-    """What was measured, and the metrics of the prediction beside the mean profile; None, None without counts."""
-    first = run.members[0]
-    genes, target = first.state["genes"], first.state["target"]
+def read_measured(planned: Plan, spots: SlideSpots, run: Run) -> MeasuredGenes | None:
+    """What was measured on the spots; None without counts, or with positions other than those of the counts."""
+    from utils.prediction import measured
+
     if planned.slice_ is None or planned.request.positions is not None:
-        return None, None
-    found = measured.read_measured(planned.slice_, genes, spots.barcodes, args.memory * 2**30)
-    if found is None:
-        return None, None
-    if any(found.content in m.state["counts_hashes"].values() for m in run.members):
-        print(f"warning: {spots.name}: the model was trained with this slice: its metrics say little of new slides")
-    from utils.evaluation import expression
+        return None
+    found = measured.read_measured(planned.slice_, run.members[0].state["genes"], spots.barcodes, run.memory * 2**30)
+    if found and any(found.content in member.state["counts_hashes"].values() for member in run.members):
+        print(f"warning: {spots.name}: the model was trained on this slice: its metrics do not hold for new slides")
+    return found
 
-    truth = [{"name": spots.name} | {k: getattr(found, k) for k in ("counts", "total_counts", "measured")}]
-    mean = np.broadcast_to(first.model.target_mean.cpu().numpy(), predicted.shape)
-    metrics = expression.evaluate({"model": [predicted], "mean": [mean]}, truth, target)
+
+def evaluate(out: Path, name: str, found: MeasuredGenes, predicted: np.ndarray, run: Run) -> dict[str, Any]:
+    """Writes metrics.json and genes.csv of a slice with counts; returns the metrics."""
+    from utils.prediction import measured
+
+    model, state = run.members[0].model, run.members[0].state
+    metrics, table = measured.evaluate(name, found, predicted, model.target_mean.cpu().numpy(), state)
     write_record(out / "metrics.json", metrics)
-    table = expression.per_gene_table({"model": [predicted]}, truth, genes)
-    table.insert(1, "val_pcc", first.state["val_pcc"].numpy())
     write_whole(out / "genes.csv", table.to_csv(index=False).encode())
-    return found, metrics
+    return metrics
 
 
-def write_results(one: outputs.Prediction, metrics: dict | None, args, out: Path) -> None:
-    adata = outputs.write_anndata(out / "predictions.h5ad", one)
-    outputs.write_csv(out, one)
-    outputs.write_geojson(out / "predictions.geojson", one)
-    outputs.write_maps(out / "maps", one, one.best_genes(args.maps))
-    if args.spatialdata:
-        outputs.write_spatialdata(out / "predictions.zarr", one, adata)
-    outputs.write_report(out / "report.html", one, metrics, atomic.plain(vars(args)) | one.about)
-
-
-def describe(planned: layout.Plan, spots: layout.SlideSpots, image, found, args) -> dict:
+def describe(
+    planned: Plan, spots: SlideSpots, image: TissueImage, prediction: SlidePrediction, decoders: list[Path]
+) -> dict[str, Any]:
     """Plain values that go with the results."""
-    above = float((found.domain_score > found.domain_limit).mean())
+    score, limit = prediction.domain_score, prediction.domain_limit
     return {
         "slide": str(planned.request.slide),
         "image": str(planned.source.path),
@@ -163,61 +166,68 @@ def describe(planned: layout.Plan, spots: layout.SlideSpots, image, found, args)
         "um_per_fullres_px": spots.um_per_fullres_px,
         "spot_pitch_fullres_px": spots.pitch_fullres_px,
         "n_spots": len(spots.barcodes),
-        "decoders": [str(path) for path in args.decoder],
-        "domain_limit": found.domain_limit,
-        "domain_median": float(np.median(found.domain_score)),
-        "share_out_of_domain": above,
-        "unlike_training": bool(np.median(found.domain_score) > found.domain_limit),
+        "decoders": [str(path) for path in decoders],
+        "domain_limit": limit,
+        "domain_median": float(np.median(score)),
+        "fraction_out_of_domain": float((score > limit).mean()),
+        "unlike_training": bool(np.median(score) > limit),
     }
 
 
-def predict_one(planned: layout.Plan, key: dict, run, args) -> None:
-    """One slide, from its image to all its files; the record that says that it is done comes last."""
-    from utils.evaluation import metrics as scales
+def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) -> None:
+    """One slide, from its image to all its files; the record that marks it as done comes last."""
     from utils.images.image import open_image
-    from utils.prediction import predict
+    from utils.prediction import layout, outputs, predict
 
-    out, um_per_px = planned.request.out, planned.um_per_image_px
-    with open_image(planned.source.path, um_per_px, args.huge) as image:
+    out, request, state = planned.request.out, planned.request, run.members[0].state
+    with open_image(planned.source.path, planned.um_per_image_px, args.huge) as image:
         for note in image.notes:
-            print(f"{planned.request.name}: {planned.source.path.name}: {note}")
+            print(f"{request.name}: {planned.source.path.name}: {note}")
         thumbnail, scale = image.thumbnail()
-        spots = layout.lay(planned, image, thumbnail, scale, args.grid)
-        found = predict.predict_slide(run, image, spots, out / FEATURES)
-        about = describe(planned, spots, image, found, args)
+        spots = layout.place_spots(planned, image, thumbnail, scale, args.grid)
+        predicted = predict.predict_slide(run, image, spots, out / FEATURES)
+        about = describe(planned, spots, image, predicted, args.decoder)
     if about["unlike_training"]:
         print(
-            f"warning: {spots.name}: unlike anything the model was trained on: trust nothing here (out-of-domain "
-            f"score: median {about['domain_median']:.2f}, of validation spots 99 % lie below {found.domain_limit:.2f})"
+            f"warning: {spots.name}: unlike anything the model was trained on: do not rely on its prediction "
+            f"(out-of-domain score: median {about['domain_median']:.2f}, of validation spots 99 % lie below "
+            f"{predicted.domain_limit:.2f})"
         )
     (out / SETTINGS).unlink(missing_ok=True)  # results of two runs never stand under one record
-    known, metrics = compare(planned, spots, found.predicted, run, args, out)
-    state, extra = run.members[0].state, {}
-    if known is not None:
-        shown = scales.to_scale(state["target"], known.counts, known.total_counts)
-        extra = {"measured": np.where(known.measured, shown, np.nan), "counts": known.counts}
-        extra["total_counts"] = known.total_counts
-    val_pcc = np.mean([m.state["val_pcc"].numpy() for m in run.members], axis=0)
-    one = outputs.Prediction(
+    metrics, extra = None, {}
+    found = read_measured(planned, spots, run)
+    if found is not None:
+        metrics = evaluate(out, spots.name, found, predicted.predicted, run)
+        extra = {"measured": found.in_scale(state["target"]), "counts": found.counts}
+        extra["total_counts"] = found.total_counts
+    prediction = outputs.Prediction(
         spots=spots,
         genes=state["genes"],
         target=state["target"],
-        val_pcc=val_pcc,
+        val_pcc=np.mean([member.state["val_pcc"].numpy() for member in run.members], axis=0),
         image=thumbnail,
         image_scale=scale * spots.image_scale,
         about=about,
-        **vars(found),
+        predicted=predicted.predicted,
+        prediction_std=predicted.prediction_std,
+        domain_score=predicted.domain_score,
+        domain_limit=predicted.domain_limit,
         **extra,
     )
-    write_results(one, metrics, args, out)
-    write_record(out / SETTINGS, {"key": key, "settings": atomic.plain(vars(args)), **about})
+    flags = atomic.plain(vars(args))
+    outputs.write_all(out, prediction, metrics, flags | about, args.maps)
+    if args.spatialdata:
+        outputs.write_spatialdata(out / "predictions.zarr", prediction)
+    write_record(out / SETTINGS, {"key": key, "settings": flags, **about})
     shutil.rmtree(out / FEATURES)
-    print(f"{spots.name}: {len(spots.barcodes)} spots, {len(one.genes)} genes in {out}")
+    print(f"{spots.name}: {len(spots.barcodes)} spots, {len(prediction.genes)} genes in {out}")
 
 
-def do_slide(request: slide_list.Request, run, args) -> None:
+def predict_request(request: slide_list.Request, run: Run, args: Settings) -> None:
+    from utils.prediction import layout
+
     planned = layout.plan(request)
-    key = run_key(planned, run, args)
+    key = result_key(planned, run, args)
     if is_done(request.out, key):
         print(f"{request.name}: done already, in {request.out}")
         return
@@ -225,39 +235,39 @@ def do_slide(request: slide_list.Request, run, args) -> None:
         predict_one(planned, key, run, args)
 
 
-def predict_all(own: list, run, args) -> None:
+def predict_all(requests: list[slide_list.Request], run: Run, args: Settings) -> None:
     """Slides one after the other. Raises ValueError that names those which failed, once the others are done."""
     failed = []
-    for request in own:
+    for request in requests:
         try:
-            do_slide(request, run, args)
+            predict_request(request, run, args)
         except Exception as error:  # one corrupt or large file must not end a night's work on the others
             line = settings.line_of(error)
-            if len(own) == 1 or line is None:
+            if len(requests) == 1 or line is None:
                 raise
             failed.append(f"{request.name} ({line})")
             print(f"{request.name}: left out: {line}", flush=True)
     if failed:
-        raise ValueError(f"{len(failed)} of {len(own)} slides could not be predicted: {'; '.join(failed)}")
+        raise ValueError(f"{len(failed)} of {len(requests)} slides could not be predicted: {'; '.join(failed)}")
 
 
-def main(args):
-    if args.spread and len(args.decoder) > 1:
-        raise ValueError("--spread: several decoders give a spread by themselves; leave --spread or the others out")
-    if args.spatialdata and importlib.util.find_spec("spatialdata") is None:
-        raise ValueError("--spatialdata: expected the package spatialdata, found none; pip install spatialdata")
-    for path in args.decoder:
-        checkpoint.require_checkpoint(path, "--decoder", "run train_decoder.py first")
+def main(args: Settings) -> None:
+    check_flags(args)
     given = slide_list.Request(Path(), args.um_per_px, args.positions, args.mask, args.spot_pitch_um)
     slides = slide_list.list_slides(args.slides, args.out, given)
     index, number = args.shard
-    own = slides[index::number]
-    if not own:
-        print(f"shard {index + 1} of {number}: none of {len(slides)} slides is its own")
+    requests = slides[index::number]
+    if not requests:
+        print(f"shard {index + 1} of {number}: none of {len(slides)} slides belongs to it")
         return
-    states = read_checkpoints(args.decoder)
+    from utils.prediction import members
+
+    states = members.read_checkpoints(args.decoder)
     with distributed.running(args.device, args.precision) as accelerator:
-        predict_all(own, load_run(states, accelerator, args), args)
+        loaded = members.load_members(args.decoder, states, accelerator.device)
+        del states  # the weights are on the device
+        how = (args.precision, args.batch_size, args.workers, args.memory, args.prediction_std)
+        predict_all(requests, members.Run(loaded, accelerator, *how), args)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
     python train_decoder.py --encoder encoder_model/best_epoch_weights.pth
     python train_decoder.py --target residuals --resume
 
-Reads tiles and target genes of the train and validation slices; the features of --views views of a tile are computed
-once and kept in <out>/features/. Writes decoder_model/{best,last}_epoch_weights.pth, slices.csv beside them, and
-logs/stage_two/<time>/.
+Reads tiles and target genes of the train and validation slices; the features of a tile are computed once and kept in
+<out>/features/. Writes decoder_model/{best,last}_epoch_weights.pth, slices.csv beside them, and logs/stage_two/<time>/.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from utils.files.exclusive import exclusive_folder
 from utils.slices import splits
 from utils.training import checkpoint, split, targets
 from utils.training.decoder_initialisation import LANDMARKS, start_from_ridge
-from utils.training.decoder_validation import validate, widen
+from utils.training.decoder_validation import validate
 
 
 def parse_args(argv=None):
@@ -42,14 +42,6 @@ def parse_args(argv=None):
     group.add_argument(
         "--tta", type=int, choices=[1, 2, 4, 8], default=1, help="of a tile that its features are averaged over"
     )
-    group.add_argument(
-        "--keep_variance",
-        type=settings.fraction,
-        default=0.0,
-        help="0: predictions of least error; 1: of the measured deviation, as far as validation spots tell",
-    )
-    group.add_argument("--views", type=settings.count, default=1, help="kept of a train tile: itself, augmented ones")
-    group.add_argument("--feature_budget", type=settings.positive, default=20.0, help="GiB on disk for kept features")
     return parser.parse_args(argv)
 
 
@@ -72,7 +64,7 @@ def build_model(args, encoder: dict, n_genes: int, n_train_spots: int):
     sizes = StageTwoSizes(
         n_genes=n_genes,
         landmarks=min(LANDMARKS, n_train_spots),
-        reaches=list(StageTwoSizes.reaches) if args.context else [],
+        bandwidths=list(StageTwoSizes.bandwidths) if args.context else [],
         **{name: encoder["sizes"][name] for name in ("image_encoder", "image_size", "crop_scales", "width")},
         **{name: getattr(args, name) for name in ("decoder_layers", "decoder_width", "context", "tta")},
     )
@@ -83,12 +75,8 @@ def build_model(args, encoder: dict, n_genes: int, n_train_spots: int):
     return model
 
 
-def all_features(model, slices, accelerator, args) -> list[list[np.ndarray]]:
-    """Per view and slice, features (S, V + T, D) mapped from --out/features, computed where they are not there already.
-
-    View 0 is the tile as it is, the others are augmented; a slice without train spots has only view 0, which stands
-    for all.
-    """
+def all_features(model, slices, accelerator, args) -> list[np.ndarray]:
+    """Per slice features (S, V + T, D) memory-mapped from --out/features, computed where they are not there already."""
     from utils.features import cache
 
     def encode(tiles):
@@ -96,42 +84,30 @@ def all_features(model, slices, accelerator, args) -> list[list[np.ndarray]]:
             return model.encode(tiles)
 
     size, folder = model.sizes.image_size, args.out / "features"
-    how = cache.TileEncoder(encode, size, accelerator.device, args.batch_size, args.workers, args.seed)
-    n_views = cache.views_in_budget(slices, how, folder, args)
-    encoder = f"{checkpoint.model_hash(args.encoder)} {accelerator.mixed_precision} pooled, {args.tta} turns"
-
-    def kept(one, view):
-        draws = f" of seed {args.seed}" if view else ""
-        key = f"{encoder} {one.pack.content} view {view}{draws}"
-        return cache.kept_features(folder, key, one, lambda: cache.encode_slice(how, one, view), view)
-
-    plain = [kept(one, 0) for one in slices]
-    return [plain] + [
-        [kept(one, view) if len(one.rows_of("train")) else own for one, own in zip(slices, plain, strict=True)]
-        for view in range(1, n_views)
+    how = cache.TileEncoder(encode, size, accelerator.device, args.batch_size, args.workers)
+    key = f"{checkpoint.model_hash(args.encoder)} {accelerator.mixed_precision} pooled, tta {args.tta}"
+    return [
+        cache.kept_features(folder, f"{key} {one.pack.content}", one, partial(cache.encode_slice, how, one))
+        for one in slices
     ]
 
 
 def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, progress, args) -> float:
-    """Mean loss over the epoch's steps: squared error of standardised genes; 1 is the mean profile's.
-
-    Of each spot the epoch sees one view, drawn from (seed, epoch, spot).
-    """
+    """Mean loss over the epoch's steps: squared error of standardised genes; 1 is the mean profile's."""
     import torch
 
     from model import losses
-    from utils.training import augment, loop
+    from utils.training import loop
 
     model.train()
     epoch, total = progress.epoch, progress.sums.get("loss", 0.0)
     order.epoch, order.first = epoch, progress.step
     bar = tqdm(order, desc=f"epoch {epoch}", unit="step", initial=order.first, disable=None)
     for step, numbers in enumerate(bar, start=order.first):
-        loop.seed_everything(args.seed, epoch, step)
+        distributed.seed_everything(args.seed, epoch, step)
         chosen = spots[numbers]
-        view = (augment.uniforms(args.seed, epoch, chosen, 1)[:, 0] * bank.n_views).astype(int)
         with distributed.decoder_autocast(accelerator, args.precision):
-            predicted = model.decoder(**bank.batch(chosen, view))
+            predicted = model.decoder(**bank.batch(chosen))
         loss = losses.expression_loss(predicted, torch.from_numpy(target[chosen]).to(accelerator.device))
         loop.stop_if_not_finite(loss.item(), epoch, step)
         optimizer.zero_grad(set_to_none=True)
@@ -194,24 +170,24 @@ def train(encoder: dict, slices, rows, accelerator, args) -> None:
     from utils.training import loop
     from utils.training.progress import Progress
 
-    loop.seed_everything(args.seed)
+    distributed.seed_everything(args.seed)
     memory = arrays.ArrayStore(args.memory, args.out)
     target, mean, sd = targets.standardised(slices, args.target, memory)
     chosen = dataset.spots_of(slices, "train")
     model = build_model(args, encoder, len(mean), len(chosen)).to(accelerator.device)
     model.set_target_scale(torch.from_numpy(mean), torch.from_numpy(sd))
-    views = all_features(model, slices, accelerator, args)
+    features = all_features(model, slices, accelerator, args)
     if not distributed.go_on_alone():  # on kept features one process trains
         return
-    moments = neighbourhoods.moments(views[0], model.n_vectors, [one.rows_of("train") for one in slices])
-    around = (model.sizes.context, model.sizes.reaches)
-    bank = neighbourhoods.FeatureBank(slices, views, moments, *around, accelerator.device, memory)
+    moments = neighbourhoods.moments(features, model.n_vectors, [one.rows_of("train") for one in slices])
+    around = (model.sizes.context, model.sizes.bandwidths)
+    bank = neighbourhoods.FeatureBank(slices, features, moments, *around, accelerator.device, memory)
     truth = targets.validation_residuals(slices)
     spots = bank.first[chosen[:, 0]] + chosen[:, 1]
     order = loop.EpochOrder(len(spots), args.batch_size, args.seed)
     optimizer = loop.make_optimizer(model.decoder.parameters(), args)
     schedule = loop.schedule(optimizer, len(order) * (args.Epoch - args.Init_Epoch), args)
-    about = describe(args, model, encoder, slices, rows, views[0], moments)
+    about = describe(args, model, encoder, slices, rows, features, moments)
     about["conditions"] = distributed.conditions(accelerator, args)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": accelerator.scaler}
     with (
@@ -225,7 +201,6 @@ def train(encoder: dict, slices, rows, accelerator, args) -> None:
         if not args.resume:
             print(start_from_ridge(model, bank, slices, target, truth, args))
             val_pcc = validate(model, bank, slices, truth, accelerator, args)
-            widen(model, bank, slices, target, sd, accelerator, args)
             row = {"epoch": args.Init_Epoch - 1, "val_pcc_residuals": float(val_pcc.mean())}
             progress.begin(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
         for epoch in range(progress.epoch, args.Epoch):
@@ -233,7 +208,6 @@ def train(encoder: dict, slices, rows, accelerator, args) -> None:
             loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, progress, args)
             with progress.interruptible():
                 val_pcc = validate(model, bank, slices, truth, accelerator, args)
-                widen(model, bank, slices, target, sd, accelerator, args)
             row = {"epoch": epoch, "loss": loss, "val_pcc_residuals": float(val_pcc.mean())}
             row |= {"lr": schedule.get_last_lr()[0], "seconds": time.monotonic() - start}
             log.add(row)

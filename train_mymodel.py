@@ -47,7 +47,9 @@ def parse_args(argv=None):
     group.add_argument("--width", type=settings.count, default=512, help="shared width of images and profiles")
     group.add_argument("--fusion_blocks", type=settings.count, default=3, help="depth of the matching module")
     group.add_argument("--queue_size", type=settings.count_or_zero, default=4096, help="earlier spots as negatives")
-    group.add_argument("--alpha", type=settings.fraction, default=0.4, help="share of the twin in the target; 0: none")
+    group.add_argument(
+        "--alpha", type=settings.fraction, default=0.4, help="weight of soft targets; 0: no distillation"
+    )
     group.add_argument("--expression_weight", type=settings.not_negative, default=5.0, help="of the expression loss")
     group.add_argument("--components", type=settings.count, default=10, help="of expression that are learnt")
     group.add_argument("--matching_weight", type=settings.not_negative, default=1.0, help="of the matching loss")
@@ -92,10 +94,12 @@ def build_model(args, slices, train_bins: np.ndarray, n_components: int):
     from utils.features.cache import read_image_weights
 
     weights = read_image_weights(args.image_weights, "--image_weights")
+    queue_size = max(min(args.queue_size, len(train_bins) - args.batch_size), 0)
     sizes = StageOneSizes(
         n_genes=len(slices[0].panels["input"].genes),
         image_pretrained=weights is not None,
-        queue_size=max(min(args.queue_size, len(train_bins) - args.batch_size), 0),
+        queue_size=queue_size,
+        momentum_encoders=args.alpha > 0 or queue_size > 0,
         n_components=n_components,
         **{
             name: getattr(args, name)
@@ -111,7 +115,7 @@ def build_model(args, slices, train_bins: np.ndarray, n_components: int):
     if model.image_encoder.weights_report:
         print(model.image_encoder.weights_report)
     tuning.tune(model.image_encoder, args.tune)
-    model.make_twins()
+    model.reset_momentum_encoders()
     return model
 
 
@@ -132,7 +136,6 @@ def losses_of(replica, batch: dict, epoch: int, number: int, alpha: float, devic
         batch.get("expression"),
         args.expression_weight,
         args.matching_weight,
-        batch["hidden"].view(torch.bfloat16).float() if "hidden" in batch else None,
     )
 
 
@@ -154,11 +157,11 @@ def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, pr
     from utils.training import loop
 
     model.train()
-    order, epoch, sums, twins = loader.batch_sampler, progress.epoch, progress.sums, []
+    order, epoch, sums, pairs_m = loader.batch_sampler, progress.epoch, progress.sums, []
     order.epoch, order.first = epoch, progress.step
     with tqdm(loader, desc=f"epoch {epoch}", unit="step", initial=order.first, disable=None) as bar:
         for i, batch in enumerate(bar, start=order.first):
-            loop.seed_everything(args.seed, epoch, i, distributed.rank())
+            distributed.seed_everything(args.seed, epoch, i, distributed.rank())
             number = (epoch - args.Init_Epoch) * len(order) + i
             alpha = args.alpha * min((number + 1) / len(order), 1.0)
             candidates = args.batch_size + int(model.queue.state[0])
@@ -167,7 +170,7 @@ def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, pr
                 out = losses_of(replica, batch, epoch, number, alpha, accelerator.device, args)
                 loop.stop_if_not_finite(out.loss.item(), epoch, i)
                 accelerator.backward(out.loss / order.accumulate)
-            twins.append(out.twin)
+            pairs_m.append(out.pair_m)
             row = log_row(out, candidates)
             sums = {name: sums.get(name, 0.0) + value for name, value in row.items()}
             bar.set_postfix_str(
@@ -177,8 +180,8 @@ def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, pr
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
-                model.after_step(*twins)
-                twins = []
+                model.after_step(*pairs_m)
+                pairs_m = []
                 progress.after_step(i + 1, sums)
     return distributed.mean({name: value / len(order) for name, value in sums.items()})
 
@@ -186,15 +189,15 @@ def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, pr
 def validate(model, slices, bins, accelerator, args) -> dict[str, float]:
     """R@5 in whole slices, mean of both directions and of slices, beside its chance."""
     from utils.evaluation import retrieval
-    from utils.features.cache import encode_pairs
+    from utils.features.cache import Inference, encode_pairs
 
     model.eval()
-    found, chances = [], []
+    inference, found, chances = Inference(accelerator, args.batch_size, args.workers), [], []
     for one, tokens in zip(slices, bins, strict=True):
         rows = one.rows_of("val")
         if not len(rows):
             continue
-        image, gene = encode_pairs(model, one, tokens, rows, accelerator, args).vectors()
+        image, gene = encode_pairs(model, one, tokens, rows, inference).vectors()
         ranks = retrieval.ranks_from_embeddings(image, gene), retrieval.ranks_from_embeddings(gene, image)
         found.append(np.mean([retrieval.recall_at(r, 5) for r in ranks]))
         chances.append(min(5 / len(rows), 1.0))
@@ -222,10 +225,10 @@ def train(slices, rows, accelerator, args) -> None:
     """From the encoders' start to the last epoch, or on from where a run was interrupted."""
     from model.masked_bins import MaskedBins
     from utils.files import arrays
-    from utils.training import count_tables, frozen, loop, pretrain
+    from utils.training import count_tables, loop, pretrain
     from utils.training.progress import Progress
 
-    loop.seed_everything(args.seed)
+    distributed.seed_everything(args.seed)
     memory = arrays.ArrayStore(args.memory, args.out)
     spots = dataset.spots_of(slices, "train")
     bins, train_bins = tokens_of(slices, memory)
@@ -241,18 +244,17 @@ def train(slices, rows, accelerator, args) -> None:
         pretrain.pretrain(
             MaskedBins(model.gene_encoder).to(accelerator.device), slices, bins, tables, accelerator, args
         )
-        model.make_twins()
-    hidden = frozen.outputs(model.gene_encoder, train_bins, accelerator, args)
-    extra = {"bins": train_bins} if hidden is None else {"bins": train_bins, "hidden": hidden}
+        model.reset_momentum_encoders()
+    extra = {"bins": train_bins}
     if expression:
         extra["expression"] = targets.train_scores(slices, expression, memory)
     if expression and not args.resume:
         print(start_from_ridge(model, slices, bins, expression, accelerator, args))
-        model.make_twins()
+        model.reset_momentum_encoders()
     order = loop.EpochOrder(len(spots), args.batch_size, args.seed, args.accumulate)
     if order.accumulate < args.accumulate:
         settings.say([f"--accumulate {args.accumulate}: an epoch has {order.n_batches} batches, which make one step"])
-    shares = tuning.rate_shares(model.image_encoder, args.layer_decay)
+    shares = tuning.rate_fractions(model.image_encoder, args.layer_decay)
     optimizer = loop.make_optimizer(model.parameters(), args, shares)
     schedule = loop.schedule(optimizer, len(order) // order.accumulate * (args.Epoch - args.Init_Epoch), args)
     about = {

@@ -1,6 +1,6 @@
 """What accuracy.py runs: folds of slices, the flags of every script, and the counts shuffled against the tiles.
 
-A fold says which slices teach, which choose the epoch and which are tested; it is written as a slices.csv of its own.
+A fold assigns slices to training, validation (which chooses the epoch) and test; it is written as its own slices.csv.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from utils.genes import panels as gene_panels
 from utils.slices import splits
 from utils.slices.splits import SliceRow
 
-# flags of each script; those of a later table are said after those of an earlier one, so that they win
+RULES = 6  # raised whenever a method or figure is computed differently, so that earlier runs are repeated
+LAST_CHANGE = "tiles are stored without loss, no longer as JPEGs"  # what raised it last
+# flags of each script; those of a later table follow those of an earlier one and win
 FULL = {
     "image_tilling": "--tile_um 310",
     "make_decoder_data": "--n_input_genes 500",
@@ -33,6 +35,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "fusion_pooled": {"train_mymodel": "--gene_tokens 1 --image_tokens 1"},
     "no_matching": {"train_mymodel": "--matching_weight 0"},
     "no_expression": {"train_mymodel": "--expression_weight 0"},
+    "pretrained_genes": {"train_mymodel": "--pretrain_genes"},
     "hires": {"image_tilling": "--source hires"},
     "counts": {"train_decoder": "--target counts"},
     "lognorm": {"train_decoder": "--target lognorm"},
@@ -45,14 +48,14 @@ DEFAULT_ENCODER, DEFAULT_PX = "tf_efficientnet_lite0", 224
 
 @dataclass(frozen=True)
 class Fold:
-    """Slices with their parts, and the flags that every script needs on them."""
+    """Slices with their parts, and the flags that the scripts need on them."""
 
     name: str
     rows: tuple[SliceRow, ...]
     flags: tuple[str, ...] = ()
 
     def write(self, path: Path) -> Path:
-        """As a slices.csv; returns its path."""
+        """Write it as a slices.csv and return the path."""
         path.parent.mkdir(parents=True, exist_ok=True)
         splits.write_table(self.rows, path)
         return path
@@ -67,22 +70,24 @@ DEFAULT_FOLDS = {
 
 def default_folds(rows: Sequence[SliceRow]) -> list[Fold]:
     """The folds of the sections of two patients, by the slices' names; within_C shares its patient on purpose."""
-    found = {row.slice: row for row in rows}
+    by_name = {row.slice: row for row in rows}
     wanted = {name for parts, _ in DEFAULT_FOLDS.values() for names in parts.values() for name in names}
-    missing = sorted(wanted - set(found))
+    missing = sorted(wanted - set(by_name))
     if missing:
         raise ValueError(
             f"--protocol default: expected the slices {', '.join(sorted(wanted))}, {', '.join(missing)} not found; "
             "for a folder of your own use --protocol patients"
         )
     return [
-        Fold(name, tuple(replace(found[one], part=part) for part, names in parts.items() for one in names), flags)
+        Fold(
+            name, tuple(replace(by_name[slice_], part=part) for part, names in parts.items() for slice_ in names), flags
+        )
         for name, (parts, flags) in DEFAULT_FOLDS.items()
     ]
 
 
 def patient_folds(rows: Sequence[SliceRow]) -> list[Fold]:
-    """One patient tested, the next one (cyclic) for validation, the others to learn from; of two patients, a strip."""
+    """Each patient is tested once; the next one (cyclic), or a strip where there are only two, is the validation."""
     patients = sorted({row.patient for row in rows})
     if len(patients) < 2:
         raise ValueError(f"--protocol patients: expected two patients or more, found {', '.join(patients)}")
@@ -97,7 +102,7 @@ def patient_folds(rows: Sequence[SliceRow]) -> list[Fold]:
 
 
 def given_folds(rows: Sequence[SliceRow]) -> list[Fold]:
-    """The data's own split; without a validation slice, a strip."""
+    """The split of slices.csv; without a validation slice, a strip of the train slices is the validation."""
     held_out = any(row.part == "val" for row in rows) or not any(row.part for row in rows)
     split = splits.of_part(splits.default_split(rows), *splits.PARTS)
     return [Fold("given", tuple(split), () if held_out else ("--val_strip",))]
@@ -106,43 +111,26 @@ def given_folds(rows: Sequence[SliceRow]) -> list[Fold]:
 PROTOCOLS = {"default": default_folds, "patients": patient_folds, "given": given_folds}
 
 
-def suffix(args, ablation: str) -> str:
-    """Of the names of files and folders that must not be taken for the full default run's."""
-    said = {
-        args.encoder.replace("/", "_"): args.encoder != DEFAULT_ENCODER,
-        f"{args.tile_px}px": args.tile_px != DEFAULT_PX,
-        "small": args.small,
-        "shuffled": args.shuffled,
-        ablation: ablation != "default",
-    }
-    return "".join(f"_{word}" for word, true in said.items() if true)
+def script_flags(script: str, ablation: str, small: bool) -> list[str]:
+    """Flags that set what a script computes, as opposed to where it reads and writes."""
+    tables = [FULL, *([SMALL] if small else []), ABLATIONS[ablation]]
+    return [flag for flags in tables for flag in flags.get(script, "").split()]
 
 
-def script_flags(script: str, ablation: str, args) -> list[str]:
-    """The flags of a script that say what is computed; where it reads and writes stands elsewhere."""
-    tables = [FULL, *([SMALL] if args.small else []), ABLATIONS[ablation]]
-    encoder = {
-        "image_tilling": ["--tile_px", str(args.tile_px)],
-        "train_mymodel": ["--image_encoder", args.encoder, "--image_size", str(args.tile_px)],
-    }
-    return encoder.get(script, []) + [flag for flags in tables for flag in flags.get(script, "").split()]
+def shuffle_panels(panels: Path, names: Sequence[str]) -> None:
+    """Permute the counts of each slice's panel files, with their totals, over the spots of the slice.
 
-
-def shuffle_panels(panels: Path, out: Path, names: Sequence[str]) -> None:
-    """Panel files of the slices whose counts, and with them their total, stand at other spots of the same slice.
-
-    One permutation per slice, drawn from its name, serves both files. Barcodes, places and all the rest stay.
+    One permutation per slice, drawn from its name, serves both files. Barcodes, positions and the rest stay.
     """
     import anndata
 
     for name in names:
         for role in gene_panels.FILES:
-            source, target = (gene_panels.panel_path(folder, None, name, role) for folder in (panels, out))
-            adata = anndata.read_h5ad(source)
+            path = gene_panels.panel_path(panels, None, name, role)
+            adata = anndata.read_h5ad(path)
             order = np.random.default_rng(zlib.crc32(name.encode())).permutation(adata.n_obs)
             adata.X = adata.X[order]
             adata.obs["total_counts"] = adata.obs["total_counts"].to_numpy()[order]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_name(target.stem + ".part.h5ad")
+            part = path.with_name(path.stem + ".part.h5ad")
             adata.write_h5ad(part)
-            part.replace(target)
+            part.replace(path)

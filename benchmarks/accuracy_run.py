@@ -1,24 +1,23 @@
-"""One run of accuracy.py, a fold with a seed: the six scripts as a user calls them, then every row, into one JSON.
+"""One run of accuracy.py, a fold with a seed: the six scripts as a user calls them, then every method, into one JSON.
 
-A step is repeated only where its key has changed. The key of a step is a hash of RULES, of the flags of its script that
-differ from their defaults, and of the keys of the steps that it reads from; those of the first are hashes of what the
-data hold: counts, images, positions, scale factors, lines of the table, and the encoder's weights.
+A run is repeated only where its key differs: a hash of RULES, of the flags of the scripts, and of the data (counts,
+images, positions, scale factors, lines of the table, the encoder's weights). An interrupted run begins anew.
 
-The JSON of a run holds: fold, seed, ablation, key, settings (flags by script), date, machine, seconds by step, `rows`
-(figures of each row, means over slices), `retrieval`, `diagnostics`, and `draws`: of magic, the baselines and
-stage_two_pretrained the PCC per gene against residuals in 2,000 resamples, in whole units of 1e-5. The resamples are
-the same for all rows and seeds of a fold, so a difference of two rows is the difference of their draws.
+The JSON of a run holds: fold, seed, ablation, rules, key, flags by script, date, machine, seconds by step,
+`methods` (figures of each method, means over slices), `retrieval`, `losses` of stage one, `sd_ratio` (predicted over
+measured deviation of a gene), and `draws`: PCC per gene against residuals in 2,000 resamples, in whole units of 1e-5,
+of the methods that are compared by an interval. The resamples are the same for all methods and seeds of a fold, so a
+difference of two methods is the difference of their draws.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache
@@ -26,206 +25,205 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import accuracy_folds as folds
-from benchmarks.accuracy_folds import Fold
+from benchmarks.accuracy_folds import RULES, Fold
 from benchmarks.speed import machine_name
-from utils import settings
-from utils.files.atomic import write_record, write_whole
+from utils import settings as shared_settings
+from utils.files.atomic import write_whole
 from utils.files.hashing import content_hash
 from utils.slices import splits, visium
 
 ROOT = Path(__file__).resolve().parents[1]
-RULES = 6  # raised whenever a step, row or figure comes to be computed otherwise: older ones are then repeated
 BEST = "best_epoch_weights.pth"
-PRETRAINED = "_pretrained"  # stage two on the encoder as stage one found it
+PRETRAINED = "_pretrained"  # stage two on the encoder as it was before stage one
 
 
-def digest(*what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of accuracy.py; paths are absolute, as the scripts run in the repository's root."""
+
+    data: Path | None
+    out: Path
+    runs: Path
+    protocol: str
+    seeds: list[int] | None
+    only: list[str] | None
+    small: bool
+    ablations: bool
+    shuffled: bool
+    table: bool
+    keep: bool
+    encoder: str
+    encoder_weights: str | None
+    tile_px: int
+    device: str
+    workers: int | None
+    debug: bool
+
+    def run_name(self, fold: str, seed: int, ablation: str = "default") -> str:
+        """Name of a run's folder and file; a default run of full length is called FOLD_seedN alone."""
+        marks = {
+            self.encoder.replace("/", "_"): self.encoder != folds.DEFAULT_ENCODER,
+            f"{self.tile_px}px": self.tile_px != folds.DEFAULT_PX,
+            "small": self.small,
+            "shuffled": self.shuffled,
+            ablation: ablation != "default",
+        }
+        return f"{fold}_seed{seed}" + "".join(f"_{mark}" for mark, applies in marks.items() if applies)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A call of a script; `folder` keeps NAME.log and, once it is done, NAME.json."""
+    """A call of a script."""
 
-    name: str  # the script's, and what sets it apart from another call of it
+    name: str  # the script's, and PRETRAINED where it is called a second time
     argv: tuple[str, ...]
-    folder: Path
-    after: tuple[str, ...]  # keys of what it reads
 
     @property
     def script(self) -> str:
         return self.name.removesuffix(PRETRAINED)
 
-    def parsed(self) -> Any:
-        return importlib.import_module(self.script).parse_args(list(self.argv))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Flags that are not at their defaults, and say what is computed: a default that is changed raises RULES."""
-        module, parsed = importlib.import_module(self.script), vars(self.parsed())
-        default = vars(module.parse_args([]))
-        return {name: value for name, value in parsed.items() if name not in settings.WHERE and value != default[name]}
-
-    @property
-    def key(self) -> str:
-        return digest(RULES, self.name, self.settings, self.after)
-
-    def run(self) -> float:
-        """Seconds that the script took, now or when it was last run with this key. Raises ValueError where it fails."""
-        note, log = self.folder / f"{self.name}.json", self.folder / f"{self.name}.log"
-        if note.exists() and (done := json.loads(note.read_text()))["key"] == self.key:
-            return done["seconds"]
-        note.unlink(missing_ok=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, f"{self.script}.py", *self.argv]
+    def run(self, log: Path) -> float:
+        """Seconds that the script took; its output goes to `log`. Raises ValueError where it fails."""
         start = time.perf_counter()
         with log.open("w") as file:
+            command = [sys.executable, f"{self.script}.py", *self.argv]
             code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
         if code:
             last = " / ".join(line.strip() for line in log.read_text().splitlines()[-3:])
-            raise ValueError(f"{self.script}.py ended with code {code}: {last} (all it said: {log})")
-        seconds = round(time.perf_counter() - start, 1)
-        write_record(note, {"key": self.key, "seconds": seconds, "command": command})
-        return seconds
+            raise ValueError(f"{self.script}.py ended with code {code}: {last} (whole output: {log})")
+        return round(time.perf_counter() - start, 1)
+
+
+def digest(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @cache
-def content_of(folder: Path, name: str, image: str | None) -> str:
-    """Hash of a slice's counts, of its image, and of all that lies in its spatial/."""
+def slice_key(folder: Path, name: str, image: str | None) -> str:
+    """Hash of a slice's counts, of its image, and of all files in its spatial/."""
     source = visium.read_slice(folder, name)
     counts = visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes)
     files = sorted(path for path in (source.root / "spatial").iterdir() if path.is_file())
-    fullres = source.fullres_image(image)
-    return digest(counts, [content_hash(path) for path in (*files, fullres) if path is not None])
+    return digest(counts, [content_hash(path) for path in (*files, source.fullres_image(image)) if path is not None])
 
 
-@cache
-def weights_key(weights: str) -> str:
-    """timm, none, or a hash of what the tensors of a file hold (the file's own bytes vary with torch's version)."""
-    if weights in ("timm", "none"):
-        return weights
-    from utils.training.checkpoint import read_weights
-
-    found = hashlib.sha256()
-    for name, tensor in sorted(read_weights(Path(weights), "--encoder_weights").items()):
-        found.update(name.encode() + tensor.contiguous().float().numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
+@dataclass(frozen=True)
 class Run:
-    """A fold, a seed and an ablation, and where all of it lies; `args` are those of accuracy.py, their paths absolute.
+    """A fold, a seed and an ablation; `weights` are those of the image encoder before stage one."""
 
-    `home` is the folder of stage one, which an ablation of stage two shares with the default run. `prepare` are the
-    steps before the shuffling of --shuffled, `steps` those behind it.
-    """
+    fold: Fold
+    seed: int
+    settings: Settings
+    weights: str
+    ablation: str = "default"
 
-    def __init__(self, fold: Fold, seed: int, args: Any, ablation: str = "default"):
-        self.fold, self.seed, self.args, self.ablation = fold, seed, args, ablation
-        self.name = f"{fold.name}_seed{seed}{folds.suffix(args, ablation)}"
-        changed = set(folds.ABLATIONS[ablation])
-        self.fold_folder = args.out / "shuffled" / fold.name if args.shuffled else args.out / fold.name
-        self.folder, default = (
-            self.fold_folder / f"seed_{seed}{folds.suffix(args, name)}" for name in (ablation, "default")
-        )
-        self.home = default if changed <= {"train_decoder"} else self.folder
-        self.tiles = args.out / (f"tiles_{ablation}" if "image_tilling" in changed else "tiles")
-        self.chosen_panels, self.panels = args.out / fold.name / "panels", self.fold_folder / "panels"
-        self.slices = args.out / fold.name / "slices.csv"
-        self.encoder = self.home / "encoder_model" / BEST
-        self.pretrained_encoder = self.folder / f"encoder_model{PRETRAINED}" / BEST
-        contents = [content_of(splits.slice_folder(args.data, r), r.slice, r.image) for r in fold.rows]
-        self.slices_key = digest([(r.slice, r.spot_pitch_um) for r in fold.rows], contents)
-        rows = [asdict(r) for r in fold.rows]
-        self.data_key = digest(rows, contents, fold.flags, args.shuffled, weights_key(args.encoder_weights))
-        self.prepare, self.steps = self.plan()
+    @property
+    def name(self) -> str:
+        return self.settings.run_name(self.fold.name, self.seed, self.ablation)
 
-    def step(self, name: str, folder: Path, after: Sequence[Step], **files: Any) -> Step:
-        """Flags: where the data lie, what the settings say, and the `files` of this call."""
-        script = name.removesuffix(PRETRAINED)
-        flags = {"data": self.args.data, "tiles": self.tiles, "device": self.args.device, "workers": self.args.workers}
-        if script == "image_tilling":  # every slice of the data, for all folds; only what is missing is cut
-            keys, own = (self.slices_key,), ()
-        else:
-            chosen = script == "make_decoder_data"
-            flags |= {"panels": self.chosen_panels if chosen else self.panels, "slices": self.slices}
-            flags |= {} if chosen else {"seed": self.seed}
-            keys, own = (self.data_key, *(before.key for before in after)), self.fold.flags
-        said = [str(x) for flag, value in (flags | files).items() if value is not None for x in (f"--{flag}", value)]
-        settings = folds.script_flags(script, self.ablation, self.args)
-        return Step(name, (*said, *own, *settings), folder, keys)
+    @property
+    def folder(self) -> Path:
+        return self.settings.out / self.name
 
-    def plan(self) -> tuple[list[Step], list[Step]]:
-        tiles = self.step("image_tilling", self.tiles, [])
-        panels = self.step("make_decoder_data", self.fold_folder, [])
-        weights, encoder = self.args.encoder_weights, {"encoder": self.encoder}
-        first = self.step(
-            "train_mymodel",
-            self.home,
-            [tiles, panels],
-            image_weights=weights,
-            out=self.encoder.parent,
-            logs=self.home / "logs",
-        )
-        steps = [first, self.step("get_accuracy_image", self.home, [first], **encoder, out=self.home / "retrieval")]
-        for kind in ("", PRETRAINED) if self.ablation == "default" else ("",):
-            files = {"encoder": self.pretrained_encoder} if kind else encoder
-            out, logs = self.folder / f"decoder_model{kind}", self.folder / f"logs{kind}"
-            second = self.step(f"train_decoder{kind}", self.folder, [first], **files, out=out, logs=logs)
-            files = {"decoder": out / BEST, "out": self.similarity(kind)}
-            steps += [second, self.step(f"decoder_similarity{kind}", self.folder, [second], **files)]
-        return [tiles, panels], steps
+    @property
+    def file(self) -> Path:
+        return self.settings.runs / f"{self.name}.json"
+
+    def encoder(self, kind: str = "") -> Path:
+        return self.folder / f"encoder_model{kind}" / BEST
 
     def similarity(self, kind: str = "") -> Path:
         return self.folder / f"similarity{kind}"
 
-    def parsed(self, script: str) -> Any:
-        return next(step for step in self.steps if step.name == script).parsed()
+    def own_flags(self, script: str) -> list[str]:
+        """Flags of a script that set what it computes, as opposed to where it reads and writes."""
+        size, encoder = str(self.settings.tile_px), self.settings.encoder
+        flags = {
+            "image_tilling": ["--tile_px", size],
+            "train_mymodel": ["--image_encoder", encoder, "--image_size", size],
+        }
+        seed = [] if script in ("image_tilling", "make_decoder_data") else ["--seed", str(self.seed)]
+        return [*flags.get(script, []), *seed, *folds.script_flags(script, self.ablation, self.settings.small)]
+
+    def step(self, name: str, **files: Any) -> Step:
+        """A call of a script; `files` are those that only this call reads or writes."""
+        script = name.removesuffix(PRETRAINED)
+        tiles = "tiles_" + self.ablation if "image_tilling" in folds.ABLATIONS[self.ablation] else "tiles"
+        places = {"data": self.settings.data, "tiles": self.settings.out / tiles, "panels": self.folder / "panels"}
+        places |= {"slices": self.folder / "slices.csv", **files}
+        machine = {"device": self.settings.device, "workers": self.settings.workers}
+        words = [str(word) for flag, x in (places | machine).items() if x is not None for word in (f"--{flag}", x)]
+        return Step(name, (*words, *self.fold.flags, *self.own_flags(script)))
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return {step.name: step.settings for step in (*self.prepare, *self.steps)}
+    def steps(self) -> list[Step]:
+        folder, kinds = self.folder, ("", PRETRAINED) if self.ablation == "default" else ("",)
+        training = {"image_weights": self.weights, "out": self.encoder().parent, "logs": folder / "logs"}
+        steps = [self.step("image_tilling"), self.step("make_decoder_data"), self.step("train_mymodel", **training)]
+        steps.append(self.step("get_accuracy_image", encoder=self.encoder(), out=folder / "retrieval"))
+        for kind in kinds:
+            out, logs = folder / f"decoder_model{kind}", folder / f"logs{kind}"
+            steps.append(self.step(f"train_decoder{kind}", encoder=self.encoder(kind), out=out, logs=logs))
+            steps.append(self.step(f"decoder_similarity{kind}", decoder=out / BEST, out=self.similarity(kind)))
+        return steps
+
+    def stage_one_settings(self) -> Any:
+        """Settings of train_mymodel.py, whose data, encoder and optimiser the other methods share."""
+        import train_mymodel
+
+        parsed = train_mymodel.parse_args(next(step.argv for step in self.steps if step.name == "train_mymodel"))
+        shared_settings.check_training(parsed)
+        return parsed
+
+    def flags(self) -> dict[str, str]:
+        """Flags of each script that change the result; a changed default of a script calls for other RULES."""
+        return {step.name: " ".join(self.own_flags(step.script)) for step in self.steps}
 
     @property
     def key(self) -> str:
-        return digest(RULES, self.data_key, self.settings)
+        assert self.settings.data is not None
+        rows = self.fold.rows
+        contents = [slice_key(splits.slice_folder(self.settings.data, r), r.slice, r.image) for r in rows]
+        weights = self.weights if self.weights in ("timm", "none") else content_hash(Path(self.weights))
+        data = ([asdict(row) for row in rows], contents, self.fold.flags, weights)
+        return digest(RULES, data, self.settings.shuffled, self.flags())
 
-    def file(self) -> Path:
-        return self.args.runs / f"{self.name}.json"
-
-    def found(self) -> dict[str, Any] | None:
-        """The finished run of this key, None where there is none."""
-        if not self.file().exists():
+    def finished(self) -> dict[str, Any] | None:
+        """The record of a finished run of this key, None where there is none."""
+        if not self.file.exists():
             return None
-        record = json.loads(self.file().read_text())
+        record = json.loads(self.file.read_text())
         return record if record["key"] == self.key else None
 
     def do(self) -> dict[str, Any]:
-        """All steps and rows; the JSON is written last."""
-        from benchmarks import accuracy_rows, accuracy_scores
+        """All steps and methods; the JSON is written last."""
+        from benchmarks import accuracy_methods, accuracy_scores
 
-        self.fold.write(self.slices)
-        seconds = {step.name: step.run() for step in self.prepare}
-        if self.args.shuffled:
-            folds.shuffle_panels(self.chosen_panels, self.panels, [row.slice for row in self.fold.rows])
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.fold.write(self.folder / "slices.csv")
+        seconds = {}
         for step in self.steps:
             if step.name == f"train_decoder{PRETRAINED}":
-                accuracy_rows.write_pretrained(self.encoder, self.pretrained_encoder, self.parsed("train_mymodel"))
-            seconds[step.name] = step.run()
+                accuracy_methods.write_pretrained(self.encoder(), self.encoder(PRETRAINED), self.stage_one_settings())
+            seconds[step.name] = step.run(self.folder / f"{step.name}.log")
+            if step.name == "make_decoder_data" and self.settings.shuffled:
+                folds.shuffle_panels(self.folder / "panels", [row.slice for row in self.fold.rows])
         start = time.perf_counter()
-        found = accuracy_scores.evaluate(self)
-        seconds["rows"] = round(time.perf_counter() - start, 1)
+        figures = accuracy_scores.evaluate(self)
+        seconds["methods"] = round(time.perf_counter() - start, 1)
         record = {
             "fold": self.fold.name,
             "seed": self.seed,
             "ablation": self.ablation,
+            "rules": RULES,
             "key": self.key,
-            "settings": self.settings,
+            "flags": self.flags(),
             "date": date.today().isoformat(),
-            "machine": machine_name(self.args.device),
+            "machine": machine_name(self.settings.device),
             "seconds": seconds,
-            **found,
+            **figures,
         }
-        write_run(self.file(), record)
+        write_run(self.file, record)
         return record
 
 
@@ -236,16 +234,15 @@ def write_run(path: Path, record: dict[str, Any]) -> None:
     write_whole(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
-def done(run: Run) -> dict[str, Any]:
+def finish(run: Run) -> dict[str, Any]:
     """The record of a run: read where its file has the same key, else made."""
-    found = run.found()
-    if found is not None:
+    record = run.finished()
+    if record is not None:
         print(f"{run.name}: there already", flush=True)
-        return found
-    if run.file().exists():
-        print(f"{run.name}: {run.file()} was made with other data or settings: run again", flush=True)
+        return record
+    if run.file.exists():
+        print(f"{run.name}: {run.file} was made with other data or settings: run again", flush=True)
     record = run.do()
-    print(
-        f"{run.name}: magic {record['rows']['magic']['residuals']}, {sum(record['seconds'].values()):.0f} s", flush=True
-    )
+    score, seconds = record["methods"]["magic"]["residuals"], sum(record["seconds"].values())
+    print(f"{run.name}: magic {score}, {seconds:.0f} s", flush=True)
     return record

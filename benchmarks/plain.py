@@ -1,14 +1,14 @@
-"""The plain twins of speed.py: what the published method costs when its equations are written down directly.
+"""Plain references of speed.py: the published method with its equations written down directly.
 
 fp32, one thing after the other: kernel features of all heads and tokens at once, every temporary kept for backward;
-each image opened, augmented and encoded alone; each candidate of a retrieval encoded anew; the frozen encoder run in
-every epoch. Nothing is slower than it has to be to stay that plain. Tests hold each against the fast path's numbers.
+each image encoded alone; each candidate of a retrieval encoded anew; the frozen encoder run in every epoch. Tests
+compare each with the fast path's numbers.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,24 +53,24 @@ class PlainBlock(nn.Module):
         return x + b.w2(F.gelu(b.w1(b.norm_mlp(x))))
 
 
-def twin_of(module: Model) -> Model:
+def shallow_copy(module: Model) -> Model:
     """The same module, its parameters shared, whose parts can be replaced."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    return copied
 
 
 def plain_gene_encoder(encoder: GeneEncoder) -> GeneEncoder:
-    plain = twin_of(encoder)
-    plain.blocks = nn.ModuleList(PlainBlock(block) for block in encoder.blocks)
+    plain, blocks = shallow_copy(encoder), cast(list[PerformerBlock], encoder.blocks)
+    plain.blocks = nn.ModuleList(PlainBlock(block) for block in blocks)
     return plain
 
 
 def plain_model(model: Model) -> Model:
     """Stage one or two with plain encoders: attention of the ViT writes its weights out, that of the genes its kernel
-    features. Of StageOne, whose `forward` has a twin, take `stage_one_loss`."""
-    plain: Any = twin_of(model)
-    plain.image_encoder = twin_of(plain.image_encoder)
+    features. The loss of stage one is then `stage_one_loss`."""
+    plain: Any = shallow_copy(model)
+    plain.image_encoder = shallow_copy(plain.image_encoder)
     plain.image_encoder.trunk = copy.deepcopy(plain.image_encoder.trunk)
     for module in plain.image_encoder.trunk.modules():
         if hasattr(module, "fused_attn"):
@@ -81,7 +81,7 @@ def plain_model(model: Model) -> Model:
 
 
 def stage_one_loss(model: StageOne, tiles: Tensor, bins: Tensor, generator: torch.Generator) -> Tensor:
-    """Contrast within the batch, without a twin, and matching of three pairs a spot: (B, 3, Z, Z), (B, G) -> scalar."""
+    """Contrast within the batch, without distillation, and matching of three pairs a spot: (B, 3, Z, Z), (B, G)."""
     image, image_tokens = model.encode_images(tiles)
     gene, gene_tokens = model.encode_genes(bins)
     logits = image @ gene.T * model.contrast.logit_scale.exp()
@@ -125,9 +125,9 @@ def stage_two_step(model: StageTwo, tiles: Tensor, around: dict[str, Tensor], ta
 @torch.no_grad()
 def predict(model: StageTwo, tiles: Tensor, around: dict[str, Tensor]) -> Tensor:
     """One image at a time: (S, 3, Z, Z) -> (S, G)."""
-    done = []
+    predicted = []
     for i in range(len(tiles)):
         features = model.encode(tiles[i : i + 1])
-        own = {name: rows[i : i + 1] for name, rows in around.items()}
-        done.append(model.predict(model.split(features) | own))
-    return torch.cat(done)
+        context = {name: rows[i : i + 1] for name, rows in around.items()}
+        predicted.append(model.predict(model.split(features) | context))
+    return torch.cat(predicted)

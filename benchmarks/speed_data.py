@@ -1,4 +1,7 @@
-"""The parts of speed.py around the models: tiles cut and read, and the search of a large gallery."""
+"""The parts of speed.py around the models: tiles cut and read, and the search of a large gallery.
+
+Their plain references open, cut and augment one tile at a time, by Pillow and NumPy.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,37 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from benchmarks import plain_tiles
-from benchmarks.speed_setting import SMALL, Machine, Setting, Work
-from utils.training import loop
+from benchmarks.speed_setting import Machine, Setting, Work
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def temporary_folder() -> Path:
+    """A folder that is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="magic_speed_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def tiling(setting: Setting) -> Work:
     """The published tiles, 40 px of the hires image, of a slice of 4,992 spots: image opened, JPEGs written."""
     import image_tilling
 
-    folder = Path(tempfile.mkdtemp(prefix="magic_speed_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    n = 4992 if setting.sizes != SMALL else 500
-    centres = simulated_slice(folder / "data", n, setting.seed)
+    folder, n = temporary_folder(), setting.sizes.tiled
+    centres = simulated_slice(folder / "data" / "slice", n, setting.seed)
     numbers = itertools.count()  # each time into a new folder
 
     def cut() -> float:
         out = folder / f"tiles{next(numbers)}"
         start = time.perf_counter()
-        if setting.plainly:
-            plain_tiles.cut_tiles(folder / "data/slice/spatial/tissue_hires_image.png", centres, out)
+        if setting.plain:
+            plain_tiles(folder / "data/slice/spatial/tissue_hires_image.png", centres, out)
         else:
             flags = ["--data", str(folder / "data"), "--tiles", str(out), "--source", "hires", "--crop_size", "40"]
             image_tilling.main(image_tilling.parse_args(flags))
@@ -45,7 +55,7 @@ def tiling(setting: Setting) -> Work:
 def simulated_slice(folder: Path, n_spots: int, seed: int) -> np.ndarray:
     """A slice folder with a hires image of 2,000 px and spots on it, without counts: centres (S, 2) in its pixels."""
     rng = np.random.default_rng(seed)
-    spatial = folder / "slice" / "spatial"
+    spatial = folder / "spatial"
     spatial.mkdir(parents=True)
     coarse = rng.integers(60, 255, (125, 125, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize((2000, 2000), Image.Resampling.BICUBIC).save(spatial / "tissue_hires_image.png")
@@ -60,34 +70,41 @@ def simulated_slice(folder: Path, n_spots: int, seed: int) -> np.ndarray:
     return np.rint(centres / 0.1) * 0.1
 
 
+def plain_tiles(image_file: Path, centres: np.ndarray, out: Path) -> None:
+    """The published tiles: 40 x 40 px around each centre (S, 2) of the hires image, one JPEG each."""
+    out.mkdir(parents=True)
+    with Image.open(image_file) as opened:
+        image = opened.convert("RGB")
+    for spot, (x, y) in enumerate(centres):
+        image.crop((x - 20, y - 20, x + 20, y + 20)).save(out / f"{spot}.jpeg")
+
+
 def loading(setting: Setting) -> Work:
-    """Augmented tiles of 224 px in batches of 32, as training reads them: plainly from JPEGs, ours from the pack."""
+    """Augmented tiles of 224 px in batches of 32, as training reads them: plain from JPEGs, ours from the pack."""
     from torch.utils.data import DataLoader
 
     from utils.features import dataset
     from utils.images import tiles
-    from utils.training import augment
+    from utils.training import augment, loop
 
-    s, machine = setting.sizes, Machine(setting)
-    folder = Path(tempfile.mkdtemp(prefix="magic_speed_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    n = 4096 if setting.sizes != SMALL else 256
-    paths = write_tiles(folder, n, s.image_size, setting.seed)
+    machine, folder = Machine(setting), temporary_folder()
+    n, size, seed = setting.sizes.tiles, setting.sizes.image_size, setting.seed
+    paths = write_tiles(folder, n, size, seed)
 
     def read_ours() -> None:
-        one = SimpleNamespace(pack=tiles.TilePack(folder), tile_rows=np.arange(n))
+        slice_: Any = SimpleNamespace(pack=tiles.TilePack(folder), tile_rows=np.arange(n))
         spots = np.column_stack([np.zeros(n, int), np.arange(n)])
-        order = loop.EpochOrder(n, 32, setting.seed)
-        for batch in dataset.loader(dataset.TileBatches([one], spots), order, workers=None):
-            augment.augment(batch["tiles"].to(machine.device), batch["spot"].numpy(), setting.seed, 0, s.image_size)
+        order = loop.EpochOrder(n, 32, seed)
+        for batch in dataset.loader(dataset.TileBatches([slice_], spots), order, workers=None):
+            augment.augment(batch["tiles"].to(machine.device), batch["spot"].numpy(), seed, 0, size)
 
-    def read_plainly() -> None:
-        data = plain_tiles.TileFiles(paths, setting.seed)
+    def read_plain() -> None:
+        files: Any = TileFiles(paths, seed)
         context = dataset.reading_context()
-        for batch in DataLoader(data, batch_size=32, shuffle=True, num_workers=2, multiprocessing_context=context):
+        for batch in DataLoader(files, batch_size=32, shuffle=True, num_workers=2, multiprocessing_context=context):
             batch.to(machine.device)
 
-    return Work(lambda: machine.timed(read_plainly if setting.plainly else read_ours), n, "tiles")
+    return Work(lambda: machine.timed(read_plain if setting.plain else read_ours), n, "tiles")
 
 
 def write_tiles(folder: Path, n: int, size: int, seed: int) -> list[Path]:
@@ -96,8 +113,8 @@ def write_tiles(folder: Path, n: int, size: int, seed: int) -> list[Path]:
     from utils.images.image import open_image
 
     rng = np.random.default_rng(seed)
-    image = Image.fromarray(rng.integers(60, 255, (64, 64, 3), dtype=np.uint8)).resize((4 * size, 4 * size))
-    image.save(folder / "image.png")
+    coarse = Image.fromarray(rng.integers(60, 255, (64, 64, 3), dtype=np.uint8))
+    coarse.resize((4 * size, 4 * size)).save(folder / "image.png")
     barcodes, centres = np.array([f"SPOT{i}-1" for i in range(n)]), rng.uniform(size, 3 * size, (n, 2))
     cut = tiles.Cut("fullres", "image.png", 0.5, float(size), size, True)
     with open_image(folder / "image.png") as image:
@@ -106,8 +123,53 @@ def write_tiles(folder: Path, n: int, size: int, seed: int) -> list[Path]:
     return [Path(file) for file in tiles.tile_files(folder, barcodes)]
 
 
+class TileFiles:
+    """Tiles by file, each opened and augmented alone by NumPy, with the draws of utils/training/augment.py."""
+
+    def __init__(self, paths: list[Path], seed: int):
+        self.paths, self.seed = paths, seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, spot: int) -> Tensor:
+        """(3, Z, Z) float32 in 0..1"""
+        import torch
+
+        from utils.training import augment
+
+        with Image.open(self.paths[spot]) as image:
+            tile = np.asarray(image.convert("RGB"))
+        draws = augment.uniforms(self.seed, 0, np.array([spot]), 10)[0]
+        restained = restain(flip_and_shift(tile, draws[:4]), draws[4:])
+        return torch.from_numpy(restained.astype(np.float32).transpose(2, 0, 1))
+
+
+def flip_and_shift(tile: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Shifted, rotated by quarters and flipped: (Z, Z, 3), draws (4,) in [0, 1) -> (Z, Z, 3)."""
+    from utils.training import augment
+
+    size = len(tile)
+    most = int(augment.SHIFT * size)
+    dx, dy = (int(draw * (2 * most + 1)) for draw in draws[2:])
+    padded = np.pad(tile, ((most, most), (most, most), (0, 0)), mode="symmetric")
+    rotated = np.rot90(padded[dy : dy + size, dx : dx + size], int(draws[0] * 4))
+    return rotated[:, ::-1] if draws[1] < 0.5 else rotated
+
+
+def restain(tile: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Stains taken apart, changed and mixed again: (Z, Z, 3) uint8, draws (6,) in [0, 1) -> (Z, Z, 3) in 0..1."""
+    from utils.training import augment
+
+    stains = augment.STAINS.numpy() / np.linalg.norm(augment.STAINS.numpy(), axis=1, keepdims=True)
+    density = -np.log(np.maximum(tile, 1) / 255)
+    strength = density @ np.linalg.inv(stains)
+    changed = strength * (1 + augment.JITTER * (2 * draws[:3] - 1)) + augment.JITTER / 3 * (2 * draws[3:] - 1)
+    return np.exp(-changed @ stains).clip(0, 1)
+
+
 def gallery(setting: Setting) -> Work:
-    """Ten nearest of a large gallery for 1,000 queries; plainly the bare matrix product, by the same blocks."""
+    """Ten nearest of a large gallery for 1,000 queries; the plain side is the bare matrix product, in equal blocks."""
     import torch
 
     from utils.evaluation.gallery import top_k
@@ -122,5 +184,5 @@ def gallery(setting: Setting) -> Work:
         for block in rows.split(4096):
             torch.mm(block, queries.T, out=product[: len(block) * n_queries].view(len(block), n_queries))
 
-    search = multiply if setting.plainly else lambda: top_k(queries, rows, 10, block=4096)
+    search = multiply if setting.plain else lambda: top_k(queries, rows, 10, block=4096)
     return Work(lambda: machine.timed(search), n_queries, "queries")

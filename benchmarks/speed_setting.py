@@ -1,7 +1,4 @@
-"""What a measurement of speed.py is: its sizes, its side, the machine as the scripts set it up, and the work timed.
-
-A part of speed.py is a function of a Setting that prepares all it needs and gives a Work, whose `run` measures it once.
-"""
+"""A measurement of speed.py: its sizes, its side, the work that is timed, and the machine as the scripts set it up."""
 
 from __future__ import annotations
 
@@ -28,25 +25,23 @@ class Sizes:
     gene_width: int = 200
     heads: int = 10
     spots: int = 1000  # of the slice that retrieval is evaluated on
+    tiles: int = 4096  # that are loaded
+    tiled: int = 4992  # spots of the slice that is cut
     gallery: int = 1_000_000
 
 
-SMALL = Sizes("vit_tiny_patch16_224", 96, 500, 2, 200, 10, 100, 50_000)
+SMALL = Sizes("vit_tiny_patch16_224", 96, 500, 2, 200, 10, 100, 256, 500, 50_000)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One side, "plain" or "ours", of a measurement."""
+    """One side of a measurement, ours or the plain one."""
 
     sizes: Sizes
-    side: str
+    plain: bool
     device: str
     batch_size: int
     seed: int
-
-    @property
-    def plainly(self) -> bool:
-        return self.side == "plain"
 
 
 @dataclass(frozen=True)
@@ -57,33 +52,32 @@ class Work:
     items: int
     unit: str
     note: str = ""
-    flop_of: Callable[[], Any] | None = None  # what a FLOP counter watches: all items, plainly
 
 
 class Machine:
-    """Device and precision as the scripts choose them; the plain side is fp32, with the allocator as it comes."""
+    """Device and precision as the scripts choose them; the plain side is fp32, with the allocator's defaults."""
 
     def __init__(self, setting: Setting):
         import torch
 
         torch.manual_seed(setting.seed)
-        self.plainly = setting.plainly
-        if setting.plainly:
+        self.plain = setting.plain
+        if setting.plain:
             self.device = distributed.pick_device(setting.device)
         else:
             self.accelerator = distributed.start(setting.device, "auto")
             self.device = self.accelerator.device
 
     def autocast(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.plainly else self.accelerator.autocast()
+        return nullcontext() if self.plain else self.accelerator.autocast()
 
     def decoder_autocast(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.plainly else distributed.decoder_autocast(self.accelerator, "auto")
+        return nullcontext() if self.plain else distributed.decoder_autocast(self.accelerator, "auto")
 
-    def timed(self, work: Callable[[], Any]) -> float:
+    def timed(self, function: Callable[[], Any]) -> float:
         self.wait()
         start = time.perf_counter()
-        work()
+        function()
         self.wait()
         return time.perf_counter() - start
 

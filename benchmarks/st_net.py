@@ -1,22 +1,31 @@
-"""ST-Net (He et al. 2020, Nat. Biomed. Eng. 4:827): a pretrained trunk and a linear head, tuned on expression.
+"""ST-Net (He et al. 2020, Nat. Biomed. Eng. 4:827): a pretrained trunk and a linear head, fine-tuned on expression.
 
-Here with what the other rows have: the same trunk, tiles, augmentation, optimiser, epochs and targets.
+Trunk, tiles, augmentation, optimiser, epochs and targets are those of the other methods of accuracy.py.
 Letters: B batch, S spots, G genes, Z tile side in pixels.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from model import losses
 from model.image_encoder import ImageEncoder
+from utils import distributed
 from utils.evaluation.ridge import validation_pcc
 from utils.features import cache, dataset
 from utils.training import loop
 from utils.training.augment import augment
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from train_mymodel import Settings
 
 
 class StNet(nn.Module):
@@ -26,7 +35,7 @@ class StNet(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.to_vector.in_features, n_genes)
-        nn.init.zeros_(self.head.weight)  # a random one drives a pretrained trunk apart in the first steps
+        nn.init.zeros_(self.head.weight)  # a random head disturbs a pretrained trunk in the first steps
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tiles: Tensor) -> Tensor:
@@ -34,15 +43,21 @@ class StNet(nn.Module):
 
 
 def train_one_epoch(
-    model: StNet, loader: Any, optimizer: Any, schedule: Any, accelerator: Any, epoch: int, args: Any
+    model: StNet,
+    loader: dataset.Loader,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    accelerator: Accelerator,
+    epoch: int,
+    settings: Settings,
 ) -> None:
     model.train()
-    loop.seed_everything(args.seed, epoch)
+    distributed.seed_everything(settings.seed, epoch)
     loader.batch_sampler.epoch = epoch
     for step, batch in enumerate(loader):
-        tiles = augment(batch["tiles"].to(accelerator.device), batch["spot"].numpy(), args.seed, epoch, args.image_size)
+        tiles, spots = batch["tiles"].to(accelerator.device), batch["spot"].numpy()
         with accelerator.autocast():
-            predicted = model(tiles)
+            predicted = model(augment(tiles, spots, settings.seed, epoch, settings.image_size))
         loss = losses.expression_loss(predicted, batch["target"].to(accelerator.device))
         loop.stop_if_not_finite(loss.item(), epoch, step)
         optimizer.zero_grad(set_to_none=True)
@@ -51,7 +66,9 @@ def train_one_epoch(
         schedule.step()
 
 
-def predict(model: StNet, slices: list[dataset.SliceData], accelerator: Any, args: Any) -> list[np.ndarray]:
+def predict(
+    model: StNet, slices: Sequence[dataset.SliceData], accelerator: Accelerator, settings: Settings
+) -> list[np.ndarray]:
     """Standardised genes (S, G) of all spots of each slice."""
 
     def encode(tiles: Tensor) -> Tensor:
@@ -59,50 +76,49 @@ def predict(model: StNet, slices: list[dataset.SliceData], accelerator: Any, arg
             return model(tiles)
 
     model.eval()
-    how = cache.TileEncoder(encode, args.image_size, accelerator.device, args.batch_size, args.workers)
-    return [np.concatenate(list(cache.encode_slice(how, one))) for one in slices]
+    how = cache.TileEncoder(encode, settings.image_size, accelerator.device, settings.batch_size, settings.workers)
+    return [np.concatenate(list(cache.encode_slice(how, slice_))) for slice_ in slices]
 
 
 def fit_predict(
     encoder: ImageEncoder,
-    slices: list[dataset.SliceData],
-    targets: list[np.ndarray],
-    wanted: list[dataset.SliceData],
-    accelerator: Any,
-    args: Any,
+    learning: Sequence[tuple[dataset.SliceData, np.ndarray]],
+    wanted: Sequence[dataset.SliceData],
+    accelerator: Accelerator,
+    settings: Settings,
 ) -> list[np.ndarray]:
-    """Tune the encoder and a head on the train spots; the epoch with the best validation PCC predicts.
+    """Fine-tune the encoder and a head on the train spots; the epoch with the best validation PCC predicts.
 
     Parameters
     ----------
     encoder : pretrained; it is changed
-    slices : that hold the train and validation spots
-    targets : per slice (S, G), NaN where a gene was not measured
+    learning : slices with train and validation spots, with targets (S, G), NaN where a gene was not measured
     wanted : slices to predict
-    args : flags of stage one: epochs, rates, batch, seed, image size
+    settings : of stage one: epochs, rates, batch, seed, image size
 
     Returns
     -------
     (S, G) of all spots of each slice of `wanted`, in the units of the targets.
     """
-    loop.seed_everything(args.seed)
-    taught = np.concatenate([target[one.rows_of("train")] for one, target in zip(slices, targets, strict=True)])
-    mean, sd = np.nanmean(taught, axis=0), np.maximum(np.nanstd(taught, axis=0), 1e-6)
-    model = StNet(encoder, len(mean)).to(accelerator.device)
+    distributed.seed_everything(settings.seed)
+    slices = [slice_ for slice_, _ in learning]
+    train = np.concatenate([target[slice_.rows_of("train")] for slice_, target in learning])
+    mean, sd = np.nanmean(train, axis=0), np.maximum(np.nanstd(train, axis=0), 1e-6)
     spots = dataset.spots_of(slices, "train")
-    order = loop.EpochOrder(len(spots), args.batch_size, args.seed)
-    standardised = ((taught - mean) / sd).astype(np.float32)
-    loader = dataset.loader(dataset.TileBatches(slices, spots, {"target": standardised}), order, args.workers)
-    optimizer = loop.make_optimizer(model.parameters(), args)
-    schedule = loop.schedule(optimizer, len(order) * args.Epoch, args)
-    held_out = [i for i, one in enumerate(slices) if len(one.rows_of("val"))]
-    truth = [targets[i][slices[i].rows_of("val")] for i in held_out]
+    order = loop.EpochOrder(len(spots), settings.batch_size, settings.seed)
+    batches = dataset.TileBatches(slices, spots, {"target": ((train - mean) / sd).astype(np.float32)})
+    loader = dataset.loader(batches, order, settings.workers)
+    model = StNet(encoder, len(mean)).to(accelerator.device)
+    optimizer = loop.make_optimizer(model.parameters(), settings)
+    schedule = loop.schedule(optimizer, len(order) * settings.Epoch, settings)
+    held_out = [(slice_, rows, target[rows]) for slice_, target in learning if len(rows := slice_.rows_of("val"))]
     best, kept = -np.inf, model.state_dict()
-    for epoch in range(args.Epoch):
-        train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch, args)
-        found = predict(model, [slices[i] for i in held_out], accelerator, args)
-        pcc = validation_pcc([p[slices[i].rows_of("val")] for i, p in zip(held_out, found, strict=True)], truth)
+    for epoch in range(settings.Epoch):
+        train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch, settings)
+        predicted = predict(model, [slice_ for slice_, _, _ in held_out], accelerator, settings)
+        values = [values[rows] for values, (_, rows, _) in zip(predicted, held_out, strict=True)]
+        pcc = validation_pcc(values, [target for _, _, target in held_out])
         if pcc > best:
             best, kept = pcc, {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(kept)
-    return [found * sd + mean for found in predict(model, wanted, accelerator, args)]
+    return [values * sd + mean for values in predict(model, wanted, accelerator, settings)]

@@ -1,6 +1,7 @@
-"""Contrast of images and profiles with momentum distillation.
+"""Image-gene contrastive loss with momentum distillation.
 
-Li et al. 2021 (ALBEF), arXiv 2107.07651, section 3.2 and equation 6. Letters: B batch, M = B + queue rows, D width.
+Li et al. 2021 (ALBEF), arXiv 2107.07651, equations 1, 2 and 6. Letters: B batch, M = B + queue rows, D width; the
+suffix _m marks features of the momentum encoders.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from model import losses
 
 
 class Pair(NamedTuple):
-    """Unit vectors of images and profiles, (B, D) each, and the spot they belong to, (B,)."""
+    """Unit vectors of images and genes, (B, D) each, and the spot they belong to, (B,)."""
 
     image: Tensor
     gene: Tensor
@@ -26,7 +27,7 @@ class Pair(NamedTuple):
 
 
 class ContrastiveHead(nn.Module):
-    """Loss of one batch against itself and the queue; its learned temperature is exp(-logit_scale)."""
+    """Loss of a batch against itself and the queue; the learned temperature is exp(-logit_scale)."""
 
     MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -39,20 +40,27 @@ class ContrastiveHead(nn.Module):
         with torch.autocast(queries.device.type, enabled=False):
             return queries.float() @ keys.float().T * self.logit_scale.exp()
 
-    def forward(self, student: Pair, twin: Pair, queue: tuple[Tensor, Tensor, Tensor], alpha: float) -> Tensor:
-        """Mean of both directions' cross entropies. Keys of the batch are the student's own features, keys of the
-        queue and both sides of the target's similarity are the twin's."""
+    def forward(self, pair: Pair, pair_m: Pair, queue: tuple[Tensor, Tensor, Tensor], alpha: float) -> Tensor:
+        """Mean cross entropy of both directions.
+
+        Parameters
+        ----------
+        pair : features of the batch; they are queries, and the batch's keys
+        pair_m : features of the momentum encoders, both sides of the soft target's similarity
+        queue : earlier features of the momentum encoders, images and genes (Q, D), and their spots (Q,)
+        alpha : weight of the soft target, 0 for the plain contrastive loss
+        """
         queue_image, queue_gene, queue_spot = queue
-        onehot = losses.same_spot_onehot(student.spot, torch.cat([student.spot, queue_spot]))
-        total: Tensor = student.image.new_zeros(())
-        for query, key, slow_query, slow_key, old_keys in (
-            (student.image, student.gene, twin.image, twin.gene, queue_gene),
-            (student.gene, student.image, twin.gene, twin.image, queue_image),
+        onehot = losses.same_spot_onehot(pair.spot, torch.cat([pair.spot, queue_spot]))
+        total: Tensor = pair.image.new_zeros(())
+        for query, key, query_m, key_m, queue_keys in (
+            (pair.image, pair.gene, pair_m.image, pair_m.gene, queue_gene),
+            (pair.gene, pair.image, pair_m.gene, pair_m.image, queue_image),
         ):
             with torch.no_grad():
-                slow_logits = self.similarity(slow_query, torch.cat([slow_key, old_keys.to(slow_key.dtype)]))
-                target = losses.distilled_target(slow_logits, onehot, alpha)
-            logits = self.similarity(query, torch.cat([key, old_keys.to(key.dtype)]))
+                logits_m = self.similarity(query_m, torch.cat([key_m, queue_keys.to(key_m.dtype)]))
+                target = losses.distilled_target(logits_m, onehot, alpha)
+            logits = self.similarity(query, torch.cat([key, queue_keys.to(key.dtype)]))
             total = total + losses.soft_cross_entropy(logits, target) / 2
         return total
 

@@ -1,7 +1,7 @@
-"""Does this image belong to this profile? Fusion blocks, hard negatives, matching head.
+"""Image-gene matching: fusion blocks, matching head, hard negatives.
 
-Li et al. 2021 (ALBEF), section 3.2. Both sides are sequences: attention over a single token would be a linear map.
-Letters: B batch, C candidates per image, K gene tokens, P image tokens, D width.
+Li et al. 2021 (ALBEF), arXiv 2107.07651, section 3.2, equation 4. Both sides are sequences: attention over a single
+token would be a linear map. Letters: B batch, C candidates per image, K gene tokens, P image tokens, D width.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from model.layers import CrossBlock
 
-LOG_ODDS = math.log(1 / 2)  # of a pair before anything is seen: two non-pairs are judged beside each
+PRIOR_LOGIT = math.log(1 / 2)  # log odds of a pair before training: the loss has two non-pairs to each pair
 
 
 class Fusion(nn.Module):
     """Gene tokens attend to themselves and to image tokens; the mean token gives one logit per pair.
 
-    Shapes: gene_tokens (B, K, D), image_tokens (B, P, D) -> (B,), log odds that the two belong together, **among pairs
-    that the contrast finds alike**: where non-pairs are drawn with weight softmax(s), a well-taught s tells nothing
-    more. It begins at the base rate of pairs. Where pairs share a side, what concerns that side alone is done once by
-    `read_genes` and `read_images`, for `judge`.
+    Shapes: gene_tokens (B, K, D), image_tokens (B, P, D) -> log odds of a pair (B,). They are odds **among pairs with
+    similar vectors**, because non-pairs are drawn with weight softmax(s): at the optimum of the contrast s separates
+    them no further. Where pairs share a side, `precompute_genes` and `precompute_images` run once per side, and `score`
+    once per pair.
     """
 
     def __init__(self, width: int, blocks: int, heads: int = 8, hidden: int = 1024):
@@ -33,30 +33,30 @@ class Fusion(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.to_logit = nn.Linear(width, 1)
         nn.init.zeros_(self.to_logit.weight)
-        nn.init.constant_(self.to_logit.bias, LOG_ODDS)
+        nn.init.constant_(self.to_logit.bias, PRIOR_LOGIT)
 
-    def read_genes(self, gene_tokens: Tensor) -> Tensor:
-        """What a profile's tokens do before they see a image: (B, K, D) -> (B, K, D)."""
-        return self.blocks[0].within(gene_tokens)
+    def precompute_genes(self, gene_tokens: Tensor) -> Tensor:
+        """The first block's self-attention, which needs no image: (B, K, D) -> (B, K, D)."""
+        return self.blocks[0].self_attend(gene_tokens)
 
-    def read_images(self, image_tokens: Tensor) -> list[Tensor]:
+    def precompute_images(self, image_tokens: Tensor) -> list[Tensor]:
         """Keys and values of the images for each block: (B, P, D) -> (2, B, heads, P, D / heads) each."""
         memory = self.norm_image(image_tokens)
         return [block.attend_memory.keys_values(memory) for block in self.blocks]
 
-    def judge(self, genes: Tensor, images: list[Tensor]) -> Tensor:
-        """Logits of each image with each of its candidates, both as read before: genes (B, C, K, D) -> (B, C)."""
+    def score(self, genes: Tensor, images: list[Tensor]) -> Tensor:
+        """Logits of each image with each of its candidates, both precomputed: genes (B, C, K, D) -> (B, C)."""
         n_candidates = genes.shape[1]
         for i, (block, keys_values) in enumerate(zip(self.blocks, images, strict=True)):
             if i > 0:
-                genes = block.within(genes.flatten(0, 1)).unflatten(0, (-1, n_candidates))
-            genes = block.across(genes.flatten(1, 2), keys_values).unflatten(1, (n_candidates, -1))
+                genes = block.self_attend(genes.flatten(0, 1)).unflatten(0, (-1, n_candidates))
+            genes = block.cross_attend(genes.flatten(1, 2), keys_values).unflatten(1, (n_candidates, -1))
         with torch.autocast(genes.device.type, enabled=False):  # rounded to bf16, near-equal logits would tie
             return self.to_logit(self.norm(genes.float()).mean(2)).squeeze(-1)
 
     def forward(self, gene_tokens: Tensor, image_tokens: Tensor) -> Tensor:
-        genes = self.read_genes(gene_tokens).unsqueeze(1)
-        return self.judge(genes, self.read_images(image_tokens)).squeeze(1)
+        genes = self.precompute_genes(gene_tokens).unsqueeze(1)
+        return self.score(genes, self.precompute_images(image_tokens)).squeeze(1)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model.layers import Attention, Standardise
 from model.performer import PerformerBlock
 
-N_BINS = 7  # floor(log2(1 + counts per 10,000)) cut at 5, and scBERT's mask
+N_BINS = 7  # floor(log2(1 + counts per 10,000)) cut at 5 (0..5), and scBERT's mask token (6)
 
 
 class GatherTokens(nn.Module):
@@ -36,9 +36,8 @@ class GatherTokens(nn.Module):
 class GeneEncoder(nn.Module):
     """Bins of expression (B, G) in 0..6 -> vector (B, D) before normalisation, gene tokens (B, K, D).
 
-    `frozen_part` runs the layers that do not train, once for student and twin; `forward` goes on from there. Beside
-    the Performer a linear path leads from the bins to the vector: a few hundred spots do not suffice to teach a
-    Performer without pretrained weights what a linear map learns from them in seconds.
+    A linear path beside the Performer leads from the bins to the vector: a few hundred spots do not suffice to train a
+    Performer without pretrained weights to what a linear map learns from them in seconds.
     """
 
     def __init__(
@@ -51,32 +50,29 @@ class GeneEncoder(nn.Module):
         self.norm = nn.LayerNorm(gene_width)
         self.gather = GatherTokens(gene_width, width, n_tokens)
         self.linear_path = nn.Sequential(Standardise(n_genes, min_sd=0.1), nn.Linear(n_genes, width))
-        self.n_frozen = 0  # blocks from the first on that `freeze_trunk` froze, the embeddings with them
+        self.n_frozen = 0  # blocks before the first that trains, set by `freeze_trunk`
 
     def embed(self, bins: Tensor) -> Tensor:
         return self.token_embedding(bins.long()) + self.gene_embedding.weight
 
     @torch.no_grad()
-    def frozen_part(self, bins: Tensor) -> Tensor:
-        """Bins (B, G) -> the input of the first block that trains: hidden (B, G, W), or the bins themselves."""
+    def frozen_part(self, bins: Tensor) -> Tensor | None:
+        """Output (B, G, W) of the frozen blocks, shared with the momentum encoder; None if no block is frozen."""
         if self.n_frozen == 0:
-            return bins
+            return None
         hidden = self.embed(bins)
         for block in self.blocks[: self.n_frozen]:
             hidden = block(hidden)
         return hidden
 
-    def forward(self, bins: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Bins (B, G), `start` as `frozen_part` gives it -> vector (B, D), tokens (B, K, D)."""
-        hidden, n = (self.embed(start), 0) if start.ndim == 2 else (start, self.n_frozen)
-        for block in self.blocks[n:]:
+    def forward(self, bins: Tensor, frozen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Bins (B, G) -> vector (B, D), tokens (B, K, D). `frozen` saves a second run of `frozen_part`."""
+        frozen = self.frozen_part(bins) if frozen is None else frozen
+        hidden = self.embed(bins) if frozen is None else frozen
+        for block in self.blocks[self.n_frozen :]:
             hidden = block(hidden)
         tokens, vector = self.gather(self.norm(hidden))
         return vector + self.linear_path(bins.float()), tokens
-
-    def encode(self, bins: Tensor) -> tuple[Tensor, Tensor]:
-        """Bins (B, G) -> vector (B, D), tokens (B, K, D): the whole way."""
-        return self(bins, self.frozen_part(bins))
 
     def freeze_trunk(self, tuned_block: int) -> None:
         """Freeze all but block `tuned_block` (counted from 0), the final norm and the gathering head."""
@@ -85,4 +81,4 @@ class GeneEncoder(nn.Module):
         for part in (self.token_embedding, self.gene_embedding, *self.blocks):
             part.requires_grad_(False)
         self.blocks[tuned_block].requires_grad_(True)
-        self.n_frozen = tuned_block  # kept by the twin, in which nothing has a gradient
+        self.n_frozen = tuned_block

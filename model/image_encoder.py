@@ -1,7 +1,7 @@
 """I(.): any timm model as an encoder of tiles into tokens and one vector.
 
-Weights come from timm's hub, from a file, or are drawn anew. Letters: B batch, P tokens, C width of the trunk,
-D shared width, Z tile side in pixels.
+Weights come from timm's hub or from a file, or are random. Letters: B batch, P tokens, C width of the trunk, D shared
+width, Z tile side in pixels.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from model import image_weights
 from model.image_weights import WeightsReport
 
-Weights = dict[str, Any] | str | None  # what a file holds, tensors at any depth; "timm" for the hub's; None for random
+Weights = dict[str, Any] | str | None  # content of a file, tensors at any depth; "timm" for the hub's; None for random
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What timm is to build: architecture, arguments, what replaces entries of its configuration, id on the hub."""
+    """How timm builds a trunk: architecture, arguments, changes to its configuration, id on the hub."""
 
     name: str
     architecture: str
@@ -40,10 +40,10 @@ class Plan:
         return timm.create_model(self.architecture, pretrained_cfg_overlay=config, num_classes=0, **self.arguments)
 
     def load(self, weights: dict[str, Tensor]) -> Any:
-        """The trunk with weights, of which none may be missing, through timm's own conversions.
+        """The trunk with all its weights, through timm's own conversions.
 
-        A classifier, of zeros, is in place meanwhile: without one timm would skip what does not fit, and take its own
-        layouts for others.
+        It has a classifier of zeros meanwhile: without one timm would skip tensors that do not fit, and would not
+        recognise some of its own layouts.
         """
         import timm
 
@@ -57,13 +57,13 @@ class Plan:
         trunk: Any = timm.create_model(
             self.architecture, pretrained=True, pretrained_cfg_overlay=config, **self.arguments
         )
-        del trunk.pretrained_cfg["state_dict"]  # it would be copied with every twin
+        del trunk.pretrained_cfg["state_dict"]  # it would be copied with every momentum encoder
         trunk.reset_classifier(0)
         return trunk
 
 
 def plan(name: str, image_size: int) -> Plan:
-    """Raises ValueError where timm and the hub know no model of that name, or the hub keeps it from us."""
+    """Raises ValueError where timm and the hub know no model of that name, or the hub denies access."""
     import timm
 
     if name.startswith(image_weights.HUB):
@@ -93,7 +93,7 @@ def of_the_hub(name: str, hub: str, image_size: int) -> Plan:
         arguments = known.arguments | mlp | size_of(known.architecture, image_size)
         return Plan(name, known.architecture, arguments, dict(zip(("mean", "std"), known.mean_sd, strict=True)), hub)
     try:
-        found, architecture, arguments = timm.models.load_model_config_from_hf(hub)
+        hub_config, architecture, arguments = timm.models.load_model_config_from_hf(hub)
     except (OSError, ValueError) as error:
         raise image_weights.hub_failure(error, name, hub) from error
     except KeyError:
@@ -104,7 +104,7 @@ def of_the_hub(name: str, hub: str, image_size: int) -> Plan:
             "and its file as --image_weights FILE"
         )
     arguments = {k: v for k, v in arguments.items() if k not in ("num_classes", "img_size") and v != ""}
-    config = {k: found[k] for k in ("mean", "std", "interpolation", "input_size") if k in found}
+    config = {k: hub_config[k] for k in ("mean", "std", "interpolation", "input_size") if k in hub_config}
     return Plan(name, architecture, arguments | size_of(architecture, image_size), config, hub)
 
 
@@ -115,58 +115,58 @@ def build_trunk(name: str, image_size: int, weights: Weights) -> tuple[Any, Weig
     """
     import timm
 
-    how = plan(name, image_size)
+    model_plan = plan(name, image_size)
     if weights is None:
-        return how.build(), None
+        return model_plan.build(), None
     if isinstance(weights, dict):
-        return fill(how, weights, getattr(weights, "source", "given"))
-    if not how.hub:
-        return download(how, image_size)
+        return fill(model_plan, weights, getattr(weights, "source", "given"))
+    if not model_plan.hub:
+        return download(model_plan, image_size)
     try:
-        tensors = timm.models.load_state_dict_from_hf(how.hub)
+        tensors = timm.models.load_state_dict_from_hf(model_plan.hub)
     except OSError as error:
-        raise image_weights.hub_failure(error, name, how.hub) from error
-    return fill(how, tensors, how.hub)
+        raise image_weights.hub_failure(error, name, model_plan.hub) from error
+    return fill(model_plan, tensors, model_plan.hub)
 
 
-def fill(how: Plan, content: dict[str, Any], source: str) -> tuple[Any, WeightsReport]:
-    """The trunk with the tensors that a file holds, at any depth, in a layout that image_weights or timm knows."""
+def fill(model_plan: Plan, content: dict[str, Any], source: str) -> tuple[Any, WeightsReport]:
+    """The trunk with the tensors of a file, at any depth, in a layout that image_weights or timm knows."""
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in how.build().state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model_plan.build().state_dict().items()}
     try:
-        found = image_weights.choose_tensors(content, shapes)
-        source += f" ({found.where})" if found.where else ""
-        kept, skipped = image_weights.select(found, shapes)
+        chosen = image_weights.choose_tensors(content, shapes)
+        source += f" ({chosen.where})" if chosen.where else ""
+        kept, skipped = image_weights.select(chosen, shapes)
         if not kept:
-            raise ValueError(f"none of its {len(found.tensors)} tensors belongs to a trunk")
-        trunk = how.load(kept)
+            raise ValueError(f"none of its {len(chosen.tensors)} tensors belongs to a trunk")
+        trunk = model_plan.load(kept)
         resized = image_weights.resized(kept, shapes)
-    except Exception as error:  # whatever another model's tensors make timm's conversions stumble over
+    except Exception as error:  # timm's conversions raise anything on another model's tensors
         raise ValueError(
-            f"--image_weights do not fit {how.name}: in {source}: {image_weights.misfit(error)}; "
+            f"--image_weights do not fit {model_plan.name}: in {source}: {image_weights.misfit(error)}; "
             "give the --image_encoder that the file was saved from"
         ) from error
     return trunk, WeightsReport(source, len(shapes), skipped, resized)
 
 
-def download(how: Plan, image_size: int) -> tuple[Any, WeightsReport]:
+def download(model_plan: Plan, image_size: int) -> tuple[Any, WeightsReport]:
     """The weights that timm itself has for its model."""
     import timm
 
     try:  # with the classifier in place timm loads strictly; without it, it would skip what does not fit
-        trunk: Any = timm.create_model(how.architecture, pretrained=True, **how.arguments)
+        trunk: Any = timm.create_model(model_plan.architecture, pretrained=True, **model_plan.arguments)
     except RuntimeError as error:
         raise ValueError(f"--image_weights timm: {' '.join(str(error).split())[:200]}; give a file, or none") from error
-    except OSError as error:  # what the hub's client raises without a network is one
-        raise image_weights.hub_failure(error, how.name, f"timm/{how.name}") from error
+    except OSError as error:  # raised by the hub's client without a network
+        raise image_weights.hub_failure(error, model_plan.name, f"timm/{model_plan.name}") from error
     trunk.reset_classifier(0)
-    own = trunk.pretrained_cfg["input_size"][-1]
-    resized = (f"position embeddings {own} -> {image_size} px",) if how.arguments and own != image_size else ()
-    return trunk, WeightsReport(f"timm/{how.name}", len(trunk.state_dict()), (), resized)
+    size = trunk.pretrained_cfg["input_size"][-1]
+    resized = (f"position embeddings {size} -> {image_size} px",) if model_plan.arguments and size != image_size else ()
+    return trunk, WeightsReport(f"timm/{model_plan.name}", len(trunk.state_dict()), (), resized)
 
 
 def pool_grid(tokens: Tensor, n_prefix: int, side: int) -> Tensor:
-    """Average the square grid of tokens behind `n_prefix` class tokens down to side x side; a smaller grid stays.
+    """Average the square grid of tokens after `n_prefix` class tokens down to side x side; a smaller grid stays.
 
     Shapes: (B, n_prefix + p * p, C) -> (B, n_prefix + min(p, side)^2, C).
     """
@@ -182,13 +182,13 @@ class ImageEncoder(nn.Module):
     """Tiles to a vector in the shared space, and to tokens.
 
     `forward`: tiles (B, 3, Z, Z) in 0..1 -> vector (B, D) before normalisation, raw tokens (B, P, C). Raw tokens are
-    pooled first and projected to D by `project_tokens`: the mean of projections is the projection of the mean.
-    BatchNorm of a pretrained convolutional trunk stays in evaluation mode, its affine part trained; parts of the trunk
-    that are frozen (model/tuning.py) stay in evaluation mode altogether. `weights_report` says what was loaded.
+    pooled first and then projected to D: the mean of projections is the projection of the mean. BatchNorm of a
+    pretrained convolutional trunk stays in evaluation mode, its affine part trained; frozen parts of the trunk
+    (model/tuning.py) stay in evaluation mode altogether. `weights_report` tells what was loaded.
 
-    With several `crop_scales`, fractions of the tile's side, the trunk reads one square per scale around the tile's
-    centre, all at the pixels of the smallest: `--crop_scales 1 0.5` is the tile at half its resolution, and its middle
-    at the full resolution. Their pooled features are concatenated; the tokens are those of the first.
+    With several `crop_scales`, fractions of the tile's side, the trunk encodes one centred square per scale, each
+    resized to the pixels of the smallest: `--crop_scales 1 0.5` is the tile at half its resolution, and its middle at
+    the full resolution. Their pooled features are concatenated; the tokens are those of the first.
     """
 
     def __init__(
@@ -204,11 +204,11 @@ class ImageEncoder(nn.Module):
         self.crop_scales, self.side = crop_scales, round(image_size * min(crop_scales))
         self.trunk: Any
         self.trunk, self.weights_report = build_trunk(name, self.side, weights)
-        self.trunk.to(memory_format=torch.channels_last)  # in which convolutions are faster, and all else is as it was
+        self.trunk.to(memory_format=torch.channels_last)  # convolutions are faster in it
         self.depthwise = any(isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels for m in self.trunk.modules())
         self.pretrained = pretrained or weights is not None
         config = self.trunk.pretrained_cfg
-        interpolation = config.get("interpolation")  # in training timm has "random" for some: not here
+        interpolation = config.get("interpolation")  # timm has "random" for some models in training
         self.interpolation = interpolation if interpolation in ("bilinear", "bicubic") else "bicubic"
         self.mean: Tensor
         self.std: Tensor
@@ -224,18 +224,18 @@ class ImageEncoder(nn.Module):
             for module in self.trunk.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
-        for module in self.trunk.modules():  # what is frozen drops nothing and keeps its statistics
+        for module in self.trunk.modules():  # frozen modules have no dropout, and keep their statistics
             parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
         return self
 
     def features(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """The trunk alone, as its authors left it: pooled features (B, scales * C'), tokens (B, P, C)."""
-        seen = torch.cat([self._square(tiles, scale) for scale in self.crop_scales])
+        """The trunk alone: tiles (B, 3, Z, Z) -> pooled features (B, scales * C'), tokens (B, P, C)."""
+        crops = torch.cat([self._square(tiles, scale) for scale in self.crop_scales])
         with self._precision(tiles):
             raw = self.trunk.forward_features(
-                ((seen - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+                ((crops - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
             )
             pooled = self.trunk.forward_head(raw, pre_logits=True).unflatten(0, (len(self.crop_scales), -1))
         pooled, raw = pooled.transpose(0, 1).flatten(1), raw[: len(tiles)]
@@ -244,17 +244,16 @@ class ImageEncoder(nn.Module):
         return pooled, raw
 
     def _precision(self, tiles: Tensor) -> AbstractContextManager[Any]:
-        """A trunk with depthwise convolutions is trained in fp32 on a CPU, whose bf16 gradients of these are slower."""
+        """fp32 for the training of depthwise convolutions on a CPU, where their gradients are slower in bf16."""
         slow = self.depthwise and tiles.device.type == "cpu" and torch.is_grad_enabled()
         return torch.autocast("cpu", enabled=False) if slow else nullcontext()
 
     def _square(self, tiles: Tensor, scale: float) -> Tensor:
-        """The square around the tiles' centre with a share of their side, as the trunk takes it: (B, 3, side, side)."""
-        whole = tiles.shape[-1]
-        cut = round(whole * scale)
-        start = (whole - cut) // 2
-        square = tiles[..., start : start + cut, start : start + cut]
-        if cut == self.side or len(self.crop_scales) == 1:
+        """The centred square of `scale` times the tile's side, resized for the trunk: (B, 3, side, side)."""
+        crop_px = round(tiles.shape[-1] * scale)
+        first = (tiles.shape[-1] - crop_px) // 2
+        square = tiles[..., first : first + crop_px, first : first + crop_px]
+        if crop_px == self.side or len(self.crop_scales) == 1:
             return square
         size = (self.side, self.side)
         return F.interpolate(square, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)

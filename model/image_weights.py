@@ -1,6 +1,6 @@
-"""Published weights for I(.): encoders of the hub and how to build them; where in a file a trunk is; what was loaded.
+"""Published weights for I(.): how timm builds known encoders of the hub, and which tensors of a file are a trunk's.
 
-timm resamples position embeddings itself, in two dimensions and class and register tokens apart.
+timm itself resamples position embeddings.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ BIOPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 class Published:
     """A model of the hub as timm builds it: architecture and arguments, mean and deviation of each colour.
 
-    Its authors' cards ask for arguments that a config.json cannot hold or leaves out. With them here nothing but the
-    weights is downloaded, and a file that is at hand needs no network.
+    The authors' cards require arguments that a config.json cannot hold or leaves out. As they are listed here, only the
+    weights are downloaded, and a local file needs no network.
     """
 
     architecture: str
@@ -66,9 +66,9 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What came of a file of weights; nothing of the trunk is ever missing."""
+    """Tensors loaded from a file of weights; those of the trunk are always complete."""
 
-    source: str  # the file, and in brackets where in it the tensors were
+    source: str  # the file, and in brackets the place of the tensors in it
     loaded: int
     skipped: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ def in_brackets(names: Iterable[str], most: int = 4) -> str:
 # ---- layouts
 
 WRAPPERS = ("module", "_orig_mod", "model", "backbone", "encoder", "trunk", "visual")
-KINDS = (  # of several sets of weights the first of these that is there is taken, before any other
+KINDS = (  # of several sets of weights the first of these kinds is taken, before any other
     re.compile(
         r"(^|[._]|model|net|weights)(ema|momentum|averaged?|avg|swa|shadow|encoder_k|key_encoder)([._]|$)",
         re.IGNORECASE,
@@ -102,7 +102,7 @@ HEADS = re.compile(
     r"(heads?|head_dist|fc|fc_norm|classifier|pre_logits|pooler|mlp|last_layer|mask_token|logit_scale|projection"
     r"|projector|predictor|dino_head|ibot_head|decoder\w*)(\.|$)"
 )
-TRANSFORMERS = (  # names in the library of that name (ViT, DINOv2) -> timm's, or DINOv2's own, which timm reads
+TRANSFORMERS = (  # names in the library transformers (ViT, DINOv2) -> timm's, or DINOv2's own, which timm converts
     (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -131,7 +131,7 @@ class TensorSet:
     prefix: str  # what stood before their names
     tensors: dict[str, Tensor]
     beside: tuple[str, ...]  # other names of the same dict
-    n_matching: int  # names that the trunk has, too
+    n_matching: int  # names that the trunk has too
 
     @property
     def where(self) -> str:
@@ -147,9 +147,9 @@ class TensorSet:
 def choose_tensors(content: Mapping[str, Any], names: Collection[str]) -> TensorSet:
     """The tensors of a file that belong to a trunk with these names.
 
-    Looked at are all dicts at any depth and whatever stands before the names in them; those are taken under which most
-    of the names are found. Of several that are equal an average goes before a teacher, a teacher before a student, and
-    a student before others. Raises ValueError where there are no named tensors.
+    Searches dicts at any depth and any prefix of the names, and takes the set with most of the trunk's names. Of equal
+    sets an average is preferred to a teacher, a teacher to a student, a student to others. Raises ValueError where no
+    named tensors are found.
     """
     sets = [
         tensor_set for path, tensors in _named_tensors(content) for tensor_set in _tensor_sets(path, tensors, names)
@@ -162,7 +162,7 @@ def choose_tensors(content: Mapping[str, Any], names: Collection[str]) -> Tensor
 
 
 def _named_tensors(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dict of a nested one that holds tensors, by the path to it."""
+    """Path and tensors of every dict, nested at any depth, that holds tensors."""
     if NO_TRUNK.search(path):
         return
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
@@ -174,7 +174,7 @@ def _named_tensors(content: Mapping[str, Any], path: str = "") -> Iterator[tuple
 
 
 def _tensor_sets(path: str, tensors: dict[str, Tensor], names: Collection[str]) -> Iterator[TensorSet]:
-    """One dict's tensors without each prefix under which most of the trunk's names are found."""
+    """A dict's tensors without their prefix, for each prefix under which most of the trunk's names are found."""
     ends = ([m.end() for m in re.finditer(r"^|\.", name)] for name in tensors)
     pairs = zip(tensors, ends, strict=True)
     counts = Counter(name[:end] for name, places in pairs for end in places if name[end:] in names)
@@ -192,7 +192,7 @@ def _tensor_sets(path: str, tensors: dict[str, Tensor], names: Collection[str]) 
 
 
 def _shared_wrappers(names: Iterable[str]) -> str:
-    """The chain of WRAPPERS before all names."""
+    """The chain of WRAPPERS that all names begin with."""
     rest, prefix = [name.split(".") for name in names], ""
     while rest[0][0] in WRAPPERS and all(len(parts) > 1 and parts[0] == rest[0][0] for parts in rest):
         prefix += f"{rest[0][0]}."
@@ -215,9 +215,8 @@ def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def select(chosen: TensorSet, shapes: Shapes) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors for a trunk of these names and shapes, and the names in the file that are skipped: heads, and what
-    stands beside the trunk. Other names that the trunk does not have are kept: timm may convert them, or will refuse.
-    """
+    """The tensors for a trunk of these names and shapes, and the skipped names of the file: heads, and those beside the
+    trunk. Other names that the trunk does not have are kept: timm converts or refuses them."""
     kept = {name: tensor for name, tensor in chosen.tensors.items() if name in shapes or not HEADS.match(name)}
     skipped = [chosen.prefix + name for name in chosen.tensors if name not in kept]
     if "mask_token" in chosen.tensors and ("register_tokens" in kept or any(".mlp.w12." in name for name in kept)):
@@ -226,34 +225,34 @@ def select(chosen: TensorSet, shapes: Shapes) -> tuple[dict[str, Tensor], tuple[
 
 
 def resized(kept: dict[str, Tensor], shapes: Shapes) -> tuple[str, ...]:
-    """Names with old and new shape of what timm resampled. Raises ValueError for other than position embeddings."""
+    """Names, old and new shape of resampled tensors. Raises ValueError for others than position embeddings."""
     changed = [name for name, tensor in kept.items() if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape))]
-    for name in changed:  # timm would fit patches of another size as well: that is another model
+    for name in changed:  # timm would resample patch embeddings too: that is another model
         if "pos" not in name and kept[name].numel() != torch.Size(shapes[name]).numel():
             raise ValueError(f"1 tensor of another shape ({name} {list(kept[name].shape)}, not {list(shapes[name])})")
     by = ("x".join(map(str, shape)) for name in changed for shape in (kept[name].shape, shapes[name]))
     return tuple(f"{name} {old} -> {new}" for name, old, new in zip(changed, by, by, strict=True))
 
 
-# ---- what went wrong
+# ---- errors in one line
 
 
 def misfit(error: Exception) -> str:
-    """What torch's strict loading says over many lines, in one."""
+    """The error of torch's strict loading in one line."""
     text = " ".join(str(error).split())
-    found = []
+    parts = []
     for title, what in (("Missing", "missing"), ("Unexpected", "unknown")):
         listed = re.search(rf'{title} key\(s\) in state_dict: ((?:"[^"]+"(?:, )?)+)', text)
         names = re.findall(r'"([^"]+)"', listed[1]) if listed else []
-        found += [f"{len(names)} {what}{in_brackets(names, 3)}"] if names else []
+        parts += [f"{len(names)} {what}{in_brackets(names, 3)}"] if names else []
     sizes = re.findall(r"size mismatch for (\S+): copying a param with shape [\w.]+\(([^)]*)\).*?\(([^)]*)\)", text)
     sizes = [f"{name} {old}, not {new}" for name, old, new in sizes]
-    found += [f"{len(sizes)} of another shape{in_brackets(sizes, 2)}"] if sizes else []
-    return ", ".join(found) or text[:200]
+    parts += [f"{len(sizes)} of another shape{in_brackets(sizes, 2)}"] if sizes else []
+    return ", ".join(parts) or text[:200]
 
 
 def hub_failure(error: Exception, name: str, hub: str) -> ValueError:
-    """One line on why the hub gave nothing, with what to do."""
+    """Why the hub gave nothing, and what to do."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)

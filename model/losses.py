@@ -1,7 +1,7 @@
 """Pure functions of tensors, one per equation of the method.
 
-Letters: B batch, M candidates (batch and queue), G genes. Momentum distillation: Li et al. 2021 (ALBEF),
-arXiv 2107.07651, equations 1 and 6.
+Li et al. 2021 (ALBEF), arXiv 2107.07651, equations 1, 2, 4 and 6. Letters: B batch, M candidates (batch and queue),
+G genes.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 def same_spot_onehot(spots: Tensor, candidates: Tensor) -> Tensor:
-    """1/m on each of the m candidates that are the query's own spot: ids (B,), (M,) -> (B, M), rows sum to 1.
+    """1/m on each of the m candidates of the query's spot: ids (B,), (M,) -> (B, M), rows sum to 1.
 
-    A spot may stand in the queue as well as in the batch; it is then a positive twice, never a negative.
+    A spot may be in the queue as well as in the batch; it is then a positive twice, never a negative.
     """
     same = (spots[:, None] == candidates[None, :]).float()
     return same / same.sum(1, keepdim=True)
 
 
-def distilled_target(twin_logits: Tensor, onehot: Tensor, alpha: float) -> Tensor:
-    """What the student should find alike: alpha softmax(s_twin) + (1 - alpha) onehot; (B, M), rows sum to 1."""
-    return alpha * twin_logits.float().softmax(1) + (1 - alpha) * onehot
+def distilled_target(logits_m: Tensor, onehot: Tensor, alpha: float) -> Tensor:
+    """alpha softmax(s_m) + (1 - alpha) onehot (eq. 6): (B, M), (B, M) -> (B, M), rows sum to 1."""
+    return alpha * logits_m.float().softmax(1) + (1 - alpha) * onehot
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def matching_loss(logits: Tensor, is_pair: Tensor) -> Tensor:
-    """Binary cross entropy of 'this image and this profile are one spot': (B,), (B,) bool -> scalar."""
+    """Binary cross entropy of image-gene matching (eq. 4): (B,), (B,) bool -> scalar."""
     return F.binary_cross_entropy_with_logits(logits.float(), is_pair.float())
 
 

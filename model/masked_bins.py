@@ -1,7 +1,7 @@
-"""Masked-bin prediction, what scBERT's gene encoder is pretrained by: the bins of some genes are told from the others'.
+"""Masked-bin prediction, scBERT's pretraining: the bins of some genes of a spot are predicted from the others.
 
 Yang et al. 2022 (scBERT), doi 10.1038/s42256-022-00534-z. Letters: B batch, G genes, W width of the Performer, V bins
-that a gene can have (the token beyond them is the mask).
+that a gene can have (token V is the mask).
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from model.gene_encoder import N_BINS, GeneEncoder
 
 MASK = N_BINS - 1  # the last token
-SHOWN_MASKED = 0.9  # of the places to predict show the mask, the others their own bin (scBERT)
+MASKED_FRACTION = 0.9  # of the places to predict; the others keep their bin (scBERT)
 
 
-def masked_places(measured: Tensor, share: float, draws: torch.Generator) -> Tensor:
-    """Draw the places to predict, a share of those measured and at least one of a spot: (B, G) bool -> (B, G) bool.
+def masked_places(measured: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+    """Draw the places to predict, a fraction of those measured, at least one per spot: (B, G) bool -> (B, G) bool.
 
-    The bins themselves have no say. scBERT draws among expressed genes only; a mask then tells that its gene is not
-    zero, and zeros, most of what a slice of spots holds, are never asked for. Drawn alike over all bins a mask tells
-    nothing, and the least that a constant per gene can reach is the entropy of the gene's own distribution.
+    Places are drawn whatever their bin. scBERT draws among expressed genes only; a mask then implies a gene above zero,
+    and zeros, most of a spot, are never predicted. Here a mask holds no information, and the lowest loss of a constant
+    per gene is the entropy of that gene's distribution.
     """
-    drawn = torch.rand(measured.shape, generator=draws, device=measured.device).masked_fill(~measured, 1)
-    return (drawn < share) | (drawn == drawn.amin(1, keepdim=True))
+    drawn = torch.rand(measured.shape, generator=generator, device=measured.device).masked_fill(~measured, 1)
+    return (drawn < fraction) | (drawn == drawn.amin(1, keepdim=True))
 
 
 def hide(bins: Tensor, places: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ def masked_loss(logits: Tensor, bins: Tensor, places: Tensor) -> Tensor:
 
 
 class MaskedBins(nn.Module):
-    """The encoder's trunk under a head that reads each gene's bin off its token; only pretraining has the head.
+    """The encoder's trunk with a head that predicts each gene's bin from its token; the head serves pretraining only.
 
-    The head adds an offset per gene and bin. `begin` sets it to the log of the gene's distribution, and the weights
-    begin at zero: before the first step the model predicts that distribution, and what it learns is what lies beyond.
+    The head's bias per gene and bin is set by `initialise` to the log of the gene's distribution, and its weights begin
+    at zero: before the first step the model predicts that distribution.
     """
 
     def __init__(self, encoder: GeneEncoder):
@@ -49,33 +49,33 @@ class MaskedBins(nn.Module):
         n_genes, width = encoder.gene_embedding.weight.shape
         self.encoder = encoder
         self.to_bins = nn.Linear(width, MASK, bias=False)
-        self.of_gene = nn.Parameter(torch.zeros(n_genes, MASK))
+        self.gene_bias = nn.Parameter(torch.zeros(n_genes, MASK))
         nn.init.zeros_(self.to_bins.weight)
 
     @torch.no_grad()
-    def begin(self, log_marginal: Tensor) -> None:
+    def initialise(self, log_marginal: Tensor) -> None:
         """`log_marginal` (G, V): log of each gene's distribution over bins."""
-        self.of_gene.copy_(log_marginal)
+        self.gene_bias.copy_(log_marginal)
 
-    def taught(self) -> list[nn.Parameter]:
-        """What pretraining teaches: embeddings, blocks and final norm of the encoder, and the head."""
-        one = self.encoder
-        parts = (one.token_embedding, one.gene_embedding, one.blocks, one.norm, self.to_bins)
-        return [*(p for part in parts for p in part.parameters()), self.of_gene]
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Of the encoder embeddings, blocks and final norm, and the head."""
+        encoder = self.encoder
+        modules = (encoder.token_embedding, encoder.gene_embedding, encoder.blocks, encoder.norm, self.to_bins)
+        return [*(p for module in modules for p in module.parameters()), self.gene_bias]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, G) -> logits (B, G, V)."""
         hidden = self.encoder.embed(tokens)
         for block in self.encoder.blocks:
             hidden = block(hidden)
-        return self.to_bins(self.encoder.norm(hidden)) + self.of_gene
+        return self.to_bins(self.encoder.norm(hidden)) + self.gene_bias
 
-    def loss(self, bins: Tensor, measured: Tensor, share: float, draws: torch.Generator) -> Tensor:
-        """Masked-bin prediction of a batch: bins (B, G), measured (B, G) bool -> scalar."""
-        places = masked_places(measured, share, draws)
-        shown = torch.rand(bins.shape, generator=draws, device=bins.device) < SHOWN_MASKED
-        return masked_loss(self(hide(bins, places & shown)), bins, places)
+    def loss(self, bins: Tensor, measured: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+        """Mean cross entropy at places drawn by `masked_places`: bins (B, G), measured (B, G) bool -> scalar."""
+        places = masked_places(measured, fraction, generator)
+        masked = torch.rand(bins.shape, generator=generator, device=bins.device) < MASKED_FRACTION
+        return masked_loss(self(hide(bins, places & masked)), bins, places)
 
     def log_probabilities(self, bins: Tensor, places: Tensor) -> Tensor:
-        """Log probabilities (B, G, V) float32 where all of `places` are hidden: bins (B, G), places (B, G) bool."""
+        """Log probabilities with all of `places` masked: bins (B, G), places (B, G) bool -> (B, G, V) float32."""
         return self(hide(bins, places)).float().log_softmax(-1)

@@ -1,6 +1,7 @@
-"""The slow twin of a module, and the queue of its features.
+"""Momentum encoders, and the queue of their features.
 
-He et al. 2020 (MoCo), arXiv 1911.05722; Li et al. 2021 (ALBEF), arXiv 2107.07651. Letters: Q capacity, D width.
+He et al. 2020 (MoCo), arXiv 1911.05722, equation 2; Li et al. 2021 (ALBEF), arXiv 2107.07651, section 3.3. Letters:
+B batch, Q capacity, D width.
 """
 
 from __future__ import annotations
@@ -10,27 +11,37 @@ import copy
 import torch
 from torch import Tensor, nn
 
+MAX_MOMENTUM = 0.995
 
-def make_twin(module: nn.Module) -> nn.Module:
-    """A copy that never gets a gradient. What is frozen in the module is not copied but shared."""
+
+def momentum_at(step: int) -> float:
+    """Momentum of the update after a step (0 is the first): rises from 0.1 to MAX_MOMENTUM, reached at step 1,790.
+
+    With a constant momentum the momentum encoders of a short training would keep a part of the random start.
+    """
+    return min((1 + step) / (10 + step), MAX_MOMENTUM)
+
+
+def momentum_encoder(module: nn.Module) -> nn.Module:
+    """A copy that never gets a gradient. Frozen parameters are not copied but shared."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
-    twin = copy.deepcopy(module, memo=shared)
-    return twin.requires_grad_(False).eval()
+    return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def update_twin(twin: nn.Module, module: nn.Module, momentum: float) -> None:
-    """twin <- momentum twin + (1 - momentum) module, for every trained parameter; buffers are copied."""
-    trained = [(t, p) for t, p in zip(twin.parameters(), module.parameters(), strict=True) if t is not p]
+def update_momentum(module_m: nn.Module, module: nn.Module, momentum: float) -> None:
+    """module_m <- momentum module_m + (1 - momentum) module, for every trained parameter; buffers are copied."""
+    parameters = zip(module_m.parameters(), module.parameters(), strict=True)
+    trained = [(slow, fast.detach()) for slow, fast in parameters if slow is not fast]
     if trained:
-        slow, fast = zip(*trained, strict=True)
-        torch._foreach_lerp_(slow, [p.detach() for p in fast], 1 - momentum)
-    for slow_buffer, buffer in zip(twin.buffers(), module.buffers(), strict=True):
-        slow_buffer.copy_(buffer)
+        slow, fast = map(list, zip(*trained, strict=True))
+        torch._foreach_lerp_(slow, fast, 1 - momentum)
+    for buffer_m, buffer in zip(module_m.buffers(), module.buffers(), strict=True):
+        buffer_m.copy_(buffer)
 
 
 class FeatureQueue(nn.Module):
-    """The twin's latest features of images and profiles, with the spot each came from; a ring of `capacity` rows."""
+    """The latest features of the momentum encoders and the spots they came from: a ring of `capacity` rows."""
 
     def __init__(self, capacity: int, width: int):
         super().__init__()
@@ -45,19 +56,19 @@ class FeatureQueue(nn.Module):
         self.register_buffer("state", torch.zeros(2, dtype=torch.long))
 
     def filled(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of images and of profiles (n, D) and spot ids (n,) of the n rows filled so far, copied:
-        the ring may be written before the backward pass reads them."""
+        """Features of images and genes (n, D) and spot ids (n,) of the n rows filled so far, copied: the ring may be
+        written before the backward pass reads them."""
         n = int(self.state[0])
         return self.image[:n].clone(), self.gene[:n].clone(), self.spot[:n].clone()
 
     @torch.no_grad()
     def push(self, image: Tensor, gene: Tensor, spot: Tensor) -> None:
-        """Write a batch (B, D), (B, D), (B,) over the oldest rows; of a batch above the capacity the last rows stay."""
+        """Write a batch (B, D), (B, D), (B,) over the oldest rows; a batch above the capacity keeps its last rows."""
         if self.capacity == 0:
             return
         image, gene, spot = (x[-self.capacity :].to(self.image.device) for x in (image, gene, spot))
-        n, filled, start = len(spot), int(self.state[0]), int(self.state[1])
-        rows = (start + torch.arange(n, device=spot.device)) % self.capacity
+        n, filled, first = len(spot), int(self.state[0]), int(self.state[1])
+        rows = (first + torch.arange(n, device=spot.device)) % self.capacity
         self.image[rows], self.gene[rows], self.spot[rows] = image.float(), gene.float(), spot
         self.state[0] = min(filled + n, self.capacity)
-        self.state[1] = (start + n) % self.capacity
+        self.state[1] = (first + n) % self.capacity

@@ -1,9 +1,9 @@
 """FAVOR+ attention and the Performer block of scBERT.
 
-Choromanski et al. 2021, arXiv 2009.14794: exp(q . k) is the mean over random w of exp(w.q - |q|^2/2) times
+Choromanski et al. 2021, arXiv 2009.14794, lemma 1: exp(q . k) is the mean over random w of exp(w.q - |q|^2/2) times
 exp(w.k - |k|^2/2), so attention over N tokens costs N x M instead of N x N. Block layout and constants as in scBERT
-(Yang et al. 2022). Letters: B batch, H heads, N tokens, E width of a head, M random features, D width; b, h:
-samples and heads of a chunk.
+(Yang et al. 2022, doi 10.1038/s42256-022-00534-z). Letters: B batch, H heads, N tokens, E width of a head, M random
+features, D width; b, h samples and heads of a chunk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ N_FEATURES = 266  # of scBERT's projections: int(64 ln 64) for heads of 64
 HEAD_WIDTH = 64
 EPSILON = 1e-4  # keeps a kernel value from being zero; scBERT's constant
 HIGHEST_EXPONENT = 60.0  # exp of it, times the tokens and features that are summed, is far below fp32's largest number
-BYTES_AT_ONCE = {"cpu": 3 * 2**23, "cuda": 2**29}  # of features: what a CPU's cache holds; what keeps a GPU busy
+BYTES_AT_ONCE = {"cpu": 3 * 2**23, "cuda": 2**29}  # of features: fits a CPU's cache; keeps a GPU busy
 
 
 def orthogonal_projection(n_features: int, width: int, generator: torch.Generator | None = None) -> Tensor:
@@ -34,11 +34,18 @@ def orthogonal_projection(n_features: int, width: int, generator: torch.Generato
 
 
 def softmax_features(x: Tensor, projection: Tensor, largest: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Positive features, dot products of which estimate exp(q . k / sqrt(E)) up to a factor: x (..., N, E), projection
-    (M, E) -> (..., N, M), without EPSILON and the factor M^-1/2, which cancels in attention.
+    """Positive random features, whose dot products estimate exp(q . k / sqrt(E)) up to a factor.
 
-    `largest` is taken out of the exponent; without it, the maximum of each token's own features is, as is right for
-    queries. Either would cancel too, but for EPSILON. `out` is a buffer to write into.
+    Parameters
+    ----------
+    x : queries or keys (..., N, E)
+    projection : rows w (M, E)
+    largest : subtracted from the exponent; by default the maximum over each token's features, as is right for queries
+    out : buffer (..., N, M) to write into
+
+    Returns
+    -------
+    features (..., N, M), without EPSILON and without the factor M^-1/2, which cancels in attention
     """
     exponent = torch.matmul(x, _scaled(projection).T, out=out)
     largest = exponent.amax(-1, keepdim=True) if largest is None else largest
@@ -46,22 +53,22 @@ def softmax_features(x: Tensor, projection: Tensor, largest: Tensor | None = Non
 
 
 def _scaled(projection: Tensor) -> Tensor:
-    """Queries and keys are both to be divided by E^1/4: here the projection is, once for all of them."""
+    """The projection divided by E^1/4, in place of queries and keys."""
     return projection * projection.shape[1] ** -0.25
 
 
 def _half_square(x: Tensor) -> Tensor:
-    """What the division leaves of |x|^2 / 2: (..., N, E) -> (..., N, 1)."""
+    """|x / E^1/4|^2 / 2: (..., N, E) -> (..., N, 1)."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(x.shape[-1] ** -0.5 / 2)
 
 
 class FavorAttention(torch.autograd.Function):
-    """Linear attention with softmax kernels, a few heads at a time; backward computes the features anew.
+    """Linear attention with softmax kernels, a few heads at a time; backward computes the features again.
 
-    The features are M / E = 4 times the size of q and k: kept for all heads they would be most of the memory of a step,
-    and writing them most of its time. q, k, v (B, H, N, E), projection (M, E) -> (B, H, N, E). A column of ones beside
-    v gives numerator and denominator of attention in one product. EPSILON, which belongs to every feature, is added
-    where it costs least: (phi + EPSILON) C is phi C and EPSILON times the sum of C's rows.
+    q, k, v (B, H, N, E), projection (M, E) -> (B, H, N, E). The features are M / E = 4 times the size of q and k: kept
+    for all heads they would be most of the memory of a step, and writing them most of its time. A column of ones beside
+    v gives numerator and denominator of attention in one product. EPSILON is added to the products, not to every
+    feature: (phi + EPSILON) C equals phi C plus EPSILON times the sum of C's rows.
     """
 
     @staticmethod
@@ -84,8 +91,8 @@ class FavorAttention(torch.autograd.Function):
 
 @contextmanager
 def _products(device_type: str, fast: bool) -> Iterator[None]:
-    """fp32 throughout: an exponent stored in bf16 would be off by percents. Under autocast (`fast`) the products may
-    round their factors, to bf16 on a CPU and to TF32 on a GPU, as the layers before them did; their sums stay fp32."""
+    """Compute in fp32: an exponent stored in bf16 would be off by percents. Under autocast (`fast`) the products may
+    round their factors, to bf16 on a CPU and to TF32 on a GPU, as the other layers do; their sums stay fp32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if fast else before)
     try:
@@ -96,8 +103,8 @@ def _products(device_type: str, fast: bool) -> Iterator[None]:
 
 
 def _exp(exponent: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """exp of (..., N, M) in place, lowered by a shift, broadcast from `top`, where that is too high for fp32; nearly
-    always it is 0 and a pass over the features is saved. A GPU would have to be waited for to know."""
+    """exp of (..., N, M) in place, after subtracting a shift where `top` (broadcast) is too high for fp32. On a CPU a
+    shift of 0, the usual case, saves a pass over the features; on a GPU asking for it would wait for the device."""
     shift = (top - HIGHEST_EXPONENT).clamp_(min=0)
     if exponent.device.type != "cpu" or bool(shift.any()):
         exponent.sub_(shift)
@@ -107,43 +114,43 @@ def _exp(exponent: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
 def _key_context(k: Tensor, v: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over tokens of features of k times [v, 1] -> stabiliser (B, 1, 1, 1), context (B, H, M, E + 1).
 
-    The stabiliser is the maximum of w . k over heads, tokens and features of each sample. Beside EPSILON it decides how
-    far a head's attention is flattened, so it is not taken per head. scBERT takes it over the whole batch; per sample,
-    a spot's result does not depend on its batch mates. It is known when all heads are through, so each is stabilised
-    by its own maximum first and rescaled then.
+    The stabiliser is the maximum of w . k over heads, tokens and features of each sample. With EPSILON it sets how far
+    attention is flattened, so that it must not differ between heads. scBERT takes it over the batch; per sample, a
+    spot's result does not depend on the rest of its batch. As it is known only after all heads, each head is stabilised
+    by its own maximum and rescaled at the end.
     """
     n_features, width = projection.shape
     context = torch.empty(*k.shape[:2], n_features, width + 1, device=k.device)
     total = torch.empty(*k.shape[:2], 1, width + 1, device=k.device)
-    own = torch.empty(*k.shape[:2], 1, 1, device=k.device)
+    maximum = torch.empty(*k.shape[:2], 1, 1, device=k.device)
     scaled = _scaled(projection).T
-    for some, exponent, keys, values in _chunks(k, n_features, width, width + 1):
-        torch.matmul(keys.copy_(k[some]), scaled, out=exponent)
-        own[some] = exponent.amax((-2, -1), keepdim=True)
-        features, shift = _exp(exponent, own[some])
-        total[some] = _with_ones(v[some], values).sum(-2, keepdim=True)
-        weighted = values.mul_((shift - own[some] - _half_square(keys)).exp_())  # E + 1 columns in place of M
-        torch.matmul(features.transpose(-2, -1), weighted, out=context[some])
-    largest = own.amax(1, keepdim=True)
-    return largest, context.mul_((own - largest).exp()).add_(total, alpha=EPSILON)
+    for chunk, exponent, keys, values in _chunks(k, n_features, width, width + 1):
+        torch.matmul(keys.copy_(k[chunk]), scaled, out=exponent)
+        maximum[chunk] = exponent.amax((-2, -1), keepdim=True)
+        features, shift = _exp(exponent, maximum[chunk])
+        total[chunk] = _with_ones(v[chunk], values).sum(-2, keepdim=True)
+        weighted = values.mul_((shift - maximum[chunk] - _half_square(keys)).exp_())  # E + 1 columns in place of M
+        torch.matmul(features.transpose(-2, -1), weighted, out=context[chunk])
+    largest = maximum.amax(1, keepdim=True)
+    return largest, context.mul_((maximum - largest).exp()).add_(total, alpha=EPSILON)
 
 
 def _attend(q: Tensor, context: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries (B, H, N, E) read the context -> attention (B, H, N, E), its denominator (B, H, N, 1) for features as
-    `softmax_features` gives them."""
+    """Queries (B, H, N, E), context (B, H, M, E + 1) -> attention (B, H, N, E), and its denominator (B, H, N, 1) for
+    the features of `softmax_features`."""
     n_features, width = projection.shape
     out = torch.empty_like(q)  # in q's layout, which is that of a linear layer's output
     denominator = torch.empty(*q.shape[:3], 1, device=q.device)
     floor = EPSILON * context.sum(-2, keepdim=True)
     scaled = _scaled(projection).T
-    for some, exponent, queries, product in _chunks(q, n_features, width, width + 1):
-        torch.matmul(queries.copy_(q[some]), scaled, out=exponent)
+    for chunk, exponent, queries, product in _chunks(q, n_features, width, width + 1):
+        torch.matmul(queries.copy_(q[chunk]), scaled, out=exponent)
         top = exponent.amax(-1, keepdim=True) + _half_square(queries)
         features, shift = _exp(exponent, top)
         factor = (top - shift).exp_()  # of these features over the stabilised ones, which EPSILON is added to
-        torch.matmul(features, context[some], out=product).addcmul_(factor, floor[some])
-        torch.div(product[..., -1:], factor, out=denominator[some])
-        torch.div(product[..., :-1], product[..., -1:], out=out[some])
+        torch.matmul(features, context[chunk], out=product).addcmul_(factor, floor[chunk])
+        torch.div(product[..., -1:], factor, out=denominator[chunk])
+        torch.div(product[..., :-1], product[..., -1:], out=out[chunk])
     return out, denominator
 
 
@@ -153,14 +160,14 @@ def _backward_queries(
     """Gradients of the queries (B, H, N, E) and of the context (B, H, M, E + 1)."""
     n_features, width = projection.shape
     dq, d_context = torch.empty_like(q), torch.empty_like(context)
-    for some, buffer, other, queries, d_product in _chunks(q, n_features, n_features, width, width + 1):
-        torch.div(gradient[some], denominator[some], out=d_product[..., :-1])
-        torch.sum(d_product[..., :-1] * out[some], -1, keepdim=True, out=d_product[..., -1:]).neg_()
-        features = softmax_features(queries.copy_(q[some]), projection, out=buffer)
-        torch.matmul(features.transpose(-2, -1), d_product, out=d_context[some])
-        d_context[some].add_(d_product.sum(-2, keepdim=True), alpha=EPSILON)
-        d_features = torch.matmul(d_product, context[some].transpose(-2, -1), out=other)
-        dq[some] = _through_exponent(d_features.mul_(features), queries, projection)
+    for chunk, buffer, other, queries, d_product in _chunks(q, n_features, n_features, width, width + 1):
+        torch.div(gradient[chunk], denominator[chunk], out=d_product[..., :-1])
+        torch.sum(d_product[..., :-1] * out[chunk], -1, keepdim=True, out=d_product[..., -1:]).neg_()
+        features = softmax_features(queries.copy_(q[chunk]), projection, out=buffer)
+        torch.matmul(features.transpose(-2, -1), d_product, out=d_context[chunk])
+        d_context[chunk].add_(d_product.sum(-2, keepdim=True), alpha=EPSILON)
+        d_features = torch.matmul(d_product, context[chunk].transpose(-2, -1), out=other)
+        dq[chunk] = _through_exponent(d_features.mul_(features), queries, projection)
     return dq, d_context
 
 
@@ -171,11 +178,11 @@ def _backward_keys(
     n_features, width = projection.shape
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     floor = EPSILON * d_context.sum(-2, keepdim=True)
-    for some, buffer, other, keys, values in _chunks(k, n_features, n_features, width, width + 1):
-        features = softmax_features(keys.copy_(k[some]), projection, largest[some[0]], buffer)
-        d_features = torch.matmul(_with_ones(v[some], values), d_context[some].transpose(-2, -1), out=other)
-        dv[some] = torch.matmul(features, d_context[some], out=values).add_(floor[some])[..., :-1]
-        dk[some] = _through_exponent(d_features.mul_(features), keys, projection)
+    for chunk, buffer, other, keys, values in _chunks(k, n_features, n_features, width, width + 1):
+        features = softmax_features(keys.copy_(k[chunk]), projection, largest[chunk[0]], buffer)
+        d_features = torch.matmul(_with_ones(v[chunk], values), d_context[chunk].transpose(-2, -1), out=other)
+        dv[chunk] = torch.matmul(features, d_context[chunk], out=values).add_(floor[chunk])[..., :-1]
+        dk[chunk] = _through_exponent(d_features.mul_(features), keys, projection)
     return dk, dv
 
 
@@ -188,15 +195,15 @@ def _through_exponent(d_exponent: Tensor, x: Tensor, projection: Tensor) -> Tens
 
 def _chunks(x: Tensor, n_features: int, *widths: int) -> Iterator[Any]:
     """Samples, or heads of one sample, whose features fit BYTES_AT_ONCE: their index in (B, H, ...), and buffers
-    (b, h, N, M) and (b, h, N, width), which all of them use: fresh memory would cost more than what is done with it."""
+    (b, h, N, M) and (b, h, N, width). All chunks use the same buffers: page faults would cost more than the work."""
     batch, heads, n_tokens, _ = x.shape
     fitting = max(1, BYTES_AT_ONCE.get(x.device.type, 2**26) // (4 * n_tokens * n_features))
-    samples, some_heads = max(1, min(batch, fitting // heads)), min(heads, fitting)
-    shape = samples, some_heads, n_tokens
+    chunk_samples, chunk_heads = max(1, min(batch, fitting // heads)), min(heads, fitting)
+    shape = chunk_samples, chunk_heads, n_tokens
     buffers = [torch.empty(*shape, width, device=x.device) for width in (n_features, *widths)]
-    for b, h in itertools.product(range(0, batch, samples), range(0, heads, some_heads)):
-        some = slice(b, min(b + samples, batch)), slice(h, min(h + some_heads, heads))
-        yield some, *(buffer[: some[0].stop - b, : some[1].stop - h] for buffer in buffers)
+    for b, h in itertools.product(range(0, batch, chunk_samples), range(0, heads, chunk_heads)):
+        chunk = slice(b, min(b + chunk_samples, batch)), slice(h, min(h + chunk_heads, heads))
+        yield chunk, *(buffer[: chunk[0].stop - b, : chunk[1].stop - h] for buffer in buffers)
 
 
 def _with_ones(v: Tensor, out: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""scBERT's released weights (panglao_pretrain.pth, 91 tensors) read into the gene encoder, strictly.
+"""scBERT's released weights (panglao_pretrain.pth, 91 tensors), loaded strictly into the gene encoder.
 
 Yang et al. 2022, doi 10.1038/s42256-022-00534-z; tensors are named as in github.com/TencentAILabHealthcare/scBERT. The
-file does not name its genes: positions are taken apart from it, by name. Letters: V genes of the vocabulary, W width.
+file does not name its genes: gene positions are set separately, by name. Letters: V genes of the vocabulary, W width.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 POSITIONS = "pos_emb.emb.weight"  # (V + 1, W) float64: gene2vec, and a row of zeros for the token that scBERT appends
 SKIPPED = {
     POSITIONS: "positions of genes, taken by name",
-    "to_out.weight": "scBERT's reading of masked tokens",
-    "to_out.bias": "scBERT's reading of masked tokens",
+    "to_out.weight": "scBERT's head for masked tokens",
+    "to_out.bias": "scBERT's head for masked tokens",
     "performer.calls_since_last_redraw": "a counter: projections are not redrawn",
 }
 LAYER = "performer.net.layers."
-Found = dict[str, dict[str, str]]  # "loaded", "missing", "unexpected", "skipped": names of tensors, and why
+Outcome = dict[str, dict[str, str]]  # "loaded", "missing", "unexpected", "skipped": names of tensors, and why
 
 
 def _scbert_names(depth: int) -> dict[str, str]:
@@ -41,27 +41,27 @@ def _scbert_names(depth: int) -> dict[str, str]:
     return names
 
 
-def load_scbert(encoder: GeneEncoder, tensors: dict[str, Tensor]) -> Found:
+def load_scbert(encoder: GeneEncoder, tensors: dict[str, Tensor]) -> Outcome:
     """Copy the trunk of a released scBERT checkpoint (the dict under "model_state_dict") into the encoder.
 
-    Returns what became of every tensor, for `loading_table`. Gene positions are not touched: `set_gene_positions` takes
+    Returns what became of every tensor, for `loading_table`. Gene positions stay as they are: `set_gene_positions` sets
     them from POSITIONS. Raises ValueError, before anything is copied, where a tensor of the trunk is missing, has
     another shape or is not finite.
     """
     tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    names, own = _scbert_names(len(encoder.blocks)), encoder.state_dict()
+    names, state = _scbert_names(len(encoder.blocks)), encoder.state_dict()
     _check_trunk(encoder, tensors, names)
     for ours, theirs in names.items():
-        own[ours].copy_(tensors[theirs])
+        state[ours].copy_(tensors[theirs])
     trunk, depth = set(names.values()), len(encoder.blocks)
-    found: Found = {"loaded": dict.fromkeys(names.values(), "the trunk")}
-    found["missing"] = {name: f"not needed: {why}" for name, why in SKIPPED.items() if name not in tensors}
+    outcome: Outcome = {"loaded": dict.fromkeys(names.values(), "the trunk")}
+    outcome["missing"] = {name: f"not needed: {why}" for name, why in SKIPPED.items() if name not in tensors}
     beyond = [name for name in tensors if name.startswith(LAYER) and _layer(name) >= depth]
-    found["skipped"] = {name: why for name, why in SKIPPED.items() if name in tensors}
-    found["skipped"] |= dict.fromkeys(beyond, f"beyond --gene_depth {depth}")
-    others = [name for name in tensors if name not in trunk and name not in found["skipped"]]
-    found["unexpected"] = dict.fromkeys(others, "no part of scBERT")
-    return found
+    outcome["skipped"] = {name: why for name, why in SKIPPED.items() if name in tensors}
+    outcome["skipped"] |= dict.fromkeys(beyond, f"beyond --gene_depth {depth}")
+    others = [name for name in tensors if name not in trunk and name not in outcome["skipped"]]
+    outcome["unexpected"] = dict.fromkeys(others, "no part of scBERT")
+    return outcome
 
 
 def _layer(name: str) -> int:
@@ -77,9 +77,9 @@ def _check_trunk(encoder: GeneEncoder, tensors: dict[str, Tensor], names: dict[s
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + f"; give panglao_pretrain.pth, or the file's number of layers as --gene_depth ({len(encoder.blocks)})"
         )
-    own, width, heads = encoder.state_dict(), encoder.norm.weight.shape[0], encoder.blocks[0].heads
+    state, width, heads = encoder.state_dict(), encoder.norm.weight.shape[0], encoder.blocks[0].heads
     for ours, theirs in names.items():
-        expected, found = tuple(own[ours].shape), tuple(tensors[theirs].shape)
+        expected, found = tuple(state[ours].shape), tuple(tensors[theirs].shape)
         if expected != found:
             raise ValueError(
                 f"--gene_weights: {theirs} has shape {found}, expected {expected} by --gene_width {width} and "
@@ -89,26 +89,33 @@ def _check_trunk(encoder: GeneEncoder, tensors: dict[str, Tensor], names: dict[s
             raise ValueError(f"--gene_weights: {theirs} holds NaN or infinity, expected numbers; fetch the file again")
 
 
-def loading_table(found: Found, shown: int = 3) -> str:
-    """What `load_scbert` found, a line per kind: how many, and the first names of each reason."""
+def loading_table(outcome: Outcome, shown: int = 3) -> str:
+    """A line per kind of the outcome of `load_scbert`: number of tensors, and the first names of each reason."""
     lines = []
     for kind in ("loaded", "missing", "unexpected", "skipped"):
         reasons: dict[str, list[str]] = {}
-        for name, why in found[kind].items():
+        for name, why in outcome[kind].items():
             reasons.setdefault(why, []).append(name)
         notes = [
             ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "") + f" ({why})"
             for why, names in reasons.items()
         ]
-        lines.append(f"  {kind:<10} {len(found[kind]):>3}  {'; '.join(notes)}".rstrip())
+        lines.append(f"  {kind:<10} {len(outcome[kind]):>3}  {'; '.join(notes)}".rstrip())
     return "\n".join(lines)
 
 
 def set_gene_positions(encoder: GeneEncoder, table: Tensor, vocabulary: dict[str, int], genes: list[str]) -> int:
-    """Give each panel gene its gene2vec row, looked up by name: table (V, W) -> number of genes found.
+    """Set each panel gene's position to its gene2vec row, looked up by name; a gene outside the vocabulary gets zeros.
 
-    A gene outside the vocabulary has no position, its row is zero. Raises ValueError where none is found or widths
-    differ.
+    Parameters
+    ----------
+    table : gene2vec (V, W), maybe with further rows
+    vocabulary : row of each gene of the table
+    genes : the panel's, in its order
+
+    Returns
+    -------
+    the number of genes found; ValueError where none is, or widths differ
     """
     width = encoder.gene_embedding.weight.shape[1]
     if table.ndim != 2 or table.shape[1] != width:

@@ -1,6 +1,7 @@
-"""Stage one as a whole: two encoders, their slow twins, the contrast, and the fusion module that judges pairs.
+"""Stage one: image and gene encoder, their momentum encoders, contrastive loss, and matching by fusion.
 
-Letters: B batch, G input genes, D shared width, Z tile side in pixels, T target genes.
+After Li et al. 2021 (ALBEF), arXiv 2107.07651. Letters: B batch, G input genes, D shared width, K gene tokens, P image
+tokens, Z tile side in pixels, R components of expression. The suffix _m marks momentum encoders and their features.
 """
 
 from __future__ import annotations
@@ -18,10 +19,8 @@ from model.contrastive import ContrastiveHead, Pair
 from model.fusion import Fusion, hard_negatives
 from model.gene_encoder import GeneEncoder
 from model.image_encoder import ImageEncoder, Weights
-from model.momentum import FeatureQueue, make_twin, update_twin
+from model.momentum import FeatureQueue, momentum_at, momentum_encoder, update_momentum
 from utils import distributed
-
-TWIN_MOMENTUM = 0.995
 
 
 @dataclass(frozen=True)
@@ -41,45 +40,44 @@ class StageOneSizes:
     image_tokens: int = 50
     width: int = 512
     queue_size: int = 4096
-    n_components: int = 0  # of expression, that both vectors are to tell
+    momentum_encoders: bool = True  # needed by the queue, and by distillation (alpha > 0)
+    n_components: int = 0  # of expression, to regress from both vectors; 0 for none
 
 
 class StepOutput(NamedTuple):
-    """Losses of one batch, and the twin's features that enter the queue after the step."""
+    """Losses of one batch, and the features that enter the queue after the step."""
 
     loss: Tensor
     contrast: Tensor
     matching: Tensor
     expression: Tensor
     matching_accuracy: Tensor
-    twin: Pair
-
-
-def twin_momentum(step: int) -> float:
-    """Of the twins after a step, 0 the first: rises from 0.1 to TWIN_MOMENTUM, which it reaches at step 1,790. Held at
-    that from the start, the twins of a short training would remember the untrained encoders to its end."""
-    return min((1 + step) / (10 + step), TWIN_MOMENTUM)
+    pair_m: Pair
 
 
 def gather_pair(image: Tensor, gene: Tensor, spots: Tensor) -> Pair:
-    """Features (B, D) each and spot ids (B,) of all processes, with this one's gradients."""
-    return Pair(*(distributed.gather(each) for each in (image, gene, spots)))
+    """Vectors (B, D) as unit vectors, with spot ids (B,), of all processes, with this one's gradients."""
+    image, gene = (F.normalize(vector.float(), dim=1) for vector in (image, gene))
+    return Pair(*(distributed.gather(tensor) for tensor in (image, gene, spots)))
 
 
 class StageOne(nn.Module):
     """Paired encoders with momentum distillation and matching.
 
-    `forward` gives the losses of a batch; after the optimiser's step `after_step` moves the twins and fills the queue.
+    `forward` gives the losses of a batch; after the optimiser's step `after_step` updates the momentum encoders and the
+    queue.
     """
 
     def __init__(self, sizes: StageOneSizes, image_weights: Weights = None):
         super().__init__()
         s = self.sizes = sizes
+        if s.queue_size and not s.momentum_encoders:
+            raise ValueError(f"queue_size {s.queue_size}: a queue holds features of momentum encoders, found none")
         self.image_encoder = ImageEncoder(
             s.image_encoder, s.image_size, s.width, image_weights, s.image_pretrained, s.crop_scales
         )
         self.gene_encoder = GeneEncoder(s.n_genes, s.gene_depth, s.gene_width, s.gene_heads, s.gene_tokens, s.width)
-        if s.n_components:  # then it is solved for them beforehand, and learning would only spoil it
+        if s.n_components:  # then it is solved for them before training, and training would only harm it
             self.gene_encoder.linear_path.requires_grad_(False)
         self.contrast = ContrastiveHead()
         self.fusion = Fusion(s.width, s.fusion_blocks)
@@ -87,61 +85,85 @@ class StageOne(nn.Module):
         self.queue = FeatureQueue(s.queue_size, s.width)
         self.n_steps: Tensor
         self.register_buffer("n_steps", torch.zeros((), dtype=torch.long))
-        self.image_twin: nn.Module
-        self.gene_twin: nn.Module
-        self.make_twins()
+        self.image_encoder_m: nn.Module | None = None
+        self.gene_encoder_m: nn.Module | None = None
+        self.reset_momentum_encoders()
 
-    def make_twins(self) -> None:
-        """Copy the encoders as they stand; called again when weights were loaded or layers frozen."""
-        self.image_twin, self.gene_twin = make_twin(self.image_encoder), make_twin(self.gene_encoder)
+    def reset_momentum_encoders(self) -> None:
+        """Copy the encoders as they are, if a loss uses the copies. To be called whenever something else than a step
+        changes the encoders: loading weights, freezing layers, an initialisation."""
+        if self.sizes.momentum_encoders:
+            self.image_encoder_m = momentum_encoder(self.image_encoder)
+            self.gene_encoder_m = momentum_encoder(self.gene_encoder)
+
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each momentum encoder with its encoder."""
+        pairs = [(self.image_encoder_m, self.image_encoder), (self.gene_encoder_m, self.gene_encoder)]
+        return [(encoder_m, encoder) for encoder_m, encoder in pairs if encoder_m is not None]
 
     def compile_encoders(self) -> None:
-        """torch.compile for both encoders and their twins; names of parameters stay as they are."""
-        for encoder in (self.image_encoder, self.gene_encoder, self.image_twin, self.gene_twin):
+        """torch.compile for all encoders; names of parameters stay as they are."""
+        for encoder in (self.image_encoder, self.gene_encoder, *(encoder_m for encoder_m, _ in self.momentum_pairs())):
             encoder.compile()
 
     def train(self, mode: bool = True) -> StageOne:
         super().train(mode)
-        self.image_twin.eval()
-        self.gene_twin.eval()
+        for encoder_m, _ in self.momentum_pairs():
+            encoder_m.eval()
         return self
 
     def encode_images(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Tiles (B, 3, Z, Z) in 0..1 -> unit vectors (B, D), tokens for the fusion (B, <= image_tokens, D)."""
+        """Tiles (B, 3, Z, Z) in 0..1 -> unit vectors (B, D), tokens for the fusion (B, P <= image_tokens, D)."""
         vector, raw = self.image_encoder(tiles)
         return F.normalize(vector.float(), dim=1), self.image_encoder.project_tokens(raw, self.sizes.image_tokens)
 
     def encode_genes(self, bins: Tensor) -> tuple[Tensor, Tensor]:
         """Bins (B, G) -> unit vectors (B, D), gene tokens (B, K, D)."""
-        vector, tokens = self.gene_encoder.encode(bins)
+        vector, tokens = self.gene_encoder(bins)
         return F.normalize(vector.float(), dim=1), tokens
 
     @torch.no_grad()
-    def encode_with_twins(self, tiles: Tensor, bins: Tensor, start: Tensor, spots: Tensor) -> Pair:
-        image, gene = self.image_twin(tiles)[0], self.gene_twin(bins, start)[0]
-        return gather_pair(F.normalize(image.float(), dim=1), F.normalize(gene.float(), dim=1), spots)
+    def encode_m(self, tiles: Tensor, bins: Tensor, spots: Tensor, frozen: Tensor | None) -> Pair | None:
+        """Features of the momentum encoders; `frozen` is the gene encoder's `frozen_part` of the bins."""
+        if self.image_encoder_m is None or self.gene_encoder_m is None:
+            return None
+        return gather_pair(self.image_encoder_m(tiles)[0], self.gene_encoder_m(bins, frozen)[0], spots)
 
     def match(
-        self, gene_tokens: Tensor, image_tokens: Tensor, student: Pair, generator: torch.Generator
+        self, gene_tokens: Tensor, image_tokens: Tensor, pair: Pair, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy (in its mean over pairs and non-pairs) of true pairs against hard ones from the batch.
+        """Loss and accuracy of true pairs against hard negatives of the whole batch; pairs and non-pairs weigh alike
+        in the accuracy.
 
-        `student` is of all processes' spots, the tokens are of this one's, which are judged here.
+        Parameters
+        ----------
+        gene_tokens, image_tokens : of this process' spots, (B, K, D), (B, P, D)
+        pair : features of all processes' spots
+        generator : in the same state on all processes
         """
         n = len(gene_tokens)
-        mine = slice(distributed.rank() * n, (distributed.rank() + 1) * n)
-        similarity = self.contrast.similarity(student.image.detach(), student.gene.detach())
-        wrong_gene = hard_negatives(similarity, student.spot, generator)[mine]
-        wrong_image = hard_negatives(similarity.T, student.spot, generator)[mine]
-        genes, images = self.fusion.read_genes(gene_tokens), self.fusion.read_images(image_tokens)
+        local = slice(distributed.rank() * n, (distributed.rank() + 1) * n)
+        similarity = self.contrast.similarity(pair.image.detach(), pair.gene.detach())
+        wrong_gene = hard_negatives(similarity, pair.spot, generator)[local]
+        wrong_image = hard_negatives(similarity.T, pair.spot, generator)[local]
+        genes, images = self.fusion.precompute_genes(gene_tokens), self.fusion.precompute_images(image_tokens)
         all_images = [distributed.gather(keys_values, dim=1) for keys_values in images]
-        own = self.fusion.judge(torch.stack([genes, distributed.gather(genes)[wrong_gene]], dim=1), images)
-        other = self.fusion.judge(genes[:, None], [keys_values[:, wrong_image] for keys_values in all_images])
-        logits = torch.cat([own.T.flatten(), other.flatten()])
-        is_pair = torch.arange(len(logits), device=logits.device) < len(gene_tokens)
+        candidates = torch.stack([genes, distributed.gather(genes)[wrong_gene]], dim=1)  # (B, 2, K, D)
+        by_image = self.fusion.score(candidates, images)
+        by_gene = self.fusion.score(genes[:, None], [keys_values[:, wrong_image] for keys_values in all_images])
+        logits = torch.cat([by_image.T.flatten(), by_gene.flatten()])
+        is_pair = torch.arange(len(logits), device=logits.device) < n
         right = ((logits > 0) == is_pair).float()
         accuracy = (right[is_pair].mean() + right[~is_pair].mean()) / 2
         return losses.matching_loss(logits, is_pair), accuracy
+
+    def regress(self, vectors: tuple[Tensor, Tensor], expression: Tensor | None) -> Tensor:
+        """Expression loss, the mean of both vectors' (B, D), against components (B, R); 0 without them."""
+        total: Tensor = vectors[0].new_zeros(())
+        if self.to_expression is None or expression is None:
+            return total
+        predicted = (self.to_expression(vector) for vector in vectors)
+        return sum((losses.expression_loss(values, expression) for values in predicted), total) / 2
 
     def forward(
         self,
@@ -153,34 +175,40 @@ class StageOne(nn.Module):
         expression: Tensor | None = None,
         expression_weight: float = 0.0,
         matching_weight: float = 1.0,
-        hidden: Tensor | None = None,
     ) -> StepOutput:
-        """Tiles (B, 3, Z, Z) in 0..1, bins (B, G), spot ids (B,), targets (B, T) or None -> losses. `hidden`, if given,
-        is what `frozen_part` made of the bins earlier. Of several processes each has a part of the batch, and its loss;
-        their mean is the whole batch's."""
+        """Losses of a batch. Each of several processes has a part of the batch, and its loss; their mean is the whole
+        batch's.
+
+        Parameters
+        ----------
+        tiles, bins, spots : tiles (B, 3, Z, Z) in 0..1, bins (B, G), spot ids (B,)
+        alpha : weight of the momentum encoders' soft target
+        generator : draws the hard negatives; in the same state on all processes
+        expression : (B, R), NaN where not measured, or None
+        expression_weight, matching_weight : of these losses beside the contrast
+        """
         vector, raw_tokens = self.image_encoder(tiles)
-        start = self.gene_encoder.frozen_part(bins) if hidden is None else hidden
-        gene_vector, gene_tokens = self.gene_encoder(bins, start)
-        student = gather_pair(F.normalize(vector.float(), dim=1), F.normalize(gene_vector.float(), dim=1), spots)
-        distils = alpha > 0 or self.queue.capacity > 0
-        twin = self.encode_with_twins(tiles, bins, start, spots) if distils else student.detached()
-        contrast = self.contrast(student, twin, self.queue.filled(), alpha)
+        frozen = self.gene_encoder.frozen_part(bins)
+        gene_vector, gene_tokens = self.gene_encoder(bins, frozen)
+        pair = gather_pair(vector, gene_vector, spots)
+        pair_m = self.encode_m(tiles, bins, spots, frozen)
+        if pair_m is None:
+            if alpha > 0:
+                raise ValueError(f"alpha {alpha:g}: distillation needs a model with momentum_encoders")
+            pair_m = pair.detached()  # weighs 0 in the target
+        contrast = self.contrast(pair, pair_m, self.queue.filled(), alpha)
         image_tokens = self.image_encoder.project_tokens(raw_tokens, self.sizes.image_tokens)
-        matching, accuracy = self.match(gene_tokens, image_tokens, student, generator)
-        regression = vector.new_zeros(())
-        if self.to_expression is not None and expression is not None:
-            read_off = (self.to_expression(each) for each in (vector, gene_vector))
-            regression = sum((losses.expression_loss(each, expression) for each in read_off), regression) / 2
+        matching, accuracy = self.match(gene_tokens, image_tokens, pair, generator)
+        regression = self.regress((vector, gene_vector), expression)
         loss = contrast + matching_weight * matching + expression_weight * regression
-        return StepOutput(loss, contrast, matching, regression, accuracy, twin)
+        return StepOutput(loss, contrast, matching, regression, accuracy, pair_m)
 
     @torch.no_grad()
-    def after_step(self, *twins: Pair) -> None:
-        """Temperature kept in bounds, twins moved, the step's batches put into the queue."""
+    def after_step(self, *pairs_m: Pair) -> None:
+        """Clamp the temperature, update the momentum encoders, push the step's batches into the queue."""
         self.contrast.clamp()
-        momentum = twin_momentum(int(self.n_steps))
-        update_twin(self.image_twin, self.image_encoder, momentum)
-        update_twin(self.gene_twin, self.gene_encoder, momentum)
+        for encoder_m, encoder in self.momentum_pairs():
+            update_momentum(encoder_m, encoder, momentum_at(int(self.n_steps)))
         self.n_steps += 1
-        for twin in twins:
-            self.queue.push(twin.image, twin.gene, twin.spot)
+        for pair_m in pairs_m:
+            self.queue.push(pair_m.image, pair_m.gene, pair_m.spot)

@@ -1,7 +1,7 @@
-"""Stage two as a whole: the frozen image encoder, and the decoder on its features.
+"""Stage two: the frozen image encoder, and the decoder on its features.
 
-Letters: B batch, S spots, D shared width, V vectors and T tokens of a tile, N context spots, G target genes, Z tile
-side in pixels.
+Letters: B batch, S spots, D shared width, V rows of D that hold a tile's pooled features, T tokens of a tile,
+N context spots, G target genes, Z tile side in pixels.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class StageTwoSizes:
     decoder_width: int = 64
     context: int = 18
     dropout: float = 0.1
-    reaches: Sequence[float] = (1.0, 2.0, 4.0)  # in pitches, of the means around a spot
-    landmarks: int = 2000  # spots that the decoder's start compares with
-    tta: int = 1  # of a tile that its features are averaged over: 1, 2, 4, or 8 with the flips
+    bandwidths: Sequence[float] = (1.0, 2.0, 4.0)  # in pitches, of the smoothed neighbour features
+    landmarks: int = 2000  # spots of the decoder's kernel ridge
+    tta: int = 1  # quarter turns of a tile that its features are averaged over: 1, 2, 4, or 8 with the flips
 
 
 class StageTwo(nn.Module):
-    """Image encoder (frozen) and gene decoder. `encode` is run once per tile; `decoder` is what trains."""
+    """Frozen image encoder, run once per tile by `encode`, and gene decoder, which trains."""
 
     def __init__(self, sizes: StageTwoSizes):
         super().__init__()
@@ -57,7 +57,7 @@ class StageTwo(nn.Module):
             s.dropout,
             self.n_vectors,
             s.landmarks,
-            len(s.reaches),
+            len(s.bandwidths),
         )
         self.target_mean: Tensor
         self.target_sd: Tensor
@@ -70,54 +70,53 @@ class StageTwo(nn.Module):
         return self
 
     def set_target_scale(self, mean: Tensor, sd: Tensor) -> None:
-        """Train mean and deviation of each gene (G,): the decoder learns standardised genes, which weigh alike."""
+        """Mean and deviation of each gene (G,) over train spots: the decoder predicts standardised genes."""
         self.target_mean.copy_(mean)
         self.target_sd.copy_(sd)
 
     def predict(self, batch: dict[str, Tensor]) -> Tensor:
-        """What GeneDecoder takes -> expression (B, G) in the units of the target."""
+        """The arguments of GeneDecoder.forward -> expression (B, G) in the units of the target."""
         return self.decoder(**batch).float() * self.target_sd + self.target_mean
 
     @torch.no_grad()
     def encode(self, tiles: Tensor) -> Tensor:
-        """Tiles (B, 3, Z, Z) in 0..1 -> features (B, V + T, D): the trunk's pooled features in V rows, filled up with
-        zeros, then the pooled tokens; each the mean over the turned tiles, tokens in their place in the tile as it is.
+        """Tiles (B, 3, Z, Z) in 0..1 -> features (B, V + T, D), averaged over `tta` symmetries of the tile.
 
-        What comes before a contrast's projection serves other ends better than what comes behind it (Chen et al. 2020,
+        The first V rows are the trunk's pooled features, padded with zeros, the others the pooled tokens. Features
+        before a contrast's projection serve other tasks better than those after it (Chen et al. 2020,
         arXiv 2002.05709, section 4.2).
         """
-        turns = list(range(0, 8, 8 // self.sizes.tta))
-        return torch.stack([self.encode_turned(tiles, turn) for turn in turns]).mean(0)
+        symmetries = range(0, 8, 8 // self.sizes.tta)
+        return torch.stack([self.encode_transformed(tiles, symmetry) for symmetry in symmetries]).mean(0)
 
     def split(self, features: Tensor) -> dict[str, Tensor]:
         """Features (B, V + T, D) as the decoder takes them: vector (B, V D), tokens (B, T, D)."""
         return {"vector": features[:, : self.n_vectors].flatten(1), "tokens": features[:, self.n_vectors :]}
 
-    def encode_turned(self, tiles: Tensor, turn: int) -> Tensor:
-        """Features of the tile flipped (where `turn` is odd), then turned by turn // 2 quarters."""
-        quarter, flipped = divmod(turn, 2)
-        turned = torch.rot90(tiles.flip(3) if flipped else tiles, quarter, (2, 3))
-        pooled, raw = self.image_encoder.features(turned)
+    def encode_transformed(self, tiles: Tensor, symmetry: int) -> Tensor:
+        """Features of the tile flipped (where `symmetry` is odd), then rotated by symmetry // 2 quarters; tokens are
+        put back where they are in the tile."""
+        quarters, flipped = divmod(symmetry, 2)
+        pooled, raw = self.image_encoder.features(torch.rot90(tiles.flip(3) if flipped else tiles, quarters, (2, 3)))
         width = self.sizes.width
         vectors = F.pad(pooled, (0, self.n_vectors * width - pooled.shape[1])).unflatten(1, (-1, width))
         tokens = self.image_encoder.grid_tokens(raw, GRID_SIDE)
         side = math.isqrt(tokens.shape[1])
-        grid = torch.rot90(tokens.unflatten(1, (side, side)), -quarter, (1, 2))
-        back = grid.flip(2) if flipped else grid
-        return torch.cat([vectors, back.flatten(1, 2)], dim=1)
+        grid = torch.rot90(tokens.unflatten(1, (side, side)), -quarters, (1, 2))
+        grid = grid.flip(2) if flipped else grid
+        return torch.cat([vectors, grid.flatten(1, 2)], dim=1)
 
 
 @torch.no_grad()
 def fit_domain(vectors: Tensor, shrinkage: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) of the train features (S, D), before standardisation; the covariance is shrunk
-    towards its mean variance, so that it can be inverted with fewer spots than dimensions."""
+    """Mean (D,) and covariance (D, D) of train features (S, D) before standardisation. The covariance is shrunk towards
+    the mean variance, so that it can be inverted with fewer spots than dimensions."""
     mean = vectors.double().mean(0)
     centred = vectors.double() - mean
     covariance = centred.T @ centred / max(len(vectors) - 1, 1)
-    round_part = torch.eye(len(mean), dtype=torch.double, device=mean.device) * covariance.diagonal().mean().clamp(
-        min=1e-12
-    )
-    return mean.float(), ((1 - shrinkage) * covariance + shrinkage * round_part).float()
+    variance = covariance.diagonal().mean().clamp(min=1e-12)
+    spherical = torch.eye(len(mean), dtype=torch.double, device=mean.device) * variance
+    return mean.float(), ((1 - shrinkage) * covariance + shrinkage * spherical).float()
 
 
 @torch.no_grad()

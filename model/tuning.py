@@ -1,6 +1,6 @@
-"""What of the image encoder trains (`--tune`), and how fast its layers learn (`--layer_decay`).
+"""Which layers of the image encoder train (`--tune`), and at which learning rate (`--layer_decay`).
 
-Layers are timm's own (`group_matcher`): a stem, blocks, and what stands behind them. Torch is imported late, so that a
+Layers are timm's own (`group_matcher`): a stem, blocks, and the layers after them. Torch is imported late, so that a
 script can check its flags with `choice`.
 """
 
@@ -25,29 +25,29 @@ def choice(text: str) -> str:
 
 
 def layers(trunk: Any) -> tuple[dict[str, int], int]:
-    """Layer of every parameter by name, 0 the stem, and the first layer behind the blocks, which may be empty."""
+    """Layer of every parameter by name, 0 the stem, and the number of the first layer after the blocks."""
     from timm.models._manipulate import group_with_matcher
 
     if not hasattr(trunk, "group_matcher"):
         raise ValueError(f"--tune, --layer_decay: timm cannot tell the layers of {type(trunk).__name__} apart")
-    named = chain(trunk.named_parameters(), [("/behind", None)])  # a name that no block has
-    found = group_with_matcher(named, trunk.group_matcher(coarse=False), reverse=True)
-    return found, found.pop("/behind")
+    named = chain(trunk.named_parameters(), [("/after", None)])  # a name that no block has
+    layer_of = group_with_matcher(named, trunk.group_matcher(coarse=False), reverse=True)
+    return layer_of, layer_of.pop("/after")
 
 
 def tune(encoder: ImageEncoder, what: str) -> None:
-    """Freeze the trunk but for what is to train: all of it, none, `norm` layers, or `last:N` blocks and what follows.
+    """Freeze the trunk except `what`: "all", "none", "norm" (norm layers), or "last:N" (N blocks and what follows).
 
-    The projections `to_vector` and `to_token` always train. Call it before the twins are made: they share what is
+    The projections `to_vector` and `to_token` always train. Reset momentum encoders afterwards: they share what is
     frozen.
     """
     trunk = encoder.trunk
     trunk.requires_grad_(what == "all")
     if what.startswith("last:"):
-        layer_of, behind = layers(trunk)
-        first = behind - int(what.removeprefix("last:"))
+        layer_of, n_layers = layers(trunk)
+        first = n_layers - int(what.removeprefix("last:"))
         if first < 1:
-            raise ValueError(f"--tune {what}: expected at most last:{behind - 1}, the blocks of this encoder; or all")
+            raise ValueError(f"--tune {what}: expected at most last:{n_layers - 1}, the blocks of this encoder; or all")
         for name, parameter in trunk.named_parameters():
             parameter.requires_grad_(layer_of[name] >= first)
     if what == "norm":
@@ -60,12 +60,12 @@ def tune(encoder: ImageEncoder, what: str) -> None:
     encoder.train(encoder.training)  # frozen parts change to evaluation mode
 
 
-def rate_shares(encoder: ImageEncoder, decay: float) -> dict[nn.Parameter, float]:
-    """Share of the learning rate for each parameter of the trunk: decay^i for the i-th layer below the projections.
+def rate_fractions(encoder: ImageEncoder, decay: float) -> dict[nn.Parameter, float]:
+    """Fraction of the learning rate for each parameter of the trunk: decay^i for the i-th layer below the projections.
 
     Empty where decay is 1. Clark et al. 2020 (ELECTRA), arXiv 2003.10555; the powers are those of BEiT and timm.
     """
     if decay == 1:
         return {}
-    layer_of, behind = layers(encoder.trunk)
-    return {parameter: decay ** (behind - layer_of[name]) for name, parameter in encoder.trunk.named_parameters()}
+    layer_of, n_layers = layers(encoder.trunk)
+    return {parameter: decay ** (n_layers - layer_of[name]) for name, parameter in encoder.trunk.named_parameters()}

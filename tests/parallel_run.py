@@ -47,7 +47,7 @@ def two_steps(model, accelerator) -> float:
         batch = {name: rows[own] for name, rows in batch_of(WHOLE, seed).items()}
         found = step_of(replica, batch, seed=seed, expression_weight=1.0)
         found.loss.backward()
-        model.after_step(found.twin)
+        model.after_step(found.pair_m)
     return distributed.mean({"loss": found.loss.item()})["loss"]
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from utils.features.cache import to_float
 from utils.training import augment as module
 from utils.training.augment import (
     JITTER,
@@ -16,7 +17,6 @@ from utils.training.augment import (
     move,
     restain,
     stain_change,
-    to_float,
     turns_and_shifts,
     uniforms,
 )

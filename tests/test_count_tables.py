@@ -98,7 +98,7 @@ def test_files_come_in_the_order_of_their_names_and_others_are_not_read(prepared
 
 
 def test_train_slices_are_welcome(prepared, slices, panel, folder):
-    write(folder / "again.h5ad", slices[0].panels["input"].counts, panel)
+    write(folder / "again.h5ad", slices[0].panels["input"].read_counts(), panel)
     assert len(read(prepared, slices, folder)) == 1
 
 
@@ -118,7 +118,7 @@ def test_what_is_held_out_is_refused_unless_a_leak_is_allowed(
         adata.obs_names = whole.spots.index.to_numpy(str)
         adata.write_h5ad(folder / "other.h5ad")
     else:  # some of its spots, under other barcodes and with fewer genes, among others
-        counts = np.concatenate([some_counts(len(panel)), gene_panels.read_panel(path).counts[10:40]])
+        counts = np.concatenate([some_counts(len(panel)), gene_panels.read_panel(path).read_counts()[10:40]])
         write(folder / "other.h5ad", counts[:, 5:], panel[5:])
     expected = {"name": "name of the slice", "counts": "has the counts of", "spots": r"has \d+ spots with the counts"}
     with pytest.raises(ValueError, match=rf"{expected[how]}.*{name}.*held out; take .*--pretrain_data"):
@@ -130,7 +130,7 @@ def test_what_is_held_out_is_refused_unless_a_leak_is_allowed(
 def test_a_validation_strip_is_held_out_too(prepared, folder, panel):
     flags = data_flags(prepared, val_strip=True)
     strip = [dataset.load_slice(ROWS[0], flags, ("input",), val_strip=True)]
-    counts, kept = strip[0].panels["input"].counts, strip[0].rows_of("train")
+    counts, kept = strip[0].panels["input"].read_counts(), strip[0].rows_of("train")
     write(folder / "rest.h5ad", counts[kept], panel)
     assert len(read_tables(folder, strip, [ROWS[0]], flags)) == 1
     write(folder / "whole.h5ad", counts, panel)

@@ -1,4 +1,4 @@
-"""Stage two on kept features: several views, budgets of memory and disk, the same result whatever they are."""
+"""Stage two on kept features: the same result in memory and beyond it."""
 
 import json
 import re
@@ -32,69 +32,22 @@ def same_weights(one, other):
 
 
 @pytest.fixture(scope="module")
-def of_three_views(trained, tmp_path_factory):
-    """A run with three views of the train slice: its folder and last checkpoint."""
-    out = tmp_path_factory.mktemp("views")
-    return out, run_decoder(trained, out, "--views", 3)
+def kept_run(trained, tmp_path_factory):
+    """A run of stage two: its folder and last checkpoint."""
+    out = tmp_path_factory.mktemp("kept")
+    return out, run_decoder(trained, out)
 
 
-def kept_views(out):
-    return sorted(path.name for path in (out / "decoder_model" / "features").glob("*.npy"))
+# ---- kept features
 
 
-# ---- views
-
-
-def test_train_slices_have_all_views_the_others_one(of_three_views, trained):
-    out, state = of_three_views
-    assert kept_views(out) == ["P01_1.npy", "P01_1.view1.npy", "P01_1.view2.npy", "P02_1.npy"]
-    plain, first, second = (np.load(out / "decoder_model" / "features" / name) for name in kept_views(out)[:3])
-    assert plain.shape == first.shape == (70, 2 + 4, 32)
-    for one, other in ((plain, first), (plain, second), (first, second)):
-        assert (np.abs(one.astype(float) - other).max((1, 2)) > 1e-3).mean() > 0.9
-    one_view = checkpoint.load(trained.decoder.with_name(LAST), "stage_two", "--decoder")
-    assert not same_weights(state, one_view), "the views have taught"
-    assert torch.equal(state["feature_moments"]["mean"], one_view["feature_moments"]["mean"]), "those of view 0"
-
-
-def test_views_are_kept_apart(of_three_views, trained, tmp_path, monkeypatch):
-    """Those that fit are read again; another seed draws other augmented views, but the tile stays what it is."""
-    shutil.copytree(of_three_views[0] / "decoder_model" / "features", tmp_path / "decoder_model" / "features")
-    encoded, encode_slice = [], cache.encode_slice
-
-    def recorded(how, one, view):
-        encoded.append((one.name, view))
-        return encode_slice(how, one, view)
-
-    monkeypatch.setattr(cache, "encode_slice", recorded)
-    assert same_weights(run_decoder(trained, tmp_path, "--views", 3), of_three_views[1])
-    run_decoder(trained, tmp_path, "--views", 2)
-    assert not encoded
-    run_decoder(trained, tmp_path, "--views", 2, "--seed", 1)
-    assert encoded == [("P01_1", 1)]
-
-
-def test_each_epoch_draws_a_view_of_each_spot_and_validation_sees_the_tile(trained, tmp_path, monkeypatch):
-    drawn, batch = [], neighbourhoods.FeatureBank.batch
-
-    def recorded(bank, spots, view=0):
-        drawn.append((spots, view))
-        return batch(bank, spots, view)
-
-    monkeypatch.setattr(neighbourhoods.FeatureBank, "batch", recorded)
-    epochs = []
-    for first in (0, 1, 1):
-        drawn.clear()
-        run_decoder(trained, tmp_path, "--views", 3, "--Init_Epoch", first, "--Epoch", first + 1)
-        of_spot = {
-            spot: v for spots, views in drawn if np.ndim(views) for spot, v in zip(spots.tolist(), views, strict=True)
-        }
-        others = {spot for spots, views in drawn if not np.ndim(views) for spot in spots}
-        assert len(of_spot) == 64 and set(of_spot.values()) == {0, 1, 2} and max(of_spot) < 70
-        assert others == set(range(140)), "ridge, which sees the tile of each spot, and validation"
-        assert all(views == 0 for _, views in drawn if not np.ndim(views))
-        epochs.append(of_spot)
-    assert epochs[0] != epochs[1] == epochs[2]
+def test_features_are_read_again_whatever_the_seed(kept_run, trained, tmp_path, monkeypatch):
+    out, state = kept_run
+    assert np.load(out / "decoder_model" / "features" / "P01_1.npy").shape == (70, 2 + 4, 32)
+    shutil.copytree(out / "decoder_model" / "features", tmp_path / "decoder_model" / "features")
+    monkeypatch.setattr(cache, "encode_slice", lambda how, slice_: pytest.fail("encoded again"))
+    assert same_weights(run_decoder(trained, tmp_path), state)
+    assert not same_weights(run_decoder(trained, tmp_path, "--seed", 1), state)
 
 
 # ---- the start
@@ -118,7 +71,7 @@ def test_the_best_epoch_never_falls_behind_the_ridge(trained, tmp_path, capsys, 
     assert last["best"] == best["row"]["val_pcc_residuals"] >= last["row"]["val_pcc_residuals"]
     if rate < 1e-9:
         torch.testing.assert_close(last["val_pcc"], best["val_pcc"], atol=1e-6, rtol=0)
-    for name in ("landmarks", "scale", "sharpness", "read.weight"):
+    for name in ("landmarks", "scale", "gamma", "linear.weight"):
         assert torch.equal(last["model"][f"decoder.ridge.{name}"], best["model"][f"decoder.ridge.{name}"]), name
 
 
@@ -135,7 +88,7 @@ def test_every_train_slice_has_a_spot_in_the_ridge_however_few_are_drawn(trained
     (tmp_path / "slices.csv").write_text("slice,patient,part\nP01_1,P01,train\nP02_1,P02,train\n")
     drawn, batch = [], neighbourhoods.FeatureBank.batch
     monkeypatch.setattr(
-        neighbourhoods.FeatureBank, "batch", lambda bank, spots, *view: drawn.append(spots) or batch(bank, spots, *view)
+        neighbourhoods.FeatureBank, "batch", lambda bank, spots: drawn.append(spots) or batch(bank, spots)
     )
     monkeypatch.setattr(decoder_initialisation, "START_SPOTS", 1)
     monkeypatch.setattr(train_decoder, "LANDMARKS", 2)
@@ -146,38 +99,21 @@ def test_every_train_slice_has_a_spot_in_the_ridge_however_few_are_drawn(trained
 
 
 @pytest.mark.parametrize("tta", [1, 8])
-def test_features_are_those_of_as_many_turns(of_three_views, trained, tmp_path, turns):
-    """And kept features of another number of turns are not taken for them."""
+def test_features_are_those_of_the_augmentation(kept_run, trained, tmp_path, tta):
+    """And kept features of another number of views are not taken for them."""
     kept = tmp_path / "decoder_model" / "features"
-    shutil.copytree(of_three_views[0] / "decoder_model" / "features", kept)
+    shutil.copytree(kept_run[0] / "decoder_model" / "features", kept)
     before = np.load(kept / "P01_1.npy")
-    state = run_decoder(trained, tmp_path, "--tta", turns)
-    assert state["sizes"]["tta"] == turns
-    assert np.array_equal(np.load(kept / "P01_1.npy"), before) == (turns == 1)
-
-
-# ---- budgets
-
-
-def test_fewer_views_where_the_disk_budget_is_small(trained, tmp_path, capsys):
-    """140 tiles of 5 x 32 numbers and 70 of the second view take 65.6 KiB, a third one 21.9 more."""
-    run_decoder(trained, tmp_path, "--views", 3, "--feature_budget", 80 / 2**20)
-    out = capsys.readouterr().out
-    assert "2 of 3 views are kept: all of them need a --feature_budget of 0.001 GiB" in out
-    assert kept_views(tmp_path) == ["P01_1.npy", "P01_1.view1.npy", "P02_1.npy"]
-
-
-def test_not_one_view_in_the_disk_budget(refused):
-    refused(
-        "train_decoder", ["--feature_budget", 1e-5], "--feature_budget 1e-05: expected 0.001 GiB or more .* 140 tiles"
-    )
+    state = run_decoder(trained, tmp_path, "--tta", tta)
+    assert state["sizes"]["tta"] == tta
+    assert np.array_equal(np.load(kept / "P01_1.npy"), before) == (tta == 1)
 
 
 # ---- memory
 
 
-@pytest.mark.parametrize("flags", [(), ("--views", 2), ("--context", 0)])
-def test_features_on_disk_teach_as_those_in_memory(trained, tmp_path, flags):
+@pytest.mark.parametrize("flags", [(), ("--context", 0)])
+def test_training_on_features_on_disk_equals_that_on_features_in_memory(trained, tmp_path, flags):
     one, other = (run_decoder(trained, tmp_path, *flags, *budget) for budget in ((), NO_MEMORY))
     assert same_weights(one, other) and torch.equal(one["val_pcc"], other["val_pcc"])
     assert not different_files(tmp_path), "what was mapped_too has no name"
@@ -197,9 +133,9 @@ def different_files(out):
 def test_the_evaluation_is_the_same_without_memory_and_goes_slice_by_slice(trained, tmp_path, monkeypatch):
     events, encode_slice, predict = [], cache.encode_slice, neighbourhoods.predict
 
-    def recorded_encode(how, one, *view):
-        events.append(f"encode {one.name}")
-        return encode_slice(how, one, *view)
+    def recorded_encode(how, slice_):
+        events.append(f"encode {slice_.name}")
+        return encode_slice(how, slice_)
 
     def recorded_predict(*args):
         events.append("predict")

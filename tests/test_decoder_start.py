@@ -33,7 +33,7 @@ class Bank:
         self.seen = torch.from_numpy(seen)
 
     def batch(self, spots):
-        return {"vector": self.seen[spots, 0], "around": self.seen[spots, 1:]}
+        return {"vector": self.seen[spots, 0], "smoothed": self.seen[spots, 1:]}
 
 
 def made(rng, linear=False, noise=0.3, n_parts=1 + REACHES):
@@ -49,7 +49,9 @@ def made(rng, linear=False, noise=0.3, n_parts=1 + REACHES):
 
 def solve(slices, bank, target, truth, n_landmarks=85):
     torch.manual_seed(0)
-    model = SimpleNamespace(decoder=GeneDecoder(WIDTH, GENES, 1, 16, n_landmarks=n_landmarks, n_reaches=REACHES).eval())
+    model = SimpleNamespace(
+        decoder=GeneDecoder(WIDTH, GENES, 1, 16, n_landmarks=n_landmarks, n_bandwidths=REACHES).eval()
+    )
     said = decoder_initialisation.start_from_ridge(model, bank, slices, target, truth, FLAGS)
     return model.decoder.ridge, said
 
@@ -102,7 +104,7 @@ def test_the_score_that_is_told_is_that_of_the_model(rng):
 @pytest.mark.parametrize("linear", [True, False])
 def test_a_bent_relation_asks_for_a_sharper_kernel(rng, linear):
     ridge, _ = solve(*made(rng, linear, noise=0.01))
-    assert (ridge.sharpness.item() < 0.1) == linear
+    assert (ridge.gamma.item() < 0.1) == linear
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(0.011, 1.0), (0.009, 0.03), (0.0, 0.03)])

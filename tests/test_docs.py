@@ -125,17 +125,17 @@ def test_every_module_of_the_model_is_in_method_md():
 
 
 def test_constants_that_method_md_states_are_those_of_the_code():
-    from model import gene_encoder, performer, stage_one
+    from model import gene_encoder, momentum, performer
     from utils.evaluation import ridge
     from utils.features import neighbourhoods
     from utils.training import augment, initialisation
 
     text = (ROOT / "docs/method.md").read_text()
     assert (performer.N_FEATURES, performer.HEAD_WIDTH, performer.EPSILON) == (266, 64, 1e-4)
-    assert (stage_one.TWIN_MOMENTUM, gene_encoder.N_BINS, initialisation.REST) == (0.995, 7, 0.02)
+    assert (momentum.MAX_MOMENTUM, gene_encoder.N_BINS, initialisation.REST) == (0.995, 7, 0.02)
     assert (neighbourhoods.MIN_SPOTS, neighbourhoods.MIN_SD, neighbourhoods.CONTEXT_PITCHES) == (64, 1e-3, 2.6)
     assert (augment.SHIFT, augment.JITTER, ridge.RANKS) == (0.05, 0.15, (5, 10, 20, 40, None))
-    assert next(i for i in range(9999) if stage_one.twin_momentum(i) == 0.995) == 1790 and "step 1,790" in text
+    assert next(i for i in range(9999) if momentum.momentum_at(i) == 0.995) == 1790 and "step 1,790" in text
 
 
 # ---- docs/troubleshooting.md: messages as the code has them

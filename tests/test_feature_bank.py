@@ -161,10 +161,10 @@ def test_a_slice_under_64_tiles_uses_the_train_statistics_and_says_so(rng, capsy
     assert own is not train and not capsys.readouterr().out
 
 
-def make_bank(made, tmp_path, kind="in memory", views=None):
+def make_bank(made, tmp_path, kind="in memory", features=None):
     store = ArrayStore(GIB[kind], tmp_path)
     device = torch.device("cpu")
-    return neighbourhoods.FeatureBank(made.slices, views or [made.kept], made.train, 18, REACHES, device, store)
+    return neighbourhoods.FeatureBank(made.slices, features or made.kept, made.train, 18, REACHES, device, store)
 
 
 @pytest.fixture
@@ -180,15 +180,14 @@ def bank(made, request, tmp_path):
     return make_bank(made, tmp_path, request.param)
 
 
-def slow_batch(made, number, standard=None):
-    """One spot of the bank, looked up by hand; `standard` are the features that the large slice is standardised by."""
+def slow_batch(made, number):
+    """One spot of the bank, looked up by hand."""
     i, at = (0, number) if number < 70 else (1, number - 70)
     kept = made.kept[i].astype(np.float32)
-    own = neighbourhoods.moments([made.kept[0] if standard is None else standard], 1) if i == 0 else made.train
+    own = neighbourhoods.moments([made.kept[0]], 1) if i == 0 else made.train
     one = made.slices[i]
     nearest = slow_neighbours(one.xy_fullres_px, PITCH_PX, 18)[at]
-    plain = made.kept[i] if standard is None or i else standard  # means are taken over the tiles as they are
-    around = slow_means_around(plain[:, 0].astype(np.float32), one.xy_fullres_px, PITCH_PX)[at]
+    around = slow_means_around(kept[:, 0], one.xy_fullres_px, PITCH_PX)[at]
     context, offsets = np.zeros((18, 6)), np.zeros((18, 2))
     for place, (_, j) in enumerate(nearest):
         context[place] = (kept[j, 0] - own.mean[0]) / own.sd[0]
@@ -199,7 +198,7 @@ def slow_batch(made, number, standard=None):
         "context": context,
         "offsets": offsets,
         "present": np.arange(18) < len(nearest),
-        "around": (around - own.mean[0]) / own.sd[0],
+        "smoothed": (around - own.mean[0]) / own.sd[0],
     }
 
 
@@ -211,7 +210,7 @@ def test_a_batch_is_what_a_slow_look_up_gives(made, bank):
         expected = slow_batch(made, number)
         assert set(found) == set(expected)
         for name, value in expected.items():
-            atol = 1e-3 if name == "around" else 1e-5  # kept in half precision
+            atol = 1e-3 if name == "smoothed" else 1e-5  # kept in half precision
             np.testing.assert_allclose(found[name][i].numpy(), value, atol=atol, err_msg=f"{name} of spot {number}")
     assert found["vector"].dtype == torch.float32 and not found["present"].all()
 
@@ -236,54 +235,37 @@ def test_masked_context_is_zero(bank):
 @pytest.mark.parametrize("kind", ["vectors in memory", "on disk"])
 def test_a_batch_from_disk_is_that_from_memory_bit_for_bit(made, rng, tmp_path, kind):
     files = []
-    for i, f in enumerate([*made.kept, made.kept[0] + 1]):
+    for i, f in enumerate(made.kept):
         np.save(tmp_path / f"{i}.npy", f)
         files.append(np.load(tmp_path / f"{i}.npy", mmap_mode="r"))
-    large, small, other = files
-    views = [[large, small], [other, small]]
-    fast, lean = (make_bank(made, tmp_path / "store", k, views) for k in ("in memory", kind))
+    fast, lean = (make_bank(made, tmp_path / "store", k, files) for k in ("in memory", kind))
     assert fast.tokens.whole is not None and lean.tokens.whole is None
     assert (lean.vectors.whole is None) == (kind == "on disk")
-    spots, view = rng.integers(0, 110, 64), rng.integers(0, 2, 64)
-    one, two = fast.batch(spots, view), lean.batch(spots, view)
+    spots = rng.integers(0, 110, 64)
+    one, two = fast.batch(spots), lean.batch(spots)
     for name in one:
         assert one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]), name
 
 
 def test_the_budget_is_shared_by_all_that_grows_with_the_spots(made, tmp_path):
     store = ArrayStore(1.0, tmp_path)
-    neighbourhoods.FeatureBank(made.slices, [made.kept], made.train, 18, REACHES, torch.device("cpu"), store)
+    neighbourhoods.FeatureBank(made.slices, made.kept, made.train, 18, REACHES, torch.device("cpu"), store)
     nearest = 110 * 18 * (4 + 2 * 4 + 1)  # number, offsets, present
     assert 2**30 - store.left == 110 * (5 + len(REACHES)) * 6 * 2 + nearest
 
 
-def test_a_view_gives_its_vectors_tokens_and_context(made, bank, tmp_path):
-    """All standardised as view 0; the small slice has no other view than that."""
-    large, small = made.kept
-    both = make_bank(made, tmp_path, views=[[large, small], [large * 2, small]])
-    assert both.n_views == 2 and bank.n_views == 1
-    alone = SimpleNamespace(**vars(made) | {"kept": [large * 2, small]})
-    spots = np.array([69, 3, 100, 3])
-    found = both.batch(spots, np.array([1, 0, 1, 1]))
-    for i, (number, kept) in enumerate(((69, alone), (3, made), (100, made), (3, alone))):
-        expected = slow_batch(SimpleNamespace(**vars(made) | {"kept": kept.kept}), number, made.kept[0])
-        for name, value in expected.items():
-            atol = 1e-3 if name == "around" else 1e-5  # kept in half precision
-            np.testing.assert_allclose(found[name][i].numpy(), value, atol=atol, err_msg=f"{name} of spot {number}")
-
-
 def test_no_context_at_all(made, tmp_path):
     found = neighbourhoods.FeatureBank(
-        made.slices, [made.kept], made.train, 0, (), torch.device("cpu"), ArrayStore(1.0, tmp_path)
+        made.slices, made.kept, made.train, 0, (), torch.device("cpu"), ArrayStore(1.0, tmp_path)
     ).batch(np.arange(5))
     assert found["context"].shape == (5, 0, 6) and found["offsets"].shape == (5, 0, 2)
-    assert found["around"].shape == (5, 0, 6)
+    assert found["smoothed"].shape == (5, 0, 6)
 
 
 def test_a_spot_alone_has_the_mean_of_its_slice_around(made, tmp_path):
     made.slices[0].xy_fullres_px[0] = 1e5
     found = make_bank(made, tmp_path).batch(np.array([0, 1]))
-    assert not found["around"][0].any() and found["around"][1].all()
+    assert not found["smoothed"][0].any() and found["smoothed"][1].all()
 
 
 # ---- the score out of the domain, predictions

@@ -1,4 +1,4 @@
-"""Features of the frozen encoder: computed batch by batch, kept on disk within a budget, in several views."""
+"""Features of the frozen encoder: computed batch by batch, kept on disk."""
 
 import json
 from contextlib import nullcontext
@@ -10,9 +10,9 @@ import torch
 from tiny_runs import data_flags, row
 
 from model.image_encoder import ImageEncoder
+from utils import distributed
 from utils.features import cache, dataset
 from utils.files.arrays import ArrayStore
-from utils.training import augment, loop
 
 
 def one_slice(rng, n, name="slice"):
@@ -28,12 +28,12 @@ def by_batch(made, size=7):
     return (made[i : i + size].astype(np.float32) for i in range(0, len(made), size))
 
 
-def kept(folder, key, one, made, calls, view=0):
+def kept(folder, key, one, made, calls):
     def compute():
         calls.append(key)
         return by_batch(made)
 
-    return cache.kept_features(folder, key, one, compute, view)
+    return cache.kept_features(folder, key, one, compute)
 
 
 def test_features_are_computed_once(rng, tmp_path):
@@ -86,7 +86,7 @@ CORRUPT = ["", "{", '{"key": "k"', "[]", "\x00\x01", "null"]
 
 
 @pytest.mark.parametrize("text", CORRUPT)
-def test_a_torn_or_foreign_note_is_none(rng, tmp_path, text):
+def test_a_corrupt_or_foreign_note_is_none(rng, tmp_path, text):
     (one, made), calls = one_slice(rng, 20), []
     kept(tmp_path, "k", one, made, calls)
     (tmp_path / "slice.json").write_text(text)
@@ -96,12 +96,12 @@ def test_a_torn_or_foreign_note_is_none(rng, tmp_path, text):
     assert calls == ["k"] * 3
 
 
-@pytest.mark.parametrize("share", [0, 0.03, 0.5, 0.99])
-def test_torn_features_are_none(rng, tmp_path, share):
+@pytest.mark.parametrize("fraction", [0, 0.03, 0.5, 0.99])
+def test_corrupt_features_are_none(rng, tmp_path, fraction):
     (one, made), calls = one_slice(rng, 20), []
     kept(tmp_path, "k", one, made, calls)
     path = tmp_path / "slice.npy"
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     np.testing.assert_array_equal(kept(tmp_path, "k", one, made, calls), made)
     assert calls == ["k"] * 2
 
@@ -137,18 +137,6 @@ def test_an_encoder_that_stops_half_way_leaves_the_old_features_without_a_note(r
     assert calls == ["old", "new"]
 
 
-def test_each_view_has_files_of_its_own(rng, tmp_path):
-    (one, made), calls = one_slice(rng, 20, "A/outs"), []
-    for _ in range(2):
-        for view in range(3):
-            np.testing.assert_array_equal(kept(tmp_path, f"k{view}", one, made + view, calls, view), made + view)
-    assert calls == ["k0", "k1", "k2"]
-    stems = ("outs", "outs.view1", "outs.view2")
-    assert {path.name for path in (tmp_path / "A").iterdir()} == {
-        f"{s}.{end}" for s in stems for end in ("npy", "json")
-    }
-
-
 @pytest.mark.parametrize("gib", [1.0, 1e-9])
 def test_batches_put_together_in_memory_or_beyond_it(rng, tmp_path, gib):
     made = one_slice(rng, 20)[1]
@@ -158,48 +146,8 @@ def test_batches_put_together_in_memory_or_beyond_it(rng, tmp_path, gib):
 
 
 def encoder(encode, **changed):
-    same = {"size": 32, "device": torch.device("cpu"), "batch_size": 32, "workers": 0, "seed": 3}
+    same = {"size": 32, "device": torch.device("cpu"), "batch_size": 32, "workers": 0}
     return cache.TileEncoder(encode, **same | changed)
-
-
-# ---- the budget of the disk
-
-ROW = 17 * 32 * 2  # bytes of a tile's features
-
-
-def in_budget(bytes_, views):
-    """Two slices of 100 and 40 spots, the first one to train on."""
-    slices = [
-        SimpleNamespace(barcodes=np.arange(n), rows_of=lambda part, n=n, own=own: np.arange(n * (part == own)))
-        for n, own in ((100, "train"), (40, "val"))
-    ]
-    flags = SimpleNamespace(feature_budget=bytes_ / 2**30, views=views)
-    how = encoder(lambda tiles: torch.zeros(len(tiles), 17, tiles.shape[-1]))
-    return cache.views_in_budget(slices, how, "out/features", flags)
-
-
-@pytest.mark.parametrize(
-    ("tiles", "views", "expected"), [(140, 1, 1), (239, 3, 1), (240, 3, 2), (339, 3, 2), (340, 3, 3), (9000, 3, 3)]
-)
-def test_as_many_views_as_the_disk_may_hold(capsys, tiles, views, expected):
-    assert in_budget(tiles * ROW, views) == expected
-    out = capsys.readouterr().out
-    assert ("views are kept" in out) == (expected < views)
-    if expected < views:
-        assert f"{expected} of {views} views are kept: all of them need a --feature_budget of 0.001 GiB" in out
-    assert f"features of 140 tiles in out/features, {expected} views of those to train on: " in out
-
-
-def test_the_budget_that_is_named_is_enough(capsys):
-    for views in (2, 5, 9):
-        in_budget(140 * ROW, views)
-        named = float(capsys.readouterr().out.split("--feature_budget of ")[1].split()[0])
-        assert in_budget(named * 2**30, views) == views
-
-
-def test_not_even_one_view_is_an_error():
-    with pytest.raises(ValueError, match=r"--feature_budget .*: expected 0.001 GiB or more for the features of 140 t"):
-        in_budget(140 * ROW - 1, 1)
 
 
 # ---- from tiles
@@ -223,50 +171,22 @@ def test_encode_slice_is_in_the_order_of_the_slice(tiled, batch_size, workers):
     assert found.dtype == np.float32
 
 
-def views(one, n, **changed):
-    """The tiles themselves as features, for views 0 to n - 1."""
-    how = encoder(lambda tiles: tiles, **changed)
-    return [np.concatenate(list(cache.encode_slice(how, one, view))) for view in range(n)]
-
-
-def test_view_0_is_the_tile_and_the_others_are_augmented(tiled):
-    plain, first, second = views(tiled, 3)
-    np.testing.assert_array_equal(plain, (tiled.pack.read(tiled.tile_rows) / np.float32(255)).transpose(0, 3, 1, 2))
-    assert first.shape == plain.shape and first.min() >= 0 and first.max() <= 1
-    for one, other in ((plain, first), (plain, second), (first, second)):
-        assert (np.abs(one - other).max((1, 2, 3)) > 0.01).mean() > 0.9
-
-
-def test_a_view_is_that_of_the_seed_the_slice_and_the_spot(tiled, monkeypatch):
-    """Not of the batch, the processes, or the other slices."""
-    whole = views(tiled, 2)[1]
-    np.testing.assert_allclose(views(tiled, 2, batch_size=7, workers=2)[1], whole, atol=1e-6)
-    assert np.abs(views(tiled, 2, seed=4)[1] - whole).max() > 0.01
-    draws, apart = [], SimpleNamespace(**vars(tiled) | {"name": "other"})
-    monkeypatch.setattr(augment, "augment", lambda tiles, spots, *rest: draws.append((*spots, rest)) or tiles.float())
-    for one in (tiled, apart):
-        views(one, 2, batch_size=70)
-    first, second = draws
-    assert first[-1] == second[-1] == (3, 1, 32)
-    assert len({*first[:-1], *second[:-1]}) == 140
-
-
 @pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5)])
 def test_the_pretrained_encoder_sees_the_tile_as_stage_one_does(tiled, scales):
     """Without pretrained weights it is the random one of the seed."""
-    loop.seed_everything(3)
+    distributed.seed_everything(3)
     fresh = ImageEncoder("test_vit", 32, 16, crop_scales=scales).eval()
     sizes = {"image_encoder": "test_vit", "image_size": 32, "width": 16, "crop_scales": list(scales)}
-    settings, args = {"seed": 3, "image_weights": "none"}, SimpleNamespace(image_weights=None, batch_size=32, workers=0)
+    settings = {"seed": 3, "image_weights": "none"}
     here = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
-    (found,) = cache.pretrained_features(ImageEncoder, {"sizes": sizes}, settings, [tiled], here, args)
+    (found,) = cache.pretrained_features({"sizes": sizes}, settings, [tiled], cache.Inference(here, 32, 0), None)
     with torch.no_grad():
-        expected = fresh.features(augment.to_float(torch.from_numpy(tiled.pack.read(tiled.tile_rows)), 32))[0]
+        expected = fresh.features(cache.to_float(torch.from_numpy(tiled.pack.read(tiled.tile_rows)), 32))[0]
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_the_cheap_rows_read(tiled, rng):
+def test_what_the_baselines_read(tiled, rng):
     made = rng.random((70, 4))
     for part in ("train", "val", "all"):
         rows = tiled.rows_of(part)

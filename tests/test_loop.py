@@ -13,11 +13,12 @@ import pytest
 import torch
 from spaceranger_folders import refused
 
+from utils import distributed
 from utils.training import loop
 
 
 def drawn(*seed):
-    loop.seed_everything(*seed)
+    distributed.seed_everything(*seed)
     return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
 
 

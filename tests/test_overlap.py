@@ -26,7 +26,7 @@ def slow_onto(panel, wanted):
     columns, measured = [], []
     for gene in wanted:
         known = gene in panel.genes
-        columns.append(panel.counts[:, panel.genes.index(gene)] if known else np.zeros(len(panel.barcodes), int))
+        columns.append(panel.read_counts()[:, panel.genes.index(gene)] if known else np.zeros(len(panel.barcodes), int))
         measured.append(known and bool(panel.measured[panel.genes.index(gene)]))
     return np.stack(columns, axis=1), measured
 
@@ -36,20 +36,20 @@ def test_a_panel_onto_other_genes(prepared, rng):
     panel.measured[2] = False
     orders = [panel.genes[::-1], ["X1", *panel.genes[5:9], "X2"], [*rng.permutation(panel.genes).tolist(), "X"], ["X"]]
     for wanted in orders:
-        for one in (panel, panel.of(np.array([7, 3, 11]))):
-            found = one.onto(wanted)
+        for one in (panel, panel.select_spots(np.array([7, 3, 11]))):
+            found = one.select_genes(wanted)
             counts, measured = slow_onto(one, wanted)
             assert found.genes == wanted and found.measured.tolist() == measured
-            assert found.counts.dtype == np.int32 and np.array_equal(found.counts, counts)
-            assert np.array_equal(one.onto(wanted).of(np.arange(2)).counts, counts[:2])
-            twice = found.onto(panel.genes)
-            assert np.array_equal(twice.counts, slow_onto(found, panel.genes)[0])
+            assert found.read_counts().dtype == np.int32 and np.array_equal(found.read_counts(), counts)
+            assert np.array_equal(one.select_genes(wanted).select_spots(np.arange(2)).read_counts(), counts[:2])
+            twice = found.select_genes(panel.genes)
+            assert np.array_equal(twice.read_counts(), slow_onto(found, panel.genes)[0])
             assert twice.measured.tolist() == slow_onto(found, panel.genes)[1]
 
 
 def test_a_panel_onto_its_own_genes_is_itself(prepared):
     panel = target_panel(prepared)
-    assert panel.onto(list(panel.genes)) is panel
+    assert panel.select_genes(list(panel.genes)) is panel
 
 
 def panel_with(n, measured):
@@ -79,7 +79,7 @@ def test_how_much_must_be_shared(capsys, role, n, measured, says):
     if says is None:
         line = refused(
             f"--w: trained on {n} {role} genes, of which p.h5ad has {measured}, ",
-            split.check,
+            split.check_genes,
             panel,
             role,
             "S",
@@ -140,7 +140,7 @@ def test_stage_one_reads_genes_that_a_slice_lacks_as_zero(trained, work, tmp_pat
     read = anndata.read_h5ad(tmp_path / "results" / "predictions.h5ad")
     own = checkpoint.load(trained.encoder, "stage_one", "--encoder")["genes"]
     panel = target_panel(trained, role="input")
-    expected = gene_panels.bin_tokens(panel.counts, panel.total_counts) * np.isin(own, kept)
+    expected = gene_panels.bin_tokens(panel.read_counts(), panel.total_counts) * np.isin(own, kept)
     assert read.var_names.tolist() == own and np.array_equal(read.X, expected)
 
 

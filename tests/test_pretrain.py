@@ -8,11 +8,10 @@ import pytest
 import torch
 from tiny_runs import data_flags, row
 
-from benchmarks import pretrain_genes
 from model.gene_encoder import GeneEncoder
 from model.masked_bins import MaskedBins
 from utils.features import dataset
-from utils.genes.panels import N_BINS
+from utils.genes.panels import HIGHEST_BIN
 from utils.training import pretrain
 from utils.training.count_tables import CountTable
 from utils.training.pretrain import Spots
@@ -65,7 +64,7 @@ def test_each_spot_meets_the_marginal_of_the_other_spots(rng):
     for spot in range(9):
         others = np.delete(bins, spot, axis=0)
         for gene in range(4):
-            numbers = np.bincount(others[:, gene], minlength=N_BINS + 1) + pretrain.SMOOTHING
+            numbers = np.bincount(others[:, gene], minlength=HIGHEST_BIN + 1) + pretrain.SMOOTHING
             np.testing.assert_allclose(found[spot, gene], np.log(numbers / numbers.sum()), rtol=1e-6)
 
 
@@ -174,7 +173,7 @@ def test_genes_that_a_table_lacks_are_not_taught_as_zeros(planted, rng):
     masked = small()
     pretrain.pretrain(masked, slices, bins, [table], ACCELERATOR, settings(pretrain_epochs=1, pretrain_lr=1e-12))
     with torch.no_grad():
-        zero = masked.of_gene.softmax(-1)[:, 0].numpy()
+        zero = masked.gene_bias.softmax(-1)[:, 0].numpy()
     of_train = (np.concatenate([bins[0], bins[1][40:]]) == 0).mean(0)
     np.testing.assert_allclose(zero[~measured], of_train[~measured], atol=0.02)
     assert (zero[measured] > 0.7).all()
@@ -236,36 +235,3 @@ def test_simulated_slices_teach(prepared):
     bins = [one.bins() for one in slices]
     log = pretrain.pretrain(small(50), slices, bins, [], ACCELERATOR, settings(pretrain_epochs=6))
     assert min(one["model"] for one in log) < log[0]["model"]
-
-
-# ---- the experiment
-
-
-def test_spots_of_like_depth_tell_what_the_marginal_does_not(rng):
-    bins = np.repeat(np.array([[1], [4]], np.uint8), 60, axis=0).repeat(GENES, axis=1)
-    depth = np.r_[rng.integers(100, 200, 60), rng.integers(5000, 9000, 60)].astype(float)
-    one = pretrain_genes.Section("A", "val", depth, {})
-    found = pretrain_genes.like_depth(one, bins)
-    known, prior, near = bins[0, 0], pretrain_genes.PRIOR, pretrain_genes.NEAREST
-    q = (59 + pretrain.SMOOTHING) / (119 + 6 * pretrain.SMOOTHING)
-    assert known == 1 and found == pytest.approx(-np.log((near + prior * q) / (near + prior)), rel=1e-5)
-    assert one.rows_of("val").tolist() == list(range(120)) and not len(one.rows_of("train"))
-
-
-def test_the_table_has_a_line_for_each_run_and_each_stage_one():
-    figures = ("model", "marginal", "model_expressed", "marginal_expressed", "probe_untrained", "probe_pretrained")
-    run = {"seed": 3, **dict.fromkeys(figures, 0.25), "epoch": 7, "seconds": 61.5}
-    first = {"seed": 3, "pretrained": True, **dict.fromkeys(pretrain_genes.FIGURES, 0.125)}
-    record = {"depth": 0.5, "probe_bins": 0.75, "runs": [run], "stage_one": [first]}
-    text = pretrain_genes.lines(record)
-    assert "| 3 | 0.2500 | 0.2500 | 0.5000 | 0.2500 | 0.2500 | 7 | 0.2500 | 0.2500 | 61.5 |" in text
-    assert "| 3 | yes | 0.125 | 0.125 | 0.125 | 0.125 |" in text
-    assert len({line.count("|") for line in text if "|" in line}) == 2
-
-
-@pytest.mark.realdata
-@pytest.mark.slow
-def test_real_sections_go_below_the_marginal(real_data, tmp_path):
-    argv = ["--data", real_data / "Breast_cancer", "--out", tmp_path, "--epochs", "3", "--seeds", "0"]
-    (record,) = pretrain_genes.main(pretrain_genes.parse_args([str(word) for word in argv]))["runs"]
-    assert record["model"] < record["marginal"]

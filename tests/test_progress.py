@@ -26,7 +26,7 @@ EPOCHS = ("--Epoch", 3, "--Init_lr", 1e-3, "--save_every", 1)  # of four steps e
 
 
 def flags_of(script, trained):
-    return EPOCHS if script == "train_mymodel" else ("--encoder", trained.encoder, "--views", 2, *EPOCHS)
+    return EPOCHS if script == "train_mymodel" else ("--encoder", trained.encoder, *EPOCHS)
 
 
 @pytest.fixture(scope="module")

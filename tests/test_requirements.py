@@ -97,5 +97,5 @@ def test_everything_asked_for_is_imported_or_has_a_reason():
 
 def test_an_import_that_nothing_asks_for_is_found():
     """packaging is in most environments, brought by others: were it not asked for, the doctor would lean on that."""
-    assert "packaging" in imported([ROOT / "utils" / "doctor.py"])
+    assert "packaging" in imported([ROOT / "utils" / "doctor" / "environment.py"])
     assert not distributions_of("packaging") & (asked_for() - {"packaging"})

@@ -30,7 +30,7 @@ def whole(request, trained, tmp_path_factory):
     """A stage of two epochs in one go: its script, flags and folders."""
     script, out = request.param, tmp_path_factory.mktemp("whole")
     work = Work(trained.data, trained.tiles, trained.panels, out)
-    flags = ("--expression_weight", 1) if script == "train_mymodel" else ("--encoder", trained.encoder, "--views", 2)
+    flags = ("--expression_weight", 1) if script == "train_mymodel" else ("--encoder", trained.encoder)
     work.run(script, *flags, *TWO_EPOCHS)
     return script, flags, work
 

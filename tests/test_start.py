@@ -13,9 +13,9 @@ from tiny_runs import LAST, Work, data_flags, row, stderr_line
 
 from utils.evaluation import ridge
 from utils.features import dataset
+from utils.features.cache import to_float
 from utils.genes import panels as gene_panels
 from utils.training import checkpoint, initialisation, targets
-from utils.training.augment import to_float
 
 RANK = 4
 ACCELERATOR = SimpleNamespace(autocast=nullcontext, device=torch.device("cpu"))

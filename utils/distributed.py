@@ -1,4 +1,4 @@
-"""Device, precision and processes, through accelerate, from start to end; what processes gather from each other.
+"""Device, precision, seeds and processes, through accelerate, from start to end; what processes gather from each other.
 
 Of N processes each has an N-th of every batch. Losses and gradients are those of one process with the whole batch: what
 a loss needs of the other processes' spots comes by `gather`, whose backward pass adds up what all of them ask for, and
@@ -34,6 +34,19 @@ def bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def seed_everything(*seed: int) -> None:
+    """Seed Python, NumPy and torch from whole numbers; a resumed epoch, seeded by its number, repeats an unbroken."""
+    import random
+
+    import numpy as np
+    import torch
+
+    word = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    random.seed(word)
+    np.random.seed(word)  # noqa: NPY002 (libraries still draw from it)
+    torch.manual_seed(word)
 
 
 def pick_device(name: str) -> torch.device:

@@ -17,7 +17,7 @@ PARTS = ("train", "val", "test")
 # flags that say where and on what a script works, and how long, not what it computes
 WHERE = (
     "data tiles panels slices out logs export encoder decoder image_weights device workers debug memory resume "
-    "save_every max_minutes compile feature_budget frozen_budget"
+    "save_every max_minutes compile"
 ).split()
 
 
@@ -211,9 +211,6 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--pretrain_epochs", type=count, default=20, help="the best by held-out cross entropy is kept")
     group.add_argument("--pretrain_lr", type=positive, default=1e-3, help="highest learning rate of pretraining")
     group.add_argument("--pretrain_data", type=Path, help="folder of .h5ad files with raw counts, without images")
-    group.add_argument(
-        "--frozen_budget", type=not_negative, default=0.0, help="GiB on disk to keep what frozen blocks give"
-    )
     return images
 
 
@@ -303,7 +300,7 @@ def line_of(error: BaseException) -> str | None:
     return text if isinstance(error, (ValueError, OSError)) else None
 
 
-def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> NoReturn:
+def run(main: Callable[[Any], Any], args: Any) -> NoReturn:
     """Call main(args); what is wrong with files, flags or memory ends in one line on stderr and exit code 2. Of several
     processes the first one talks."""
     if int(os.environ.get("RANK", 0)) > 0:

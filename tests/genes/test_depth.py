@@ -1,7 +1,10 @@
-"""depth.py: counts thinned to a common depth, against the distribution's moments and a draw of single molecules."""
+"""Counts downsampled to a common depth, against the distribution's moments and against scanpy."""
 
+import anndata
 import numpy as np
 import pytest
+import scanpy
+import scipy.sparse as sp
 from spaceranger_folders import refused
 
 from utils.genes.panels import bin_tokens, downsample_counts, spot_seeds
@@ -15,17 +18,17 @@ def seeds(n):
 
 @pytest.mark.parametrize("rest", [0, 50])
 def test_moments_are_those_of_the_multivariate_hypergeometric(rest):
-    own, depth = np.array([60, 0, 25, 10, 5]), 40
-    total = own.sum() + rest
-    thinned, totals = downsample_counts(np.tile(own, (DRAWS, 1)), np.full(DRAWS, total), depth, seeds(DRAWS))
-    share = own / total
-    covariance = depth * (total - depth) / (total - 1) * (np.diag(share) - np.outer(share, share))
-    found = np.cov(thinned.T)
+    counts, depth = np.array([60, 0, 25, 10, 5]), 40
+    total = counts.sum() + rest
+    sampled, totals = downsample_counts(np.tile(counts, (DRAWS, 1)), np.full(DRAWS, total), depth, seeds(DRAWS))
+    fraction = counts / total
+    covariance = depth * (total - depth) / (total - 1) * (np.diag(fraction) - np.outer(fraction, fraction))
+    found = np.cov(sampled.T)
     error = np.sqrt(np.diag(covariance) / DRAWS)  # of a mean
-    assert (np.abs(thinned.mean(0) - depth * share) <= 4 * error).all()
-    spread = np.sqrt((covariance**2 + np.outer(np.diag(covariance), np.diag(covariance))) / DRAWS)
-    assert (np.abs(found - covariance) <= 4 * spread + 1e-12).all()
-    assert (thinned <= own).all() and (totals == depth).all()
+    assert (np.abs(sampled.mean(0) - depth * fraction) <= 4 * error).all()
+    error_of_covariance = np.sqrt((covariance**2 + np.outer(np.diag(covariance), np.diag(covariance))) / DRAWS)
+    assert (np.abs(found - covariance) <= 4 * error_of_covariance + 1e-12).all()
+    assert (sampled <= counts).all() and (totals == depth).all()
 
 
 def test_a_panel_of_all_genes_keeps_exactly_the_depth(rng):
@@ -39,15 +42,19 @@ def test_a_panel_of_all_genes_keeps_exactly_the_depth(rng):
     np.testing.assert_array_equal(thinned[total <= 80], counts[total <= 80], "spots with fewer stay")
 
 
-def test_it_is_a_draw_of_molecules_without_replacement(rng):
-    """A slow twin: every molecule named, `depth` of them kept. Both give the same share of each outcome."""
-    own, rest, depth = np.array([2, 1]), 3, 3
-    molecules = np.repeat([0, 1, 2], [*own, rest])
-    slow = [np.bincount(rng.permutation(molecules)[:depth], minlength=3)[:2] for _ in range(DRAWS)]
-    fast, _ = downsample_counts(np.tile(own, (DRAWS, 1)), np.full(DRAWS, 6), depth, seeds(DRAWS))
-    for outcome in np.unique(slow, axis=0):
-        shares = [(np.array(one) == outcome).all(1).mean() for one in (slow, fast)]
-        assert abs(shares[0] - shares[1]) < 0.05
+def test_the_distribution_is_that_of_scanpy_on_the_whole_matrix():
+    """Both give the same fraction of each outcome; scanpy needs the other genes too, and has one seed for all spots."""
+    panel, rest, depth, expected = np.array([2, 1]), 3, 3, []
+    for seed in range(1000):
+        whole = anndata.AnnData(sp.csr_matrix([[*panel, rest]], dtype=np.float32))
+        scanpy.pp.downsample_counts(whole, counts_per_cell=depth, random_state=seed)
+        expected.append(whole.X.toarray()[0, :2])
+    found, _ = downsample_counts(np.tile(panel, (DRAWS, 1)), np.full(DRAWS, 6), depth, seeds(DRAWS))
+    outcomes = np.unique(expected, axis=0)
+    assert len(outcomes) == 6
+    fractions = [[(draws == outcome).all(1).mean() for outcome in outcomes] for draws in (expected, found)]
+    assert np.sum(fractions, axis=1) == pytest.approx(1)
+    np.testing.assert_allclose(*fractions, atol=0.05)
 
 
 def test_a_spots_counts_do_not_depend_on_other_spots_or_runs(rng):

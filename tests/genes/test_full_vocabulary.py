@@ -47,7 +47,7 @@ def test_a_whole_vocabulary_with_absent_genes_is_the_input(work, tmp_path, capsy
         panel, counts = input_panel(work, name), counts_of(work, name)
         assert panel.genes == vocabulary
         assert panel.measured.tolist() == [False, *[True] * 60, False]
-        for gene, column in zip(vocabulary, panel.counts.T, strict=True):
+        for gene, column in zip(vocabulary, panel.read_counts().T, strict=True):
             own_name = {new: name for name, new in old.items()}.get(gene, gene)
             expected = counts.get(gene, counts.get(own_name, np.zeros(70)))
             np.testing.assert_array_equal(column, expected)

@@ -1,4 +1,4 @@
-"""The two rules that choose panels, on sums per gene of each slice; scanpy is the slow twin of one of them."""
+"""The two rules that choose panels, on sums per gene of each slice; scanpy is the reference of one of them."""
 
 import functools
 import importlib

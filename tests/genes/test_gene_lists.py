@@ -172,42 +172,19 @@ MOUSE = ["Trp53", "Erbb2", "H2-K1", "1700001C02Rik"]
 
 
 @pytest.mark.parametrize(
-    ("listed", "unknown", "names", "hint"),
+    ("unknown", "names", "hint"),
     [
-        (["TP53", "erbb2"], ["erbb2"], SLICE, "erbb2: did you mean ERBB2?"),
-        (["Erbb2"], ["NOSUCH", "Erbb2"], SLICE, "Erbb2: did you mean ERBB2?"),
-        (["Tp53", "Erbb2"], ["Tp53", "Erbb2"], SLICE, "Tp53: did you mean TP53?, the whole list is in mouse case"),
-        (["x1", "erbb2"], ["x1", "erbb2"], SLICE, "erbb2: did you mean ERBB2?, the whole list is in lower case"),
-        (["CD4", "ERBB2"], ["CD4", "ERBB2"], MOUSE, "ERBB2: did you mean Erbb2?, the whole list is in upper case"),
-        (["Tp53", "erbb2"], ["Tp53", "erbb2"], SLICE, "Tp53: did you mean TP53?"),
-        (["C10ORF10", "TP53"], ["C10ORF10"], SLICE, "C10ORF10: did you mean C10orf10?"),
-        (["TBCE-1"], ["TBCE-1"], SLICE, "TBCE-1: did you mean TBCE?"),
-        (["NOSUCH"], ["NOSUCH"], SLICE, ""),
-        (["NKX2-1"], ["NKX2-1"], SLICE, ""),
-        (["7157", "2064"], ["7157", "2064"], SLICE, "numbers are no names: give symbols or Ensembl ids"),
+        (["erbb2"], SLICE, "erbb2: did you mean ERBB2?"),
+        (["NOSUCH", "Erbb2"], SLICE, "Erbb2: did you mean ERBB2?"),
+        (["CD4", "ERBB2"], MOUSE, "ERBB2: did you mean Erbb2?"),
+        (["C10ORF10"], SLICE, "C10ORF10: did you mean C10orf10?"),
+        (["TBCE-1"], SLICE, "TBCE-1: did you mean TBCE?"),
+        (["NOSUCH"], SLICE, ""),
+        (["NKX2-1"], SLICE, ""),
     ],
 )
-def test_hints(listed, unknown, names, hint):
-    assert gene_lists.hint(listed, unknown, names) == hint
-
-
-@pytest.mark.parametrize(
-    ("date", "gene"),
-    [
-        *(("1-Mar", "MARCHF1"), ("Mar-01", "MARCHF1"), ("2-Sep", "SEPT2"), ("02-SEP", "SEPT2"), ("Sep-02", "SEPT2")),
-        *(("9-Sep", "MARCHF1"), ("2024-03-01", "MARCHF1"), ("3/1/2024", "MARCHF1"), ("2006-09-02 00:00:00", "MARCHF1")),
-    ],
-)
-def test_dates_get_a_hint(date, gene):
-    expected = f"{date} is a date that a spreadsheet made of a gene: did you mean {gene}?"
-    assert gene_lists.hint([date], [date], SLICE) == expected
-
-
-@pytest.mark.parametrize(
-    "name", ["MARCH1", "MARC1", "SEPT2", "DEC1", "APR-246", "JUN", "MAR-K1", "RP11-34P13.7", "HLA-A"]
-)
-def test_genes_are_no_dates(name):
-    assert not gene_lists.is_date(name)
+def test_hints(unknown, names, hint):
+    assert gene_lists.hint(unknown, names) == hint
 
 
 # ---- lists of make_decoder_data.py
@@ -236,15 +213,14 @@ def test_a_list_on_one_line_is_the_panel(work, flag):
     panel = make_panels(work, '"ERBB2"; "TBCE"; "TP53"', flag)
     assert panel.genes == ["ERBB2", "TBCE", "TP53"]
     found = visium.read_slice(work.data / "P01_1").counts.toarray()
-    np.testing.assert_array_equal(panel.counts, found[:, [1, 4, 0]])
+    np.testing.assert_array_equal(panel.read_counts(), found[:, [1, 4, 0]])
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("erbb2\nTP53", r"1 of 2 genes are in no train slice \(erbb2, ...\); erbb2: did you mean ERBB2\?"),
-        ("Erbb2\nTp53", r"2 of 2 genes .*did you mean ERBB2\?, the whole list is in mouse case"),
-        ("1-Mar\nTP53", r"1-Mar is a date .*did you mean MARCHF1\?"),
+        ("Erbb2\nTp53", r"2 of 2 genes .*Erbb2: did you mean ERBB2\?"),
         ("HER2", "remove them, or name a table of aliases with --gene_aliases"),
     ],
 )
@@ -260,8 +236,8 @@ def test_listed_ids_with_versions_are_the_slices_genes(work):
         with_ids(path)
     panel = make_panels(work, "ENSG00000000001.7\nENSG00000000004\n")
     found = visium.read_slice(work.data / "P01_1").counts.toarray()
-    np.testing.assert_array_equal(panel.counts, found[:, [1, 4]])
-    assert panel.counts.sum() > 0 and panel.measured.all()
+    np.testing.assert_array_equal(panel.read_counts(), found[:, [1, 4]])
+    assert panel.read_counts().sum() > 0 and panel.measured.all()
 
 
 def with_ids(path):
@@ -284,7 +260,7 @@ def test_slices_named_by_ids_of_other_versions_have_genes_in_common(work):
     for name, expected in counts.items():
         panel = gene_panels.read_panel(gene_panels.panel_path(work.data, work.panels, name, "input"))
         assert panel.genes == [f"ENSG{i:011d}" for i in range(60)]
-        np.testing.assert_array_equal(panel.counts, expected)
+        np.testing.assert_array_equal(panel.read_counts(), expected)
 
 
 # ---- gene2vec

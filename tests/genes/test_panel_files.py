@@ -43,7 +43,9 @@ def test_bins_are_of_the_share_of_all_counts():
 def test_bins_by_blocks_of_spots_are_those_of_the_whole_formula(rng):
     counts = rng.poisson(rng.gamma(0.2, 20, (3000, 301))).astype(np.int32)
     total = counts.sum(1) + rng.integers(1, 5000, 3000)
-    expected = np.minimum(np.floor(np.log2(1 + counts * (1e4 / total[:, None]))), gene_panels.N_BINS).astype(np.uint8)
+    expected = np.minimum(np.floor(np.log2(1 + counts * (1e4 / total[:, None]))), gene_panels.HIGHEST_BIN).astype(
+        np.uint8
+    )
     np.testing.assert_array_equal(gene_panels.bin_tokens(counts, total), expected)
     out = np.full((3002, 301), 9, np.uint8)
     given = gene_panels.bin_tokens(counts, total, out=out[1:-1])

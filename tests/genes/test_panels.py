@@ -116,7 +116,7 @@ def test_more_genes_asked_for_than_there_are(work, capsys):
     assert said == [f"warning: 500 input {asked}", f"warning: 60 target {asked}"]
     assert sorted(inputs) == sorted(targets) == sorted(found.genes[1:])
     place = [found.genes.tolist().index(gene) for gene in targets]
-    np.testing.assert_array_equal(panel(work, "P03_1").counts, found.counts.toarray()[:, place])
+    np.testing.assert_array_equal(panel(work, "P03_1").read_counts(), found.counts.toarray()[:, place])
     chosen(work, "--n_top_genes", 59, "--n_input_genes", 59)
     assert "warning" not in capsys.readouterr().out
 
@@ -165,8 +165,8 @@ def test_the_files_hold_the_raw_counts_of_the_named_genes(work):
         for role, n in (("input", 50), ("target", 20)):
             one = panel(work, name, role)
             place = [found.genes.tolist().index(gene) for gene in one.genes]
-            np.testing.assert_array_equal(one.counts, found.counts.toarray()[:, place])
-            assert one.counts.shape == (70, n) and one.counts.dtype == np.int32 and one.measured.all()
+            np.testing.assert_array_equal(one.read_counts(), found.counts.toarray()[:, place])
+            assert one.read_counts().shape == (70, n) and one.read_counts().dtype == np.int32 and one.measured.all()
             assert one.barcodes.tolist() == found.spots.index.tolist()
             np.testing.assert_array_equal(one.total_counts, found.counts.toarray().sum(1), "over all genes")
             np.testing.assert_array_equal(one.xy_fullres_px, found.spots[["x_fullres_px", "y_fullres_px"]])
@@ -189,7 +189,7 @@ def test_a_gene_that_a_slice_lacks_is_zero_and_not_measured(work, capsys):
     lost = chosen(work)[1][4]
     rewrite_matrix(work.data / "P03_1", lambda c, b, names: (c[:, names != lost], b, names[names != lost]))
     before = {role: panel(work, "P03_1", role) for role in gene_panels.FILES}
-    counts = {role: one.counts for role, one in before.items()}  # read now: the files are about to be replaced
+    counts = {role: one.read_counts() for role, one in before.items()}  # read now: the files are about to be replaced
     work.run("make_decoder_data")
     said = capsys.readouterr().out
     assert "P03_1: 1 of 20 target genes are not in this slice" in said
@@ -198,15 +198,15 @@ def test_a_gene_that_a_slice_lacks_is_zero_and_not_measured(work, capsys):
         after = panel(work, "P03_1", role)
         column = after.genes.index(lost)
         assert not after.measured[column] and after.measured.sum() == len(after.genes) - 1
-        assert not after.counts[:, column].any() and counts[role][:, column].any()
+        assert not after.read_counts()[:, column].any() and counts[role][:, column].any()
         others = np.arange(len(after.genes)) != column
-        np.testing.assert_array_equal(after.counts[:, others], counts[role][:, others])
+        np.testing.assert_array_equal(after.read_counts()[:, others], counts[role][:, others])
         np.testing.assert_array_equal(after.total_counts, before[role].total_counts - counts[role][:, column])
 
 
 def test_duplicate_names_are_summed_and_counted(work, capsys):
     top = chosen(work)[1][0]
-    before = panel(work, "P02_1").counts
+    before = panel(work, "P02_1").read_counts()
 
     def divide(counts, barcodes, names):
         """The gene's counts in two columns of its name, a few in the second."""
@@ -217,7 +217,7 @@ def test_duplicate_names_are_summed_and_counted(work, capsys):
     rewrite_matrix(work.data / "P02_1", divide)
     work.run("make_decoder_data")
     assert "P02_1: 70 spots, 60 genes, 10476 counts, 1 duplicate gene names summed" in capsys.readouterr().out
-    np.testing.assert_array_equal(panel(work, "P02_1").counts, before)
+    np.testing.assert_array_equal(panel(work, "P02_1").read_counts(), before)
 
 
 # ---- which spots
@@ -308,8 +308,8 @@ def test_identical_slices_in_two_parts_stop_the_run(work, capsys):
 
 def test_the_same_slices_give_the_same_files_twice(work):
     work.run("make_decoder_data")
-    before = {name: panel(work, name, "input").counts for name in NAMES}
+    before = {name: panel(work, name, "input").read_counts() for name in NAMES}
     work.run("make_decoder_data")
     for name, old in before.items():
-        np.testing.assert_array_equal(panel(work, name, "input").counts, old)
+        np.testing.assert_array_equal(panel(work, name, "input").read_counts(), old)
     assert not [path for path in work.panels.rglob("*") if ".part" in path.name]

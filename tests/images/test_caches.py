@@ -110,23 +110,21 @@ def slices(tmp_path):
     return data
 
 
-def stage_two(data, monkeypatch, *flags, precision="no", tta=1, seed=0, views=1):
-    """Features of both views as train_decoder.py keeps them, and for how many views of the slice they were computed."""
+def stage_two(data, monkeypatch, *flags, precision="no", tta=1):
+    """Features as train_decoder.py keeps them, and the slices that they were computed for."""
     pack, computed = TilePack(cut(data, *flags)), []
     one = SimpleNamespace(name="slice", pack=pack, barcodes=pack.barcodes, rows_of=lambda part: np.arange(6))
 
-    def encode_slice(how, one, view):
-        computed.append(view)
-        tiles = how.look(torch.from_numpy(pack.read(np.arange(6))), one.name, np.arange(6), view)
-        yield how.encode(tiles).numpy()
+    def encode_slice(how, slice_):
+        computed.append(slice_.name)
+        yield how.encode(cache.to_float(torch.from_numpy(pack.read(np.arange(6))), how.size)).numpy()
 
     monkeypatch.setattr(cache, "encode_slice", encode_slice)
     model = SimpleNamespace(encode=encode, sizes=SimpleNamespace(image_size=8))
-    args = SimpleNamespace(out=data.parent, encoder=data.parent / "encoder.pth", batch_size=6, workers=0, seed=seed)
-    args.tta, args.views, args.feature_budget = tta, views, 1.0
+    args = SimpleNamespace(out=data.parent, encoder=data.parent / "encoder.pth", batch_size=6, workers=0, tta=tta)
     accelerator = SimpleNamespace(**vars(CPU) | {"mixed_precision": precision})
     found = train_decoder.all_features(model, [one], accelerator, args)
-    return [np.array(view[0]) for view in found], computed
+    return np.array(found[0]), computed
 
 
 def mirror_slice(data):
@@ -152,11 +150,11 @@ def move_spot(data):
     ids=["image", "spot", "cut", "encoder"],
 )
 def test_stage_twos_features_are_computed_anew_when_an_input_changes(slices, monkeypatch, change, flags):
-    assert stage_two(slices, monkeypatch)[1] == [0]
+    assert stage_two(slices, monkeypatch)[1] == ["slice"]
     assert stage_two(slices, monkeypatch)[1] == []
     change(slices)
     again, computed = stage_two(slices, monkeypatch, *flags)
-    assert computed == [0]
+    assert computed == ["slice"]
     shutil.rmtree(slices.parent / "features")
     np.testing.assert_array_equal(again, stage_two(slices, monkeypatch, *flags)[0])
 
@@ -164,9 +162,7 @@ def test_stage_twos_features_are_computed_anew_when_an_input_changes(slices, mon
 @pytest.mark.parametrize("how", [{"precision": "bf16"}, {"tta": 2}])
 def test_stage_twos_features_are_computed_anew_under_other_settings(slices, monkeypatch, how):
     stage_two(slices, monkeypatch)
-    assert stage_two(slices, monkeypatch, **how)[1] == [0]
-    stage_two(slices, monkeypatch, views=2)
-    assert stage_two(slices, monkeypatch, views=2, seed=1)[1] == [1], "the tile as it is has no draws"
+    assert stage_two(slices, monkeypatch, **how)[1] == ["slice"]
 
 
 # ---- features that a prediction keeps

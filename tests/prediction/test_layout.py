@@ -39,14 +39,14 @@ def folder(simulated, tmp_path):
 
 
 def laid(request, slide, pixels, scale=1.0, kind="hexagonal"):
-    return layout.lay(layout.plan(request), slide, pixels, scale, kind)
+    return layout.place_spots(layout.plan(request), slide, pixels, scale, kind)
 
 
 def laid_folder(request):
     """The spots of a slice folder, on its own image."""
     planned = layout.plan(request)
     with open_image(planned.source.path, planned.um_per_image_px) as image:
-        return layout.lay(planned, image, *image.thumbnail(), "hexagonal")
+        return layout.place_spots(planned, image, *image.thumbnail(), "hexagonal")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_grid_covers_the_tissue_alone(slide_file):
 def test_a_given_scale_wins_over_the_files_with_a_warning(slide_file, capsys):
     spots = laid(Request(slide_file, um_per_px=0.25), opened(4000, 2000, 0.25, 0.5), thumbnail(200, 400), 0.1)
     assert spots.um_per_fullres_px == 0.25 and spots.pitch_fullres_px == 400
-    assert "0.25 um per px, the file says 0.5; the former is used" in capsys.readouterr().out
+    assert "0.25 um per px by flags or positions, 0.5 by the file; the former is used" in capsys.readouterr().out
 
 
 def test_glass_and_unknown_scale_are_refused(slide_file):

@@ -1,6 +1,6 @@
 """Which slides a call means: tables, names, folders, shards."""
 
-import itertools
+import argparse
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_a_table_says_of_each_slide_what_flags_say_of_all(slides, tmp_path):
         ("slide,um_per_px\na.svs,-1\n", "line 2, um_per_px: expected a positive number"),
         ("slide,um_per_px\na.svs,nan\n", "line 2, um_per_px: expected a positive number"),
         ("slide,um_per_px\na.svs\n", "line 2: expected 2 cells"),
-        ("slide\nx.svs\n", "x.svs: expected a image or a slice folder"),
+        ("slide\nx.svs\n", "x.svs: expected an image or a slice folder"),
         ("slide,mask\na.svs,x.png\n", "--mask: expected the file"),
     ],
 )
@@ -76,29 +76,11 @@ def test_names_can_be_folders(tmp_path):
 def test_shards_take_every_slide_once():
     slides = list(range(11))
     for number in (1, 2, 4, 12):
-        shards = [slide_list.shard_of(f"{i + 1}/{number}", {}) for i in range(number)]
+        shards = [slide_list.shard(f"{i + 1}/{number}") for i in range(number)]
         assert sorted(s for i, n in shards for s in slides[i::n]) == slides
-    array = {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
-    both = [
-        slide_list.shard_of(None, array | {"SLURM_ARRAY_TASK_ID": str(task), "RANK": str(rank), "WORLD_SIZE": "2"})
-        for task, rank in itertools.product((3, 5, 7), range(2))
-    ]
-    assert both == [(i, 6) for i in range(6)]
-    assert slide_list.shard_of(None, {}) == (0, 1)
-    assert slide_list.shard_of("2/3", {"RANK": "1", "WORLD_SIZE": "2"}) == (1, 3), "the flag wins"
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
 def test_bad_shards(text):
-    with pytest.raises(ValueError, match="--shard: expected I/N"):
-        slide_list.shard_of(text, {})
-
-
-@pytest.mark.parametrize(
-    ("environment", "device"),
-    [({}, None), ({"LOCAL_RANK": "1"}, "1"), ({"LOCAL_RANK": "3", "CUDA_VISIBLE_DEVICES": "4,6"}, "6")],
-)
-def test_processes_do_not_wait_for_each_other(environment, device):
-    environment |= {"RANK": "1", "WORLD_SIZE": "2", "HOME": "/"}
-    slide_list.work_alone(environment)
-    assert environment == {"HOME": "/"} | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+    with pytest.raises(argparse.ArgumentTypeError, match="expected I/N"):
+        slide_list.shard(text)

@@ -1,4 +1,4 @@
-"""How good is it? Arrays in, numbers or figures out; nothing here knows files, models or devices.
+"""Arrays in, numbers or figures out. Files, slices, models and devices do not belong here.
 
 metrics      correlations, errors and the scales of expression     expression  per slice, mean over slices, pooled
 retrieval    galleries of candidates, hits, ranks, recall, chance  gallery     nearest rows of a large gallery

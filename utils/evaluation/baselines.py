@@ -1,16 +1,19 @@
-"""The cheap predictors that stand beside every model: mean profile, depth, ridge, ridge with neighbours, kNN.
+"""The baselines of every evaluation: mean profile, depth, ridge, ridge with neighbours, kNN.
 
 Shapes: S spots of one slice, N train spots, P features, G genes, R rank of the train features.
-A linear probe on a strong encoder ties the best trained heads (HEST-bench), so no result stands without it. All take
-features that were standardised per slice (stain differs between slices): `standardise`, or the caller's own numbers
-where a slice is too small for that. Penalties and the number of neighbours are chosen on validation slices.
+A linear probe on a strong encoder equals the best trained heads (HEST-bench). All take features that were standardised
+per slice (stain differs between slices): by `standardise`, or by the caller where a slice is too small for that.
+Penalties and the number of neighbours are chosen on validation slices.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.spatial import KDTree
+from sklearn.neighbors import NearestNeighbors
 
 from utils.evaluation.ridge import Ridge, Slices, check_tables, fit_ridge, mean_over_spots, validation_pcc
 
@@ -18,7 +21,7 @@ RINGS = ((0.0, 1.2), (1.2, 2.3))  # in pitches: on a Visium array the 6 nearest 
 
 
 class Images(TypedDict):
-    """What is seen of one slice."""
+    """Features of one slice's spots."""
 
     features: np.ndarray  # (S, P) standardised
     xy: np.ndarray  # (S, 2) spot centres, in the unit of `pitch`
@@ -26,7 +29,7 @@ class Images(TypedDict):
 
 
 class Slice(Images):
-    """And what was measured on it, to learn from."""
+    """The same with what was measured, to fit on."""
 
     target: np.ndarray  # (S, G) in the scale to predict, NaN where the slice lacks a gene
     log_depth: np.ndarray  # (S,) log total counts
@@ -35,7 +38,7 @@ class Slice(Images):
 def standardise(features: np.ndarray, min_sd: float = 1e-3) -> np.ndarray:
     """Features of ONE slice with mean 0 and deviation 1 over its spots: (S, P) -> (S, P), half precision to single.
 
-    A feature that hardly varies is divided by `min_sd` instead, or its noise would be blown up to a signal.
+    A feature with a smaller deviation is divided by `min_sd`, or its noise would become a signal.
     """
     features = np.asarray(features)
     centred = features - features.mean(axis=0, dtype=np.float64)
@@ -43,12 +46,12 @@ def standardise(features: np.ndarray, min_sd: float = 1e-3) -> np.ndarray:
 
 
 def ring_features(features: np.ndarray, xy: np.ndarray, pitch: float) -> np.ndarray:
-    """A spot's own features beside the means over its two rings of neighbours.
+    """A spot's features and the means over its two rings of neighbours.
 
     Parameters
     ----------
     features : (S, P)
-        Standardised, so that the zeros of an empty ring say "average".
+        Standardised: the zeros of an empty ring are the average.
     xy : (S, 2)
         Spot centres, in the unit of `pitch`.
     pitch : float
@@ -56,11 +59,8 @@ def ring_features(features: np.ndarray, xy: np.ndarray, pitch: float) -> np.ndar
 
     Returns
     -------
-    (S, 3 P): own, within 1.2 pitches, within 1.2 to 2.3 pitches.
+    (S, 3 P): of the spot, within 1.2 pitches, within 1.2 to 2.3 pitches.
     """
-    from scipy.sparse import csr_array
-    from scipy.spatial import KDTree
-
     n_spots = len(features)
     pairs = KDTree(xy).query_pairs(RINGS[-1][1] * pitch, output_type="ndarray")
     distance = np.linalg.norm(np.asarray(xy)[pairs[:, 0]] - np.asarray(xy)[pairs[:, 1]], axis=1) / pitch
@@ -78,7 +78,7 @@ def ring_features(features: np.ndarray, xy: np.ndarray, pitch: float) -> np.ndar
 class Knn:
     """Mean target of the `k` train spots with the most similar features. val_pcc is the score `k` was chosen on."""
 
-    x_train: np.ndarray  # (N, P), of unit length where cosine
+    search: NearestNeighbors  # over the N train spots, features of unit length where cosine
     y_train: np.ndarray  # (N, G)
     k: int
     cosine: bool
@@ -90,10 +90,11 @@ class Knn:
 
     def predict_each(self, x: np.ndarray, ks: Sequence[int]) -> list[np.ndarray]:
         """Predictions for several numbers of neighbours, with one search: (S, P) -> (S, G) for each of `ks`."""
-        near = nearest(_unit_length(x) if self.cosine else x, self.x_train, max(ks))
+        x = _unit_length(x) if self.cosine else x
+        nearest = self.search.kneighbors(x, max(ks), return_distance=False)
         total, means = np.zeros((len(x), self.y_train.shape[1])), {}
         for k in range(1, max(ks) + 1):  # one neighbour at a time: (S, k, G) would not fit
-            total += self.y_train[near[:, k - 1]]
+            total += self.y_train[nearest[:, k - 1]]
             if k in ks:
                 means[k] = total / k
         return [means[k] for k in ks]
@@ -113,38 +114,23 @@ def fit_knn(
     ----------
     x_train, x_val : per slice (S, P)
     y_train, y_val : per slice (S, G)
-    cosine : similarity by angle; otherwise by Euclidean distance.
+    cosine : similarity by angle (Euclidean distance of unit vectors); otherwise by Euclidean distance.
     """
     check_tables(x_train, y_train, x_val, y_val)
     x, y = np.concatenate(x_train), np.concatenate(y_train)
     ks = sorted({min(k, len(x)) for k in ks}, reverse=True)  # of equally good ones the smoothest
-    knn = Knn(_unit_length(x) if cosine else x, y, ks[0], cosine, np.nan)
-    tried = [knn.predict_each(part, ks) for part in x_val]  # per slice, per k
-    scores = [validation_pcc([one[i] for one in tried], y_val) for i in range(len(ks))]
+    search = NearestNeighbors(algorithm="brute").fit(_unit_length(x) if cosine else x)
+    knn = Knn(search, y, ks[0], cosine, np.nan)
+    tried = [knn.predict_each(features, ks) for features in x_val]  # per slice, per k
+    scores = [validation_pcc([predicted[i] for predicted in tried], y_val) for i in range(len(ks))]
     best = int(np.argmax(scores))
-    return Knn(knn.x_train, y, ks[best], cosine, scores[best])
-
-
-def nearest(x: np.ndarray, reference: np.ndarray, k: int) -> np.ndarray:
-    """The `k` rows of `reference` nearest to each row of `x`, nearest first, of equal ones the lower row.
-
-    Shapes: (S, P), (N, P) -> (S, k). The squared distance is |x|^2 - 2 (x r - |r|^2 / 2): least where the bracket is
-    largest.
-    """
-    import torch
-
-    from utils.evaluation.gallery import top_k
-
-    dtype = np.result_type(x, reference, np.float32)
-    queries, rows = (torch.from_numpy(np.require(each, dtype, ["C", "W"])) for each in (x, reference))
-    half_squares = torch.linalg.vecdot(rows, rows) / 2
-    return top_k(queries, rows, k, bias=-half_squares)[1].numpy()
+    return replace(knn, k=ks[best], val_pcc=scores[best])
 
 
 def fit_depth(x_train: Slices, log_depth_train: Slices, x_val: Slices, log_depth_val: Slices) -> Ridge:
     """Ridge from features, per slice (S, P), to log total counts, per slice (S,); it predicts (S, 1).
 
-    Each slice's depths are taken relative to their mean: how deep a slice was sequenced cannot be seen in the image.
+    Each slice's depths are taken relative to their mean: the depth of sequencing of a slice does not show in the image.
     """
     train, val = ([(d - np.mean(d))[:, None] for d in depths] for depths in (log_depth_train, log_depth_val))
     return fit_ridge(x_train, train, x_val, val)
@@ -156,7 +142,7 @@ def mean_profile(targets: Slices) -> np.ndarray:
 
 
 def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Callable[[Images], np.ndarray]]:
-    """All cheap rows, fitted on the same slices as the model.
+    """All baselines, fitted on the same slices as the model.
 
     Returns
     -------
@@ -181,14 +167,14 @@ def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Cal
 
 
 def _filled(targets: Slices) -> Slices:
-    """Targets with the train mean of a gene wherever a slice lacks it: there it pulls no prediction anywhere."""
+    """Targets with the train mean of a gene wherever a slice lacks it, which leaves the fit unchanged there."""
     known = np.sum([np.isfinite(t).sum(axis=0) for t in targets], axis=0)
     mean = np.sum([np.nansum(t, axis=0, dtype=np.float64) for t in targets], axis=0) / np.maximum(known, 1)
     return [np.where(np.isfinite(t), t, mean) for t in targets]
 
 
-def rings(one: Images) -> np.ndarray:
-    return ring_features(one["features"], one["xy"], one["pitch"])
+def rings(slice_: Images) -> np.ndarray:
+    return ring_features(slice_["features"], slice_["xy"], slice_["pitch"])
 
 
 def _unit_length(x: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ Sources: Künsch 1989, Ann. Stat. 17:1217 (block bootstrap); Hesterberg 2015, Am
 """
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 _DRAWS_AT_ONCE = 200  # bounds memory: 200 x 20,000 blocks of a Visium HD slice are 32 MB
 
@@ -29,7 +30,7 @@ def blocks(xy: np.ndarray, pitch: float, side: float = 5) -> np.ndarray:
     xy = np.asarray(xy, dtype=np.float64)
     if not pitch > 0:
         raise ValueError(f"pitch: expected a length above 0, found {pitch}")
-    # half a pitch of margin: spots of a regular grid then lie off the borders, where rounding would deal them out
+    # half a pitch of margin: spots of a regular grid then lie off the borders, where rounding would decide
     column, row = np.floor(((xy - xy.min(axis=0)) / pitch + 0.5) / side).astype(np.int64).T
     return np.unique(column * (row.max() + 1) + row, return_inverse=True)[1].reshape(-1)
 
@@ -45,9 +46,9 @@ def block_bootstrap_interval(
     """Interval of the mean of `values`, or, with `strata`, of the mean over slices of each slice's own mean.
 
     Blocks are drawn with replacement within their slice; a mean is a ratio of sums, as blocks at the tissue's edge
-    are small. Percentiles are taken a little wider than `level` (Hesterberg 2015), which for few blocks makes up for
-    the bootstrap's missing factor (K - 1) / K and for the normal quantile. A slice of one block is resampled by spot:
-    too narrow, yet better than no width at all. So is any interval where spots are alike over more than a block.
+    are small. Percentiles are taken a little wider than `level` (Hesterberg 2015), which for few blocks corrects for
+    the bootstrap's missing factor (K - 1) / K and for the normal quantile. A slice of one block is resampled by spot.
+    Its interval is too narrow, and so is any interval where spots are correlated over more than a block.
 
     Parameters
     ----------
@@ -69,35 +70,36 @@ def block_bootstrap_interval(
             f"expected a block and a slice per value, found {len(values)}, {len(block_ids)}, {len(strata)}"
         )
     rng = np.random.default_rng(seed)
-    slices = [_block_sums(values[strata == name], block_ids[strata == name]) for name in np.unique(strata)]
-    means = np.mean([_resampled_means(sums, sizes, n_draws, rng) for sums, sizes in slices], axis=0)
-    tail = _expanded_tail(level, n_blocks=sum(len(sums) for sums, _ in slices), n_slices=len(slices))
+    slices = [(values[strata == name], units(block_ids[strata == name])) for name in np.unique(strata)]
+    means = np.mean([_resampled_means(in_slice, unit, n_draws, rng) for in_slice, unit in slices], axis=0)
+    tail = _expanded_tail(level, n_blocks=sum(int(unit.max()) + 1 for _, unit in slices), n_slices=len(slices))
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def _block_sums(values: np.ndarray, block_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of the values in each block of one slice: (S,), (S,) -> (K,), (K,)."""
-    member = np.unique(block_ids, return_inverse=True)[1].reshape(-1)
-    if member.max() == 0:
-        member = np.arange(len(values))
-    return np.bincount(member, weights=values), np.bincount(member).astype(np.float64)
+def units(block_ids: np.ndarray) -> np.ndarray:
+    """The unit to resample that each spot of ONE slice belongs to, from 0 without gaps: its block, or the spot itself
+    where the slice has a single block: (S,) -> (S,)."""
+    unit = np.unique(block_ids, return_inverse=True)[1].reshape(-1)
+    return unit if unit.max() > 0 else np.arange(len(unit))
 
 
-def _resampled_means(sums: np.ndarray, sizes: np.ndarray, n_draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of `n_draws` resampled slices: (K,), (K,) -> (n_draws,). How often each block is drawn is multinomial."""
-    n_blocks, means = len(sums), []
+def draw(n_units: int, n_draws: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each of K units is drawn when K are drawn with replacement: (n_draws, K)."""
+    return rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=n_draws)
+
+
+def _resampled_means(values: np.ndarray, unit: np.ndarray, n_draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of `n_draws` resampled slices, each a ratio of sums: (S,), (S,) of `units` -> (n_draws,)."""
+    sums, sizes, means = np.bincount(unit, weights=values), np.bincount(unit).astype(np.float64), []
     for start in range(0, n_draws, _DRAWS_AT_ONCE):
-        size = min(_DRAWS_AT_ONCE, n_draws - start)
-        times = rng.multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=size)
+        times = draw(len(sums), min(_DRAWS_AT_ONCE, n_draws - start), rng)
         means.append((times @ sums) / (times @ sizes))
     return np.concatenate(means)
 
 
 def _expanded_tail(level: float, n_blocks: int, n_slices: int) -> float:
     """Probability to cut off at each end: (1 - level) / 2, less where blocks are few (Hesterberg 2015, section 5.3)."""
-    from scipy.special import ndtr, stdtrit
-
     freedom = n_blocks - n_slices
     if freedom < 1:
         return (1 - level) / 2

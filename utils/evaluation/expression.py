@@ -1,20 +1,18 @@
 """The figures of predicted expression: per slice, mean over slices, pooled, and per gene.
 
-Shapes: S spots (of one slice), G genes (of the panel). A row is one predictor: the model, or a cheap one beside it.
+Shapes: S spots (of one slice), G genes (of the panel). A method is the model or a baseline.
 The figures at the top are means over slices of the slice's own figure; pooling spots of several slices inflates
-correlations, so pooled figures stand apart.
+correlations, so pooled figures are separate.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
+import pandas as pd
 
 from utils.evaluation import metrics
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FIGURES = (
     "pcc_gene_mean",
@@ -28,11 +26,11 @@ FIGURES = (
     "sd_ratio",
     "undefined_genes",
 )
-# What a row cannot have: the mean profile is flat in every gene, the depth row is one column in a unit of its own.
+# What a method cannot have: the mean profile is flat in every gene, depth is one column in a unit of its own.
 WITHOUT = {"mean": {"per_gene": False}, "depth": {"errors": False, "per_spot": False}}
 
 Figures = dict[str, float | None]
-Rows = Mapping[str, Sequence[np.ndarray]]
+Predictions = Mapping[str, Sequence[np.ndarray]]  # by method, per slice (S, G)
 
 
 class MeasuredSlice(TypedDict):
@@ -54,7 +52,7 @@ def figures(
     per_gene: bool,
     per_spot: bool,
 ) -> Figures:
-    """All figures of one row on one slice in one scale.
+    """All figures of one method on one slice in one scale.
 
     Parameters
     ----------
@@ -62,14 +60,14 @@ def figures(
     log_depth : (S,)
         Logarithm of the total counts.
     defined : (G,) bool
-        Genes that the slice measured. Of these, the ones flat in the measurement leave every figure.
+        Genes that the slice measured. Of these, the ones flat in the measurement are left out of every figure.
     errors, per_gene, per_spot : bool
-        Which families the row can have. `sd_ratio` needs errors and genes; correlation given depth needs more than
-        one column for all genes, which is what `per_spot` says.
+        Which figures the method can have. `sd_ratio` needs `errors` and `per_gene`, correlation given depth `per_gene`
+        and `per_spot` (predictions that differ between genes).
 
     Returns
     -------
-    dict with the keys `FIGURES`; None where the row cannot have the figure or nothing defines it.
+    dict with the keys `FIGURES`; None where the method cannot have the figure or it is undefined.
     """
     true = np.asarray(true, dtype=np.float64)
     keep = np.asarray(defined, dtype=bool) & ~metrics.is_flat(true)
@@ -101,14 +99,14 @@ def _gene_figures(pred: np.ndarray, true: np.ndarray) -> dict[str, float]:
     }
 
 
-def evaluate(rows: Rows, slices: Sequence[MeasuredSlice], fitted_scale: str) -> dict[str, Any]:
+def evaluate(predictions: Predictions, slices: Sequence[MeasuredSlice], fitted_scale: str) -> dict[str, Any]:
     """The body of the expression evaluation's metrics.json.
 
     Parameters
     ----------
-    rows : row -> per slice (S, G)
-        Predictions, all in the scale they were fitted in: correlations need no conversion. The rows "mean" and
-        "depth" are known by name for what they cannot have.
+    predictions : method -> per slice (S, G)
+        All in the scale they were fitted in: correlations need no conversion. What the methods "mean" and "depth"
+        cannot have is null.
     slices : per slice
         What was measured, in the order of the predictions.
     fitted_scale : str
@@ -116,11 +114,11 @@ def evaluate(rows: Rows, slices: Sequence[MeasuredSlice], fitted_scale: str) -> 
 
     Returns
     -------
-    {"n_spots", "n_genes", scale: {row: figures}, "pooled": {scale: {row: figures}},
-    "per_slice": {slice: {scale: {row: figures}}}}, ready for json. `undefined_genes` is a sum over slices. Pooled
+    {"n_spots", "n_genes", scale: {method: figures}, "pooled": {scale: {method: figures}},
+    "per_slice": {slice: {scale: {method: figures}}}}, ready for json. `undefined_genes` is a sum over slices. Pooled
     figures use the genes measured in all slices.
     """
-    _check(rows, slices, fitted_scale)
+    _check(predictions, slices, fitted_scale)
     result: dict[str, Any] = {
         "n_spots": sum(len(s["counts"]) for s in slices),
         "n_genes": int(np.any([s["measured"] for s in slices], axis=0).sum()),
@@ -132,14 +130,17 @@ def evaluate(rows: Rows, slices: Sequence[MeasuredSlice], fitted_scale: str) -> 
     for scale in metrics.SCALES:
         errors = scale == fitted_scale
         truth = [metrics.to_scale(scale, s["counts"], s["total_counts"]) for s in slices]
-        for i, one in enumerate(slices):
-            here = {row: preds[i] for row, preds in rows.items()}
-            result["per_slice"][one["name"]][scale] = _rows(here, truth[i], log_depth[i], one["measured"], errors)
+        for i, slice_ in enumerate(slices):
+            of_slice = {method: preds[i] for method, preds in predictions.items()}
+            result["per_slice"][slice_["name"]][scale] = _figures_by_method(
+                of_slice, truth[i], log_depth[i], slice_["measured"], errors
+            )
         result[scale] = {
-            row: mean_figures([result["per_slice"][s["name"]][scale][row] for s in slices]) for row in rows
+            method: mean_figures([result["per_slice"][s["name"]][scale][method] for s in slices])
+            for method in predictions
         }
-        together = {row: np.concatenate(list(preds)) for row, preds in rows.items()}
-        result["pooled"][scale] = _rows(
+        together = {method: np.concatenate(list(preds)) for method, preds in predictions.items()}
+        result["pooled"][scale] = _figures_by_method(
             together, np.concatenate(truth), np.concatenate(log_depth), measured_in_all, errors
         )
     return plain(result)
@@ -149,21 +150,19 @@ def mean_figures(per_slice: Sequence[Figures]) -> Figures:
     """Mean over slices of each figure, over the slices that have it; `undefined_genes` is added up."""
     means: Figures = {}
     for key in FIGURES:
-        values = [value for one in per_slice if (value := one[key]) is not None]
+        values = [value for of_slice in per_slice if (value := of_slice[key]) is not None]
         means[key] = float(np.mean(values)) if values else None
-    means["undefined_genes"] = sum(one["undefined_genes"] or 0 for one in per_slice)
+    means["undefined_genes"] = sum(of_slice["undefined_genes"] or 0 for of_slice in per_slice)
     return means
 
 
-def per_gene_table(rows: Rows, slices: Sequence[MeasuredSlice], genes: Sequence[str]) -> "pd.DataFrame":
-    """One line per gene: how much there is of it and how well each row predicts it.
+def per_gene_table(predictions: Predictions, slices: Sequence[MeasuredSlice], genes: Sequence[str]) -> pd.DataFrame:
+    """One line per gene: how much there is of it and how well each method predicts it.
 
     Columns: gene; n_slices that measured it; counts_per_10k, the mean over slices of the slice's mean;
-    pcc_<scale>_<row>, the mean over the slices where the gene varies (signs kept; a flat prediction is 0). The mean
+    pcc_<scale>_<method>, the mean over the slices where the gene varies (signs kept; a flat prediction is 0). The mean
     profile has no correlation per gene and no column.
     """
-    import pandas as pd
-
     measured = np.array([s["measured"] for s in slices], dtype=bool)
     depth = [np.asarray(metrics.to_scale("counts", s["counts"], s["total_counts"])).mean(axis=0) for s in slices]
     columns: dict[str, Any] = {
@@ -173,15 +172,15 @@ def per_gene_table(rows: Rows, slices: Sequence[MeasuredSlice], genes: Sequence[
     }
     for scale in metrics.SCALES:
         truth = [metrics.to_scale(scale, s["counts"], s["total_counts"]) for s in slices]
-        for row in rows:
-            if row != "mean":
-                r = [metrics.scored_pearson_per_gene(p, t) for p, t in zip(rows[row], truth, strict=True)]
-                columns[f"pcc_{scale}_{row}"] = _mean_of_rows(np.where(measured, r, np.nan))
+        for method, preds in predictions.items():
+            if method != "mean":
+                r = [metrics.scored_pearson_per_gene(p, t) for p, t in zip(preds, truth, strict=True)]
+                columns[f"pcc_{scale}_{method}"] = _mean_of_rows(np.where(measured, r, np.nan))
     return pd.DataFrame(columns)
 
 
 def plain(obj: Any) -> Any:
-    """The same with Python numbers, lists and dicts only, NaN and infinity as None: JSON has no word for them."""
+    """A copy of Python numbers, lists and dicts only, with NaN and infinity, which JSON lacks, as None."""
     if isinstance(obj, Mapping):
         return {str(key): plain(value) for key, value in obj.items()}
     if isinstance(obj, np.ndarray | np.generic):
@@ -193,27 +192,27 @@ def plain(obj: Any) -> Any:
     return obj
 
 
-def _rows(
+def _figures_by_method(
     preds: Mapping[str, np.ndarray], true: np.ndarray, log_depth: np.ndarray, defined: np.ndarray, errors: bool
 ) -> dict[str, Figures]:
-    found = {}
-    for row, pred in preds.items():
-        families = {"errors": errors, "per_gene": True, "per_spot": True} | WITHOUT.get(row, {})
+    by_method = {}
+    for method, pred in preds.items():
+        families = {"errors": errors, "per_gene": True, "per_spot": True} | WITHOUT.get(method, {})
         families["errors"] = errors and families["errors"]
-        found[row] = figures(pred, true, log_depth, defined=defined, **families)
-    return found
+        by_method[method] = figures(pred, true, log_depth, defined=defined, **families)
+    return by_method
 
 
-def _check(rows: Rows, slices: Sequence[MeasuredSlice], fitted_scale: str) -> None:
+def _check(predictions: Predictions, slices: Sequence[MeasuredSlice], fitted_scale: str) -> None:
     if fitted_scale not in metrics.SCALES:
         raise ValueError(f"fitted_scale: expected one of {', '.join(metrics.SCALES)}, found {fitted_scale!r}")
     names = [s["name"] for s in slices]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"slices: expected at least one, with names of their own, found {names}")
-    for row, preds in rows.items():
+    for method, preds in predictions.items():
         shapes, expected = [np.shape(p) for p in preds], [np.shape(s["counts"]) for s in slices]
         if shapes != expected:
-            raise ValueError(f"row {row}: expected predictions of shapes {expected}, found {shapes}")
+            raise ValueError(f"{method}: expected predictions of shapes {expected}, found {shapes}")
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,9 +1,9 @@
-"""Correlations, errors and the scales on which expression is judged.
+"""Correlations, errors and the scales in which expression is scored.
 
 Shapes: S spots, G genes. Everything is computed and returned in float64.
 
-Log-normalised genes carry sequencing depth: low counts leave zeros, so log1p(counts per 10,000) of nearly every gene
-rises with the depth of its spot. Analytic Pearson residuals take that out and are the scale we steer by.
+Log-normalised genes depend on sequencing depth: low counts leave zeros, so log1p(counts per 10,000) of nearly every
+gene rises with the depth of its spot. Analytic Pearson residuals remove this and are the main scale.
 Source: Lause, Berens and Kobak 2021, Genome Biology 22:258, doi 10.1186/s13059-021-02451-7.
 """
 
@@ -11,8 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-SCALES = ("lognorm", "residuals", "counts")
-# A covariate that explains all but this share of a variance leaves rounding noise, which has no correlation.
+UNITS = {"lognorm": "log1p counts per 10,000", "residuals": "Pearson residuals", "counts": "counts per 10,000"}
+SCALES = tuple(UNITS)
+PREDICTABLE_PCC = 0.1  # validation PCC from which a gene counts as predictable; below it the report greys the gene
+# A covariate that explains all but this fraction of a variance leaves rounding noise, which has no correlation.
 _LEAST_VARIANCE_LEFT = 1e-12
 
 
@@ -37,28 +39,24 @@ def pearson_per_gene(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     flat = is_flat(pred) | is_flat(true)
     pred, true = pred - pred.mean(axis=0), true - true.mean(axis=0)
     norm = np.linalg.norm(pred, axis=0) * np.linalg.norm(true, axis=0)
-    flat |= norm == 0  # a spread so small that its square underflows
+    flat |= norm == 0  # a deviation so small that its square underflows
     return np.where(flat, np.nan, (pred * true).sum(axis=0) / np.where(flat, 1.0, norm))
-
-
-def pearson_per_spot(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Pearson r of each spot over genes: (S, G), (S, G) -> (S,). A flat spot gives NaN."""
-    pred, true = _pair(pred, true)
-    return pearson_per_gene(pred.T, true.T)
 
 
 def scored_pearson_per_gene(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Pearson r of each gene as it is scored: (S, G), (S, G) -> (G,).
 
-    A gene that is flat or missing in the measurement gives NaN and leaves the score. A gene that only the prediction
-    leaves undefined gives 0: whoever predicts a constant has predicted nothing, and must not be excused from the mean.
+    A gene that is flat or missing in the measurement gives NaN and is left out of means. A gene that is undefined only
+    because of the prediction gives 0: a constant prediction must not raise a mean by being left out.
     """
-    return _scored(pearson_per_gene(pred, true), true)
+    r = pearson_per_gene(pred, true)
+    left_out = is_flat(true) | ~np.isfinite(true).all(axis=0)
+    return np.where(left_out, np.nan, np.nan_to_num(r, nan=0.0))
 
 
 def scored_pearson_per_spot(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Pearson r of each spot as it is scored, by the rule of `scored_pearson_per_gene`: (S, G), (S, G) -> (S,)."""
-    return _scored(pearson_per_spot(pred, true), np.asarray(true).T)
+    return scored_pearson_per_gene(np.transpose(pred), np.transpose(true))
 
 
 def spearman_per_gene(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -70,13 +68,13 @@ def spearman_per_gene(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def partial_pearson_per_gene(pred: np.ndarray, true: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Correlation of each gene that is left when one covariate is taken out of both sides linearly.
+    """Correlation of each gene after one covariate is regressed out of both sides.
 
     Parameters
     ----------
     pred, true : (S, G)
     given : (S,)
-        The covariate, here log total counts. A flat one takes nothing out.
+        The covariate, here log total counts. A flat one changes nothing.
 
     Returns
     -------
@@ -172,11 +170,6 @@ def _pair(pred: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if pred.shape != true.shape or pred.ndim != 2:
         raise ValueError(f"expected two tables of equal shape (spots, genes), found {pred.shape} and {true.shape}")
     return pred, true
-
-
-def _scored(r: np.ndarray, true: np.ndarray) -> np.ndarray:
-    left_out = is_flat(true) | ~np.isfinite(true).all(axis=0)
-    return np.where(left_out, np.nan, np.nan_to_num(r, nan=0.0))
 
 
 def _counts(counts: np.ndarray, total_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Figures for the results folders: arrays in, matplotlib Figure out, never pyplot's global state.
 
-Shapes: S spots, G genes. Colours are Okabe and Ito's (told apart by colour-blind readers), maps are viridis
-(perceptually uniform). Curves differ in marker too, so that a grey print still reads; what a guess reaches is dashed.
+Shapes: G genes. Colours are Okabe and Ito's (told apart by colour-blind readers). Curves differ in marker too, so that
+a grey print still reads; the level of chance is dashed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,6 @@ if TYPE_CHECKING:  # matplotlib takes half a second: it is imported by the funct
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MAP = "viridis"
 INK, FAINT = "#333333", "#8c8c8c"
 DPI = 150
 
@@ -27,51 +26,51 @@ def loss_curves(
     title: str = "Loss",
     unit: str = "nats",
 ) -> "Figure":
-    """Every loss over the epochs, with the level of a guess dashed in the colour of the loss it belongs to.
+    """Every loss over the epochs, with its chance level dashed in the same colour.
 
     Parameters
     ----------
     rows : one per epoch
-        "epoch" and any keys that contain "loss"; one that lacks a key, or holds None or NaN, is passed over.
-    chance : key of `rows` -> loss of a guess, in `unit`
+        "epoch" and any keys that contain "loss"; missing keys, None and NaN are left out.
+    chance : key of `rows` -> loss at chance, in `unit`
         Such as ln(number of candidates) for a contrast.
     """
-    figure, axes = _figure(6.4, 4.0)
+    figure, axes = new_figure(6.4, 4.0)
     keys = list(dict.fromkeys(key for row in rows for key in row if "loss" in key))
     for i, key in enumerate(keys):
         known = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
         _curve(axes, i, key, *np.reshape(known, (-1, 2)).T)
         if chance and key in chance:
-            axes.axhline(chance[key], color=COLOURS[i % 7], lw=1, ls="--", label=f"guess: {chance[key]:.2f}")
-    _label(axes, "Epoch", f"Loss ({unit})", title)
+            axes.axhline(chance[key], color=COLOURS[i % 7], lw=1, ls="--", label=f"chance: {chance[key]:.2f}")
+    label(axes, "Epoch", f"Loss ({unit})", title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if keys:
         _legend(axes)
     return figure
 
 
-def pcc_histogram(pcc_by_row: Mapping[str, np.ndarray], title: str = "Correlation per gene") -> "Figure":
-    """How many genes each row predicts how well, one panel a row on shared axes.
+def pcc_histogram(pcc_by_method: Mapping[str, np.ndarray], title: str = "Correlation per gene") -> "Figure":
+    """Histogram of the correlation per gene of each method, one panel a method on shared axes.
 
     Parameters
     ----------
-    pcc_by_row : row -> (G,)
-        Pearson r per gene over spots, signs kept; NaN (not measured) is left out. The first row is the model.
+    pcc_by_method : method -> (G,)
+        Pearson r per gene over spots, signs kept; NaN (not measured) is left out. The first method is the model.
     """
-    figure, panels = _figure(6.4, 1.0 + 0.85 * len(pcc_by_row), rows=len(pcc_by_row))
-    values = {row: np.asarray(pcc)[np.isfinite(pcc)] for row, pcc in pcc_by_row.items()}
+    figure, panels = new_figure(6.4, 1.0 + 0.85 * len(pcc_by_method), rows=len(pcc_by_method))
+    values = {row: np.asarray(pcc)[np.isfinite(pcc)] for row, pcc in pcc_by_method.items()}
     joint = np.concatenate([*values.values(), [0.0]])
     bins = np.arange(np.floor(joint.min() * 20), np.ceil(joint.max() * 20) + 1.5) / 20 - 1e-9
-    for i, (axes, (row, pcc)) in enumerate(zip(np.ravel(panels), values.items(), strict=True)):
+    for i, (axes, (method, pcc)) in enumerate(zip(np.ravel(panels), values.items(), strict=True)):
         colour = COLOURS[0] if i == 0 else FAINT
         axes.hist(pcc, bins=bins, color=colour, alpha=0.85, edgecolor="white", lw=0.5)
         axes.axvline(0, color=INK, lw=0.8)
-        axes.text(1.01, 0.6, row.replace("_", " "), transform=axes.transAxes, color=INK, fontsize=9)
+        axes.text(1.01, 0.6, method.replace("_", " "), transform=axes.transAxes, color=INK, fontsize=9)
         if len(pcc):
             axes.axvline(pcc.mean(), color=COLOURS[1], lw=1.6)
             mean = f"mean {pcc.mean():.3f}"
             axes.text(1.01, 0.35, mean, transform=axes.transAxes, color=COLOURS[1], fontsize=9)
-        _label(axes, "", "", "")
+        label(axes, "", "", "")
     panels = np.ravel(panels)
     panels[0].set_title(title, loc="left", color=INK, fontsize=11)
     panels[-1].set_xlabel("Pearson r over spots", color=INK)
@@ -79,82 +78,33 @@ def pcc_histogram(pcc_by_row: Mapping[str, np.ndarray], title: str = "Correlatio
     return figure
 
 
-def gene_maps(
-    image: np.ndarray | None,
-    xy_image_px: np.ndarray,
-    spot_radius_px: float,
-    measured: np.ndarray,
-    predicted: np.ndarray,
-    title: str = "",
-    unit: str = "log1p counts per 10,000",
-    um_per_px: float | None = None,
-) -> "Figure":
-    """One gene, measured beside predicted in ONE range of colours, over the H&E (alone on the left) when it is given.
-
-    Parameters
-    ----------
-    image : (height, width, 3) or None
-        H&E image.
-    xy_image_px : (S, 2)
-        Spot centres, column and row in pixels of `image`.
-    spot_radius_px : float
-        Radius to draw, in pixels of `image`.
-    measured, predicted : (S,)
-        In `unit`. NaN (not measured) is left out.
-    um_per_px : float or None
-        Scale of `image`, for a scale bar; without it the axes carry pixels.
-    """
-    panels = ([] if image is None else ["H&E"]) + ["measured", "predicted"]
-    left, right, top, bottom = _window(xy_image_px, spot_radius_px)
-    height = 3.6 * np.clip((bottom - top) / (right - left), 0.4, 1.8)
-    figure, axes = _figure(3.6 * len(panels) + 0.9, height + 0.6, columns=len(panels))
-    both = np.concatenate([measured, predicted])
-    # the top per cent shares the last colour: a few bright spots would darken all others
-    low, high = np.nanpercentile(both, [0, 99]) if np.isfinite(both).any() else (0.0, 1.0)
-    shown = {"measured": measured, "predicted": predicted}
-    for i, (one, panel) in enumerate(zip(axes, panels, strict=True)):
-        if image is not None:
-            one.imshow(image, interpolation="antialiased", alpha=0.5 if panel in shown else 1)
-        if panel in shown:
-            spots = _draw_spots(one, xy_image_px, spot_radius_px, shown[panel], low, max(high, low + 1e-9))
-        _label(one, "", "", panel)
-        one.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
-        _scale(one, um_per_px, first=i == 0)
-    bar = figure.colorbar(spots, ax=axes, fraction=0.03, pad=0.01, extend="max")
-    bar.outline.set_visible(False)
-    bar.set_label(unit, color=INK)
-    bar.ax.tick_params(colors=INK, labelsize=9, color=FAINT)
-    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12)
-    return figure
-
-
 def retrieval_curve(
     k: np.ndarray, recall: Mapping[str, np.ndarray], chance: np.ndarray, title: str = "Retrieval in the whole slice"
 ) -> "Figure":
-    """Share of spots whose true partner is among the first k, against k.
+    """Fraction of spots whose true partner is among the first k, against k.
 
     Parameters
     ----------
     k : (n,)
-        Numbers of candidates looked at.
+        Numbers of candidates.
     recall : direction -> (n,)
         Recall at each k, 0..1.
     chance : (n,)
-        Recall of a guess.
+        Recall at chance.
     """
-    figure, axes = _figure(5.6, 4.0)
+    figure, axes = new_figure(5.6, 4.0)
     for i, (direction, values) in enumerate(recall.items()):
         _curve(axes, i, direction, k, values)
-    axes.plot(k, chance, color=FAINT, lw=1.2, ls="--", label="guess")
+    axes.plot(k, chance, color=FAINT, lw=1.2, ls="--", label="chance")
     axes.set(xscale="log", ylim=(0, 1.02))
     axes.xaxis.set_major_formatter("{x:g}")
-    _label(axes, "First k candidates", "Recall (share of spots)", title)
+    label(axes, "First k candidates", "Recall (fraction of spots)", title)
     _legend(axes)
     return figure
 
 
 def save(figure: "Figure", path: Path | str) -> Path:
-    """Write beside the target and rename over it: an interrupted run leaves the old figure whole."""
+    """Write a figure to `<name>.part` and rename it: an interrupted run leaves the old file as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -162,7 +112,7 @@ def save(figure: "Figure", path: Path | str) -> Path:
     return part.replace(path)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     """A Figure of `width` x `height` inches and its axes."""
     from matplotlib.figure import Figure
 
@@ -176,7 +126,7 @@ def _curve(axes: "Axes", i: int, name: str, x: np.ndarray, y: np.ndarray) -> Non
     line.set(marker=MARKERS[i % 7], markersize=4.5, markevery=max(1, len(x) // 8))
 
 
-def _label(axes: "Axes", x: str, y: str, title: str) -> None:
+def label(axes: "Axes", x: str, y: str, title: str) -> None:
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
@@ -187,39 +137,3 @@ def _label(axes: "Axes", x: str, y: str, title: str) -> None:
 
 def _legend(axes: "Axes") -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=3, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def _window(xy: np.ndarray, radius: float) -> tuple[float, float, float, float]:
-    """Left, right, top, bottom of the spots in pixels, with a margin of two spots."""
-    (left, top), (right, bottom) = np.min(xy, axis=0) - 3 * radius, np.max(xy, axis=0) + 3 * radius
-    return float(left), float(right), float(top), float(bottom)
-
-
-def _draw_spots(axes: "Axes", xy: np.ndarray, radius: float, values: np.ndarray, low: float, high: float):
-    """Discs of a true size: markers of a scatter would keep their size when the figure is scaled."""
-    from matplotlib.collections import EllipseCollection
-
-    known = np.isfinite(values)
-    side = np.full(known.sum(), 2 * radius)
-    spots = EllipseCollection(
-        side, side, 0 * side, units="xy", offsets=np.asarray(xy)[known], offset_transform=axes.transData, cmap=MAP
-    )
-    spots.set_array(np.asarray(values)[known])
-    spots.set_clim(low, high)
-    axes.add_collection(spots)
-    return spots
-
-
-def _scale(axes: "Axes", um_per_px: float | None, first: bool) -> None:
-    """A scale bar under the first panel where the scale is known, pixels on the axes where it is not."""
-    if um_per_px is None:
-        _label(axes, "x (image px)", "y (image px)" if first else "", axes.get_title(loc="left"))
-        return
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    if first:
-        width_um = abs(np.subtract(*axes.get_xlim())) * um_per_px
-        bar_um = max(step for step in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if step <= max(width_um / 4, 10))
-        start, share = 0.02, bar_um / width_um
-        axes.plot([start, start + share], [-0.03, -0.03], color=INK, lw=3, transform=axes.transAxes, clip_on=False)
-        axes.set_xlabel(f"{bar_um} µm", loc="left", labelpad=12, fontsize=9)  # a label, for which the layout makes room

@@ -1,13 +1,14 @@
-"""Does a image find its own expression profile among others?
+"""Retrieval: whether an image finds its own expression profile among others.
 
-Shapes: S spots, K candidates per spot, D embedding width. Scores are "higher is better". Whatever leaves the answer
-open counts against us: ties and NaN are misses, and tied candidates rank above the true one.
+Shapes: S spots, K candidates per spot, D embedding width. Higher scores are better. Ties and NaN are misses, and tied
+candidates rank above the true one.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.spatial import KDTree
 
 from utils.evaluation.bootstrap import block_bootstrap_interval
 
@@ -28,8 +29,6 @@ class Gallery(NamedTuple):
 
 def neighbour_candidates(xy: np.ndarray, k: int = 8, seed: int = 0) -> Gallery:
     """Each spot and its `k` nearest neighbours in the slice: (S, 2), in any unit of length -> K = k + 1."""
-    from scipy.spatial import KDTree
-
     n_spots = len(xy)
     n_near = min(k + 1, n_spots)
     near = KDTree(xy).query(xy, k=n_near)[1].reshape(n_spots, n_near)
@@ -49,7 +48,7 @@ def random_candidates(n_spots: int, n: int = 9, seed: int = 0) -> Gallery:
 
 
 def _shuffled(others: np.ndarray, n: int, seed: int) -> Gallery:
-    """Spot and others, padded to `n` others, each row in an order of its own: the place must not give the spot away."""
+    """Spot and others, padded to `n` others, each row shuffled: the column must not reveal the spot."""
     n_spots = len(others)
     padding = np.full((n_spots, n - others.shape[1]), -1)
     rows = np.concatenate([np.arange(n_spots)[:, None], others, padding], axis=1)
@@ -88,17 +87,11 @@ def hits(scores: np.ndarray, truth: np.ndarray, candidates: np.ndarray | None = 
 
 
 def depth_scores(predicted_log_depth: np.ndarray, candidate_log_depth: np.ndarray) -> np.ndarray:
-    """The cheap row: nearness of a candidate's log total counts to those read off the image: (S,), (S, K) -> (S, K).
+    """The baseline: minus the distance of log total counts to those predicted from the image: (S,), (S, K) -> (S, K).
 
     Slices are sequenced to different depths: give both relative to their slice's mean (see `baselines.fit_depth`).
     """
     return -np.abs(np.asarray(predicted_log_depth)[:, None] - np.asarray(candidate_log_depth))
-
-
-def slice_ranks(similarity: np.ndarray) -> np.ndarray:
-    """Rank of the true candidate among all spots of the slice, 1 is best: (S, S), truth on the diagonal -> (S,)."""
-    similarity = np.asarray(similarity, dtype=np.float64)
-    return _not_below(similarity, similarity.diagonal())
 
 
 def ranks_from_embeddings(a: np.ndarray, b: np.ndarray, block: int = 1024) -> np.ndarray:
@@ -113,7 +106,7 @@ def ranks_from_embeddings(a: np.ndarray, b: np.ndarray, block: int = 1024) -> np
 
     Returns
     -------
-    (S,) ranks, 1 is best, ties counted against us, S where the similarity is NaN.
+    (S,) ranks, 1 is best, tied candidates above the true one, S where the similarity is NaN.
     """
     if np.shape(a) != np.shape(b):
         raise ValueError(f"expected two embeddings of each spot, found shapes {np.shape(a)} and {np.shape(b)}")
@@ -121,10 +114,10 @@ def ranks_from_embeddings(a: np.ndarray, b: np.ndarray, block: int = 1024) -> np
     parts = [slice(i, i + block) for i in range(0, len(a), block)]
     ranks = np.zeros(len(a), dtype=np.int64)
     for rows in parts:
-        own = np.asarray(a[rows], dtype=np.float64)
-        least = np.einsum("sd,sd->s", own, np.asarray(b[rows], dtype=np.float64)) - tie
+        queries = np.asarray(a[rows], dtype=np.float64)
+        least = np.einsum("sd,sd->s", queries, np.asarray(b[rows], dtype=np.float64)) - tie
         for others in parts:
-            ranks[rows] += _not_below(own @ np.asarray(b[others], dtype=np.float64).T, least)
+            ranks[rows] += _not_below(queries @ np.asarray(b[others], dtype=np.float64).T, least)
     return ranks
 
 
@@ -141,12 +134,12 @@ def _not_below(similarity: np.ndarray, least: np.ndarray) -> np.ndarray:
 
 
 def recall_at(ranks: np.ndarray, k: int) -> float:
-    """Share of spots whose true candidate is among the first `k`: (S,) -> 0..1."""
+    """Fraction of spots whose true candidate is among the first `k`: (S,) -> 0..1."""
     return float(np.mean(np.asarray(ranks) <= k))
 
 
 def slice_figures(ranks_i2g: np.ndarray, ranks_g2i: np.ndarray) -> dict[str, dict[str, float]]:
-    """Recall and median rank of one slice, both directions, beside chance: (S,), (S,) -> the figures."""
+    """Recall and median rank of one slice, both directions, and chance: (S,), (S,) -> the figures."""
     n_spots = len(ranks_i2g)
     guess = {f"R@{k}": min(1.0, k / n_spots) for k in CUTOFFS} | {"median_rank": (n_spots + 1) / 2}
     return {"image_to_gene": _direction(ranks_i2g), "gene_to_image": _direction(ranks_g2i), "chance": guess}
@@ -169,27 +162,27 @@ def evaluate_gallery(
     n_draws: int = 2000,
     seed: int = 0,
 ) -> dict:
-    """Accuracy of each row of scores, mean over slices, beside chance, with 95 % intervals.
+    """Accuracy of each method, mean over slices, with 95 % intervals, and chance.
 
     Parameters
     ----------
-    scores : row -> per slice (S, K)
+    scores : method -> per slice (S, K)
     galleries : per slice
     block_ids : per slice (S,)
         From `bootstrap.blocks`: the units that are resampled, within their slice.
 
     Returns
     -------
-    {"chance": 0..1, row: 0..1, ..., "interval": {row: [low, high]}}
+    {"chance": 0..1, method: 0..1, ..., "interval": {method: [low, high]}}
     """
     figures: dict = {"chance": float(np.mean([chance(g.candidates) for g in galleries]))}
     intervals: dict[str, list[float]] = {}
     strata = np.repeat(np.arange(len(galleries)), [len(g.truth) for g in galleries])
-    for row, row_scores in scores.items():
-        found = [hits(s, g.truth, g.candidates) for s, g in zip(row_scores, galleries, strict=True)]
-        figures[row] = float(np.mean([h.mean() for h in found]))
+    for method, per_slice in scores.items():
+        found = [hits(s, g.truth, g.candidates) for s, g in zip(per_slice, galleries, strict=True)]
+        figures[method] = float(np.mean([h.mean() for h in found]))
         interval = block_bootstrap_interval(
             np.concatenate(found), np.concatenate(block_ids), n_draws=n_draws, seed=seed, strata=strata
         )
-        intervals[row] = list(interval)
+        intervals[method] = list(interval)
     return figures | {"interval": intervals}

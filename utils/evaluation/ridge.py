@@ -1,7 +1,8 @@
 """Ridge regression for several penalties at once, and its prediction along few components of the target.
 
 Shapes: S spots of one slice, N train spots, P features, G genes, R rank of the train features. A prediction along the
-target's first principal components leaves what is mostly noise out of the genes, and lends them their neighbours'.
+target's first principal components leaves out directions of mostly noise. scikit-learn's Ridge gives the same weights
+(tests), but fits one penalty at a time, twice as slow for all of PENALTIES, and needs all spots in one array.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ def fit_ridge(
 
     def predicted(penalty: float, rank: int | None) -> list[np.ndarray]:
         centred = [(x / (eigenvalues + penalty)) @ target for x in projected]
-        return [y_mean + (one if rank is None else one @ kept[rank]) for one in centred]
+        return [y_mean + (pred if rank is None else pred @ kept[rank]) for pred in centred]
 
     # of equally good ones the strongest penalty and the lowest rank
     tried = [(penalty, rank) for penalty in sorted(penalties, reverse=True) for rank in ranks]
@@ -76,8 +77,8 @@ def fit_ridge(
 def _kept_components(y: Slices, y_mean: np.ndarray, rank: int) -> np.ndarray:
     """Map (G, G) of centred predictions onto the first principal components of the standardised target."""
     moment = np.zeros((len(y_mean), len(y_mean)))
-    for one in y:
-        moment += (one - y_mean).T @ (one - y_mean)
+    for y_slice in y:
+        moment += (y_slice - y_mean).T @ (y_slice - y_mean)
     sd = np.sqrt(moment.diagonal() / sum(map(len, y)))
     sd = np.where(sd > 0, sd, 1.0)
     first = np.linalg.eigh(moment / np.outer(sd, sd))[1][:, -rank:]

@@ -1,4 +1,4 @@
-"""Features of a frozen image encoder: computed once per tile and view of it, a batch at a time, and kept on disk.
+"""Features of a frozen image encoder: computed once per tile, a batch at a time, and kept on disk.
 
 Letters: S spots, T tokens of a tile, D feature width, B batch, Z tile side in pixels.
 """
@@ -6,31 +6,45 @@ Letters: S spots, T tokens of a tile, D feature width, B batch, Z tile side in p
 from __future__ import annotations
 
 import json
-import math
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from model.image_encoder import ImageEncoder
 from utils import distributed
 from utils.features import dataset
 from utils.files import tensors
 from utils.files.arrays import ArrayStore
 from utils.files.atomic import write_record
 from utils.memory import WithinMemory
-from utils.training import augment
-from utils.training.augment import to_float
-from utils.training.loop import seed_everything
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from model.stage_one import StageOne
 
 Encode = Callable[[Tensor], Tensor]  # tiles (B, 3, Z, Z) in 0..1 -> features (B, ...)
+
+
+def to_float(tiles: Tensor, size: int) -> Tensor:
+    """uint8 (B, Z, Z, 3) -> float32 (B, 3, size, size) in 0..1, resized with antialiasing where Z differs."""
+    return resized(tiles.permute(0, 3, 1, 2).float().div_(255), size)
+
+
+def resized(tiles: Tensor, size: int) -> Tensor:
+    """Bicubic with antialiasing: (B, 3, Z, Z) -> (B, 3, size, size), both in 0..1."""
+    if tiles.shape[-1] == size:
+        return tiles
+    return F.interpolate(tiles, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
 
 
 def read_image_weights(text: str, flag: str) -> Any:
@@ -45,9 +59,19 @@ def read_image_weights(text: str, flag: str) -> Any:
     return found
 
 
+@dataclass(frozen=True)
+class Inference:
+    """Where a model runs without gradients, and how many tiles it takes at a time."""
+
+    accelerator: Accelerator
+    batch_size: int
+    workers: int | None
+
+
 @dataclass
 class EncodedPairs:
-    """Unit vectors (S, D) float32 of images and profiles, and their tokens (S, P, D), (S, K, D) where these are kept.
+    """Unit vectors (S, D) float32 of images and expression profiles, and their tokens (S, P, D), (S, K, D) where these
+    are kept.
 
     Tokens lie outside the accelerator, perhaps on disk, in the precision they were computed in.
     """
@@ -63,35 +87,38 @@ class EncodedPairs:
 
 @torch.no_grad()
 def encode_pairs(
-    model: Any,
-    one: dataset.SliceData,
+    model: StageOne,
+    slice_: dataset.SliceData,
     bins: np.ndarray,
     rows: np.ndarray,
-    accelerator: Any,
-    args: Any,
+    inference: Inference,
     store: ArrayStore | None = None,
 ) -> EncodedPairs:
-    """Every image and profile of the rows once: bins (S, G) of the whole slice, rows (n,) of it.
+    """Encode the image and the expression profile of some spots of a slice.
 
-    Their tokens are kept only where there is a `store` to take them.
+    Parameters
+    ----------
+    bins : (S, G) of the whole slice
+    rows : (n,) the spots to encode
+    store : takes the tokens; without one they are not kept
     """
     spots = np.column_stack([np.zeros_like(rows), rows])
-    batches = dataset.TileBatches([one], spots, {"bins": bins[rows]})
-    order = dataset.in_turn(len(rows), args.batch_size)
+    batches = dataset.TileBatches([slice_], spots, {"bins": bins[rows]})
+    order = dataset.in_turn(len(rows), inference.batch_size)
+    device, autocast = inference.accelerator.device, inference.accelerator.autocast
 
-    def own() -> Iterator[tuple[Tensor, ...]]:
-        for batch in dataset.loader(batches, distributed.own_batches(order), args.workers):
-            with accelerator.autocast():
-                tiles = to_float(batch["tiles"].to(accelerator.device), model.sizes.image_size)
-                image, image_tokens = model.encode_images(tiles)
-                gene, gene_tokens = model.encode_genes(batch["bins"].to(accelerator.device))
+    def encoded() -> Iterator[tuple[Tensor, ...]]:
+        for batch in dataset.loader(batches, distributed.own_batches(order), inference.workers):
+            with autocast():
+                image, image_tokens = model.encode_images(to_float(batch["tiles"].to(device), model.sizes.image_size))
+                gene, gene_tokens = model.encode_genes(batch["bins"].to(device))
             yield (image, gene) if store is None else (image, gene, image_tokens, gene_tokens)
 
     kept: list[Tensor] = []
-    for found, numbers in zip(distributed.in_order(own(), order), order, strict=True):
-        kept = kept or [room_for(len(rows), each, store) for each in found]
-        for room, new in zip(kept, found, strict=True):
-            room[numbers] = new.to("cpu")
+    for tensors_, numbers in zip(distributed.in_order(encoded(), order), order, strict=True):
+        kept = kept or [room_for(len(rows), tensor, store) for tensor in tensors_]
+        for room, tensor in zip(kept, tensors_, strict=True):
+            room[numbers] = tensor.to("cpu")
     image, gene, *tokens = kept
     return EncodedPairs(image.numpy(), gene.numpy(), *tokens)
 
@@ -111,52 +138,40 @@ class TileEncoder:
     device: torch.device
     batch_size: int
     workers: int | None
-    seed: int = 0  # of the augmented views
-
-    def look(self, tiles: Tensor, name: str, rows: np.ndarray, view: int) -> Tensor:
-        """Tiles (B, Z, Z, 3) uint8 of rows (B,) of a slice -> (B, 3, size, size): as they are (view 0), or augmented.
-
-        The draws are those of the slice and its row, so that they do not depend on the other slices of a run.
-        """
-        if view == 0:
-            return to_float(tiles, self.size)
-        return augment.augment(tiles, (zlib.crc32(name.encode()) << 30) + rows, self.seed, view, self.size)
 
 
 @torch.no_grad()
-def encode_slice(how: TileEncoder, one: dataset.SliceData, view: int = 0) -> Iterator[np.ndarray]:
+def encode_slice(encoder: TileEncoder, slice_: dataset.SliceData) -> Iterator[np.ndarray]:
     """Features of all tiles of a slice, in its order: (B, ...) float32, batch by batch."""
-    batches, encode = dataset.TileBatches([one], dataset.all_spots(one)), WithinMemory(how.encode, one.name)
-    order = dataset.in_turn(len(batches), how.batch_size)
+    batches = dataset.TileBatches([slice_], dataset.all_spots(slice_))
+    encode, order = WithinMemory(encoder.encode, slice_.name), dataset.in_turn(len(batches), encoder.batch_size)
 
-    def own() -> Iterator[tuple[Tensor, ...]]:
-        for batch in dataset.loader(batches, distributed.own_batches(order), how.workers):
-            tiles = how.look(batch["tiles"].to(how.device), one.name, batch["spot"].numpy(), view)
-            yield (encode(tiles).float(),)
+    def encoded() -> Iterator[tuple[Tensor, ...]]:
+        for batch in dataset.loader(batches, distributed.own_batches(order), encoder.workers):
+            yield (encode(to_float(batch["tiles"].to(encoder.device), encoder.size)).float(),)
 
-    what = f"{one.name}: features" + (f" of view {view}" if view else "")
-    with tqdm(total=len(batches), desc=what, unit="spot", disable=None) as bar:
-        for (found,) in distributed.in_order(own(), order):
-            yield found.cpu().numpy()
-            bar.update(len(found))
+    with tqdm(total=len(batches), desc=f"{slice_.name}: features", unit="spot", disable=None) as bar:
+        for (features,) in distributed.in_order(encoded(), order):
+            yield features.cpu().numpy()
+            bar.update(len(features))
 
 
-def in_budget(found: Iterator[np.ndarray], n_spots: int, store: ArrayStore) -> np.ndarray:
-    """Batches of features put together: (S, V + T, D) float16, on disk beyond the budget."""
-    first = next(found)
-    whole, done = store.empty((n_spots, *first.shape[1:]), np.float16), 0
-    for batch in chain([first], found):
-        whole[done : done + len(batch)] = batch
+def in_budget(batches: Iterator[np.ndarray], n_spots: int, store: ArrayStore) -> np.ndarray:
+    """Batches of features put together: (S, V + T, D) float16, memory-mapped beyond the budget."""
+    first = next(batches)
+    features, done = store.empty((n_spots, *first.shape[1:]), np.float16), 0
+    for batch in chain([first], batches):
+        features[done : done + len(batch)] = batch
         done += len(batch)
-    return whole
+    return features
 
 
-def write_features(path: Path, found: Iterator[np.ndarray], n_spots: int) -> None:
+def write_features(path: Path, batches: Iterator[np.ndarray], n_spots: int) -> None:
     """The same as a .npy file, a batch after the other. Written, not mapped: a full disk is then an OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
-        for batch in found:
+        for batch in batches:
             if file.tell() == 0:
                 header = {"descr": "<f2", "fortran_order": False, "shape": (n_spots, *batch.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
@@ -164,32 +179,7 @@ def write_features(path: Path, found: Iterator[np.ndarray], n_spots: int) -> Non
     part.replace(path)
 
 
-def views_in_budget(slices: list[dataset.SliceData], how: TileEncoder, folder: Path, args: Any) -> int:
-    """How many of --views fit --feature_budget; slices with train spots have all of them, the others one.
-
-    How much a tile takes is told by an empty one: 18 x 512 numbers as published, fewer where the grid is small.
-    """
-    spots = sum(len(one.barcodes) for one in slices)
-    taught = sum(len(one.barcodes) for one in slices if len(one.rows_of("train")))
-    tile = how.encode(torch.zeros(1, 3, how.size, how.size, device=how.device)).half().nbytes
-
-    def gib(n_views: int) -> str:
-        return f"{math.ceil((spots + (n_views - 1) * taught) * tile / 2**30 * 1000) / 1000:g} GiB"
-
-    spare = int(args.feature_budget * 2**30) - spots * tile
-    if spare < 0:
-        raise ValueError(
-            f"--feature_budget {args.feature_budget:g}: expected {gib(1)} or more for the features of {spots} tiles in "
-            f"{folder}, found less; raise it, or train on fewer slices"
-        )
-    views = min(args.views, 1 + spare // (taught * tile))
-    if views < args.views:
-        print(f"{views} of {args.views} views are kept: all of them need a --feature_budget of {gib(args.views)}")
-    print(f"features of {spots} tiles in {folder}, {views} views of those to train on: {gib(views)}")
-    return views
-
-
-def read_kept(path: Path, note: Path, record: dict[str, Any]) -> np.ndarray | None:
+def read_features(path: Path, note: Path, record: dict[str, object]) -> np.ndarray | None:
     """Kept features (S, V + T, D) float16, mapped; None where they are missing, corrupt, or of another record."""
     try:
         return np.load(path, mmap_mode="r") if json.loads(note.read_text()) == record else None
@@ -198,19 +188,23 @@ def read_kept(path: Path, note: Path, record: dict[str, Any]) -> np.ndarray | No
 
 
 def kept_features(
-    folder: Path, key: str, one: dataset.SliceData, compute: Callable[[], Iterator[np.ndarray]], view: int = 0
+    folder: Path, key: str, slice_: dataset.SliceData, compute: Callable[[], Iterator[np.ndarray]]
 ) -> np.ndarray:
-    """Features (S, V + T, D) float16 mapped from `folder`; where they are not there, or of another key, they are
-    computed and written batch by batch."""
-    name = one.name + (f".view{view}" if view else "")
-    path, note = folder / f"{name}.npy", folder / f"{name}.json"
-    record = {"key": key, "barcodes": one.barcodes.tolist()}
-    kept = read_kept(path, note, record)
-    if not distributed.any_true(kept is None) and kept is not None:
-        return kept
+    """Features (S, V + T, D) float16 of a slice, mapped from `folder`.
+
+    Parameters
+    ----------
+    key : what they were computed from: content of tiles and weights, and settings
+    compute : gives them in batches; called where the folder has none of this key and these spots
+    """
+    path, note = folder / f"{slice_.name}.npy", folder / f"{slice_.name}.json"
+    record: dict[str, object] = {"key": key, "barcodes": slice_.barcodes.tolist()}
+    features = read_features(path, note, record)
+    if not distributed.any_true(features is None) and features is not None:
+        return features
     if distributed.is_main():
         note.unlink(missing_ok=True)  # old features never stand under a new key
-        write_features(path, compute(), len(one.barcodes))
+        write_features(path, compute(), len(slice_.barcodes))
         write_record(note, record)
     else:
         deque(compute(), maxlen=0)  # this process' part of them
@@ -219,25 +213,24 @@ def kept_features(
 
 
 def pretrained_features(
-    encoder_class: Any,
     state: dict[str, Any],
     settings: dict[str, Any],
     slices: list[dataset.SliceData],
-    accelerator: Any,
-    args: Any,
+    inference: Inference,
+    image_weights: str | None,
 ) -> list[np.ndarray]:
-    """Pooled features (S, C) float32 per slice of the encoder as stage one found it.
+    """Pooled features (S, C) float32 per slice of the pretrained encoder that stage one began with.
 
     Parameters
     ----------
-    encoder_class : model.image_encoder.ImageEncoder (this package does not import the models)
     state : checkpoint of either stage
     settings : flags that stage one was run with
+    image_weights : --image_weights of an evaluation, None for those of stage one
     """
-    sizes = state["sizes"]
-    seed_everything(settings["seed"])  # without pretrained weights: the random ones that stage one began with
-    weights = read_image_weights(args.image_weights or settings["image_weights"], "--image_weights")
-    encoder = encoder_class(
+    sizes, accelerator = state["sizes"], inference.accelerator
+    distributed.seed_everything(settings["seed"])  # without pretrained weights: the random ones stage one began with
+    weights = read_image_weights(image_weights or settings["image_weights"], "--image_weights")
+    encoder = ImageEncoder(
         sizes["image_encoder"], sizes["image_size"], sizes["width"], weights, crop_scales=sizes["crop_scales"]
     )
     encoder = encoder.to(accelerator.device).eval()
@@ -246,16 +239,16 @@ def pretrained_features(
         with accelerator.autocast():
             return encoder.features(tiles)[0]
 
-    how = TileEncoder(encode, sizes["image_size"], accelerator.device, args.batch_size, args.workers)
-    return [np.concatenate(list(encode_slice(how, one))) for one in slices]
+    how = TileEncoder(encode, sizes["image_size"], accelerator.device, inference.batch_size, inference.workers)
+    return [np.concatenate(list(encode_slice(how, slice_))) for slice_ in slices]
 
 
-def as_images(one: dataset.SliceData, features: np.ndarray, part: str) -> dict[str, Any]:
-    """What the cheap rows read of the spots of a part: features, places, pitch, log depth."""
-    rows = one.rows_of(part)
+def as_images(slice_: dataset.SliceData, features: np.ndarray, part: str) -> dict[str, Any]:
+    """What the baselines read of the spots of a part: features, places, pitch, log depth."""
+    rows = slice_.rows_of(part)
     return {
         "features": features[rows],
-        "xy": one.xy_fullres_px[rows],
-        "pitch": one.pitch_fullres_px,
-        "log_depth": np.log(one.total_counts[rows]),
+        "xy": slice_.xy_fullres_px[rows],
+        "pitch": slice_.pitch_fullres_px,
+        "log_depth": np.log(slice_.total_counts[rows]),
     }

@@ -40,7 +40,7 @@ class SliceData:
 
     def bins(self, out: np.ndarray | None = None) -> np.ndarray:
         """Input tokens of stage one: (S, G) uint8, in `out` if given."""
-        counts, totals = self.panels["input"].counts, self.total_counts
+        counts, totals = self.panels["input"].read_counts(), self.total_counts
         if self.downsample_counts:
             seeds = gene_panels.spot_seeds(self.name, self.barcodes)
             counts, totals = gene_panels.downsample_counts(counts, totals, self.downsample_counts, seeds)
@@ -91,7 +91,7 @@ def load_slice(row: splits.SliceRow, args: Any, roles: tuple[str, ...], val_stri
         total_counts=first.total_counts[kept],
         pack=pack,
         tile_rows=tile_rows[kept],
-        panels={role: panel.of(kept) for role, panel in panels.items()},
+        panels={role: panel.select_spots(kept) for role, panel in panels.items()},
         root=root,
         downsample_counts=getattr(args, "downsample_counts", None),
     )
@@ -104,7 +104,7 @@ def load_slices(
     they differ."""
     slices = [load_slice(row, args, roles, val_strip) for row in rows]
     for one in slices:
-        one.panels[roles[0]] = one.panels[roles[0]].onto(onto or one.panels[roles[0]].genes)
+        one.panels[roles[0]] = one.panels[roles[0]].select_genes(onto or one.panels[roles[0]].genes)
     first = slices[0]
     for one in slices[1:]:
         for role in roles:

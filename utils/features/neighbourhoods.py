@@ -1,7 +1,7 @@
 """Kept features as the decoder takes them: standardised per slice, with the spots around, a batch at a time.
 
 The features lie on the device while they fit the budget, else they stay in the files that they are mapped from.
-Letters: S spots, T tokens of a tile, D feature width, N context spots, R reaches, V views of a tile, B batch.
+Letters: S spots, T tokens of a tile, D feature width, N context spots, R reaches, V vectors of a tile, B batch.
 """
 
 from __future__ import annotations
@@ -161,12 +161,11 @@ class Rows:
 class FeatureBank:
     """Features of several slices, given out by batches, standardised, with the context of each spot.
 
-    Spots are numbered through all slices in order; `first[i]` is the number of slice i's first spot. All views of a
-    tile are standardised as view 0, the tile as it is.
+    Spots are numbered through all slices in order; `first[i]` is the number of slice i's first spot.
 
     Parameters
     ----------
-    views : per view and slice (S, V + T, D) float16; a slice without augmented views repeats its view 0
+    features : per slice (S, V + T, D) float16
     train : what stands in for the statistics of a small slice
     context, reaches : how many of the nearest spots are given out, and over which distances the others are averaged
     store : the budget of all that grows with the spots; vectors, which every batch reads N + 1 times, come first
@@ -175,24 +174,21 @@ class FeatureBank:
     def __init__(
         self,
         slices: list[dataset.SliceData],
-        views: list[list[np.ndarray]],
+        features: list[np.ndarray],
         train: Moments,
         context: int,
         reaches: Sequence[float],
         device: torch.device,
         store: ArrayStore,
     ):
-        own = [slice_moments(f, one.name, train) for one, f in zip(slices, views[0], strict=True)]
-        self.device, self.n_views, self.n_vectors = device, len(views), train.n_vectors
+        own = [slice_moments(f, one.name, train) for one, f in zip(slices, features, strict=True)]
+        self.device, self.n_vectors = device, train.n_vectors
         self.mean, self.sd = self._put(np.stack([m.mean for m in own])), self._put(np.stack([m.sd for m in own]))
-        self.first = np.cumsum([0, *map(len, views[0])])
+        self.first = np.cumsum([0, *map(len, features)])
         self._find_neighbours(slices, context, store)
-        arrays = {id(f): f for view in views for f in view}
-        self.vectors = Rows([f[:, : self.n_vectors] for f in arrays.values()], store, device)
-        self._look_around(slices, views[0], own, reaches, store)
-        self.tokens = Rows([f[:, self.n_vectors :] for f in arrays.values()], store, device)
-        start = dict(zip(arrays, self.vectors.first, strict=False))
-        self.start = np.array([[start[id(f)] for f in view] for view in views])  # (V, slices): row of the first spot
+        self.vectors = Rows([f[:, : self.n_vectors] for f in features], store, device)
+        self._look_around(slices, features, own, reaches, store)
+        self.tokens = Rows([f[:, self.n_vectors :] for f in features], store, device)
 
     def _find_neighbours(self, slices: list[dataset.SliceData], n: int, store: ArrayStore) -> None:
         size = int(self.first[-1])
@@ -206,15 +202,15 @@ class FeatureBank:
     def _look_around(
         self,
         slices: list[dataset.SliceData],
-        plain: list[np.ndarray],
+        features: list[np.ndarray],
         own: list[Moments],
         reaches: Sequence[float],
         store: ArrayStore,
     ) -> None:
-        """Of the tiles as they are, also for augmented views; 0, the slice's mean, where a spot is alone."""
+        """0, the slice's mean, where a spot is alone."""
         self.around = store.empty((int(self.first[-1]), len(reaches), *own[0].mean[:-1].shape), np.float16)
-        for one, features, standard, start in zip(slices if reaches else [], plain, own, self.first, strict=False):
-            vectors = features[:, : self.n_vectors]
+        for one, rows, standard, start in zip(slices if reaches else [], features, own, self.first, strict=False):
+            vectors = rows[:, : self.n_vectors]
             for block, found in means_around(vectors, one.xy_fullres_px, one.pitch_fullres_px, reaches):
                 standardised = (found - standard.mean[:-1]) / standard.sd[:-1]
                 self.around[start + block.start : start + block.stop] = np.nan_to_num(standardised)
@@ -222,12 +218,10 @@ class FeatureBank:
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
-    def batch(self, spots: np.ndarray, view: np.ndarray | int = 0) -> dict[str, Tensor]:
-        """Spot numbers (B,), view of each (B,) -> what GeneDecoder takes: vector, tokens, context, offsets, present,
-        around."""
+    def batch(self, spots: np.ndarray) -> dict[str, Tensor]:
+        """Spot numbers (B,) -> what GeneDecoder takes: vector, tokens, context, offsets, present, smoothed."""
         of = np.searchsorted(self.first, spots, side="right") - 1
-        start = self.start[view, of]
-        rows = np.column_stack([spots - self.first[of], self.index[spots]]) + start[:, None]
+        rows = np.column_stack([spots, self.index[spots] + self.first[of][:, None]])
         mean, sd, n = self.mean[of], self.sd[of], self.n_vectors
         vectors = ((self.vectors.take(rows).float() - mean[:, None, :n]) / sd[:, None, :n]).flatten(2)
         present = self._put(self.present[spots])
@@ -237,7 +231,7 @@ class FeatureBank:
             "context": vectors[:, 1:] * present[..., None],
             "offsets": self._put(self.offset[spots]),
             "present": present,
-            "around": self._put(self.around[spots]).float().flatten(2),
+            "smoothed": self._put(self.around[spots]).float().flatten(2),
         }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.genes.names import SUFFIX, ensembl_id
 
-HEADINGS = (  # of the column of genes, the surest first
+HEADINGS = (  # of the column of genes, in order of preference
     *("symbol", "symbols", "gene_symbol", "gene_symbols", "genesymbol", "hgnc_symbol", "mgi_symbol", "official_symbol"),
     *("external_gene_name", "gene_short_name", "gene_name", "gene_names", "genename", "gene", "genes", "target_gene"),
     *("feature_name", "feature", "features", "name", "names", "gene_id", "gene_ids", "geneid", "ensembl_gene_id"),
@@ -43,8 +43,8 @@ def read_gene_list(path: Path) -> list[str]:
     has one of HEADINGS, else the first that does not number the rows. Names may be quoted; a line that begins with #,
     and what follows " #", is a comment. The text is UTF-8, UTF-16 with a byte order mark, or Latin-1 in comments.
 
-    Raises ValueError where the file is no text, holds no gene or one twice, or several names on each line without a
-    heading.
+    Raises ValueError where the file is not text, has no gene or a gene twice, or has several names on each line without
+    a heading.
     """
     if not path.is_file():
         raise ValueError(f"{path}: expected a text file with one gene per line, found none")
@@ -90,7 +90,7 @@ def _names_of_line(line: str) -> list[str]:
 
 
 def _bare(cell: str) -> str:
-    """Without quotes around it, and the = by which a spreadsheet is kept from changing it."""
+    """The cell without quotes around it, or the `="..."` that protects text in a spreadsheet."""
     cell = cell.strip()
     cell = cell[1:] if cell.startswith('="') else cell
     return cell[1:-1].strip() if len(cell) > 1 and cell[0] == cell[-1] and cell[0] in "\"'" else cell
@@ -144,7 +144,7 @@ def _cells(line: str, mark: str | None) -> list[str]:
 
 
 def _count_up(values: Sequence[str], firsts: tuple[str, ...] = ("0", "1")) -> bool:
-    """Whether these are the numbers of rows."""
+    """Whether these are row numbers."""
     return values[0] in firsts and all(value == str(int(values[0]) + i) for i, value in enumerate(values))
 
 
@@ -164,7 +164,7 @@ def _split_heading(rows: list[list[str]]) -> tuple[list[str] | None, list[list[s
 
 
 def _above_numbers(heading: list[str], body: list[list[str]]) -> bool:
-    """Whether a word of this row stands above a column of numbers."""
+    """Whether this row has a word above a column of numbers."""
     columns = ([row[i] for row in body if len(row) > i] for i in range(1, len(heading)))
     return any(
         cells and all(map(NUMBER.fullmatch, cells)) and not NUMBER.fullmatch(word)
@@ -173,16 +173,16 @@ def _above_numbers(heading: list[str], body: list[list[str]]) -> bool:
 
 
 def _are_all_symbols(rows: list[list[str]]) -> bool:
-    """Whether every cell may be a gene: nothing tells such a table from lines of several genes."""
+    """Whether every cell may be a gene: such a table cannot be told from lines of several genes."""
     cells = [cell for row in rows for cell in row if cell]
     return len(set(cells)) == len(cells) and all(LIKE_A_SYMBOL.fullmatch(c) and not ensembl_id(c) for c in cells)
 
 
 def _gene_column(heading: list[str] | None, body: list[list[str]]) -> int:
     names = [_heading_name(cell) for cell in heading or []]
-    found = next((wanted for wanted in HEADINGS if wanted in names), None)
-    if found is not None:
-        return names.index(found)
+    heading_name = next((wanted for wanted in HEADINGS if wanted in names), None)
+    if heading_name is not None:
+        return names.index(heading_name)
     if not _count_up([row[0] for row in body]):
         return 0
     if all(len(row) > 1 and NUMBER.fullmatch(row[1]) for row in body):
@@ -212,64 +212,18 @@ def read_vocabulary(path: Path) -> list[str]:
     return _each_once(path, names)
 
 
-# ---- what a name that no slice has may be
-
-DATE = re.compile(
-    r"(?P<day>\d{1,2})[-/. ](?P<month>[a-z]{3,4})|(?P<month_>[a-z]{3,4})[-/. ](?P<day_>\d{1,2})"  # 1-Mar, Mar-01
-    r"|\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}.*",
-    re.IGNORECASE,
-)
-OF_A_DATE = {"mar": ("MARCHF", "MARCH", "MTARC", "MARC"), "sep": ("SEPTIN", "SEPT"), "dec": ("DELEC", "DEC")}
-OF_A_DATE |= {"oct": ("OCT",), "feb": ("FEB",), "apr": ("APR",), "nov": ("NOV",)}
-CASES = {"lower": "lower case", "title": "mouse case", "upper": "upper case"}
+# ---- names that no slice has
 
 
-def hint(listed: Sequence[str], unknown: Sequence[str], names: Iterable[str]) -> str:
-    """What the names of a list that are in no slice may mean, "" where nothing suggests itself.
-
-    Parameters
-    ----------
-    listed : all names of the list
-    unknown : those that no slice has, one at least
-    names : of the slices' genes
-    """
+def hint(unknown: Sequence[str], names: Iterable[str]) -> str:
+    """Which of the slices' gene `names` an `unknown` one may mean, "" where none is alike."""
     there = {name.upper(): name for name in names}
     for name in unknown:
-        if is_date(name):
-            meant = [there[gene] for gene in _of_a_date(name) if gene in there]
-            return (
-                f"{name} is a date that a spreadsheet made of a gene: did you mean {' or '.join(meant) or 'MARCHF1'}?"
-            )
-    other_case = {name: there[name.upper()] for name in unknown if name.upper() in there}
-    if other_case:
-        name, meant_name = next(iter(other_case.items()))
-        cases = {_case(name) for name in listed}
-        of_all = f", the whole list is in {CASES[cases.pop()]}" if len(cases) == 1 and len(listed) > 1 else ""
-        return f"{name}: did you mean {meant_name}?{of_all if len(unknown) == len(listed) else ''}"
-    for name in unknown:
-        if (part := SUFFIX.fullmatch(name)) and part[1].upper() in there:
-            return f"{name}: did you mean {there[part[1].upper()]}?"
-    return "numbers are no names: give symbols or Ensembl ids" if unknown[0].isdigit() else ""
-
-
-def is_date(name: str) -> bool:
-    found = DATE.fullmatch(name)
-    month = found and (found["month"] or found["month_"])
-    return bool(found and (not month or month[:3].lower() in OF_A_DATE))
-
-
-def _of_a_date(name: str) -> list[str]:
-    """Genes that a spreadsheet makes this date of."""
-    found = DATE.fullmatch(name)
-    if not found or not (month := found["month"] or found["month_"]):
-        return []
-    return [f"{gene}{int(found['day'] or found['day_'])}" for gene in OF_A_DATE[month[:3].lower()]]
-
-
-def _case(name: str) -> str:
-    if name in (name.lower(), name.upper()):
-        return "lower" if name == name.lower() else "upper"
-    return "title" if name[0].isupper() else "mixed"
+        suffixed = SUFFIX.fullmatch(name)
+        for candidate in (name, suffixed[1] if suffixed else name):
+            if meant := there.get(candidate.upper()):
+                return f"{name}: did you mean {meant}?"
+    return ""
 
 
 # ---- gene2vec

@@ -1,4 +1,4 @@
-"""Names of genes: symbols, Ensembl ids, aliases; which features are controls; suffixes that made a symbol unique.
+"""Names of genes: symbols, Ensembl ids, aliases; names of control features; suffixes that make symbols unique.
 
 Letters: G genes of a slice, V genes of a vocabulary.
 """
@@ -36,7 +36,7 @@ CONTROL = re.compile(
 
 
 def is_control(name: str) -> bool:
-    """Whether a feature is no gene by its name: a control probe, codeword, blank, spike-in, row of unassigned reads."""
+    """Whether the name is that of a control probe, codeword, blank, spike-in or row of unassigned reads."""
     return CONTROL.match(name) is not None
 
 
@@ -52,8 +52,8 @@ ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?(_PAR_Y)?")
 
 def ensembl_id(name: str) -> str | None:
     """The Ensembl gene id that a name is, without its version; None where it is a symbol."""
-    found = ENSEMBL.fullmatch(name)
-    return found[1] if found else None
+    match = ENSEMBL.fullmatch(name)
+    return match[1] if match else None
 
 
 def is_ensembl(name: str) -> bool:
@@ -61,18 +61,18 @@ def is_ensembl(name: str) -> bool:
 
 
 def symbols_by_id(names: np.ndarray, ids: np.ndarray) -> dict[str, str]:
-    """Ensembl id without version -> symbol, as far as the names and ids (G,) of one slice's features table say."""
+    """Ensembl id without version -> symbol, from the names and ids (G,) of one slice's features table."""
     pairs = ((ensembl_id(str(gene_id)), str(name)) for gene_id, name in zip(ids, names, strict=True))
     return {gene_id: name for gene_id, name in pairs if gene_id and not is_ensembl(name)}
 
 
 def mapped_names(names: np.ndarray, symbols: Mapping[str, str]) -> np.ndarray:
-    """Ensembl names (G,) turned into symbols where a slice's table knows them, else without their version: (G,) str."""
+    """Ensembl names (G,) turned into symbols where `symbols` has them, else without their version: (G,) str."""
     pairs = ((name, ensembl_id(name)) for name in names.astype(str))
     return np.array([name if gene_id is None else symbols.get(gene_id, gene_id) for name, gene_id in pairs], str)
 
 
-# ---- symbols that were made unique
+# ---- suffixes that make symbols unique
 
 SUFFIX = re.compile(r"(.+)([-.])([1-9]\d*)")  # anndata and Seurat: TBCE-1; R's make.unique and pandas: TBCE.1
 WITH_ID = re.compile(r"(.+)[-_.]ENS[A-Z]*G\d+(\.\d+)?")  # CELLxGENE, scuttle: TBCE_ENSG00000284770
@@ -96,19 +96,19 @@ def _suffixed(names: Iterable[str]) -> Iterator[tuple[int, str, str, int]]:
 def without_unique_suffixes(
     names: np.ndarray, ids: np.ndarray | None = None, symbols: Mapping[str, str] | None = None
 ) -> np.ndarray:
-    """Give symbols that were made unique (TBCE, TBCE-1) their repeated name back: (G,) -> (G,) str.
+    """Undo the suffixes that made repeated symbols unique (TBCE, TBCE-1 -> TBCE, TBCE): (G,) -> (G,) str.
 
-    A suffix is taken away where the name without it is there too, its numbers are 1, 2, ... without a gap, and nothing
-    says that it belongs to the symbol: a family whose members are numbered so (KRTAP13-1, IGHV1-69-2, MIR3648-1), a
-    clone (AL627309.1), or another table that has the id under the whole name. Names of which one repeats were not made
-    unique and stay. A symbol with its Ensembl id behind it (TBCE_ENSG00000284770) loses the id.
+    A suffix is removed where the name without it is present and its numbers are 1, 2, ... without a gap, unless it
+    belongs to the symbol: in a family with such numbers (KRTAP13-1, IGHV1-69-2, MIR3648-1), in a clone (AL627309.1), or
+    where another table has the id under the whole name. If any name repeats, names were not made unique and all stay.
+    A symbol followed by its Ensembl id (TBCE_ENSG00000284770) loses the id.
 
     Parameters
     ----------
     names : (G,) str, of the features of one file
     ids : (G,) str in their order; names may stand for them. An Ensembl id that the name without suffix has, too, or an
-        id that is that name, proves that the suffix was added
-    symbols : Ensembl id -> symbol of other tables (`slice_names`), which decides where it knows the id
+        id that equals that name, proves that the suffix was added
+    symbols : Ensembl id -> symbol of other tables (`slice_names`), which decides where it has the id
     """
     names = np.asarray(names).astype(str)
     place = {name: i for i, name in enumerate(names)}
@@ -134,13 +134,13 @@ def without_unique_suffixes(
 
 @dataclass(frozen=True)
 class SliceNames:
-    """What the features tables of all slices together say of names."""
+    """Gene names by the features tables of all slices."""
 
     symbols: dict[str, str]  # Ensembl id -> symbol; TBCE goes before TBCE-1
-    repeats: dict[str, int]  # symbol -> how often it stands in a slice, the most of all; those once are left out
+    repeats: dict[str, int]  # symbol -> its highest number of occurrences in a slice, if above 1
 
     def agreed(self, names: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Names and ids (G,) of a slice -> names by which all slices call its genes: (G,) str.
+        """Names and ids (G,) of a slice -> names common to all slices: (G,) str.
 
         Ensembl names become symbols. TBCE-1 becomes TBCE where another slice has its id as TBCE, or has TBCE twice.
         """
@@ -154,9 +154,9 @@ class SliceNames:
 
 
 def slice_names(features: Iterable[tuple[np.ndarray, np.ndarray]]) -> SliceNames:
-    """Of the names and ids (G,) of each slice, which are looked at one after the other.
+    """From the names and ids (G,) of each slice, read one slice at a time.
 
-    A repeated symbol that has a numbered one beside it (X, X, X-1) says nothing of another's X-1, and is left out.
+    A repeated symbol that also occurs with a suffix (X, X, X-1) does not explain X-1 of another slice; it is left out.
     """
     symbols: dict[str, str] = {}
     repeats: dict[str, int] = {}
@@ -178,14 +178,14 @@ def slice_names(features: Iterable[tuple[np.ndarray, np.ndarray]]) -> SliceNames
 
 @dataclass(frozen=True)
 class KnownNames:
-    """Other names of genes. An alias that two genes share is not used."""
+    """Other names of genes. An alias of two genes is not used."""
 
     approved: dict[str, str]  # approved symbol, alias or previous symbol -> approved symbol
     by_id: dict[str, tuple[str, ...]]  # Ensembl id without version -> symbols
     ambiguous: frozenset[str]  # aliases of two symbols, which are not used
 
-    def of(self, name: str) -> list[str]:
-        """The names under which a gene is looked up, the surest first."""
+    def lookup_names(self, name: str) -> list[str]:
+        """The names under which a gene is looked up, in order of preference."""
         gene_id = ensembl_id(name)
         if gene_id is None:
             return [self.approved.get(name, name)]
@@ -198,16 +198,16 @@ def known_names(path: Path | None, symbols: dict[str, str]) -> KnownNames:
     Raises ValueError where the table has other columns or no gene.
     """
     rows = [] if path is None else _read_table(path)
-    own = {row["symbol"] for row in rows}
+    symbols_of_table = {row["symbol"] for row in rows}
     pointing: dict[str, set[str]] = {}
     by_id: dict[str, tuple[str, ...]] = {gene_id: (symbol,) for gene_id, symbol in symbols.items()}
     for row in rows:
         for name in [*(row.get("alias_symbol") or "").split("|"), *(row.get("prev_symbol") or "").split("|")]:
-            if name and name not in own:  # what is a gene's own symbol today is no other's
+            if name and name not in symbols_of_table:  # an approved symbol is no alias of another gene
                 pointing.setdefault(name, set()).add(row["symbol"])
         if gene_id := ensembl_id(row.get("ensembl_gene_id") or ""):
             by_id[gene_id] = tuple(dict.fromkeys([*by_id.get(gene_id, ()), row["symbol"]]))
-    approved = {symbol: symbol for symbol in own}
+    approved = {symbol: symbol for symbol in symbols_of_table}
     approved |= {name: next(iter(to)) for name, to in pointing.items() if len(to) == 1}
     return KnownNames(approved, by_id, frozenset(name for name, to in pointing.items() if len(to) > 1))
 
@@ -249,7 +249,7 @@ def counted(how: Iterable[str]) -> str:
 
 
 def left_out(unmatched: Sequence[str], ambiguous: int) -> str:
-    """The end of the line: how many names are left, some of them, and how many of them are ambiguous."""
+    """The end of a log line: the number of unmatched names, the first of them, and how many are ambiguous."""
     if not unmatched:
         return ", 0 unmatched"
     shown = ", ".join(unmatched[:3]) + (", ..." if len(unmatched) > 3 else "")
@@ -257,17 +257,17 @@ def left_out(unmatched: Sequence[str], ambiguous: int) -> str:
 
 
 def match_genes(wanted: Sequence[str], vocabulary: Sequence[str], known: KnownNames) -> Matches:
-    """Look each wanted name up in the vocabulary: as it stands, else under any name it is known by, either way round.
+    """Look each wanted name up in the vocabulary: first exactly, then by the other names of either gene.
 
-    A gene of the vocabulary that is already found by its own name, or that two names would claim, is not given away.
-    Names are unique on both sides.
+    A gene of the vocabulary is matched once: an exact match takes precedence, and where two names would match the same
+    gene, neither does. Names are unique on both sides.
     """
     row_of = {name: row for row, name in enumerate(vocabulary)}
     places = {name: row_of[name] for name in wanted if name in row_of}
     taken, how = set(places.values()), dict.fromkeys(places, "exact")
     rows_of: dict[str, list[int]] = {}
     for row, name in enumerate(vocabulary):
-        for other in known.of(name):
+        for other in known.lookup_names(name):
             rows_of.setdefault(other, []).append(row)
     claims: dict[int, list[str]] = {}
     unclear = set()
@@ -288,18 +288,17 @@ def match_genes(wanted: Sequence[str], vocabulary: Sequence[str], known: KnownNa
 
 
 def _meant(name: str, rows_of: dict[str, list[int]], row_of: dict[str, int], known: KnownNames) -> list[int]:
-    """Rows of the first name known for this gene that the vocabulary has; its approved symbol goes before aliases."""
-    for other in known.of(name):
+    """Rows of the first of the gene's names that the vocabulary has; an approved symbol goes before aliases."""
+    for other in known.lookup_names(name):
         if other in rows_of:
             return [row_of[other]] if other in row_of else rows_of[other]
     return []
 
 
 def renamed(names: np.ndarray, panel: Sequence[str], known: KnownNames) -> np.ndarray:
-    """A slice's gene names (G,) as the panel calls them; those that mean none of its genes stay."""
-    own = list(dict.fromkeys(names.tolist()))
-    called = {name: panel[place] for name, place in match_genes(own, panel, known).places.items()}
-    return np.array([called.get(name, name) for name in names.tolist()])
+    """A slice's gene names (G,) with those that match a panel gene replaced by the panel's name for it."""
+    places = match_genes(list(dict.fromkeys(names.tolist())), panel, known).places
+    return np.array([panel[places[name]] if name in places else name for name in names.tolist()])
 
 
 def require_half(found: int, wanted: int, what: str, unmatched: Sequence[str], vocabulary: Sequence[str]) -> None:

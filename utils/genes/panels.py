@@ -1,12 +1,12 @@
 """Gene panels: chosen on train slices, binned and downsampled; the two panel files of a slice written and read.
 
-The order of genes lives in these files. Letters: S spots, G genes of a slice, P genes of a panel.
+These files define the order of the genes. Letters: S spots, G genes of a slice, P genes of a panel.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,12 @@ FILES = {
     "input": "filtered_feature_bc_matrix_one.h5ad",  # what stage one reads
     "target": "filtered_feature_bc_matrix_decoder.h5ad",  # what stage two predicts
 }
-N_BINS = 5  # the highest bin; scBERT's cut
+HIGHEST_BIN = 5  # scBERT's cut
 
 
 def gather(names: np.ndarray, wanted: list[str]) -> sp.csr_matrix:
     """(G, P) int32 that turns counts (S, G) into (S, P): columns of one name summed, zeros for one not in `names`."""
-    place = {gene: i for i, gene in enumerate(wanted)}
-    columns = np.array([place.get(name, -1) for name in names])
+    columns = columns_of(wanted, names)
     rows = np.flatnonzero(columns >= 0)
     return sp.csr_matrix((np.ones(len(rows), np.int32), (rows, columns[rows])), shape=(len(names), len(wanted)))
 
@@ -35,7 +34,7 @@ def common_genes(slices: list[np.ndarray]) -> list[str]:
     return [str(gene) for gene in slices[0] if gene in shared]
 
 
-def columns_of(names: np.ndarray, genes: list[str]) -> np.ndarray:
+def columns_of(names: Sequence[str] | np.ndarray, genes: Sequence[str] | np.ndarray) -> np.ndarray:
     """Place of each gene in `names`, -1 where it is not there: (len(genes),)."""
     place = {name: i for i, name in enumerate(names)}
     return np.array([place.get(gene, -1) for gene in genes])
@@ -52,12 +51,17 @@ class Profile:
     squares: np.ndarray  # (G,) squared deviations from that mean, summed
 
 
+def no_spots(names: np.ndarray) -> Profile:
+    """The profile to merge others into."""
+    return Profile(names, 0, np.zeros(len(names), np.int64), np.zeros(len(names)), np.zeros(len(names)))
+
+
 def profile(counts: sp.csr_matrix, names: np.ndarray) -> Profile:
     """Of counts (S, G), none of them stored twice."""
     n_spots, n_genes = counts.shape
-    totals = np.asarray(counts.sum(0)).ravel()
     if not n_spots:
-        return Profile(names, 0, totals, np.zeros(n_genes), np.zeros(n_genes))
+        return no_spots(names)
+    totals = np.asarray(counts.sum(0)).ravel()
     scale = 1e4 / np.maximum(np.asarray(counts.sum(1)).ravel(), 1)
     per_10k = counts.data * np.repeat(scale, np.diff(counts.indptr))
     mean = np.bincount(counts.indices, per_10k, n_genes) / n_spots
@@ -67,40 +71,40 @@ def profile(counts: sp.csr_matrix, names: np.ndarray) -> Profile:
     return Profile(names, n_spots, totals, mean, squares)
 
 
-def merged(one: Profile, other: Profile) -> Profile:
+def merged(first: Profile, second: Profile) -> Profile:
     """The profile of both sets of spots, without the cancellation of sums of squares (Chan, Golub, LeVeque 1979)."""
-    n_spots = one.n_spots + other.n_spots
-    share, apart = other.n_spots / max(n_spots, 1), other.mean - one.mean
-    squares = one.squares + other.squares + apart**2 * one.n_spots * share
-    return Profile(one.names, n_spots, one.totals + other.totals, one.mean + apart * share, squares)
+    n_spots = first.n_spots + second.n_spots
+    fraction, difference = second.n_spots / max(n_spots, 1), second.mean - first.mean
+    squares = first.squares + second.squares + difference**2 * first.n_spots * fraction
+    return Profile(first.names, n_spots, first.totals + second.totals, first.mean + difference * fraction, squares)
 
 
 def highest_expressed(slices: list[Profile], n: int) -> list[str]:
     """The n common genes with the highest total count, averaged over slices (the published rule)."""
-    common = common_genes([one.names for one in slices])
-    totals = [one.totals[columns_of(one.names, common)] for one in slices]
+    common = common_genes([slice_.names for slice_ in slices])
+    totals = [slice_.totals[columns_of(slice_.names, common)] for slice_ in slices]
     order = np.argsort(-np.mean(totals, axis=0), kind="stable")
     return [common[i] for i in order[:n]]
 
 
-def _dispersions(one: Profile, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Dispersion of some genes of a slice, relative to genes of like mean, and whether they were seen: (P,) both.
+def _dispersions(slice_: Profile, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Dispersion of some genes of a slice, relative to genes of similar mean, and whether they have counts: (P,) both.
 
     log(variance / mean) of the counts per 10,000, standardised within 20 bins of equal width of log(1 + mean); a gene
-    alone in its bin gets 1, one unseen 0, one that does not vary NaN (Satija 2015, as scanpy's `seurat` flavour).
+    alone in its bin gets 1, one without counts 0, one that does not vary NaN (Satija 2015, scanpy's `seurat` flavour).
     """
     import pandas as pd
 
-    mean, variance = one.mean[columns], one.squares[columns] / max(one.n_spots - 1, 1)
-    seen, found = mean > 0, np.zeros(len(columns))
+    mean, variance = slice_.mean[columns], slice_.squares[columns] / max(slice_.n_spots - 1, 1)
+    seen, standardised = mean > 0, np.zeros(len(columns))
     if seen.any():
         dispersion = pd.Series(np.log(np.where(variance > 0, variance, np.nan)[seen] / mean[seen]))
-        like = dispersion.groupby(pd.cut(np.log1p(mean[seen]), bins=20, labels=False))
-        centre, spread = like.transform("mean"), like.transform("std")
-        alone = spread.isna()
-        above, width = (dispersion - centre.mask(alone, 0)).round(12), spread.mask(alone, centre).round(12)
-        found[seen] = (above / width).round(9)  # two in a bin are 1/sqrt(2) off: no rounding error may tell them apart
-    return found, seen
+        bins = dispersion.groupby(pd.cut(np.log1p(mean[seen]), bins=20, labels=False))
+        centre, sd = bins.transform("mean"), bins.transform("std")
+        alone = sd.isna()
+        above, width = (dispersion - centre.mask(alone, 0)).round(12), sd.mask(alone, centre).round(12)
+        standardised[seen] = (above / width).round(9)  # two in a bin are 1/sqrt(2) off, whatever the rounding errors
+    return standardised, seen
 
 
 def _highest(dispersions: np.ndarray, seen: np.ndarray, n: int) -> np.ndarray:
@@ -112,17 +116,18 @@ def _highest(dispersions: np.ndarray, seen: np.ndarray, n: int) -> np.ndarray:
 def highly_variable(slices: list[Profile], n: int) -> list[str]:
     """The n common genes that vary most: among the n most dispersed of most slices, then by mean dispersion.
 
-    They are scanpy's `highly_variable_genes` with the `seurat` flavour, a batch per slice and log1p counts per 10,000;
-    equals go by name.
+    Equal to scanpy's `highly_variable_genes(flavor="seurat", batch_key=slice)` on log1p counts per 10,000, ties by
+    name. scanpy itself needs the matrices of all train slices in memory (8 of 2,000 spots and 17,000 genes: 1.5 GB and
+    16 s); sums per gene take one span of spots at a time (0.5 GB, 2 s).
     """
-    common = common_genes([one.names for one in slices])
+    common = common_genes([slice_.names for slice_ in slices])
     if len(common) <= n:
         return common
-    found = [_dispersions(one, columns_of(one.names, common)) for one in slices if one.n_spots]
-    n_slices = np.sum([_highest(dispersions, seen, n) for dispersions, seen in found], axis=0)
-    values = np.array([dispersions for dispersions, _ in found])
-    given = ~np.isnan(values)
-    mean = np.where(given, values, 0).sum(0) / np.where(given.any(0), given.sum(0), np.nan)  # NaN sorts last
+    per_slice = [_dispersions(slice_, columns_of(slice_.names, common)) for slice_ in slices if slice_.n_spots]
+    n_slices = np.sum([_highest(dispersions, seen, n) for dispersions, seen in per_slice], axis=0)
+    values = np.array([dispersions for dispersions, _ in per_slice])
+    defined = ~np.isnan(values)
+    mean = np.where(defined, values, 0).sum(0) / np.where(defined.any(0), defined.sum(0), np.nan)  # NaN sorts last
     chosen = set(np.lexsort((common, -mean, -n_slices))[:n])
     return [gene for i, gene in enumerate(common) if i in chosen]
 
@@ -134,12 +139,12 @@ def bin_tokens(counts: np.ndarray, total_counts: np.ndarray, out: np.ndarray | N
     for first in range(0, len(counts), step):
         rows = slice(first, first + step)
         per_10k = counts[rows] * (1e4 / total_counts[rows, None])
-        out[rows] = np.minimum(np.floor(np.log2(1 + per_10k)), N_BINS)
+        out[rows] = np.minimum(np.floor(np.log2(1 + per_10k)), HIGHEST_BIN)
     return out
 
 
 def spot_seeds(slice_name: str, barcodes: np.ndarray) -> np.ndarray:
-    """A number for each spot that its slice's name and its barcode alone decide: (S,) uint64."""
+    """A seed for each spot, a hash of its slice's name and its barcode: (S,) uint64."""
     digests = (hashlib.sha256(f"{slice_name}\n{barcode}".encode()).digest() for barcode in barcodes)
     return np.array([int.from_bytes(digest[:8], "little") for digest in digests], np.uint64)
 
@@ -183,8 +188,8 @@ def panel_hash(genes: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel file: what it says of the slice and of the choice. Its counts stay in the file until they are asked
-    for, so that slices that nobody works on take no memory."""
+    """One panel file: its spots, its genes, and how they were chosen. The counts stay in the file until `read_counts`:
+    slices that are not worked on take no memory."""
 
     path: Path
     rows: np.ndarray  # (S,) of the file, in its order
@@ -199,34 +204,33 @@ class Panel:
     files_hash: str = ""  # of the slice's matrix and positions that it was written from
     columns: np.ndarray | None = None  # (P,) of the file, -1 for a gene that it lacks; None: all, in its order
 
-    @property
-    def counts(self) -> np.ndarray:
-        """Raw counts (S, P) int32 of the panel's genes, read anew each time; zeros for a gene that the file lacks."""
+    def read_counts(self) -> np.ndarray:
+        """Raw counts (S, P) int32 of the panel's genes, read from the file; zeros for a gene that the file lacks."""
         import h5py
         from anndata.io import read_elem
 
         with h5py.File(self.path) as file:
-            counts = read_elem(file["X"])
-        found = np.asarray(counts[self.rows].toarray() if sp.issparse(counts) else counts[self.rows]).astype(np.int32)
-        return found if self.columns is None else np.where(self.columns >= 0, found[:, self.columns], 0)
+            stored = read_elem(file["X"])
+        counts = np.asarray(stored[self.rows].toarray() if sp.issparse(stored) else stored[self.rows]).astype(np.int32)
+        return counts if self.columns is None else np.where(self.columns >= 0, counts[:, self.columns], 0)
 
-    def of(self, rows: np.ndarray) -> Panel:
-        """The same for some of its spots (n,)."""
+    def select_spots(self, rows: np.ndarray) -> Panel:
+        """The panel file for some of its spots (n,)."""
         per_spot = ("rows", "barcodes", "total_counts", "xy_fullres_px")
         return replace(self, **{name: getattr(self, name)[rows] for name in per_spot})
 
-    def onto(self, wanted: list[str]) -> Panel:
-        """The same for other genes, in their order: one that this panel lacks counts zero and is not measured."""
+    def select_genes(self, wanted: list[str]) -> Panel:
+        """The panel file for other genes, in their order: one that it lacks has zero counts and is not measured."""
         if wanted == self.genes:
             return self
-        place = columns_of(np.array(self.genes), wanted)
+        place = columns_of(self.genes, wanted)
         measured = (place >= 0) & self.measured[place]
         columns = place if self.columns is None else np.where(place >= 0, self.columns[place], -1)
         return replace(self, genes=list(wanted), measured=measured, columns=columns)
 
 
 def panel_path(data: Path, panels: Path | None, slice_name: str, role: str) -> Path:
-    """Where the panel file of a slice lies: in the slice's folder, or below --panels."""
+    """The panel file of a slice: in the slice's folder, or below --panels."""
     return (data if panels is None else panels) / slice_name / FILES[role]
 
 

@@ -1,6 +1,6 @@
 """Where the spots of an unmeasured slide lie: on a grid over its tissue, or on the positions of a slice or a file.
 
-Letters: S spots. Coordinates are full-resolution pixels, those of the positions where there are any; the image itself
+Shapes: S spots. Coordinates are full-resolution pixels, those of the positions where there are any; the image itself
 may be smaller (the hires image of a slice folder), `scale` of its pixels to one of them.
 """
 
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def pitch_um(self) -> float | None:
-        """Between neighbouring spots: as given, else what the array or the bin size tells; None where nothing does."""
+        """Between neighbouring spots: as given, else of the array or the bin size; None where it is not known."""
         if self.request.spot_pitch_um is not None or self.spots is None:
             return self.request.spot_pitch_um or visium.VISIUM_PITCH_UM
         if self.lattice is not None and self.lattice.staggered:
@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def um_per_fullres_px(self) -> float | None:
-        """As given, else by the positions; None where the image has to tell."""
+        """As given, else by the positions; None where it is read from the image."""
         if self.request.um_per_px is not None or self.lattice is None or self.pitch_um is None:
             return self.request.um_per_px
         return self.pitch_um / self.lattice.pitch_px
@@ -117,7 +117,7 @@ def _given_spots(path: Path) -> tuple[pd.DataFrame, Lattice | None]:
     return spots, lattice
 
 
-def lay(planned: Plan, image: Any, thumbnail: np.ndarray, thumbnail_scale: float, kind: str) -> SlideSpots:
+def place_spots(planned: Plan, image: Any, thumbnail: np.ndarray, thumbnail_scale: float, kind: str) -> SlideSpots:
     """The spots of a slide whose image is open.
 
     Parameters
@@ -139,7 +139,7 @@ def lay(planned: Plan, image: Any, thumbnail: np.ndarray, thumbnail_scale: float
         pitch = pitch if planned.lattice is None else planned.lattice.pitch_px
         given = planned.slice_ is None or request.positions is not None
         diameter = SPOT_DIAMETER * pitch if given else planned.slice_.scalefactors["spot_diameter_fullres"]  # type: ignore[union-attr]
-        kept = _checked(planned, image, xy * scale, diameter / 2 * scale, (thumbnail, thumbnail_scale))
+        kept = _spots_on_image(planned, image, xy * scale, diameter / 2 * scale, (thumbnail, thumbnail_scale))
         if request.mask is not None:
             mask = tissue.read_mask(request.mask, thumbnail.shape[:2])
             kept &= tissue.on_tissue(xy * scale, mask, thumbnail_scale, diameter / 2 * scale)
@@ -149,7 +149,7 @@ def lay(planned: Plan, image: Any, thumbnail: np.ndarray, thumbnail_scale: float
 
 
 def _um_per_fullres_px(planned: Plan, image: Any) -> float:
-    """As flags or positions say it, else the image's own; a contradiction is printed."""
+    """By flags or positions, else the image's own; a contradiction is printed."""
     um_per_px, scale = planned.um_per_fullres_px, planned.source.scale
     if um_per_px is None:
         if not image.um_per_px:
@@ -158,17 +158,19 @@ def _um_per_fullres_px(planned: Plan, image: Any) -> float:
                 f"{planned.source.path}: its scale is not known (um per pixel); give --um_per_px{or_pitch}"
             )
         return image.um_per_px * scale
-    own = image.metadata_um_per_px
-    if own and planned.slice_ is None and abs(own * scale / um_per_px - 1) > visium.DISAGREE:
-        found = f"{um_per_px / scale:.4g} um per px, the file says {own:.4g}"
-        print(f"warning: {planned.request.name}: flags or positions say {found}; the former is used")
+    in_file = image.metadata_um_per_px
+    if in_file and planned.slice_ is None and abs(in_file * scale / um_per_px - 1) > visium.DISAGREE:
+        print(
+            f"warning: {planned.request.name}: {um_per_px / scale:.4g} um per px by flags or positions, {in_file:.4g} "
+            "by the file; the former is used"
+        )
     return um_per_px
 
 
-def _checked(
+def _spots_on_image(
     planned: Plan, image: Any, xy_image_px: np.ndarray, radius_px: float, thumbnail: checks.Thumbnail
 ) -> np.ndarray:
-    """Which spots (S,) lie on the image; what contradicts it is printed, or refused."""
+    """Which spots (S,) lie on the image; a contradiction between image and positions is printed, or refused."""
     request, where = planned.request, str(planned.source.path)
     size = image.width, image.height
     if planned.slice_ is not None and request.positions is None:

@@ -1,14 +1,19 @@
-"""What was measured of given genes on a slice that has counts: read straight from its matrix, without panel files.
+"""What was measured of the predicted genes on a slice that has counts, and the metrics of the prediction.
 
-Letters: S spots, G genes of the slice, P wanted genes.
+The counts are read straight from the slice's matrix, without panel files.
+Shapes: S spots, G genes of the slice, P predicted genes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from utils.evaluation import expression
+from utils.evaluation.metrics import to_scale
 from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
 from utils.slices import visium
@@ -17,19 +22,24 @@ from utils.slices.visium import Slice
 
 @dataclass(frozen=True)
 class MeasuredGenes:
-    """Counts of the wanted genes; a gene that the slice lacks is a column of zeros, not `measured`."""
+    """Counts of the predicted genes; a gene that the slice lacks is a column of zeros, not `measured`."""
 
     counts: np.ndarray  # (S, P)
     total_counts: np.ndarray  # (S,) over all genes of the slice
     measured: np.ndarray  # (P,) bool
-    content: str  # hash of all the slice's counts: the same section under another name is found by it
+    content: str  # hash of all the slice's counts, which is the same for the section under another name
+
+    def in_scale(self, target: str) -> np.ndarray:
+        """(S, P) in the units of the target; NaN for a gene that the slice lacks."""
+        return np.where(self.measured, to_scale(target, self.counts, self.total_counts), np.nan)
 
 
-def read_measured(slice_: Slice, wanted: list[str], barcodes: np.ndarray, memory: float) -> MeasuredGenes | None:
+def read_measured(slice_: Slice, genes: list[str], barcodes: np.ndarray, memory: float) -> MeasuredGenes | None:
     """Of the spots `barcodes` (S,), in their order; None where the slice has no counts.
 
     Parameters
     ----------
+    genes : the P names, or Ensembl ids
     memory : bytes that the whole matrix may take; more of it is read by spans of spots
     """
     if slice_.matrix is None:
@@ -37,14 +47,39 @@ def read_measured(slice_: Slice, wanted: list[str], barcodes: np.ndarray, memory
     source = slice_.with_counts(memory)
     symbols = gene_names.symbols_by_id(source.genes, source.gene_ids)
     names = gene_names.mapped_names(source.genes, symbols)
-    names = gene_names.renamed(names, wanted, gene_names.known_names(None, symbols))
-    gathering = gene_panels.gather(names, wanted)
-    counts, total = np.zeros((len(source.spots), len(wanted)), np.int32), np.zeros(len(source.spots), np.int64)
+    names = gene_names.renamed(names, genes, gene_names.known_names(None, symbols))
+    gathering = gene_panels.gather(names, genes)
+    counts, total = np.zeros((len(source.spots), len(genes)), np.int32), np.zeros(len(source.spots), np.int64)
     for span in visium.spans(source.counts, memory):
         part = source.counts[span]
         counts[span], total[span] = (part @ gathering).toarray(), np.asarray(part.sum(1)).ravel()
-    names_of_spots = source.spots.index.to_numpy(str)
-    place = {barcode: i for i, barcode in enumerate(names_of_spots)}
-    rows = np.array([place[barcode] for barcode in barcodes])
-    content = visium.counts_hash(source.counts, names_of_spots, source.genes, memory)
-    return MeasuredGenes(counts[rows], total[rows], np.isin(wanted, names), content)
+    rows = source.spots.index.get_indexer(pd.Index(barcodes))
+    content = visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes, memory)
+    return MeasuredGenes(counts[rows], total[rows], np.isin(genes, names), content)
+
+
+def evaluate(
+    name: str, measured: MeasuredGenes, predicted: np.ndarray, target_mean: np.ndarray, state: dict[str, Any]
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The body of metrics.json, and the table of genes.
+
+    Parameters
+    ----------
+    name : of the slice
+    predicted : (S, P), in the units of the target
+    target_mean : (P,), the mean profile of the train slices, which is the baseline
+    state : the checkpoint, of which genes, target and val_pcc are read
+    """
+    truth: list[expression.MeasuredSlice] = [
+        {
+            "name": name,
+            "counts": measured.counts,
+            "total_counts": measured.total_counts,
+            "measured": measured.measured,
+        }
+    ]
+    mean = np.broadcast_to(target_mean, predicted.shape)
+    metrics = expression.evaluate({"model": [predicted], "mean": [mean]}, truth, state["target"])
+    table = expression.per_gene_table({"model": [predicted]}, truth, state["genes"])
+    table.insert(1, "val_pcc", state["val_pcc"].numpy())
+    return metrics, table

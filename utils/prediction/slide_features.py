@@ -1,13 +1,13 @@
-"""Features of a slide's tiles, streamed: each tile is cut, encoded and dropped; what is kept lies on disk.
+"""Features of a slide's tiles: each tile is cut, encoded and dropped; what is kept lies on disk, by content.
 
-Letters: S spots, R views of a tile (what the model itself sees, then, if asked for, its eight turns), V vectors and T
-tokens of a view, D feature width, B batch, Z tile side in pixels, G genes.
+Shapes: S spots, R views of a tile (as the model sees it, then, if asked for, its eight flips and quarter turns),
+V vectors and T tokens of a view, D feature width, B batch, Z tile side in pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.features.cache import TileEncoder
-from utils.files.arrays import ArrayStore
+from utils.features import cache
+from utils.features.cache import TileEncoder, to_float
 from utils.files.hashing import content_hash
+from utils.images import tiles
+from utils.images.image import TissueImage
 from utils.memory import WithinMemory
 from utils.prediction.layout import SlideSpots
+from utils.prediction.members import Member, Run
 
-TURNS = 8
-SPOTS_AT_ONCE = 2048  # vectors in double precision: 17 MB of the published ones
+SYMMETRIES = 8
+ENLARGED = 1.02  # an image that is coarser than the model's tiles by more is warned of
 
 
 def fingerprint(paths: Iterable[Path]) -> list[list[str]]:
@@ -32,20 +35,52 @@ def fingerprint(paths: Iterable[Path]) -> list[list[str]]:
 
 
 def spots_hash(spots: SlideSpots) -> str:
-    """Of where the spots lie and of their names."""
+    """Of the places and the names of the spots."""
     digest = hashlib.sha256("\n".join(spots.barcodes.tolist()).encode())
     digest.update(np.ascontiguousarray(spots.xy_fullres_px, "<f8").tobytes())
     return digest.hexdigest()
 
 
-def views_of(encode: Callable[[Tensor], Tensor], encode_turned: Callable[[Tensor, int], Tensor] | None) -> Any:
-    """Tiles (B, 3, Z, Z) -> features (B, R, V + T, D): as `encode` gives them, then each of the eight turns."""
+def kept_features(run: Run, member: Member, image: TissueImage, spots: SlideSpots, folder: Path) -> np.ndarray:
+    """Features (S, R, V + T, D) mapped from `folder`: those of an interrupted run where they are there, or computed."""
+    side_px = member.tile_px * member.um_per_px * spots.image_scale / spots.um_per_fullres_px
 
-    def views(tiles: Tensor) -> Tensor:
-        turned = [] if encode_turned is None else [encode_turned(tiles, turn) for turn in range(TURNS)]
-        return torch.stack([encode(tiles), *turned], 1)
+    def compute() -> Iterator[np.ndarray]:
+        warn_if_coarse(member, spots.name, member.tile_px / side_px)
+        cut = tiles.Cut("fullres", image.path.name, member.um_per_px, side_px, member.tile_px, resampled=True)
+        batches = tiles.cut_tiles(image, spots.xy_image_px, cut, run.batch_size, run.workers)
+        return encode_stream(tile_encoder(run, member), batches, len(spots.barcodes), spots.name)
 
-    return views
+    source = f"{side_px:.9g} px of {fingerprint([image.path])} at {spots_hash(spots)}"
+    precision = run.accelerator.mixed_precision
+    key = f"{member.encoder} {precision} prediction_std {run.prediction_std}, {source}"
+    tta = member.model.sizes.tta
+    one: Any = spots  # has the name and the barcodes of a slice
+    return cache.kept_features(
+        folder / f"{member.state['encoder_hash'][:16]}_{member.tile_px}_{tta}", key, one, compute
+    )
+
+
+def warn_if_coarse(member: Member, name: str, enlarged: float) -> None:
+    if enlarged > ENLARGED:
+        print(
+            f"warning: {name}: {enlarged * member.um_per_px:.3g} um per px, the model's tiles have "
+            f"{member.um_per_px:.3g}: they are enlarged {enlarged:.1f} times, which shows no finer detail"
+        )
+
+
+def tile_encoder(run: Run, member: Member) -> TileEncoder:
+    """Tiles (B, 3, Z, Z) -> features (B, R, V + T, D)."""
+    model = member.model
+
+    def views(batch: Tensor) -> Tensor:
+        symmetries = range(SYMMETRIES) if run.prediction_std else ()
+        with run.accelerator.autocast():
+            return torch.stack(
+                [model.encode(batch), *(model.encode_transformed(batch, symmetry) for symmetry in symmetries)], 1
+            )
+
+    return TileEncoder(views, model.sizes.image_size, run.accelerator.device, run.batch_size, run.workers)
 
 
 @torch.no_grad()
@@ -53,41 +88,7 @@ def encode_stream(how: TileEncoder, batches: Iterable[np.ndarray], n_spots: int,
     """Batches of tiles (B, Z, Z, 3) uint8 -> (B, ...) float32, in their order."""
     encode = WithinMemory(how.encode, name)
     with tqdm(total=n_spots, desc=f"{name}: features", unit="spot", disable=None) as bar:
-        for tiles in batches:
-            looked_at = how.look(torch.from_numpy(tiles).to(how.device), name, np.arange(len(tiles)), 0)
-            yield encode(looked_at).float().cpu().numpy()
-            bar.update(len(tiles))
-
-
-def domain_scores(
-    kept: np.ndarray, domain: dict[str, Tensor], n_vectors: int, score: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> np.ndarray:
-    """Out-of-domain score of each spot, on features before standardisation: (S, R, V + T, D) -> (S,)."""
-    found = []
-    for start in range(0, len(kept), SPOTS_AT_ONCE):
-        vectors = kept[start : start + SPOTS_AT_ONCE, 0, :n_vectors].astype(np.float32)
-        found.append(score(torch.from_numpy(vectors).flatten(1), domain["mean"], domain["covariance"]).numpy())
-    return np.concatenate(found)
-
-
-class Spread:
-    """Mean and deviation over predictions (S, G) that come one after the other (Welford 1962)."""
-
-    def __init__(self, store: ArrayStore):
-        self.store, self.number = store, 0
-        self.mean: np.ndarray = np.empty(0)
-        self.squares: np.ndarray = np.empty(0)
-
-    def add(self, predicted: np.ndarray) -> None:
-        if self.number == 0:
-            self.mean, self.squares = (self.store.empty(predicted.shape, np.float32) for _ in range(2))
-            self.mean[:], self.squares[:] = 0, 0
-        self.number += 1
-        apart = predicted - self.mean
-        self.mean += apart / self.number
-        self.squares += apart * (predicted - self.mean)
-
-    @property
-    def deviation(self) -> np.ndarray | None:
-        """Of the predictions seen, as a population; None for a single one."""
-        return np.sqrt(self.squares / self.number) if self.number > 1 else None
+        for batch in batches:
+            float_tiles = to_float(torch.from_numpy(batch).to(how.device), how.size)
+            yield encode(float_tiles).float().cpu().numpy()
+            bar.update(len(batch))

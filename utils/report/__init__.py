@@ -1,6 +1,8 @@
-"""Results as people read them: tables of metrics and the offline page report.html.
+"""Results as people read them: figures, tables of metrics, AnnData files, and the offline page report.html.
 
-tables      lines of text from the metrics.json of one or several runs     __main__  the command
-html        report.html: maps, genes, examples and tables on one page      data      its values and images as text
-parts       what both evaluations put on it                                slide_maps  maps of predicted genes
+spots      spots of a slice and the small image they are drawn on      spot_maps      maps of genes as figures
+tables     lines of text from the metrics.json of runs                 anndata_files  predictions.h5ad
+page       report.html: what it holds, written and joined              page_data      values and images as its text
+page_parts metrics and retrieval examples on the page                  __main__       the command
+page.html, page.css and {page,tables,maps}.js are the page's template. Nothing here computes a metric.
 """

@@ -11,7 +11,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils.report.tables import ceiling_line, expression_lines, read_metrics, retrieval_lines, write_html
+from utils.report.tables import ceiling_line, expression_lines, read_metrics, results_file, retrieval_lines
+
+
+def write_html(path: Path, results: Path) -> None:
+    """Maps, genes, examples and tables of both evaluations on one page. Raises ValueError where one has none."""
+    from utils.report import page
+
+    parts = {"expression": "similarity", "retrieval": "retrieval"}
+    pages = {part: results_file(results, kind, "report.html", "--html: ") for part, kind in parts.items()}
+    page.join_reports(path, "Magic: expression and retrieval from the image", pages)
+
+
+def report_lines(results: list[Path], truth: Path | None) -> list[str]:
+    similarity = [read_metrics(folder, "similarity") for folder in results]
+    lines = retrieval_lines([read_metrics(folder, "retrieval") for folder in results])
+    lines += ["", *expression_lines(similarity)]
+    if truth:
+        ceilings = [ceiling_line(folder, truth, metrics) for folder, metrics in zip(results, similarity, strict=True)]
+        lines += ["", *ceilings]
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,11 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.html and len(args.results) > 1:
             raise ValueError(f"--html: expected one folder of results, found {len(args.results)}; name one of them")
-        similarity = [read_metrics(results, "similarity") for results in args.results]
-        lines = retrieval_lines([read_metrics(results, "retrieval") for results in args.results])
-        lines += ["", *expression_lines(similarity)]
-        if args.truth:
-            lines += ["", *(ceiling_line(r, args.truth, one) for r, one in zip(args.results, similarity, strict=True))]
+        lines = report_lines(args.results, args.truth)
         if args.html:
             write_html(args.html, args.results[0])
             lines += ["", f"maps, genes and examples: {args.html}"]

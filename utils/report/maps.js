@@ -31,7 +31,7 @@ function extent() {
 function rangeOf(kind) {
   const one = slice();
   if (kind === "domain") return [Math.min(0.5, ...shown.domain), Math.max(1.5, ...shown.domain)];
-  const of = state.range === "shared" && kind !== "spread" ? one.shared : one.maps[kind].own;
+  const of = state.range === "shared" && kind !== "prediction_std" ? one.shared : one.maps[kind].own;
   const low = of.low[state.gene], high = of.high[state.gene];
   return [low, high > low ? high : low + 1];
 }
@@ -45,7 +45,7 @@ function spotWords(i) {
 }
 
 function trace(kind, side) {
-  const one = slice(), list = shown[kind], bare = kind === "image", grey = isWeak(state.gene) && (kind === "predicted" || kind === "spread");
+  const one = slice(), list = shown[kind], bare = kind === "image", grey = isWeak(state.gene) && (kind === "predicted" || kind === "prediction_std");
   const known = bare ? one.x.map((_, i) => i) : one.x.map((_, i) => i).filter((i) => !Number.isNaN(list[i]));
   const [low, high] = bare ? [0, 1] : rangeOf(kind);
   return {
@@ -68,7 +68,7 @@ function bar(kind, side) {
   };
 }
 
-// Where each panel lies, in shares of the plot: beside each other, or below each other on a narrow page.
+// Where each panel lies, in fractions of the plot: beside each other, or below each other on a narrow page.
 function panels() {
   if (!stacked()) return [{ x: [0, 0.49], y: [0, 1] }, { x: [0.51, 1], y: [0, 1] }];
   const gap = (ABOVE + BELOW) / (plotHeight() - ABOVE - BELOW);
@@ -113,7 +113,7 @@ function scaleBar() {
 
 function remark(kind) {
   if (kind !== "image" && shown[kind].every(Number.isNaN)) return ": not known for this gene here";
-  return isWeak(state.gene) && (kind === "predicted" || kind === "spread") ? ", greyed" : "";
+  return isWeak(state.gene) && (kind === "predicted" || kind === "prediction_std") ? ", greyed" : "";
 }
 
 function layout() {
@@ -172,7 +172,7 @@ function readSpot(i, aloud) {
   state.spot = i;
   const words = spotWords(i).join(" · ");
   get("spot").textContent = words;
-  if (aloud) say(words);
+  if (aloud) announce(words);
   rings();
 }
 

@@ -1,15 +1,15 @@
 "use strict";
-// What is looked at, and choosing it. Nothing but maps.js needs plotly.js: the page answers while that is read.
-// What comes from data only ever becomes text (textContent) or the address of an embedded image.
+// The state of the page and its controls. Only maps.js needs plotly.js: the page answers while that is read.
+// Data only ever becomes text (textContent) or the address of an embedded image.
 
 const report = JSON.parse(document.getElementById("report").textContent);
 const state = { slice: 0, gene: 0, left: "", right: "", range: "shared", opacity: 0.85, image: 1, spot: -1 };
 const watchers = []; // functions of what changed: "gene", "slice", "look" or "theme"
-const KINDS = { image: "H&E only", measured: "Measured", predicted: "Predicted", spread: "Uncertainty", domain: "Out-of-domain score" };
+const KINDS = { image: "H&E only", measured: "Measured", predicted: "Predicted", prediction_std: "Prediction std", domain: "Out-of-domain score" };
 const texts = {};
 
 const get = (id) => document.getElementById(id);
-const say = (words) => { get("status").textContent = words; };
+const announce = (words) => { get("status").textContent = words; };
 const changed = (what) => watchers.forEach((watcher) => watcher(what));
 const slice = () => report.slices[state.slice];
 const isWeak = (gene) => Boolean(report.weak && report.weak[gene]);
@@ -52,7 +52,7 @@ function chooseGene(gene) {
   get("gene").value = report.genes[gene];
   showFacts();
   markRow();
-  say(`Gene ${report.genes[gene]}${isWeak(gene) ? ", weak" : ""}, maps drawn.`);
+  announce(`Gene ${report.genes[gene]}${isWeak(gene) ? ", weak" : ""}, maps drawn.`);
   changed("gene");
 }
 
@@ -65,7 +65,7 @@ function showFacts() {
     facts.append(fact);
   }
   get("weak").hidden = !isWeak(gene);
-  get("weak").textContent = "Greyed: on validation slices this gene was predicted with a PCC below 0.1. Do not rely on its map.";
+  get("weak").textContent = `Greyed: on validation slices this gene was predicted with a PCC below ${report.leastPcc}. Do not rely on its map.`;
 }
 
 // ---- choosing a gene by typing: an editable combobox with a list
@@ -92,7 +92,7 @@ function geneBox() {
     list.hidden = !found.length;
     input.setAttribute("aria-expanded", String(!list.hidden));
     activate(found.length && wanted ? 0 : -1);
-    if (!found.length) say("No gene of that name.");
+    if (!found.length) announce("No gene of that name.");
   }
 
   function activate(place) {
@@ -134,7 +134,7 @@ function geneBox() {
 // ---- what is looked at
 
 function kindsOf(one) {
-  return ["image", "measured", "predicted", "spread", "domain"].filter((kind) => kind in one.maps || (kind === "image" && one.image) || (kind === "domain" && one.domain));
+  return ["image", "measured", "predicted", "prediction_std", "domain"].filter((kind) => kind in one.maps || (kind === "image" && one.image) || (kind === "domain" && one.domain));
 }
 
 function fillKinds() {
@@ -155,7 +155,7 @@ function controls() {
     state.slice = Number(get("slice").value);
     state.spot = -1;
     fillKinds();
-    say(`Slice ${slice().name}, ${slice().barcodes.length} spots.`);
+    announce(`Slice ${slice().name}, ${slice().barcodes.length} spots.`);
     changed("slice");
   });
   for (const name of ["left", "right", "range"])
@@ -169,7 +169,7 @@ function controls() {
     follow();
   }
   get("precision").textContent = "Colours run from the 1st to the 99th percentile; what lies beyond has the last colour. Values are read "
-    + "from 65,535 steps (uncertainty: 255) between a gene's lowest and highest value in a map.";
+    + "from 65,535 steps (prediction std: 255) between a gene's lowest and highest value in a map.";
 }
 
 function theme(dark) {

@@ -24,7 +24,7 @@ function geneTable() {
     button.addEventListener("click", () => {
       order = { column: name, up: order.column === name ? !order.up : name === null };
       fillGenes();
-      say(`Sorted by ${name ?? "gene"}, ${order.up ? "ascending" : "descending"}.`);
+      announce(`Sorted by ${name ?? "gene"}, ${order.up ? "ascending" : "descending"}.`);
     });
     head.append(button);
     row.append(head);
@@ -34,7 +34,7 @@ function geneTable() {
   fillGenes();
   const weak = (report.weak ?? []).filter(Boolean).length;
   get("genes-help").textContent = "A column's head sorts by it; a gene's name draws its maps. Read a correlation beside the gene's mean "
-    + `expression: what is hardly there cannot be predicted. ${report.weak ? `${weak} of ${report.genes.length} genes are greyed: PCC on validation below 0.1.` : ""}`;
+    + `expression: a gene that is hardly expressed cannot be predicted. ${report.weak ? `${weak} of ${report.genes.length} genes are greyed: PCC on validation below ${report.leastPcc}.` : ""}`;
 }
 
 function fillGenes() {

@@ -9,18 +9,26 @@ from typing import Any
 
 import numpy as np
 
-RETRIEVAL_ROWS = ("depth", "contrastive", "matching", "reranked")
+from utils.evaluation.metrics import SCALES
+
+RETRIEVAL_METHODS = ("depth", "contrastive", "matching", "reranked")
 GALLERIES = {"neighbours": "among its neighbours", "random10": "among ten of the slice"}
+SCRIPTS = {"similarity": "decoder_similarity.py", "retrieval": "get_accuracy_image.py"}
 Metrics = dict[str, Any]
 
 
-def read_metrics(results: Path, name: str) -> Metrics:
-    """metrics.json of "retrieval" or "similarity". Raises ValueError where it is missing."""
-    path = results / name / "metrics.json"
+def results_file(results: Path, evaluation: str, name: str, flag: str = "") -> Path:
+    """A file of "retrieval" or "similarity". Raises ValueError where it is missing."""
+    path = results / evaluation / name
     if not path.exists():
-        script = "get_accuracy_image.py" if name == "retrieval" else "decoder_similarity.py"
-        raise ValueError(f"{path}: expected results, found none; run {script} with --out {path.parent}")
-    return json.loads(path.read_text())
+        raise ValueError(
+            f"{flag}{path}: expected results, found none; run {SCRIPTS[evaluation]} with --out {path.parent}"
+        )
+    return path
+
+
+def read_metrics(results: Path, evaluation: str) -> Metrics:
+    return json.loads(results_file(results, evaluation, "metrics.json").read_text())
 
 
 def over_runs(values: Sequence[float | None], interval: Sequence[float] | None = None) -> str:
@@ -39,26 +47,26 @@ def line(cells: Sequence[str]) -> str:
 
 def retrieval_lines(runs: list[Metrics]) -> list[str]:
     """Accuracies with their 95 % intervals, beside chance."""
-    lines = [line(["which profile is the image's?", "chance", *RETRIEVAL_ROWS])]
-    for gallery, words in GALLERIES.items():
-        found = [run[gallery] for run in runs]
-        cells = [over_runs([one[row] for one in found], found[0]["interval"][row]) for row in RETRIEVAL_ROWS]
-        lines.append(line([words, f"{found[0]['chance']:.3f}", *cells]))
+    lines = [line(["which profile is the image's?", "chance", *RETRIEVAL_METHODS])]
+    for gallery, title in GALLERIES.items():
+        scores = [run[gallery] for run in runs]
+        cells = [over_runs([s[method] for s in scores], scores[0]["interval"][method]) for method in RETRIEVAL_METHODS]
+        lines.append(line([title, f"{scores[0]['chance']:.3f}", *cells]))
     lines.append(line(["in the whole slice", *(f"R@{k}" for k in (1, 5, 10))]))
     for way in ("chance", "image_to_gene", "gene_to_image"):
-        seen = runs[:1] if way == "chance" else runs
-        cells = [over_runs([run["slice"][way][f"R@{k}"] for run in seen]) for k in (1, 5, 10)]
+        of_way = runs[:1] if way == "chance" else runs
+        cells = [over_runs([run["slice"][way][f"R@{k}"] for run in of_way]) for k in (1, 5, 10)]
         lines.append(line([f"  {way.replace('_', ' ')}", *cells]))
     return lines
 
 
 def fitted_scale(metrics: Metrics) -> str:
-    """The scale that the rows were fitted in: the one that has errors."""
-    return next(scale for scale in ("lognorm", "residuals", "counts") if metrics[scale]["model"]["mse"] is not None)
+    """The scale that the methods were fitted in: the one that has errors."""
+    return next(scale for scale in SCALES if metrics[scale]["model"]["mse"] is not None)
 
 
 def expression_lines(runs: list[Metrics]) -> list[str]:
-    """Correlation per gene and error of each row, means over slices."""
+    """Correlation per gene and error of each method, means over slices."""
     scale = fitted_scale(runs[0])
     columns = {
         "PCC, residuals": ("residuals", "pcc_gene_mean"),
@@ -68,13 +76,13 @@ def expression_lines(runs: list[Metrics]) -> list[str]:
         f"MSE, {scale}": (scale, "mse"),
     }
     lines = [line(["expression of each gene", *columns])]
-    for row in runs[0]["residuals"]:
-        lines.append(line([row, *(over_runs([run[s][row][f] for run in runs]) for s, f in columns.values())]))
+    for method in runs[0]["residuals"]:
+        lines.append(line([method, *(over_runs([run[s][method][f] for run in runs]) for s, f in columns.values())]))
     return lines
 
 
 def ceiling_line(results: Path, truth: Path, metrics: Metrics) -> str:
-    """Mean over the evaluated slices of the simulation's ceiling on the panel's genes, and the model's share of it."""
+    """Mean over the evaluated slices of the simulation's ceiling on the panel's genes, and the fraction reached."""
     import anndata
     import pandas as pd
 
@@ -86,16 +94,5 @@ def ceiling_line(results: Path, truth: Path, metrics: Metrics) -> str:
             raise ValueError(f"--truth: expected {path}, found none; it stands beside simulated slices only")
         ceilings.append(anndata.read_h5ad(path).var["ceiling_residuals"].reindex(genes).mean())
     ceiling = float(np.mean(ceilings))
-    share = metrics["residuals"]["model"]["pcc_gene_mean"] / ceiling
-    return f"ceiling of this simulation: PCC {ceiling:.3f} against residuals; the model reaches {share:.0%} of it"
-
-
-def write_html(path: Path, results: Path) -> None:
-    """Maps, genes, examples and tables of both evaluations on one page. Raises ValueError where one has none."""
-    from utils.report import html
-
-    pages = {"expression": results / "similarity" / "report.html", "retrieval": results / "retrieval" / "report.html"}
-    for page, script in zip(pages.values(), ("decoder_similarity.py", "get_accuracy_image.py"), strict=True):
-        if not page.exists():
-            raise ValueError(f"--html: expected {page}, found none; run {script} with --out {page.parent}")
-    html.join_reports(path, "Magic: expression and retrieval from the image", pages)
+    reached = metrics["residuals"]["model"]["pcc_gene_mean"] / ceiling
+    return f"ceiling of this simulation: PCC {ceiling:.3f} against residuals; the model reaches {reached:.0%} of it"

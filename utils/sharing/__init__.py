@@ -1,5 +1,5 @@
-"""A trained model shared: the folder that is written, its card, upload and download.
+"""Trained models as folders that others can use: what is written.
 
-export         writes the folder     model_card  its README.md     hub  huggingface_hub     __main__  the command
-Reading the folder is training.shared_folder's: scripts take it wherever they take a checkpoint.
+export  writes the folder     model_card  its README.md     __main__  the command
+utils.training.shared_folder reads the folder: scripts take it wherever they take a checkpoint.
 """

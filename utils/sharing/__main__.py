@@ -1,57 +1,43 @@
-"""Share a trained model: a folder with its weights, what they mean, and a card; upload and download of that folder.
+"""Write the folder that a trained model is shared by: its weights, what they mean, and a card.
 
     python -m utils.sharing decoder_model/best_epoch_weights.pth shared/
-    python -m utils.sharing shared/ --push owner/name
-    python -m utils.sharing --pull owner/name shared/
 
 The folder holds model.safetensors (every tensor of the checkpoint), config.json (everything else) and README.md (the
-card). Scripts take it wherever they take a checkpoint, and find there what the checkpoint held, to the last bit; only
-paths are cut to file names, because they tell of the machine. Nothing in the folder is code.
+card). Scripts take it wherever they take a checkpoint, and read the same values, to the last bit; only paths are cut to
+file names, so that nothing of the machine is published. Nothing in the folder is code. `hf upload` publishes it.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils import settings
 from utils.sharing.export import export
-from utils.sharing.hub import SharedMagic, talking_to_hub
 from utils.training import checkpoint
 from utils.training.shared_folder import FILES
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+@dataclass(kw_only=True)
+class Settings:
+    checkpoint: Path
+    folder: Path
+    debug: bool
+
+
+def parse_args(argv: list[str] | None = None) -> Settings:
     parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", type=Path, nargs="+", help="CHECKPOINT and DIR, with --push or --pull one of the two")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--push", metavar="OWNER/NAME", help="upload CHECKPOINT, a file or a folder, to the hub")
-    what.add_argument("--pull", metavar="OWNER/NAME", help="download from the hub to DIR")
-    parser.add_argument("--public", action="store_true", help="a repository that --push makes is seen by everyone")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a trained model of either stage")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a new or an empty folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    wanted = "CHECKPOINT" if args.push else "DIR" if args.pull else "CHECKPOINT DIR"
-    if len(args.paths) != len(wanted.split()):
-        parser.error(f"expected {wanted}, found {' '.join(map(str, args.paths))}")
-    return args
+    return Settings(**vars(parser.parse_args(argv)))
 
 
-def main(args: argparse.Namespace) -> None:
-    path, folder = args.paths[0], args.paths[-1]
-    if args.push:
-        checkpoint.require_checkpoint(path, "CHECKPOINT", "train first, or export")
-        shared = SharedMagic(path)
-        with talking_to_hub("--push", args.push):
-            print(shared.push_to_hub(args.push, private=not args.public))
-        return
-    if args.pull:
-        settings.require_new_folder(folder, "DIR")
-        with talking_to_hub("--pull", args.pull):
-            SharedMagic.from_pretrained(args.pull).save_pretrained(folder)
-    else:
-        checkpoint.require_checkpoint(path, "CHECKPOINT", "train first")
-        export(path, folder, "DIR")
-    print(f"{folder}: {', '.join(FILES)}")
+def main(args: Settings) -> None:
+    checkpoint.require_checkpoint(args.checkpoint, "CHECKPOINT", "train first")
+    export(args.checkpoint, args.folder, "DIR")
+    print(f"{args.folder}: {', '.join(FILES)}")
 
 
 if __name__ == "__main__":

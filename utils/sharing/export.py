@@ -28,7 +28,7 @@ def export(path: Path, folder: Path, flag: str = "--export") -> None:
     settings.require_new_folder(folder, flag)
     state = checkpoint.load(path, None, flag)
     if "next_epoch" in state:
-        raise ValueError(f"{flag}: {path} is there to resume from; expected {checkpoint.BEST} beside it")
+        raise ValueError(f"{flag}: {path} is there to resume from; fix: give {checkpoint.BEST} beside it")
     write(state, folder)
 
 
@@ -55,20 +55,20 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
             tensors[key] = value
-        elif isinstance(value, dict) and any(isinstance(one, torch.Tensor) for one in value.values()):
-            tensors |= {f"{key}.{name}": one for name, one in value.items()}
+        elif isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values()):
+            tensors |= {f"{key}.{name}": tensor for name, tensor in value.items()}
         else:
-            rest[key] = plain(value)
-    # twins share what is frozen, and safetensors takes no tensor twice
-    return {name: one.detach().contiguous().clone() for name, one in tensors.items()}, rest
+            rest[key] = publishable(value)
+    # momentum encoders share what is frozen, and safetensors takes no tensor twice
+    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, rest
 
 
-def plain(value: Any) -> Any:
-    """The same as JSON has it: NaN and infinity become null, paths that tell of a machine their last part."""
+def publishable(value: Any) -> Any:
+    """The same for JSON that may be published: NaN and infinity become null, paths their last part."""
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): publishable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return [publishable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):
@@ -78,7 +78,7 @@ def plain(value: Any) -> Any:
 
 
 def describe(rest: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    """config.json without the hash of the weights: the plain part of a state, and what tells a reader more."""
+    """config.json without the hash of the weights: the values of a state, and what explains them."""
     mean, std = (tensors[f"model.image_encoder.{name}"].flatten().tolist() for name in ("mean", "std"))
     size_px, um_per_px = rest["tile_scale"]
     versions = {name: metadata.version(name) for name in ("torch", "timm", "safetensors")}
@@ -96,5 +96,5 @@ def describe(rest: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
         "normalisation": {"channels": "RGB from 0 to 1", "mean": mean, "std": std},
         "training_table_sha256": table_hash,
         **{key: value for key, value in rest.items() if key not in ("row", "tile_scale")},
-        "tensors": {name: described(one) for name, one in tensors.items()},
+        "tensors": {name: described(tensor) for name, tensor in tensors.items()},
     }

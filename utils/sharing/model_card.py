@@ -1,13 +1,13 @@
-"""The card of a shared model: what it is, what it was trained on, how well it did there, what it is not for."""
+"""The card of a shared model: what it predicts, its training data, its validation figures, its limits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from utils.evaluation.metrics import PREDICTABLE_PCC, UNITS
 from utils.training.shared_folder import LIBRARY
 
-PREDICTABLE = 0.1  # validation PCC below which a gene is greyed elsewhere, too
 NAMED = 10  # genes
 TITLES = {
     "stage_one": "Magic, stage one: which H&E image belongs to which expression profile",
@@ -19,17 +19,12 @@ USES = {
 }
 LIMITS = """\
 - For research. Not a medical device: no decision about a patient may rest on it.
-- The figures above are of the validation slices, by which the epoch was chosen: expect less on new patients, and less
-  again on another tissue, stain, scanner or laboratory. Evaluate on slices of your own before you rely on it.
+- The figures above are of the validation slices, by which the epoch was chosen: expect lower ones on new patients, and
+  still lower ones on another tissue, stain, scanner or laboratory. Evaluate on your own slices before you rely on it.
 - Images must have the scale of the tiles above."""
 OF_PREDICTIONS = """\
 - Features are standardised per slice, so a slice must be more than a small piece of tissue.
-- A prediction is an expectation given the image: its spread is below that of measured counts."""
-UNITS = {
-    "lognorm": "log1p of counts per 10,000",
-    "residuals": "analytic Pearson residuals",
-    "counts": "counts per 10,000",
-}
+- A prediction is an expectation given the image: it varies less between spots than measured counts do."""
 
 
 def model_card(config: dict[str, Any], val_pcc: Sequence[float] | None) -> str:
@@ -46,30 +41,30 @@ def model_card(config: dict[str, Any], val_pcc: Sequence[float] | None) -> str:
     parts = [
         "\n".join(head),
         f"# {TITLES[kind]}",
-        "## What it takes and gives\n\n" + "\n".join(_what(config)),
+        "## Input and output\n\n" + "\n".join(_input_and_output(config)),
         "## Trained on\n\n" + "\n".join(_slices(config)),
         "## On its validation slices\n\n" + "\n".join(_figures(config, val_pcc)),
         "## Limits\n\n" + "\n".join([LIMITS] if kind == "stage_one" else [LIMITS, OF_PREDICTIONS]),
         f"## How to use it\n\nWith this folder downloaded as FOLDER, and tiles of the scale above:\n\n    {USES[kind]}",
-        "## Licence\n\nThe licence of these weights is for whoever shares them to state: add a line `license: ...` to "
-        f"the head of this page. The encoder began as `{config['sizes']['image_encoder']}`, whose own licence, and the "
-        "terms of the slices above, may bind it.",
+        "## Licence\n\nWhoever shares these weights states their licence: add a line `license: ...` to the head of "
+        f"this page. The image encoder was initialised from `{config['sizes']['image_encoder']}`, whose own licence, "
+        "and the terms of the slices above, may bind it.",
         f"{_versions(config)} Nothing in these files is code: weights are safetensors, the rest is JSON.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _what(config: dict[str, Any]) -> list[str]:
+def _input_and_output(config: dict[str, Any]) -> list[str]:
     side, um_per_px = config["tile_scale"]["side_px"], config["tile_scale"]["um_per_px"]
     scale = "scale not stated" if um_per_px is None else f"{um_per_px:g} um per px, {side * um_per_px:g} um of tissue"
     genes = config["genes"]
     named = f"{len(genes)} genes ({', '.join(genes[:5])}{', ...' if len(genes) > 5 else ''}; all in config.json)"
     if config["kind"] == "stage_two":
-        around = config["sizes"]["context"]
-        gives = f"- Gives {named}, as {UNITS[config['target']]}; each spot is seen with up to {around} around it."
+        unit, context = UNITS[config["target"]], config["sizes"]["context"]
+        gives = f"- Predicts {named}, as {unit}; with up to {context} neighbours of each spot as context."
     else:
-        gives = f"- Compares it with profiles of {named}."
-    return [f"- Takes a tile per spot, {side} x {side} px, {scale}.", gives]
+        gives = f"- Compares it with expression profiles of {named}."
+    return [f"- Input: a tile per spot, {side} x {side} px, {scale}.", gives]
 
 
 def _slices(config: dict[str, Any]) -> list[str]:
@@ -80,17 +75,17 @@ def _slices(config: dict[str, Any]) -> list[str]:
 
 
 def _figures(config: dict[str, Any], val_pcc: Sequence[float] | None) -> list[str]:
-    found = config["metrics"].items()
-    lines = [f"- {name}: {value:.4g}" for name, value in found if name.startswith("val_") and value is not None]
+    metrics = config["metrics"].items()
+    lines = [f"- {name}: {value:.4g}" for name, value in metrics if name.startswith("val_") and value is not None]
     if val_pcc is None:
         return lines
     order = sorted(range(len(val_pcc)), key=lambda i: -val_pcc[i])[:NAMED]
     best = ", ".join(f"{config['genes'][i]} {val_pcc[i]:.2f}" for i in order)
-    below = sum(value < PREDICTABLE for value in val_pcc)
+    below = sum(value < PREDICTABLE_PCC for value in val_pcc)
     return [
         *lines,
         f"- PCC per gene against Pearson residuals (0 is chance), the {len(order)} best: {best}",
-        f"- {below} of {len(val_pcc)} genes are below {PREDICTABLE}: leave them out of what you read off it",
+        f"- {below} of {len(val_pcc)} genes are below {PREDICTABLE_PCC}: do not rely on their predictions",
     ]
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
+from utils.evaluation.metrics import pearson_per_gene, to_scale
+
 # Tuned so that the best prediction of the 300 most expressed genes has a mean PCC of 0.5 to 0.6 on Pearson residuals.
 EFFECT = 1.95  # natural log fold between a programme that is off and one that is on, mean over genes
 DISPERSION = 0.25  # negative binomial: variance = mean + dispersion mean^2, median over genes
@@ -106,25 +108,6 @@ def draw_counts(rng: np.random.Generator, expected: np.ndarray, dispersion: np.n
     return rng.poisson(rng.gamma(1 / dispersion, expected * dispersion)).astype(np.int32)
 
 
-def log1p_cp10k(counts: np.ndarray) -> np.ndarray:
-    """log1p of the counts per 10,000 of the spot, (S, G) -> (S, G)."""
-    return np.log1p(counts * (1e4 / np.maximum(counts.sum(axis=1, keepdims=True), 1)))
-
-
-def pearson_residuals(counts: np.ndarray, theta: float = 100.0) -> np.ndarray:
-    """Analytic Pearson residuals (Lause et al. 2021), (S, G) -> (S, G), clipped at sqrt(S); absent genes 0."""
-    mean = counts.sum(axis=1, keepdims=True) * (counts.sum(axis=0, keepdims=True) / counts.sum())
-    residuals = (counts - mean) / np.sqrt(np.maximum(mean + mean**2 / theta, 1e-12))
-    return np.clip(residuals, -np.sqrt(len(counts)), np.sqrt(len(counts)))
-
-
-def pearson_per_gene(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson correlation of each gene over spots, (S, G), (S, G) -> (G,); NaN where a gene is flat."""
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    norm = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
-    return np.where(norm > 1e-9, (a * b).sum(axis=0) / np.where(norm > 1e-9, norm, 1), np.nan)
-
-
 def ceilings(
     rng: np.random.Generator,
     counts: np.ndarray,
@@ -150,11 +133,12 @@ def ceilings(
     -------
     `lognorm` and `residuals`: (G,) PCC; NaN for a gene that was not seen.
     """
-    transforms = {"lognorm": log1p_cp10k, "residuals": pearson_residuals}
-    best = {name: np.zeros(counts.shape) for name in transforms}
+    scales = ("lognorm", "residuals")
+    best = {scale: np.zeros(counts.shape) for scale in scales}
     for _ in range(redraws):
         expected = draw_depth(rng, depth_from_image)[:, None] * fractions
         again = draw_counts(rng, expected, dispersion)
-        for name, transform in transforms.items():
-            best[name] += transform(again) / redraws
-    return {name: pearson_per_gene(transform(counts), best[name]) for name, transform in transforms.items()}
+        for scale in scales:
+            best[scale] += to_scale(scale, again, again.sum(axis=1)) / redraws
+    measured = {scale: to_scale(scale, counts, counts.sum(axis=1)) for scale in scales}
+    return {scale: pearson_per_gene(measured[scale], best[scale]) for scale in scales}

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.features.cache import resized
+
 # optical density of haematoxylin, eosin and DAB in red, green, blue (Ruifrok and Johnston 2001)
 STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], dtype=torch.float64)
 SHIFT = 0.05  # of the tile's side, at most
@@ -28,18 +30,6 @@ def uniforms(seed: int, epoch: int, spots: np.ndarray, n: int) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * first
     z = (z ^ (z >> np.uint64(27))) * second
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
-
-
-def to_float(tiles: Tensor, size: int) -> Tensor:
-    """uint8 (B, Z, Z, 3) -> float32 (B, 3, size, size) in 0..1, resized with antialiasing where Z differs."""
-    return resized(tiles.permute(0, 3, 1, 2).float().div_(255), size)
-
-
-def resized(tiles: Tensor, size: int) -> Tensor:
-    """Bicubic with antialiasing: (B, 3, Z, Z) -> (B, 3, size, size), both in 0..1."""
-    if tiles.shape[-1] == size:
-        return tiles
-    return F.interpolate(tiles, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
 
 
 def turns_and_shifts(draws: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -12,15 +12,10 @@ from utils.files import hashing, tensors
 from utils.training import shared_folder
 from utils.training.shared_folder import CONFIG, WEIGHTS
 
-FORMAT = 4
-FIRST_READ = {"stage_one": 2, "stage_two": 4}  # what came with 3 has values that say the same of a file of 2
-NEW_IN_3: dict[str, Any] = {"pretrain_hashes": {}, "step": 0, "sums": {}}
-SCRIPTS = {"stage_one": "train_mymodel.py", "stage_two": "train_decoder.py"}  # by the kind of what they write
+FORMAT = 5  # no other is read
+SCRIPTS = {"stage_one": "train_mymodel.py", "stage_two": "train_decoder.py"}  # by the kind of checkpoint they write
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
-PREVIOUS, CORRUPT = (
-    "previous_epoch_weights.pth",
-    "corrupt_epoch_weights.pth",
-)  # before the last one; a last one of no use
+PREVIOUS, CORRUPT = "previous_epoch_weights.pth", "corrupt_epoch_weights.pth"  # the one before LAST; an unreadable LAST
 
 
 def save(path: Path, kind: str, **state: Any) -> None:
@@ -58,18 +53,22 @@ def _write_part(path: Path, state: dict[str, Any]) -> Path:
 
 
 def load(path: Path, kind: str | None, flag: str) -> dict[str, Any]:
-    """A checkpoint of ours, from its file or from the folder that it is shared by; `kind` None: of either stage.
+    """The state of a checkpoint file or of a shared model's folder.
+
+    Parameters
+    ----------
+    kind : the stage it must be of, or None for either
+    flag : names the flag in errors
 
     Raises ValueError where it is corrupt, another stage's, or of another format.
     """
     if path.is_dir():
         config = shared_folder.read_config(path, flag)
         check_made_by(config, kind, path, flag)
-        state = shared_folder.state_of(config, path, flag)
-    else:
-        state = tensors.read_tensors(path, flag)
-        check_made_by(state, kind, path, flag)
-    return NEW_IN_3 | state if state["format"] < 3 else state
+        return shared_folder.state_of(config, path, flag)
+    state = tensors.read_tensors(path, flag)
+    check_made_by(state, kind, path, flag)
+    return state
 
 
 def require_checkpoint(path: Path, flag: str, remedy: str) -> Path:
@@ -86,19 +85,18 @@ def require_checkpoint(path: Path, flag: str, remedy: str) -> Path:
 
 
 def check_made_by(state: Any, kind: str | None, path: Path, flag: str) -> None:
-    """A file of either stage says which, and by which format it was written. Models of before the first format that is
-    read start from something else than this version's do."""
+    """Raises ValueError where a state is not of the stage `kind` (None: of either), or not of FORMAT."""
     found = state.get("kind") if isinstance(state, dict) else None
     if found not in ([kind] if kind else list(SCRIPTS)):
         wanted = (
             f"a {kind} checkpoint of {SCRIPTS[kind]}" if kind else f"a checkpoint of {' or '.join(SCRIPTS.values())}"
         )
         raise ValueError(f"{flag}: expected {wanted}, found {found or 'another file'} in {path}")
-    number, read = state.get("format"), range(FIRST_READ[found], FORMAT + 1)
-    if number not in read:
+    number = state.get("format")
+    if number != FORMAT:
         newer = isinstance(number, int) and number > FORMAT
         remedy = "a newer Magic made it: update this one" if newer else f"train it again with {SCRIPTS[found]}"
-        raise ValueError(f"{flag}: {path} has format {number}, this version reads {list(read)}; {remedy}")
+        raise ValueError(f"{flag}: {path} has format {number}, this version reads {FORMAT}; {remedy}")
 
 
 def fit(model: Any, tensors: dict[str, Any], path: Path, flag: str) -> None:

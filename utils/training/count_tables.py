@@ -66,7 +66,7 @@ def find_held_out(slices: list[SliceData], rows: list[splits.SliceRow], args: An
         kept, panel = one.rows_of("val"), one.panels["input"]
         if len(kept):
             hashes[panel.counts_hash] = one.name
-            counts.append((one.name, panel.counts[kept]))
+            counts.append((one.name, panel.read_counts()[kept]))
     for row in splits.of_part(rows, "test"):
         panel = gene_panels.read_panel(gene_panels.panel_path(args.data, args.panels, row.slice, "input"))
         if panel.genes != slices[0].panels["input"].genes:
@@ -75,7 +75,7 @@ def find_held_out(slices: list[SliceData], rows: list[splits.SliceRow], args: An
                 "from this test slice; run make_decoder_data.py again on all slices"
             )
         hashes[panel.counts_hash] = row.slice
-        counts.append((row.slice, panel.counts))
+        counts.append((row.slice, panel.read_counts()))
     return HeldOut(names, hashes, counts)
 
 

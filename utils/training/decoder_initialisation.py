@@ -46,7 +46,7 @@ def start_from_ridge(
 
     found = []
     for n_parts in range(1, landmarks.shape[1] + 1):
-        kernel.look_from(landmarks, n_parts)
+        kernel.set_landmarks(landmarks, n_parts)
         among, of_train, of_val = distances(spots), [distances(one) for one in train], [distances(one) for one in val]
         for sharpness in SHARPNESS:
             axes = kernel_axes(np.exp(-sharpness * among.astype(float)))
@@ -54,9 +54,9 @@ def start_from_ridge(
             fitted = ridge.fit_ridge(x_train, y_train, x_val, y_val, PENALTIES, ridge.RANKS)
             found.append((fitted, n_parts, sharpness, axes @ fitted.weights))
     best, n_parts, sharpness, weights = clearly_best(found)
-    kernel.look_from(landmarks, n_parts)
+    kernel.set_landmarks(landmarks, n_parts)
     bias = best.y_mean - best.x_mean @ best.weights
-    model.decoder.start_from(sharpness, torch.from_numpy(weights.T), torch.from_numpy(bias))
+    model.decoder.initialise(sharpness, torch.from_numpy(weights.T), torch.from_numpy(bias))
     rank = "full rank" if best.rank is None else f"rank {best.rank}"
     return (
         f"ridge to start from: spot and {n_parts - 1} means around it, sharpness {sharpness}, "
@@ -86,7 +86,7 @@ def seen(bank: Any, spots: np.ndarray, batch_size: int) -> Iterator[Any]:
 
     for start in range(0, len(spots), batch_size):
         batch = bank.batch(spots[start : start + batch_size])
-        yield torch.cat([batch["vector"][:, None], batch["around"]], dim=1)
+        yield torch.cat([batch["vector"][:, None], batch["smoothed"]], dim=1)
 
 
 def kernel_axes(among: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the validation spots say of a decoder: correlation per gene, and how much less its predictions vary.
+"""Correlation per gene of a decoder's predictions on the validation spots.
 
 Letters: n spots of a slice, G target genes.
 """
@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 
 from utils.features.dataset import SliceData
-
-FLATTEST = 0.1  # ratio of deviations from which a prediction is stretched no further
 
 
 def predict_val(model: Any, bank: Any, slices: Sequence[SliceData], accelerator: Any, args: Any) -> list[np.ndarray]:
@@ -45,33 +43,3 @@ def validate(
         found.append(np.where(np.isfinite(true).all(0), pcc, np.nan))
     known = np.isfinite(found)
     return np.nansum(found, axis=0) / np.maximum(known.sum(0), 1)
-
-
-def widen(
-    model: Any,
-    bank: Any,
-    slices: Sequence[SliceData],
-    target: np.ndarray,
-    sd: np.ndarray,
-    accelerator: Any,
-    args: Any,
-) -> None:
-    """Stretch each gene's predictions by a power of how much less they vary than what was measured of the validation
-    spots: --keep_variance 0 leaves them, 1 makes the deviations alike. Correlations stay, errors grow.
-
-    `target` (S, G) is standardised, NaN where not measured; `sd` (G,) is what it was divided by.
-    """
-    import torch
-
-    if not args.keep_variance:
-        return
-    model.set_target_scale(model.target_mean, torch.from_numpy(sd))
-    predicted = predict_val(model, bank, slices, accelerator, args)
-    measured = [target[spots] * sd for spots in val_spots(bank, slices)]
-    square = [
-        np.nanmean(np.concatenate([x - np.nanmean(x, axis=0) for x in part]) ** 2, axis=0)
-        for part in (predicted, measured)
-    ]
-    ratio = np.sqrt(square[0] / np.maximum(square[1], 1e-12))
-    stretch = np.clip(np.nan_to_num(ratio, nan=1.0), FLATTEST, 1.0) ** -args.keep_variance
-    model.set_target_scale(model.target_mean, torch.from_numpy((sd * stretch).astype(np.float32)))

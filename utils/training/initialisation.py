@@ -73,7 +73,7 @@ def pooled(encoder: Any, slices: list[dataset.SliceData], spots: np.ndarray, acc
     """The trunk's features of tiles as they are: spots (n, 2) -> (n, C)."""
     import torch
 
-    from utils.training.augment import to_float
+    from utils.features.cache import to_float
 
     encoder.eval()
     order = dataset.in_turn(len(spots), args.batch_size)

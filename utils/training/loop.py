@@ -18,19 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def seed_everything(*seed: int) -> None:
-    """Seed Python, NumPy and torch from whole numbers; a resumed epoch, seeded by its number, repeats an unbroken."""
-    import random
-
-    import numpy as np
-    import torch
-
-    word = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    random.seed(word)
-    np.random.seed(word)  # noqa: NPY002 (libraries still draw from it)
-    torch.manual_seed(word)
-
-
 def rate_at(step: int, n_steps: int, kind: str, lowest: float) -> float:
     """Learning rate at a step as a share of the highest: 3 % linear warm-up, then cosine or ten stairs to `lowest`."""
     warm_up = max(round(0.03 * n_steps), 1)

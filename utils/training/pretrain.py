@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.features import dataset
-from utils.genes.panels import N_BINS
+from utils.genes.panels import HIGHEST_BIN
 from utils.training import loop
 from utils.training.count_tables import CountTable
 
@@ -50,7 +50,7 @@ def spots_of(slices: list[dataset.SliceData], bins: Sequence[np.ndarray], part: 
 
 def numbers_of_bins(bins: np.ndarray) -> np.ndarray:
     """How many spots have each bin: (S, G) -> (G, V)."""
-    return np.stack([(bins == value).sum(0) for value in range(N_BINS + 1)], axis=1)
+    return np.stack([(bins == value).sum(0) for value in range(HIGHEST_BIN + 1)], axis=1)
 
 
 def log_marginal(numbers: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ def log_marginal(numbers: np.ndarray) -> np.ndarray:
 
 def marginal_without_self(bins: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Log marginal that each of some spots meets in its slice, its own count taken out: (B, G), (G, V) -> (B, G, V)."""
-    own = bins[..., None] == np.arange(N_BINS + 1)
+    own = bins[..., None] == np.arange(HIGHEST_BIN + 1)
     return log_marginal(numbers - own)
 
 
@@ -92,10 +92,10 @@ def pretrain(
     taught += [Spots(one.name, one.bins, np.arange(len(one.bins)), one.measured) for one in tables]
     held_out = spots_of(slices, bins, "val")
     numbers = sum(numbers_of_bins(one.bins[one.rows]) * one.measured[:, None] for one in taught)
-    masked.begin(torch.from_numpy(log_marginal(numbers)))
+    masked.initialise(torch.from_numpy(log_marginal(numbers)))
     n_spots = sum(len(one.rows) for one in taught)
     settings = Namespace(**vars(args) | {"Init_lr": args.pretrain_lr, "Min_lr": args.pretrain_lr * 0.01})
-    optimizer = loop.make_optimizer(masked.taught(), settings)
+    optimizer = loop.make_optimizer(masked.trained_parameters(), settings)
     schedule = loop.schedule(optimizer, n_spots // args.batch_size * args.pretrain_epochs, settings)
     log = [{"epoch": -1, **score(masked, held_out, ROUNDS_IN_TRAINING, accelerator, args)}]
     print(report(log[0]), flush=True)

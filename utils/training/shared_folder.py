@@ -1,4 +1,4 @@
-"""The folder that a trained model is shared by, read: model.safetensors and config.json give a checkpoint's state."""
+"""Reading the folder that a trained model is shared by: model.safetensors and config.json give a checkpoint's state."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from utils.files import tensors as tensor_files
 LIBRARY = "magic-st"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CARD = "README.md"
+AGAIN = "fix: export or download the folder again"
 FILES = (WEIGHTS, CARD, CONFIG)
 # What config.json adds to the checkpoint, and what it must hold of it
 ADDED = ("library_name", "versions", "normalisation", "training_table_sha256", "tensors", "weights_sha256")
@@ -33,7 +34,7 @@ def read_config(folder: Path, flag: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag}: {path}: expected JSON, found {error}; export or download the folder anew") from error
+        raise ValueError(f"{flag}: {path}: expected JSON, found {error}; {AGAIN}") from error
     if not isinstance(config, dict) or config.get("library_name") != LIBRARY:
         raise ValueError(f"{flag}: {path}: expected what --export wrote, found the config of something else")
     return config
@@ -48,7 +49,7 @@ def state_of(config: dict[str, Any], folder: Path, flag: str) -> dict[str, Any]:
     wrong = [f"{key} ({kind.__name__})" for key, kind in needed.items() if not isinstance(config.get(key), kind)]
     wrong += [] if wrong or set(config["tile_scale"]) == {"side_px", "um_per_px"} else ["side_px of tile_scale"]
     if wrong:
-        raise ValueError(f"{flag}: {folder / CONFIG} lacks {', '.join(wrong)}; export or download the folder anew")
+        raise ValueError(f"{flag}: {folder / CONFIG} lacks {', '.join(wrong)}; {AGAIN}")
     tensors = tensor_files.read_tensors(folder / WEIGHTS, flag)
     check_tensors(tensors, config, folder, flag)
     state = {key: value for key, value in config.items() if key not in (*ADDED, "metrics")}
@@ -70,10 +71,7 @@ def check_tensors(tensors: dict[str, Any], config: dict[str, Any], folder: Path,
         wanted, found = listed.get(name, "none"), described(tensors[name]) if name in tensors else "none"
         if wanted != found:
             raise ValueError(
-                f"{flag}: {path} is not the one of {CONFIG}: expected {wanted} for {name}, found {found}; "
-                "export or download the folder anew"
+                f"{flag}: {path} is not the one of {CONFIG}: expected {wanted} for {name}, found {found}; {AGAIN}"
             )
     if hashing.file_hash(path) != config["weights_sha256"]:
-        raise ValueError(
-            f"{flag}: {path} is not the one of {CONFIG}: expected another sha256; export or download the folder anew"
-        )
+        raise ValueError(f"{flag}: {path} is not the one of {CONFIG}: expected another sha256; {AGAIN}")

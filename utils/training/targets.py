@@ -30,7 +30,7 @@ def standardised(slices: list[SliceData], scale: str, store: ArrayStore) -> tupl
     first = np.cumsum([0, *(len(one.barcodes) for one in slices)])
     train = np.concatenate([start + one.rows_of("train") for start, one in zip(first, slices, strict=False)])
     for one, start, stop in zip(slices, first, first[1:], strict=False):
-        panel, counts = one.panels["target"], one.panels["target"].counts
+        panel, counts = one.panels["target"], one.panels["target"].read_counts()
         for group in gene_groups(n_genes):
             scaled = metrics.to_scale(scale, counts[:, group], one.total_counts)
             target[start:stop, group] = np.where(panel.measured[group], scaled, np.nan)
@@ -49,7 +49,7 @@ def validation_residuals(slices: list[SliceData]) -> list[np.ndarray]:
         rows, panel = one.rows_of("val"), one.panels["target"]
         truth = np.full((len(rows), len(panel.genes)), np.nan, np.float32)
         if len(rows):
-            counts = panel.counts
+            counts = panel.read_counts()
             for group in gene_groups(len(panel.genes)):
                 residuals = metrics.pearson_residuals(counts[:, group], one.total_counts)[rows]
                 truth[:, group] = np.where(panel.measured[group], residuals, np.nan)
@@ -80,7 +80,7 @@ class Components:
 def residuals(one: SliceData) -> np.ndarray:
     """Pearson residuals (S, G) float32 of a slice's target genes, NaN where not measured."""
     panel = one.panels["target"]
-    found = metrics.pearson_residuals(panel.counts, one.total_counts)
+    found = metrics.pearson_residuals(panel.read_counts(), one.total_counts)
     return np.where(panel.measured, found, np.nan).astype(np.float32)
 
 

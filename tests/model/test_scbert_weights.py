@@ -1,0 +1,223 @@
+"""scbert.py: the released file read strictly, and scBERT's forward pass written out plainly.
+
+The encoder with such a file gives what plain scBERT gives, of a panel and of the whole vocabulary.
+"""
+
+import os
+
+import pytest
+import torch
+from plain_scbert import (
+    CHOSEN,
+    GENES,
+    NAMES,
+    PANEL,
+    VOCABULARY,
+    WIDTH,
+    flags,
+    gene_encoder,
+    plain_scbert,
+    released_tensors,
+    write_released,
+    write_vocabulary,
+)
+from spaceranger_folders import refused
+
+from model import performer, scbert
+from model.scbert import load_scbert, loading_table
+from utils.files.tensors import read_weights
+from utils.training import gene_weights
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return released_tensors()
+
+
+@pytest.fixture(scope="module")
+def released(tensors, tmp_path_factory):
+    """The released file and its vocabulary. Read-only."""
+    folder = tmp_path_factory.mktemp("released")
+    write_released(folder / "panglao_pretrain.pth", tensors)
+    write_vocabulary(folder / "genes.tsv")
+    return folder
+
+
+def some_bins(n_genes=GENES, n_spots=3):
+    bins = torch.randint(0, 7, (n_spots, n_genes), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    bins[0] = 0
+    return bins
+
+
+@torch.no_grad()
+def trunk_output(encoder, bins):
+    """What the encoder's head is given: (B, G, W)."""
+    seen = []
+    handle = encoder.gather.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    encoder(bins)
+    handle.remove()
+    return seen[0]
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- parity with scBERT
+
+
+def test_the_made_up_file_has_the_released_layout(tensors):
+    assert len(tensors) == 91
+    assert tensors["pos_emb.emb.weight"].dtype == torch.float64 and not tensors["pos_emb.emb.weight"][-1].any()
+
+
+@pytest.fixture
+def loaded(released):
+    encoder = gene_encoder()
+    gene_weights.load(encoder, scbert, flags(released), PANEL, [])
+    return encoder
+
+
+def test_a_released_file_gives_scberts_output(tensors, loaded):
+    expected = plain_scbert(tensors, some_bins(), tensors["pos_emb.emb.weight"][CHOSEN])
+    assert_close(trunk_output(loaded, some_bins()), expected)
+
+
+def test_with_the_keys_maximum_of_the_batch_it_is_scbert_as_trained(tensors, loaded, monkeypatch):
+    own = performer._key_context
+
+    def of_the_batch(k, v, projection):
+        """Spots taken for heads of one spot: the stabiliser is then the maximum over all of them."""
+        largest, context = own(k.flatten(0, 1)[None], v.flatten(0, 1)[None], projection)
+        return largest.expand(len(k), -1, -1, -1), context[0].unflatten(0, k.shape[:2])
+
+    monkeypatch.setattr(performer, "_key_context", of_the_batch)
+    found, positions = trunk_output(loaded, some_bins()), tensors["pos_emb.emb.weight"][CHOSEN]
+    assert_close(found, plain_scbert(tensors, some_bins(), positions, batch_wide=True))
+    assert (found - plain_scbert(tensors, some_bins(), positions)).abs().max() > 1e-3, "the two are not the same"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("appended", [0, 1])
+def test_the_whole_vocabulary_gives_scberts_output(tensors, appended):
+    """With scBERT's appended token, too: it is one more gene of bin 0 whose position is zero."""
+    encoder, bins = gene_encoder(2, VOCABULARY + appended), some_bins(VOCABULARY + appended, 1)
+    if appended:
+        bins[:, -1] = 0
+    bins[0, : VOCABULARY // 2] = torch.arange(VOCABULARY // 2) % 6
+    load_scbert(encoder, tensors)
+    positions = tensors["pos_emb.emb.weight"][: VOCABULARY + appended]
+    names = [*NAMES, "appended"][: VOCABULARY + appended]
+    scbert.set_gene_positions(encoder, positions, {name: i for i, name in enumerate(names)}, names)
+    assert_close(trunk_output(encoder, bins), plain_scbert(tensors, bins, positions, depth=2))
+
+
+# ---- reading the file
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_every_trunk_tensor_is_overwritten(tensors, tmp_path, prefix):
+    encoder = gene_encoder()
+    for tensor in encoder.state_dict().values():
+        tensor.fill_(torch.nan)
+    read = read_weights(write_released(tmp_path / "p.pth", tensors, prefix), "--gene_weights")
+    assert {name: len(names) for name, names in load_scbert(encoder, read).items()} == {
+        **{"loaded": 87, "missing": 0, "unexpected": 0, "skipped": 4}
+    }
+    left = {name for name, tensor in encoder.state_dict().items() if tensor.isnan().any()}
+    assert left == {
+        name for name in encoder.state_dict() if name.startswith(("gather.", "linear_path.", "gene_embedding."))
+    }
+    assert torch.equal(encoder.token_embedding.weight, tensors["token_emb.weight"])
+
+
+def test_prefixed_names_are_taken_as_they_stand_too(tensors):
+    encoder = gene_encoder()
+    load_scbert(encoder, {f"module.{name}": tensor for name, tensor in tensors.items()})
+    assert torch.equal(encoder.token_embedding.weight, tensors["token_emb.weight"])
+
+
+def test_the_outcome_of_every_tensor_is_reported(tensors):
+    others = {name: tensor for name, tensor in tensors.items() if name != "to_out.bias"}
+    others |= {f"to_out.fc{i}.weight": torch.zeros(3) for i in range(5)}
+    found = load_scbert(gene_encoder(depth=5), others)
+    assert set(others) == set(found["loaded"]) | set(found["unexpected"]) | set(found["skipped"])
+    assert sum(map(len, found.values())) == len(others) + 1
+    lines = loading_table(found).splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        *(["loaded", "73"], ["missing", "1"], ["unexpected", "5"], ["skipped", "17"])
+    ]
+    assert lines[1].endswith("to_out.bias (not needed: scBERT's head for masked tokens)")
+    assert "to_out.fc2.weight and 2 more (no part of scBERT)" in lines[2]
+    assert "pos_emb.emb.weight (positions of genes, taken by name); to_out.weight (scBERT's head" in lines[3]
+    assert lines[3].endswith("and 11 more (beyond --gene_depth 5)")
+
+
+@pytest.mark.parametrize("depth", [6, 2])
+def test_a_missing_tensor_is_named(tensors, depth):
+    others = {name: tensor for name, tensor in tensors.items() if name != "performer.net.layers.1.0.fn.to_k.weight"}
+    words = rf"{depth * 14 + 2} of .* {depth * 14 + 3} .* missing .*1\.0\.fn\.to_k\.weight; give panglao_pretrain"
+    refused(words, load_scbert, gene_encoder(depth=depth), others)
+
+
+def test_a_deeper_encoder_than_the_file_is_refused(tensors):
+    words = r"87 of scBERT's 101 tensors found, missing .*layers\.6.* and 13 more.*--gene_depth \(7\)"
+    refused(words, load_scbert, gene_encoder(depth=7), tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        (
+            "performer.net.layers.3.1.fn.fn.w1.weight",
+            torch.zeros(400, WIDTH),
+            r"layers\.3\.1\.fn\.fn\.w1\.weight has shape \(400, 200\), expected \(800, 200\) by --gene_width 200",
+        ),
+        ("norm.weight", torch.full((WIDTH,), torch.nan), "norm.weight holds NaN or infinity"),
+    ],
+    ids=["shape", "NaN"],
+)
+def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_copied(tensors, name, tensor, words):
+    encoder = gene_encoder()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    refused(words, load_scbert, encoder, tensors | {name: tensor})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+
+
+def test_other_heads_or_width_than_the_files_are_named(tensors):
+    refused(r"to_q.weight has shape \(640, 200\), .*--gene_heads 8", load_scbert, gene_encoder(1, heads=8), tensors)
+    refused(r"token_emb.* has shape \(7, 200\), .*--gene_width 64", load_scbert, gene_encoder(1, width=64), tensors)
+
+
+class Code:
+    """Unpickled, it would run a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def wrong_files(folder, tensors):
+    """What may be given in place of the released file, and what is said of it."""
+    torch.save({"layer.weight": torch.zeros(3)}, folder / "another.pth")
+    yield "another.pth", r"0 of scBERT's 87 tensors found, missing .* and 86 more"
+    write_released(folder / "corrupt.pth", tensors)
+    (folder / "corrupt.pth").write_bytes((folder / "corrupt.pth").read_bytes()[:100_000])
+    yield "corrupt.pth", "corrupt.pth is corrupt"
+    torch.save({"model_state_dict": tensors, "losses": Code(folder / "ran")}, folder / "code.pth")
+    yield "code.pth", "holds more than tensors and plain values"
+    torch.save({"epoch": 3, "model_state_dict": {}}, folder / "empty.pth")
+    yield "empty.pth", "expected named tensors in .*, found none"
+    write_released(folder / "no_positions.pth", {n: t for n, t in tensors.items() if n != scbert.POSITIONS})
+    yield "no_positions.pth", "has no pos_emb.emb.weight; give --gene2vec"
+    (folder / "text.pth").write_text("not a checkpoint")
+    yield "text.pth", "text.pth is corrupt"
+
+
+def test_wrong_files_are_refused_in_one_line(released, tensors, tmp_path):
+    for name, words in wrong_files(tmp_path, tensors):
+        args = flags(released, gene_weights=tmp_path / name)
+        refused(f"--gene_weights: .*{words}", gene_weights.load, gene_encoder(), scbert, args, PANEL, [])
+    assert not (tmp_path / "ran").exists(), "code in a file is not run"

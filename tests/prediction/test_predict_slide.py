@@ -1,0 +1,258 @@
+"""predict_slide.py: slices and images, with and without counts; what is written."""
+
+import json
+import shutil
+
+import anndata
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from slide_runs import predict, read, record, strict
+from test_geojson import check_qupath
+from tiny_runs import snapshot
+
+from utils.files.arrays import ArrayStore
+from utils.images import tiles
+from utils.prediction import outputs, slide_features
+from utils.prediction.predict import RunningMoments
+from utils.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def section(trained):
+    """The slice that the tiny model was not trained on, and its image."""
+    return trained.data / "P03_1", trained.data / "P03_1" / "P03_1_he.jpg"
+
+
+@pytest.fixture(scope="module")
+def measured(trained, section, tmp_path_factory):
+    """Results of a slice folder with counts."""
+    before = snapshot(section[0])
+    out = predict(section[0], trained.decoder, tmp_path_factory.mktemp("measured") / "deep" / "out")
+    assert snapshot(section[0]) == before
+    return out
+
+
+@pytest.fixture(scope="module")
+def unmeasured(trained, section, tmp_path_factory):
+    """Results of its image alone, on a grid, with the deviation over flipped and rotated tiles."""
+    flags = ("--um_per_px", 1, "--prediction_std")
+    return predict(section[1], trained.decoder, tmp_path_factory.mktemp("unmeasured"), *flags)
+
+
+# ---- what is predicted
+
+
+def similarity(work, out):
+    work.run("decoder_similarity", "--part", "test", "--out", out)
+    return anndata.read_h5ad(out / "predictions.h5ad")
+
+
+def test_a_slice_is_predicted_as_decoder_similarity_does(trained, measured, tmp_path):
+    """Of the same pixels: what is left are features kept as half floats."""
+    ours, theirs = read(measured), similarity(trained, tmp_path)
+    theirs = theirs[ours.obs_names]
+    np.testing.assert_allclose(ours.X, theirs.X, atol=2e-3)
+    np.testing.assert_array_equal(ours.layers["counts"], theirs.layers["counts"])
+    np.testing.assert_array_equal(ours.obsm["spatial"], theirs.obsm["spatial"])
+    assert ours.obs["total_counts"].tolist() == theirs.obs["total_counts"].tolist()
+    np.testing.assert_array_equal(ours.var["val_pcc"], theirs.var["val_pcc"])
+    found, expected = (json.loads((out / "metrics.json").read_text()) for out in (measured, tmp_path))
+    for figure in ("pcc_gene_mean", "pcc_spot_mean", "mse", "sd_ratio"):
+        assert found["lognorm"]["model"][figure] == pytest.approx(expected["lognorm"]["model"][figure], abs=2e-3)
+
+
+def test_positions_of_a_file_replace_those_of_the_slice_and_the_deviation_leaves_the_mean_alone(
+    trained, section, measured, tmp_path
+):
+    positions = tmp_path / "spots of P03.csv"
+    shutil.copy(next((section[0] / "spatial").glob("tissue_positions*")), positions)
+    out = predict(section[1], trained.decoder, tmp_path / "out", "--positions", positions, "--prediction_std")
+    one, other = read(out), read(measured)
+    assert set(one.obs_names) == set(other.obs_names) and "prediction_std" in one.layers
+    np.testing.assert_allclose(one[other.obs_names].X, other.X, atol=1e-4)
+    assert "counts" not in one.layers and not (out / "metrics.json").exists()
+
+
+def test_an_image_gets_a_grid_on_its_tissue(unmeasured, section):
+    adata = read(unmeasured)
+    spots = pd.read_csv(unmeasured / "predictions.csv", index_col="barcode")
+    assert 40 < adata.n_obs < 90 and adata.obs_names[0].count("x") == 1
+    distance = np.linalg.norm(adata.obsm["spatial"][:, None] - adata.obsm["spatial"], axis=2)
+    assert np.sort(distance, axis=1)[:, 1].min() == pytest.approx(100, abs=0.01)
+    place = adata.obs[["array_row", "array_col"]].to_numpy()
+    assert (place.sum(1) % 2 == 0).all()
+    np.testing.assert_allclose(spots[["x", "y"]], adata.obsm["spatial"], rtol=1e-5)
+    np.testing.assert_allclose(spots[adata.var_names], adata.X, rtol=1e-4, atol=1e-4)
+    assert spots.columns[:3].tolist() == ["x", "y", "domain_score"]
+    assert (adata.layers["prediction_std"] > 0).all() and "measured" not in adata.layers
+
+
+def test_several_decoders_give_mean_and_deviation_and_share_features(trained, section, measured, tmp_path, monkeypatch):
+    state = checkpoint.load(trained.decoder, "stage_two", "--decoder")
+    state["model"]["target_mean"] += 2.0
+    state.pop("format"), state.pop("kind")
+    checkpoint.save(tmp_path / "other.pth", "stage_two", **state)
+    calls, stream = [], tiles.cut_tiles
+    monkeypatch.setattr(tiles, "cut_tiles", lambda s, c, *a, **k: calls.append(len(c)) or stream(s, c, *a, **k))
+    both = [trained.decoder, tmp_path / "other.pth"]
+    adata, alone = read(predict(section[0], both, tmp_path / "out")), read(measured)
+    np.testing.assert_allclose(adata.X, alone.X + 1.0, atol=1e-4)
+    np.testing.assert_allclose(adata.layers["prediction_std"], 1.0, atol=1e-4)
+    np.testing.assert_allclose(adata.obs["domain_score"], alone.obs["domain_score"], rtol=1e-5)
+    assert calls.count(adata.n_obs) == 1, "one pass over the tiles for both"
+
+
+def test_mean_and_deviation_one_after_the_other(rng, tmp_path):
+    several = rng.normal(5, 2, (8, 30, 4)).astype(np.float32)
+    moments = RunningMoments(ArrayStore(1e-9, tmp_path))
+    assert moments.std is None
+    for one in several:
+        moments.add(one)
+    np.testing.assert_allclose(moments.mean, several.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(moments.std, several.std(0), rtol=1e-4)
+
+
+def test_tiles_are_asked_for_one_batch_after_the_other():
+    asked = []
+
+    def batches():
+        for i in range(5):
+            asked.append(i)
+            yield np.full((2, 8, 8, 3), i, np.uint8)
+
+    how = slide_features.TileEncoder(lambda t: t.flatten(1)[:, :1], 8, torch.device("cpu"), 2, 0)
+    found = slide_features.encode_stream(how, batches(), 10, "slide")
+    assert next(found).shape == (2, 1) and asked == [0]
+    assert len(list(found)) == 4
+
+
+# ---- what is written
+
+
+def test_all_files_are_there_and_whole(measured, unmeasured):
+    files = {"predictions.h5ad", "predictions.csv", "predictions.geojson", "report.html", "settings.json", "maps"}
+    assert {path.name for path in unmeasured.iterdir()} == files
+    assert {path.name for path in measured.iterdir()} == files | {"metrics.json", "genes.csv"}
+    for out in (measured, unmeasured):
+        maps = sorted(path.stem for path in (out / "maps").iterdir())
+        best = read(out).var["val_pcc"].idxmax()
+        assert maps == sorted([best, "domain_score"])
+        assert record(out)["n_spots"] == read(out).n_obs
+        assert "</html>" in (out / "report.html").read_text()
+
+
+def test_scanpy_and_squidpy_plot_the_file_as_it_is(measured, unmeasured):
+    import scanpy
+    import squidpy
+
+    plt.switch_backend("Agg")
+    for out in (measured, unmeasured):
+        adata = scanpy.read_h5ad(out / "predictions.h5ad")
+        axes = scanpy.pl.spatial(adata, color="KRT8", show=False)[0]
+        assert axes.images and axes.get_title() == "KRT8"
+        squidpy.pl.spatial_scatter(adata, color=["ERBB2", "domain_score"])
+        assert len(plt.gcf().axes) >= 2
+        plt.close("all")
+
+
+def test_the_geojson_is_what_qupath_reads(measured):
+    adata = read(measured)
+    made = check_qupath(strict((measured / "predictions.geojson").read_text()))
+    assert [one["properties"]["name"] for one in made] == adata.obs_names.tolist()
+    assert set(made[0]["properties"]["measurements"]) == {"domain_score", *adata.var_names}
+    centre = np.mean(made[0]["geometry"]["coordinates"][0][:-1], axis=0)
+    np.testing.assert_allclose(centre, adata.obsm["spatial"][0], atol=0.01)
+
+
+def test_metrics_are_json_and_beside_the_mean_profile(measured):
+    metrics = strict((measured / "metrics.json").read_text())
+    assert set(metrics["residuals"]) == {"model", "mean"} and metrics["n_spots"] == 70
+    assert metrics["residuals"]["mean"]["pcc_gene_mean"] is None
+    assert metrics["lognorm"]["model"]["mse"] > 0 and metrics["residuals"]["model"]["mse"] is None
+    assert len(pd.read_csv(measured / "genes.csv")) == metrics["n_genes"] == 20
+
+
+def by_hand(adata):
+    from utils.prediction.layout import SlideSpots
+
+    place = adata.obs[["array_row", "array_col"]].to_numpy()
+    spots = SlideSpots("P03_1", adata.obs_names.to_numpy(str), adata.obsm["spatial"], place, 100, 55, 1, 1)
+    library = adata.uns["spatial"]["P03_1"]
+    scale = library["scalefactors"]["tissue_hires_scalef"]
+    return outputs.Prediction(
+        spots=spots,
+        genes=adata.var_names.tolist(),
+        target="lognorm",
+        predicted=adata.X,
+        prediction_std=None,
+        domain_score=adata.obs["domain_score"].to_numpy(),
+        domain_limit=2.0,
+        val_pcc=adata.var["val_pcc"].to_numpy(),
+        image=library["images"]["hires"],
+        image_scale=scale,
+    )
+
+
+@pytest.mark.slow
+def test_the_spatialdata_file_is_read_again(measured, tmp_path):
+    spatialdata = pytest.importorskip("spatialdata")
+    one = by_hand(read(measured))
+    for _ in range(2):  # over an earlier one
+        outputs.write_spatialdata(tmp_path / "a.zarr", one)
+    found = spatialdata.read_zarr(tmp_path / "a.zarr")
+    np.testing.assert_allclose(found.tables["predicted"].X, one.predicted, rtol=1e-6)
+    centres = np.array([[p.x, p.y] for p in found.shapes["spots"].geometry])
+    np.testing.assert_allclose(centres, one.spots.xy_fullres_px)
+    assert found.images["image"].shape == (3, *one.image.shape[:2])
+
+
+# ---- out of domain, scale
+
+
+def test_a_slide_unlike_anything_is_warned_of(trained, tmp_path, rng, capsys):
+    """Noise in colours no stain has, few spots of it: the train statistics serve, too."""
+    noise = rng.integers(0, 255, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((600, 600), Image.Resampling.NEAREST).save(tmp_path / "noise.png")
+    full = Image.new("L", (60, 60), 1)
+    full.save(tmp_path / "mask.png")
+    flags = ("--um_per_px", 1, "--mask", tmp_path / "mask.png", "--grid", "square")
+    out = predict(tmp_path / "noise.png", trained.decoder, tmp_path / "out", *flags)
+    said = capsys.readouterr().out
+    assert "unlike anything the model was trained on" in said and "under 64" in said
+    assert record(out)["unlike_training"] and read(out).obs["out_of_domain"].mean() > 0.5
+
+
+def test_the_models_own_kind_of_slide_is_not_warned_of(measured, unmeasured):
+    for out in (measured, unmeasured):
+        assert not record(out)["unlike_training"] and record(out)["fraction_out_of_domain"] < 0.5
+
+
+def test_a_coarser_image_is_enlarged_with_a_warning(trained, section, unmeasured, tmp_path, capsys):
+    image = Image.open(section[1])
+    small = image.resize([side // 7 for side in image.size], Image.Resampling.LANCZOS)
+    small.save(tmp_path / "small.png")
+    out = predict(tmp_path / "small.png", trained.decoder, tmp_path / "out", "--um_per_px", 7)
+    assert "7 um per px, the model's tiles have 3.5: they are enlarged 2.0 times" in capsys.readouterr().out
+    assert abs(read(out).n_obs - read(unmeasured).n_obs) < 12
+    assert record(out)["spot_pitch_fullres_px"] == pytest.approx(100 / 7)
+
+
+def test_a_slice_that_the_model_was_trained_on_is_warned_of(trained, tmp_path, capsys):
+    predict(trained.data / "P01_1", trained.decoder, tmp_path)
+    assert "the model was trained on this slice" in capsys.readouterr().out
+
+
+def test_genes_that_a_slice_lacks_are_undefined(trained, section, tmp_path):
+    from tiny_runs import rewrite_matrix
+
+    shutil.copytree(section[0], tmp_path / "P03_1")
+    rewrite_matrix(tmp_path / "P03_1", lambda c, b, names: (c, b, np.where(names == "KRT8", "OTHER", names)))
+    out = predict(tmp_path / "P03_1", trained.decoder, tmp_path / "out")
+    adata = read(out)
+    assert np.isnan(adata[:, "KRT8"].layers["measured"]).all() and np.isfinite(adata[:, "KRT8"].X).all()
+    assert np.isfinite(adata[:, "ERBB2"].layers["measured"]).all()
+    assert strict((out / "metrics.json").read_text())["n_genes"] == 19

@@ -65,11 +65,16 @@ def test_commands_are_found():
     assert {"train_mymodel.py", "train_decoder.py", "predict_slide.py", "utils.doctor"} <= names
 
 
+def module_of(what: str):
+    """What a command runs: a script, a module, or the command of a package."""
+    name = what.removesuffix(".py").replace("/", ".")
+    package = (ROOT / name.replace(".", "/") / "__main__.py").exists()
+    return importlib.import_module(f"{name}.__main__" if package else name)
+
+
 @pytest.mark.parametrize("words", every_command())
 def test_every_command_has_flags_that_exist(words, capsys):
-    name = words[0].removesuffix(".py").replace("/", ".")
-    package = (ROOT / name.replace(".", "/") / "__main__.py").exists()
-    parse = getattr(importlib.import_module(f"{name}.__main__" if package else name), "parse_args", None)
+    parse = getattr(module_of(words[0]), "parse_args", None)
     if parse is None:
         pytest.skip(f"{words[0]} has no parse_args to ask")
     with mock.patch.dict(os.environ):  # predict_slide.py sets variables of its process there
@@ -198,7 +203,7 @@ def followed(simulated, tmp_path_factory):
     try:
         main_way = (ROOT / "docs/tutorial.md").read_text().split("## A few hundred spots")[0]
         for words in commands(main_way):
-            module = importlib.import_module(words[0].removesuffix(".py"))
+            module = module_of(words[0])
             said = printed[" ".join(words)] = home / f"{len(printed)}.txt"
             small = (
                 ["--um_per_px", "1", "--device", "cpu", "--precision", "fp32"]

@@ -208,6 +208,7 @@ def stage_two(setting: Setting) -> Work:
     from utils import distributed
     from utils.files import arrays
     from utils.training import loop
+    from utils.training.trainer import Trainer
 
     args = train_decoder.parse_args(["--device", "cpu"])
     settings.check_training(args)
@@ -217,12 +218,12 @@ def stage_two(setting: Setting) -> Work:
     model = StageTwo(StageTwoSizes(N_TARGETS, setting.image_encoder, 224, width=WIDTH))
     bank = feature_bank(setting, memory)
     optimizer = loop.make_optimizer(model.decoder.parameters(), args)
-    around = (target, accelerator.prepare(optimizer), loop.schedule(optimizer, N_STEPS, args), accelerator)
+    schedule = loop.schedule(optimizer, N_STEPS, args)
+    data = train_decoder.Data([], bank, target, np.arange(setting.n_spots), [])
 
     def train(n_steps: int) -> None:
-        order = Steps(setting.n_spots, n_steps)
-        start = SimpleNamespace(epoch=0, step=0, sums={}, after_step=lambda *_: None)  # as Progress, saves nothing
-        train_decoder.train_one_epoch(model, bank, np.arange(setting.n_spots), *around, order, start, args)
+        trainer = Trainer(args, "stage_two", {}, accelerator, model, optimizer, schedule, setting.n_spots)
+        train_decoder.train_one_epoch(trainer, model, data, Steps(setting.n_spots, n_steps), args)
 
     train(1)
     return Work(partial(train, N_STEPS), N_STEPS, "steps")

@@ -64,22 +64,22 @@ def test_an_interrupted_save_leaves_the_old_file(path, monkeypatch):
 # ---- what is refused
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99])
-def test_a_torn_file_is_refused(path, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99])
+def test_a_corrupt_file_is_refused(path, fraction):
     checkpoint.save(path, "stage_one", model={f"w{i}": torch.randn(40) for i in range(30)})
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     line = refused("--encoder: .*best_epoch_weights.pth is corrupt", checkpoint.load, path, "stage_one", "--encoder")
     assert len(line) < 400
 
 
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.7, 0.8, 0.99])
-def test_a_torn_file_of_the_old_format_is_refused(path, share):
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.7, 0.8, 0.99])
+def test_a_corrupt_file_of_the_old_format_is_refused(path, fraction):
     """Weights saved before torch 1.6 are not zip files; their download may have stopped anywhere."""
     path.parent.mkdir()
-    tensors = {f"w{i}": torch.randn(40) for i in range(30)}
-    torch.save({"model": tensors}, path, _use_new_zipfile_serialization=False)
-    assert set(tensors.read_weights(path, "--image_weights")) == set(tensors)
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    weights = {f"w{i}": torch.randn(40) for i in range(30)}
+    torch.save({"model": weights}, path, _use_new_zipfile_serialization=False)
+    assert set(tensors.read_weights(path, "--image_weights")) == set(weights)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     refused("--image_weights: .* is corrupt", tensors.read_weights, path, "--image_weights")
 
 
@@ -238,8 +238,8 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path, monkeypatch, error):
 
 @pytest.mark.parametrize("key", [None, "model", "state_dict", "teacher", "model_state_dict"])
 def test_foreign_weights_are_found(tmp_path, key):
-    tensors = {"module.a": torch.ones(2), "b.module.c": torch.zeros(1)}
-    torch.save(tensors if key is None else {key: tensors, "epoch": 3}, tmp_path / "w.pth")
+    weights = {"module.a": torch.ones(2), "b.module.c": torch.zeros(1)}
+    torch.save(weights if key is None else {key: weights, "epoch": 3}, tmp_path / "w.pth")
     found = tensors.read_weights(tmp_path / "w.pth", "--image_weights")
     assert set(found) == {"a", "b.module.c"} and torch.equal(found["a"], torch.ones(2))
 

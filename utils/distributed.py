@@ -37,7 +37,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def seed_everything(*seed: int) -> None:
-    """Seed Python, NumPy and torch from whole numbers; a resumed epoch, seeded by its number, repeats an unbroken."""
+    """Seed Python, NumPy and torch from whole numbers, as (seed, epoch, step)."""
     import random
 
     import numpy as np
@@ -145,7 +145,7 @@ def _end() -> None:
         distributed.destroy_process_group()
 
 
-def conditions(accelerator: Accelerator, args: Any) -> dict[str, Any]:
+def conditions(accelerator: Accelerator, workers: int | None, compiled: bool) -> dict[str, Any]:
     """What the last digits of a training depend on beside its flags and data: the same weights bit for bit need all of
     it to be the same."""
     import torch
@@ -153,9 +153,9 @@ def conditions(accelerator: Accelerator, args: Any) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "processes": n_processes(),
-        "workers": args.workers,
+        "workers": workers,
         "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-        "compile": args.compile,
+        "compile": compiled,
     }
 
 

@@ -215,6 +215,10 @@ class FeatureBank:
                 standardised = (found - standard.mean[:-1]) / standard.sd[:-1]
                 self.around[start + block.start : start + block.stop] = np.nan_to_num(standardised)
 
+    def spots_of(self, slices: Sequence[dataset.SliceData], part: str) -> list[np.ndarray]:
+        """Numbers of the spots of a part, per slice (n,)."""
+        return [start + slice_.rows_of(part) for slice_, start in zip(slices, self.first, strict=False)]
+
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 

@@ -191,13 +191,18 @@ def log_row(out: StepOutput, candidates: int) -> Row:
 
 
 def train_one_epoch(
-    trainer: Trainer, model: StageOne, replica: nn.Module, loader: dataset.Loader, settings: StageOneSettings
+    trainer: Trainer,
+    model: StageOne,
+    replica: nn.Module,
+    loader: dataset.Loader,
+    order: EpochOrder,
+    settings: StageOneSettings,
 ) -> Row:
     """Means over the epoch's batches of every loss. The gradients of `order.accumulate` batches make a step."""
     from utils.training import loop
 
     model.train()
-    order, epoch, sums, twins = loader.batch_sampler, trainer.epoch, trainer.sums, []
+    epoch, sums, twins = trainer.epoch, trainer.sums, []
     order.epoch, order.first = epoch, trainer.n_steps
     with tqdm(loader, desc=f"epoch {epoch}", unit="step", initial=order.first, disable=None) as bar:
         for i, batch in enumerate(bar, start=order.first):
@@ -335,7 +340,7 @@ def train(
         if not settings.resume:
             trainer.begin()
         for _ in trainer.epochs():
-            row = train_one_epoch(trainer, model, replica, loader, settings)
+            row = train_one_epoch(trainer, model, replica, loader, order, settings)
             with trainer.interruptible():
                 row |= validate(model, slices, bins, accelerator, settings)
             row = trainer.log(row)

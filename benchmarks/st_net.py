@@ -39,7 +39,7 @@ def train_one_epoch(
 ) -> None:
     model.train()
     distributed.seed_everything(args.seed, epoch)
-    loader.batch_sampler.epoch = epoch
+    loader.order.epoch = epoch
     for step, batch in enumerate(loader):
         tiles = augment(batch["tiles"].to(accelerator.device), batch["spot"].numpy(), args.seed, epoch, args.image_size)
         with accelerator.autocast():

@@ -79,7 +79,7 @@ def test_how_much_must_be_shared(capsys, role, n, measured, says):
     if says is None:
         line = refused(
             f"--w: trained on {n} {role} genes, of which p.h5ad has {measured}, ",
-            split.check,
+            split.check_genes,
             panel,
             role,
             "S",

@@ -1,4 +1,4 @@
-"""Slices as training sees them: tiles, gene bins and target counts of the same spots, joined by barcode.
+"""A slice with its tiles and panels, joined by barcode, and batches of its tiles.
 
 Letters: S spots of a slice, G input genes, T target genes, B batch, Z tile side in pixels.
 """
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -17,6 +17,18 @@ from utils.genes import panels as gene_panels
 from utils.images.tiles import TilePack
 from utils.settings import SharedSettings
 from utils.slices import content, splits, visium
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+    from torch import Tensor
+
+
+class Order(Protocol):
+    """Lists of spot numbers, one a batch."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -221,27 +233,25 @@ class TileBatches:
         return self.__dict__ | {"extra": {}}
 
 
-def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
     import torch
 
     return {name: torch.from_numpy(rows) for name, rows in batch.items()}
 
 
 class Loader:
-    """Batches of a set as tensors, in an order; a `with` block ends the processes that read for it.
+    """Batches of a set as tensors, in an order; a `with` block ends the processes that read for it."""
 
-    The order, an iterable of lists of spot numbers, is `batch_sampler`, as in the DataLoader within.
-    """
-
-    def __init__(self, batches: TileBatches, order: Any, workers: int):
+    def __init__(self, batches: TileBatches, order: Order, workers: int):
         from torch.utils.data import DataLoader
 
-        self.batch_sampler, self.extra = order, batches.extra
-        data: Any = batches
-        collate: Any = to_tensors  # `__getitems__` gives a whole batch, so there is nothing to put together
+        self.order, self.extra = order, batches.extra
+        sampler: Any = order
+        data: Any = batches  # torch types neither a set of whole batches
+        collate: Any = to_tensors  # nor this: `__getitems__` gives a whole batch, so there is nothing to put together
         self.reader: DataLoader | None = DataLoader(
             data,
-            batch_sampler=order,
+            batch_sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
             persistent_workers=workers > 0,
@@ -249,9 +259,9 @@ class Loader:
         )
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return len(self.order)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self.reader is None:
             raise ValueError("expected a loader that is open, found one whose block has ended")
         for batch in self.reader:
@@ -265,9 +275,9 @@ class Loader:
         self.reader = None  # nothing else refers to it: it joins its processes
 
 
-def reading_context() -> Any:
-    """How processes that read start: from a server without threads. One forked from a process that has threads, those
-    of a process group or of a BLAS, may wait for ever for a lock that a thread held."""
+def reading_context() -> BaseContext:
+    """Start reading processes from a server without threads. One forked from a process that has threads, those of a
+    process group or of a BLAS, may wait for ever for a lock that a thread held."""
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
@@ -275,7 +285,7 @@ def reading_context() -> Any:
     return context
 
 
-def loader(batches: TileBatches, order: Any, workers: int | None) -> Loader:
+def loader(batches: TileBatches, order: Order, workers: int | None) -> Loader:
     """A loader with `workers` reading processes.
 
     None: as many as --workers says, which on a CPU is none. A tile is read in 50 us, less than handing it over costs.

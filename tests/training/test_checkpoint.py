@@ -7,22 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from spaceranger_folders import refused
+from tiny_runs import Bomb
 
 from utils.files import atomic, tensors
 from utils.training import checkpoint
 from utils.training.checkpoint import CORRUPT, LAST, PREVIOUS
 
 ABOUT = {"sizes": {"width": 4}, "genes": ["a", "b"], "tile_scale": [32, 3.5], "counts_hashes": {"s": "h"}}
-
-
-class Bomb:
-    """Unpickling it writes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.write_text, (self.path, "ran")
 
 
 @pytest.fixture

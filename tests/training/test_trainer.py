@@ -21,7 +21,7 @@ from utils.files import exclusive
 from utils.training import checkpoint, loop
 from utils.training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = ("--Epoch", 3, "--Init_lr", 1e-3, "--save_every", 1)  # of four steps each
 
 

@@ -225,6 +225,19 @@ def begin(trainer: Trainer, model: StageTwo, data: Data, accelerator: Accelerato
     trainer.begin(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
 
 
+def make_trainer(
+    model: StageTwo, order: EpochOrder, about: dict[str, Any], accelerator: Accelerator, settings: StageTwoSettings
+) -> Trainer:
+    """The run with its optimiser, resumed if asked."""
+    from utils.training import loop
+    from utils.training.trainer import Trainer
+
+    optimizer = loop.make_optimizer(model.decoder.parameters(), settings)
+    schedule = loop.schedule(optimizer, len(order) * (settings.Epoch - settings.Init_Epoch), settings)
+    trainer = Trainer(settings, "stage_two", about, accelerator, model, optimizer, schedule, order.n_spots)
+    return trainer.resume_if_asked()
+
+
 def train(
     encoder: dict[str, Any],
     slices: list[dataset.SliceData],
@@ -238,7 +251,6 @@ def train(
     from utils.evaluation import plotting
     from utils.features import neighbourhoods
     from utils.training import loop
-    from utils.training.trainer import Trainer
 
     distributed.seed_everything(settings.seed)
     store = ArrayStore(settings.memory, settings.out)
@@ -256,12 +268,9 @@ def train(
     data = Data(slices, bank, target, train_spots, targets.validation_residuals(slices))
 
     order = loop.EpochOrder(len(train_spots), settings.batch_size, settings.seed)
-    optimizer = loop.make_optimizer(model.decoder.parameters(), settings)
-    schedule = loop.schedule(optimizer, len(order) * (settings.Epoch - settings.Init_Epoch), settings)
     about = describe(model, encoder, slices, rows, moments, settings)
     about["domain"] = describe_domain(slices, features, moments.n_vectors, settings.seed)
-    trainer = Trainer(settings, "stage_two", about, accelerator, model, optimizer, schedule, len(train_spots))
-    with trainer.resume_if_asked():
+    with make_trainer(model, order, about, accelerator, settings) as trainer:
         if settings.compile:
             model.decoder.compile()
         splits.write_table(rows, settings.out / "slices.csv")

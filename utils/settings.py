@@ -1,4 +1,4 @@
-"""The flags that scripts share, their checks, and the one way in which a script ends with an error."""
+"""Settings of the scripts: flags that several share, their checks, and how a script ends with an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from utils import distributed, memory
 
 PARTS = ("train", "val", "test")
-# flags that say where and on what a script works, and how long, not what it computes
+# flags of places, machine and time, which do not change what a script computes
 WHERE = (
     "data tiles panels slices out logs export encoder decoder image_weights device workers debug memory resume "
     "save_every max_minutes compile"
@@ -131,7 +131,15 @@ class HasDebug(Protocol):
     debug: bool
 
 
+class HasPart(Protocol):
+    """A row of the table of slices."""
+
+    @property
+    def part(self) -> str: ...
+
+
 S = TypeVar("S", bound=HasDebug)
+R = TypeVar("R", bound=HasPart)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -347,8 +355,8 @@ def require_new_folder(path: Path, flag: str) -> Path:
     return path
 
 
-def chosen(rows: list, part: str) -> list:
-    """Rows of table.read_table that belong to --part."""
+def chosen(rows: list[R], part: str) -> list[R]:
+    """Rows of the table of slices that belong to --part."""
     matching = [row for row in rows if part == "all" or row.part == part]
     if not matching:
         raise ValueError(f"no slice has part {part}: expected one at least in slices.csv; see --part")
@@ -361,7 +369,7 @@ def say(warnings: list[str]) -> None:
 
 
 def line_of(error: BaseException) -> str | None:
-    """What is wrong with files, flags or memory, in one line; None for any other error, which is due its traceback."""
+    """An error of files, flags or memory as one line; None for any other error, which keeps its traceback."""
     text = " ".join(str(error).split())
     if memory.is_out_of_memory(error):
         return (
@@ -372,8 +380,8 @@ def line_of(error: BaseException) -> str | None:
 
 
 def run(main: Callable[[S], object], args: S) -> NoReturn:
-    """Call main(args); what is wrong with files, flags or memory ends in one line on stderr and exit code 2. Of several
-    processes the first one talks."""
+    """Call main(args); an error of files, flags or memory ends in one line on stderr and exit code 2. Of several
+    processes the first one prints."""
     if int(os.environ.get("RANK", 0)) > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (as long as the process)
     code = 0

@@ -58,16 +58,16 @@ def moments(features: list[np.ndarray], n_vectors: int, rows: list[np.ndarray] |
     for the difference of squares.
     """
     number, total, squares = np.zeros((n_vectors + 1, 1)), *np.zeros((2, n_vectors + 1, features[0].shape[-1]))
-    for i, one in enumerate(features):
-        chosen = np.arange(len(one)) if rows is None else rows[i]
+    for i, of_slice in enumerate(features):
+        chosen = np.arange(len(of_slice)) if rows is None else rows[i]
         for block in blocks(len(chosen)):
-            both = one[chosen[block]].astype(np.float64)
-            kinds = [both[:, i : i + 1] for i in range(n_vectors)] + [both[:, n_vectors:]]
+            both = of_slice[chosen[block]].astype(np.float64)
+            kinds = [both[:, v : v + 1] for v in range(n_vectors)] + [both[:, n_vectors:]]
             for kind, values in enumerate(kinds):
                 number[kind] += values.shape[0] * values.shape[1]
                 total[kind] += values.sum((0, 1))
                 squares[kind] += np.einsum("btd,btd->d", values, values)
-            release(one)
+            release(of_slice)
     mean = total / number
     sd = np.sqrt(np.maximum(squares / number - mean**2, 0))
     return Moments(mean.astype(np.float32), np.maximum(sd, MIN_SD).astype(np.float32))
@@ -89,9 +89,9 @@ def neighbours(xy_px: np.ndarray, pitch_px: float, n: int) -> tuple[np.ndarray, 
     if n == 0:
         return np.zeros((len(xy_px), 0), int), np.zeros((len(xy_px), 0, 2), np.float32), np.zeros((len(xy_px), 0), bool)
     index = np.asarray(cKDTree(xy_px).query(xy_px, k=np.arange(1, n + 2), distance_upper_bound=reach)[1])
-    own = index == np.arange(len(xy_px))[:, None]
-    own[~own.any(1), 0] = True  # a spot on top of many others may not find itself
-    index = index[~own].reshape(len(xy_px), n)
+    itself = index == np.arange(len(xy_px))[:, None]
+    itself[~itself.any(1), 0] = True  # a spot on top of many others may not find itself
+    index = index[~itself].reshape(len(xy_px), n)
     present = index < len(xy_px)
     index = np.where(present, index, 0)
     offset = (xy_px[index] - xy_px[:, None]) / pitch_px
@@ -122,14 +122,14 @@ def smoothed(
         seen, column = np.unique(pairs["j"], return_inverse=True)
         width, shape = math.prod(features.shape[1:]), (block.stop - block.start, len(seen))
         near = features[seen].reshape(len(seen), width).astype(np.float32)
-        found = []
+        means = []
         for bandwidth in bandwidths:
             distance = pairs["v"] / (bandwidth * pitch_px)
             weight = np.where(distance <= FARTHEST, np.exp(-(distance**2) / 2), 0).astype(np.float32)
             total = np.bincount(pairs["i"], weight, shape[0]).astype(np.float32)
             with np.errstate(invalid="ignore"):
-                found.append((csr_array((weight, (pairs["i"], column)), shape) @ near) / total[:, None])
-        yield block, np.stack(found, 1).reshape(shape[0], len(bandwidths), *features.shape[1:])
+                means.append((csr_array((weight, (pairs["i"], column)), shape) @ near) / total[:, None])
+        yield block, np.stack(means, 1).reshape(shape[0], len(bandwidths), *features.shape[1:])
         release(features)
 
 
@@ -147,15 +147,15 @@ class Rows:
     def __init__(self, arrays: list[np.ndarray], store: ArrayStore, device: torch.device):
         self.arrays, self.device = arrays, device
         self.first = np.cumsum([0, *map(len, arrays)])
-        size = sum(one.nbytes for one in arrays)
+        size = sum(array.nbytes for array in arrays)
         self.whole = None
         if size <= store.left:
             store.left -= size
             self.whole = torch.empty((int(self.first[-1]), *arrays[0].shape[1:]), dtype=torch.float16, device=device)
-            for one, start in zip(arrays, self.first, strict=False):
-                for block in blocks(len(one)):
-                    self.whole[start + block.start : start + block.stop] = torch.from_numpy(np.array(one[block]))
-                    release(one)
+            for array, start in zip(arrays, self.first, strict=False):
+                for block in blocks(len(array)):
+                    self.whole[start + block.start : start + block.stop] = torch.from_numpy(np.array(array[block]))
+                    release(array)
 
     def take(self, numbers: np.ndarray) -> Tensor:
         """Numbers of any shape (...,) -> float16 (..., *row) on the device."""
@@ -163,12 +163,12 @@ class Rows:
             return self.whole[torch.from_numpy(numbers).to(self.device)]
         unique, place = np.unique(numbers, return_inverse=True)
         ends = np.searchsorted(unique, self.first)
-        found = np.empty((len(unique), *self.arrays[0].shape[1:]), np.float16)
-        for one, start, low, high in zip(self.arrays, self.first, ends, ends[1:], strict=False):
+        rows = np.empty((len(unique), *self.arrays[0].shape[1:]), np.float16)
+        for array, start, low, high in zip(self.arrays, self.first, ends, ends[1:], strict=False):
             if high > low:
-                found[low:high] = one[unique[low:high] - start]
-                release(one)
-        return torch.from_numpy(found[place.reshape(numbers.shape)]).to(self.device)
+                rows[low:high] = array[unique[low:high] - start]
+                release(array)
+        return torch.from_numpy(rows[place.reshape(numbers.shape)]).to(self.device)
 
 
 class FeatureBank:
@@ -195,7 +195,7 @@ class FeatureBank:
         device: torch.device,
         store: ArrayStore,
     ):
-        own = [slice_moments(f, one.name, train) for one, f in zip(slices, features, strict=True)]
+        own = [slice_moments(f, slice_.name, train) for slice_, f in zip(slices, features, strict=True)]
         self.device, self.n_vectors = device, train.n_vectors
         self.mean, self.sd = self._put(np.stack([m.mean for m in own])), self._put(np.stack([m.sd for m in own]))
         self.first = np.cumsum([0, *map(len, features)])

@@ -1,4 +1,4 @@
-"""Slices by their part: those that training and evaluation use, what they must share with a model, what they must not.
+"""Slices by their part for training and evaluation, and checks that they fit a model and were held out from it.
 
 Held-out slices must not have been used to choose genes or to train the model that is evaluated or built on. A model and
 the slices it is evaluated on must share genes, by name, and the scale of the tiles.
@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.features import dataset
 from utils.genes import panels as gene_panels
-from utils.settings import EvaluationSettings, SharedSettings, TrainingSettings
+from utils.settings import EvaluationSettings, SharedSettings, TrainingSettings, chosen
 from utils.slices import splits
 
 LEAST_TARGETS = 10  # genes: a mean over fewer is too noisy
@@ -87,12 +87,8 @@ def rows_of_part(settings: EvaluationSettings, state: dict[str, Any]) -> list[sp
     rows, warnings = read_split(settings)
     for warning in warnings:
         print(f"warning: {warning}")
-    chosen = [row for row in rows if settings.part in ("all", row.part)]
-    if settings.part == "val" and state["settings"]["val_strip"]:
-        chosen = splits.of_part(rows, "train")
-    if not chosen:
-        raise ValueError(f"no slice has part {settings.part}: expected one at least in slices.csv; see --part")
-    return chosen
+    in_strips = settings.part == "val" and state["settings"]["val_strip"]
+    return chosen(rows, "train" if in_strips else settings.part)
 
 
 def check_panel_origin(slices: list[dataset.SliceData], train: list[str]) -> None:

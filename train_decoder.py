@@ -9,73 +9,100 @@ Reads tiles and target genes of the train and validation slices; the features of
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from utils import distributed, settings
+from utils import distributed
+from utils import settings as flags
 from utils.features import dataset
-from utils.files import atomic
+from utils.files.arrays import ArrayStore
 from utils.files.exclusive import exclusive_folder
+from utils.settings import StageTwoSettings
 from utils.slices import splits
 from utils.training import checkpoint, split, targets
-from utils.training.decoder_initialisation import LANDMARKS, start_from_ridge
-from utils.training.decoder_validation import validate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from model.stage_two import StageTwo
+    from utils.features.neighbourhoods import FeatureBank, Moments
+    from utils.training.loop import EpochOrder
+    from utils.training.trainer import Row, Trainer
 
 
-def parse_args(argv=None):
-    parser = settings.shared(__doc__)
-    settings.add_training(parser, out="decoder_model")
-    settings.add_memory(parser)
+def parse_args(argv: list[str] | None = None) -> StageTwoSettings:
+    parser = flags.shared(__doc__)
+    flags.add_training(parser, out="decoder_model")
+    flags.add_memory(parser)
     group = parser.add_argument_group("method")
     group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
     group.add_argument(
-        "--target", choices=["lognorm", "residuals", "counts"], default="residuals", help="what is learnt"
+        "--target", choices=["lognorm", "residuals", "counts"], default="residuals", help="what is predicted"
     )
-    group.add_argument("--context", type=settings.count_or_zero, default=18, help="nearest spots the decoder sees")
-    group.add_argument("--decoder_layers", type=settings.count_or_zero, default=6, help="0: ridge and expansion alone")
-    group.add_argument("--decoder_width", type=settings.count, default=64, help="a multiple of 4, its heads")
+    group.add_argument("--context", type=flags.count_or_zero, default=18, help="nearest spots in the decoder's memory")
+    group.add_argument("--decoder_layers", type=flags.count_or_zero, default=6, help="0: ridge and expansion alone")
+    group.add_argument("--decoder_width", type=flags.count, default=64, help="a multiple of 4, its heads")
     group.add_argument(
-        "--tta", type=int, choices=[1, 2, 4, 8], default=1, help="of a tile that its features are averaged over"
+        "--tta", type=int, choices=[1, 2, 4, 8], default=1, help="turns and flips of a tile to average features over"
     )
-    return parser.parse_args(argv)
+    return StageTwoSettings(**flags.parse_training(parser, argv))
 
 
-def load_data(args, encoder: dict):
+@dataclass(frozen=True)
+class Data:
+    """The spots of the train and validation part as the decoder sees them.
+
+    S spots of all slices in turn, n train spots, v validation spots of a slice, G target genes.
+    """
+
+    slices: list[dataset.SliceData]
+    bank: FeatureBank
+    target: np.ndarray  # (S, G), standardised
+    train_spots: np.ndarray  # (n,) numbers in the bank
+    truth: list[np.ndarray]  # per slice residuals of validation spots (v, G)
+
+
+def load_slices(
+    encoder: dict[str, Any], settings: StageTwoSettings
+) -> tuple[list[dataset.SliceData], list[splits.SliceRow]]:
     """Slices of the train and validation part, and the rows of the table."""
-    rows, warnings = split.read_split(args)
-    settings.say(warnings)
+    rows, warnings = split.read_split(settings)
+    flags.say(warnings)
     print(splits.format_table(rows))
-    slices = split.load_training(rows, args, ("target",))
+    slices = split.load_training(rows, settings, ("target",))
     first = slices[0]
     split.check_tiles(first.pack.folder, dataset.tile_scale(first), tuple(encoder["tile_scale"]), "--encoder")
-    split.check_unseen(rows, encoder, "--encoder", args.allow_leak)
+    split.check_unseen(rows, encoder, "--encoder", settings.allow_leak)
     return slices, rows
 
 
-def build_model(args, encoder: dict, n_genes: int, n_train_spots: int):
+def build_model(encoder: dict[str, Any], n_genes: int, n_train_spots: int, settings: StageTwoSettings) -> StageTwo:
     """Stage two around the image encoder of a stage-one checkpoint."""
     from model.stage_two import StageTwo, StageTwoSizes
+    from utils.training.decoder_initialisation import LANDMARKS
 
     sizes = StageTwoSizes(
         n_genes=n_genes,
         landmarks=min(LANDMARKS, n_train_spots),
-        bandwidths=list(StageTwoSizes.bandwidths) if args.context else [],
+        bandwidths=list(StageTwoSizes.bandwidths) if settings.context else [],
         **{name: encoder["sizes"][name] for name in ("image_encoder", "image_size", "crop_scales", "width")},
-        **{name: getattr(args, name) for name in ("decoder_layers", "decoder_width", "context", "tta")},
+        **{name: getattr(settings, name) for name in ("decoder_layers", "decoder_width", "context", "tta")},
     )
     model = StageTwo(sizes)
     prefix = "image_encoder."
-    own = {name.removeprefix(prefix): t for name, t in encoder["model"].items() if name.startswith(prefix)}
-    model.image_encoder.load_state_dict(own)
+    weights = {name.removeprefix(prefix): t for name, t in encoder["model"].items() if name.startswith(prefix)}
+    model.image_encoder.load_state_dict(weights)
     return model
 
 
-def all_features(model, slices, accelerator, args) -> list[np.ndarray]:
+def all_features(
+    model: StageTwo, slices: list[dataset.SliceData], accelerator: Accelerator, settings: StageTwoSettings
+) -> list[np.ndarray]:
     """Per slice features (S, V + T, D) memory-mapped from --out/features, computed where they are not there already."""
     from utils.features import cache
 
@@ -83,154 +110,198 @@ def all_features(model, slices, accelerator, args) -> list[np.ndarray]:
         with accelerator.autocast():
             return model.encode(tiles)
 
-    size, folder = model.sizes.image_size, args.out / "features"
-    how = cache.TileEncoder(encode, size, accelerator.device, args.batch_size, args.workers)
-    key = f"{checkpoint.model_hash(args.encoder)} {accelerator.mixed_precision} pooled, tta {args.tta}"
+    size, folder = model.sizes.image_size, settings.out / "features"
+    encoder = cache.TileEncoder(encode, size, accelerator.device, settings.batch_size, settings.workers)
+    key = f"{checkpoint.model_hash(settings.encoder)} {accelerator.mixed_precision} pooled, tta {settings.tta}"
     return [
-        cache.kept_features(folder, f"{key} {one.pack.content}", one, partial(cache.encode_slice, how, one))
-        for one in slices
+        cache.kept_features(
+            folder, f"{key} {slice_.pack.content}", slice_, partial(cache.encode_slice, encoder, slice_)
+        )
+        for slice_ in slices
     ]
 
 
-def train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, progress, args) -> float:
-    """Mean loss over the epoch's steps: squared error of standardised genes; 1 is the mean profile's."""
+def train_one_epoch(
+    trainer: Trainer, model: StageTwo, data: Data, order: EpochOrder, settings: StageTwoSettings
+) -> float:
+    """Mean loss over the epoch's steps: squared error of standardised genes; the mean profile has 1."""
     import torch
 
     from model import losses
     from utils.training import loop
 
     model.train()
-    epoch, total = progress.epoch, progress.sums.get("loss", 0.0)
-    order.epoch, order.first = epoch, progress.step
+    epoch, total, accelerator = trainer.epoch, trainer.sums.get("loss", 0.0), trainer.accelerator
+    order.epoch, order.first = epoch, trainer.n_steps
     bar = tqdm(order, desc=f"epoch {epoch}", unit="step", initial=order.first, disable=None)
     for step, numbers in enumerate(bar, start=order.first):
-        distributed.seed_everything(args.seed, epoch, step)
-        chosen = spots[numbers]
-        with distributed.decoder_autocast(accelerator, args.precision):
-            predicted = model.decoder(**bank.batch(chosen))
-        loss = losses.expression_loss(predicted, torch.from_numpy(target[chosen]).to(accelerator.device))
+        distributed.seed_everything(settings.seed, epoch, step)
+        spots = data.train_spots[numbers]
+        with distributed.decoder_autocast(accelerator, settings.precision):
+            predicted = model.decoder(**data.bank.batch(spots))
+        loss = losses.expression_loss(predicted, torch.from_numpy(data.target[spots]).to(accelerator.device))
         loop.stop_if_not_finite(loss.item(), epoch, step)
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        optimizer.step()
-        schedule.step()
+        trainer.backward(loss)
+        trainer.step()
         total += loss.item()
-        progress.after_step(step + 1, {"loss": total})
+        trainer.after_step(step + 1, {"loss": total})
     return total / len(order)
 
 
-def report(row: dict[str, float]) -> str:
+def validate(model: StageTwo, data: Data, accelerator: Accelerator, settings: StageTwoSettings) -> np.ndarray:
+    """PCC per gene against residuals on validation spots, mean over slices: (G,); an undefined one counts as 0."""
+    from utils.evaluation import metrics
+    from utils.features.neighbourhoods import predict
+
+    model.eval()
+    autocast = partial(distributed.decoder_autocast, accelerator, settings.precision)
+    per_slice = []
+    for spots, true in zip(data.bank.spots_of(data.slices, "val"), data.truth, strict=True):
+        if len(spots):
+            predicted = predict(model, data.bank, spots, autocast, settings.batch_size)
+            pcc = metrics.scored_pearson_per_gene(predicted, np.nan_to_num(true))
+            per_slice.append(np.where(np.isfinite(true).all(0), pcc, np.nan))
+    return np.nansum(per_slice, axis=0) / np.maximum(np.isfinite(per_slice).sum(0), 1)
+
+
+def report(row: Row) -> str:
     return (
         f"epoch {row['epoch']}: loss {row['loss']:.4f} (mean profile 1), validation PCC per gene against residuals "
         f"{row['val_pcc_residuals']:.4f} (chance 0), {row['seconds']:.1f} s"
     )
 
 
-def describe_domain(slices, kept, n_vectors: int, seed: int) -> dict:
+def describe_domain(
+    slices: list[dataset.SliceData], features: list[np.ndarray], n_vectors: int, seed: int
+) -> dict[str, Any]:
     """Mean and covariance of the train features, and validation quantiles of the out-of-domain score."""
     import torch
 
     from model.stage_two import domain_score, fit_domain
     from utils.features.neighbourhoods import domain_vectors
 
-    mean, covariance = fit_domain(domain_vectors(slices, kept, n_vectors, "train", seed))
-    score = domain_score(domain_vectors(slices, kept, n_vectors, "val", seed), mean, covariance)
+    mean, covariance = fit_domain(domain_vectors(slices, features, n_vectors, "train", seed))
+    score = domain_score(domain_vectors(slices, features, n_vectors, "val", seed), mean, covariance)
     levels = torch.tensor([0.5, 0.9, 0.95, 0.99])
     return {"mean": mean, "covariance": covariance, "levels": levels, "quantiles": torch.quantile(score, levels)}
 
 
-def describe(args, model, encoder: dict, slices, rows, kept, moments) -> dict:
-    """All that the model needs to be used elsewhere, beside its weights."""
+def describe(
+    model: StageTwo,
+    encoder: dict[str, Any],
+    slices: list[dataset.SliceData],
+    rows: list[splits.SliceRow],
+    moments: Moments,
+    settings: StageTwoSettings,
+) -> dict[str, Any]:
+    """All that the model needs to be used elsewhere, beside its weights and domain."""
     import torch
 
     return {
         "sizes": asdict(model.sizes),
         "genes": slices[0].panels["target"].genes,
-        "target": args.target,
+        "target": settings.target,
         "tile_scale": list(dataset.tile_scale(slices[0])),
         "table": [asdict(row) for row in rows],
         "counts_hashes": encoder["counts_hashes"] | dataset.counts_hashes(slices),
-        "settings": atomic.plain(vars(args)),
         "pretrain_hashes": encoder["pretrain_hashes"],
-        "encoder_hash": checkpoint.model_hash(args.encoder),
+        "encoder_hash": checkpoint.model_hash(settings.encoder),
         "encoder_settings": encoder["settings"],
         "encoder_table": encoder["table"],
         "feature_moments": {"mean": torch.from_numpy(moments.mean), "sd": torch.from_numpy(moments.sd)},
-        "domain": describe_domain(slices, kept, moments.n_vectors, args.seed),
     }
 
 
-def train(encoder: dict, slices, rows, accelerator, args) -> None:
+def begin(trainer: Trainer, model: StageTwo, data: Data, accelerator: Accelerator, settings: StageTwoSettings) -> None:
+    """Start the decoder at a kernel ridge, and validate that, the first candidate for the best epoch."""
+    import torch
+
+    from utils.training.decoder_initialisation import warm_start_decoder
+
+    size, seed = settings.batch_size, settings.seed
+    print(warm_start_decoder(model, data.bank, data.slices, data.target, data.truth, size, seed))
+    val_pcc = validate(model, data, accelerator, settings)
+    row = {"epoch": settings.Init_Epoch - 1, "val_pcc_residuals": float(val_pcc.mean())}
+    trainer.begin(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
+
+
+def make_trainer(
+    model: StageTwo, order: EpochOrder, about: dict[str, Any], accelerator: Accelerator, settings: StageTwoSettings
+) -> Trainer:
+    """The run with its optimiser, resumed if asked."""
+    from utils.training import loop
+    from utils.training.trainer import Trainer
+
+    optimizer = loop.make_optimizer(model.decoder.parameters(), settings)
+    schedule = loop.schedule(optimizer, len(order) * (settings.Epoch - settings.Init_Epoch), settings)
+    trainer = Trainer(settings, "stage_two", about, accelerator, model, optimizer, schedule, order.n_spots)
+    return trainer.resume_if_asked()
+
+
+def train(
+    encoder: dict[str, Any],
+    slices: list[dataset.SliceData],
+    rows: list[splits.SliceRow],
+    accelerator: Accelerator,
+    settings: StageTwoSettings,
+) -> None:
     """From kept features to the last epoch, or on from where a run was interrupted."""
     import torch
 
     from utils.evaluation import plotting
     from utils.features import neighbourhoods
-    from utils.files import arrays
     from utils.training import loop
-    from utils.training.progress import Progress
 
-    distributed.seed_everything(args.seed)
-    memory = arrays.ArrayStore(args.memory, args.out)
-    target, mean, sd = targets.standardised(slices, args.target, memory)
-    chosen = dataset.spots_of(slices, "train")
-    model = build_model(args, encoder, len(mean), len(chosen)).to(accelerator.device)
+    distributed.seed_everything(settings.seed)
+    store = ArrayStore(settings.memory, settings.out)
+    target, mean, sd = targets.standardised(slices, settings.target, store)
+    places = dataset.spots_of(slices, "train")
+    model = build_model(encoder, len(mean), len(places), settings).to(accelerator.device)
     model.set_target_scale(torch.from_numpy(mean), torch.from_numpy(sd))
-    features = all_features(model, slices, accelerator, args)
+    features = all_features(model, slices, accelerator, settings)
     if not distributed.go_on_alone():  # on kept features one process trains
         return
-    moments = neighbourhoods.moments(features, model.n_vectors, [one.rows_of("train") for one in slices])
+    moments = neighbourhoods.moments(features, model.n_vectors, [slice_.rows_of("train") for slice_ in slices])
     around = (model.sizes.context, model.sizes.bandwidths)
-    bank = neighbourhoods.FeatureBank(slices, features, moments, *around, accelerator.device, memory)
-    truth = targets.validation_residuals(slices)
-    spots = bank.first[chosen[:, 0]] + chosen[:, 1]
-    order = loop.EpochOrder(len(spots), args.batch_size, args.seed)
-    optimizer = loop.make_optimizer(model.decoder.parameters(), args)
-    schedule = loop.schedule(optimizer, len(order) * (args.Epoch - args.Init_Epoch), args)
-    about = describe(args, model, encoder, slices, rows, features, moments)
-    about["conditions"] = distributed.conditions(accelerator, args)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": accelerator.scaler}
-    with (
-        Progress(args, "stage_two", about, **parts) as progress,
-        loop.RunLog(args.logs, "stage_two", vars(args) | {"n_train_spots": len(spots)}) as log,
-    ):
-        optimizer = accelerator.prepare(optimizer)
-        if args.compile:
+    bank = neighbourhoods.FeatureBank(slices, features, moments, *around, accelerator.device, store)
+    train_spots = bank.first[places[:, 0]] + places[:, 1]
+    data = Data(slices, bank, target, train_spots, targets.validation_residuals(slices))
+
+    order = loop.EpochOrder(len(train_spots), settings.batch_size, settings.seed)
+    about = describe(model, encoder, slices, rows, moments, settings)
+    about["domain"] = describe_domain(slices, features, moments.n_vectors, settings.seed)
+    with make_trainer(model, order, about, accelerator, settings) as trainer:
+        if settings.compile:
             model.decoder.compile()
-        splits.write_table(rows, args.out / "slices.csv")
-        if not args.resume:
-            print(start_from_ridge(model, bank, slices, target, truth, args))
-            val_pcc = validate(model, bank, slices, truth, accelerator, args)
-            row = {"epoch": args.Init_Epoch - 1, "val_pcc_residuals": float(val_pcc.mean())}
-            progress.begin(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
-        for epoch in range(progress.epoch, args.Epoch):
-            start = time.monotonic()
-            loss = train_one_epoch(model, bank, spots, target, optimizer, schedule, accelerator, order, progress, args)
-            with progress.interruptible():
-                val_pcc = validate(model, bank, slices, truth, accelerator, args)
-            row = {"epoch": epoch, "loss": loss, "val_pcc_residuals": float(val_pcc.mean())}
-            row |= {"lr": schedule.get_last_lr()[0], "seconds": time.monotonic() - start}
-            log.add(row)
+        splits.write_table(rows, settings.out / "slices.csv")
+        if not settings.resume:
+            begin(trainer, model, data, accelerator, settings)
+        for _ in trainer.epochs():
+            loss = train_one_epoch(trainer, model, data, order, settings)
+            with trainer.interruptible():
+                val_pcc = validate(model, data, accelerator, settings)
+            row = trainer.log({"loss": loss, "val_pcc_residuals": float(val_pcc.mean())})
             print(report(row), flush=True)
-            progress.after_epoch(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
+            trainer.after_epoch(row["val_pcc_residuals"], val_pcc=torch.from_numpy(val_pcc))
+    log = trainer.run_log
     plotting.save(plotting.loss_curves(log.rows, {"loss": 1.0}, "Stage two"), log.folder / "epoch_loss.png")
-    print(f"{args.out / checkpoint.BEST}: validation PCC per gene {progress.best:.4f}; log in {log.folder}")
+    print(f"{settings.out / checkpoint.BEST}: validation PCC per gene {trainer.best:.4f}; log in {log.folder}")
 
 
 @exclusive_folder("out")
-def main(args):
-    settings.check_training(args)
-    checkpoint.require_checkpoint(args.encoder, "--encoder", "run train_mymodel.py first")
-    encoder = checkpoint.load(args.encoder, "stage_one", "--encoder")
-    slices, rows = load_data(args, encoder)
-    with distributed.running(args.device, args.precision) as accelerator:
-        train(encoder, slices, rows, accelerator, args)
-    if args.export is not None and distributed.is_main():
-        from utils.sharing import folder
+def main(settings: StageTwoSettings) -> None:
+    flags.check_training(settings)
+    checkpoint.require_checkpoint(settings.encoder, "--encoder", "run train_mymodel.py first")
+    encoder = checkpoint.load(settings.encoder, "stage_one", "--encoder")
+    slices, rows = load_slices(encoder, settings)
+    with distributed.running(settings.device, settings.precision) as accelerator:
+        train(encoder, slices, rows, accelerator, settings)
+    if settings.export is not None and distributed.is_main():
+        from utils.sharing import export
 
-        folder.export(args.out / checkpoint.BEST, args.export)
-        print(f"{args.export}: to share")
+        export.export(settings.out / checkpoint.BEST, settings.export)
+        print(f"{settings.export}: to share")
 
 
 if __name__ == "__main__":
-    settings.run(main, parse_args())
+    flags.run(main, parse_args())

@@ -10,136 +10,176 @@ encoder_model/{best,last}_epoch_weights.pth, slices.csv beside them, and logs/st
 from __future__ import annotations
 
 import math
-import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from model import tuning
-from utils import distributed, settings
+from utils import distributed
+from utils import settings as flags
 from utils.features import dataset
-from utils.files import atomic
+from utils.files.arrays import ArrayStore
 from utils.files.exclusive import exclusive_folder
+from utils.settings import StageOneSettings
 from utils.slices import splits
 from utils.training import checkpoint, gene_weights, split, targets
-from utils.training.initialisation import start_from_ridge
 
-MEASURED_SPOTS = 20_000  # tell mean and deviation of each gene's bins well enough
-MATCHING_CHANCE = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)  # one pair to two non-pairs, judged by their rate
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from model.stage_one import StageOne, StepOutput
+    from utils.training.loop import EpochOrder
+    from utils.training.trainer import Row, Trainer
+
+MEASURED_SPOTS = 20_000  # are enough for mean and deviation of each gene's bins
+MATCHING_CHANCE = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)  # one pair to two non-pairs, scored by their rate
+SIZES = (  # of the model, by the name of their flag
+    "image_encoder image_size crop_scales gene_depth gene_width gene_heads gene_tokens fusion_blocks image_tokens width"
+).split()
 
 
-def parse_args(argv=None):
-    parser = settings.shared(__doc__)
-    settings.add_training(parser, out="encoder_model")
-    settings.add_memory(parser)
-    group = settings.add_encoders(parser)
+def parse_args(argv: list[str] | None = None) -> StageOneSettings:
+    parser = flags.shared(__doc__)
+    flags.add_training(parser, out="encoder_model")
+    flags.add_memory(parser)
+    group = flags.add_encoders(parser)
     group.add_argument("--tune", type=tuning.choice, default="all", help="of the image trunk: all, last:N, norm, none")
     group.add_argument(
         "--layer_decay",
-        type=settings.share,
+        type=flags.fraction_above_zero,
         default=1.0,
-        help="rate of each lower layer, as a share of the next one's",
+        help="learning rate of each lower layer, as a fraction of the next one's",
     )
     gene_weights.add_flags(parser)
     group = parser.add_argument_group("method")
-    group.add_argument("--width", type=settings.count, default=512, help="shared width of images and profiles")
-    group.add_argument("--fusion_blocks", type=settings.count, default=3, help="depth of the matching module")
-    group.add_argument("--queue_size", type=settings.count_or_zero, default=4096, help="earlier spots as negatives")
+    group.add_argument("--width", type=flags.count, default=512, help="shared width of images and expression profiles")
+    group.add_argument("--fusion_blocks", type=flags.count, default=3, help="depth of the matching module")
+    group.add_argument("--queue_size", type=flags.count_or_zero, default=4096, help="earlier spots as negatives")
     group.add_argument(
-        "--alpha", type=settings.fraction, default=0.4, help="weight of soft targets; 0: no distillation"
+        "--alpha", type=flags.fraction, default=0.4, help="weight of the momentum encoders' soft targets; 0: none"
     )
-    group.add_argument("--expression_weight", type=settings.not_negative, default=5.0, help="of the expression loss")
-    group.add_argument("--components", type=settings.count, default=10, help="of expression that are learnt")
-    group.add_argument("--matching_weight", type=settings.not_negative, default=1.0, help="of the matching loss")
-    group.add_argument("--accumulate", type=settings.count, default=1, help="batches of one step, at most an epoch")
-    return parser.parse_args(argv)
+    group.add_argument("--expression_weight", type=flags.not_negative, default=5.0, help="of the expression loss")
+    group.add_argument("--components", type=flags.count, default=10, help="of expression that are learnt")
+    group.add_argument("--matching_weight", type=flags.not_negative, default=1.0, help="of the matching loss")
+    group.add_argument("--accumulate", type=flags.count, default=1, help="batches of one step, at most an epoch")
+    return StageOneSettings(**flags.parse_training(parser, argv))
 
 
-def check(args):
+def check(settings: StageOneSettings) -> None:
     """Flags and files, before anything heavy is imported."""
-    settings.check_training(args)
-    settings.check_encoders(args)
-    gene_weights.check(args)
-    if args.expression_weight and args.components > args.width:
-        raise ValueError(f"--components {args.components}: expected at most --width {args.width}; raise it")
+    flags.check_training(settings)
+    flags.check_encoders(settings)
+    gene_weights.check(settings)
+    if settings.expression_weight and settings.components > settings.width:
+        raise ValueError(
+            f"--components {settings.components}: expected at most --width {settings.width}; raise the width"
+        )
 
 
-def load_data(args):
-    """Slices of the train and validation part, the rows of the table, and what the split left to say."""
-    rows, warnings = split.read_split(args)
-    settings.say(warnings)
+def load_data(settings: StageOneSettings) -> tuple[list[dataset.SliceData], list[splits.SliceRow]]:
+    """Slices of the train and validation part, and the rows of the table."""
+    rows, warnings = split.read_split(settings)
+    flags.say(warnings)
     print(splits.format_table(rows))
-    return split.load_training(rows, args, ("input", "target") if args.expression_weight else ("input",)), rows
+    roles = ("input", "target") if settings.expression_weight else ("input",)
+    return split.load_training(rows, settings, roles, settings.downsample_counts), rows
 
 
-def tokens_of(slices, store) -> tuple[list[np.ndarray], np.ndarray]:
+def tokens_of(slices: list[dataset.SliceData], store: ArrayStore) -> tuple[list[np.ndarray], np.ndarray]:
     """Bins (S, G) uint8 of each slice, and of the train spots of all of them (n, G)."""
     n_genes = len(slices[0].panels["input"].genes)
-    bins = [one.bins(store.empty((len(one.barcodes), n_genes), np.uint8)) for one in slices]
-    rows = [one.rows_of("train") for one in slices]
+    bins = [slice_.bins(store.empty((len(slice_.barcodes), n_genes), np.uint8)) for slice_ in slices]
+    rows = [slice_.rows_of("train") for slice_ in slices]
     train = store.empty((sum(map(len, rows)), n_genes), np.uint8)
     ends = np.cumsum([0, *map(len, rows)])
-    for own, chosen, start, stop in zip(bins, rows, ends, ends[1:], strict=False):
-        train[start:stop] = own[chosen]
+    for of_slice, of_train, start, stop in zip(bins, rows, ends, ends[1:], strict=False):
+        train[start:stop] = of_slice[of_train]
     return bins, train
 
 
-def build_model(args, slices, train_bins: np.ndarray, n_components: int):
+def build_model(
+    slices: list[dataset.SliceData], train_bins: np.ndarray, n_components: int, settings: StageOneSettings
+) -> StageOne:
+    """Both encoders with their pretrained weights, and what of them trains."""
     import torch
 
-    from model import scbert
     from model.stage_one import StageOne, StageOneSizes
     from utils.features.cache import read_image_weights
 
-    weights = read_image_weights(args.image_weights, "--image_weights")
-    queue_size = max(min(args.queue_size, len(train_bins) - args.batch_size), 0)
+    weights = read_image_weights(settings.image_weights, "--image_weights")
+    panel = slices[0].panels["input"].genes
+    queue_size = max(min(settings.queue_size, len(train_bins) - settings.batch_size), 0)
     sizes = StageOneSizes(
-        n_genes=len(slices[0].panels["input"].genes),
+        n_genes=len(panel),
         image_pretrained=weights is not None,
         queue_size=queue_size,
-        momentum_encoders=args.alpha > 0 or queue_size > 0,
+        momentum_encoders=settings.alpha > 0 or queue_size > 0,
         n_components=n_components,
-        **{
-            name: getattr(args, name)
-            for name in StageOneSizes.__dataclass_fields__
-            if hasattr(args, name) and name != "queue_size"
-        },
+        **{name: getattr(settings, name) for name in SIZES},
     )
     model = StageOne(sizes, weights)
-    panel, folders = slices[0].panels["input"].genes, [one.root for one in slices]
-    gene_weights.load(model.gene_encoder, scbert, args, panel, folders)
-    some = torch.from_numpy(train_bins[:: -(-len(train_bins) // MEASURED_SPOTS)]).float()
-    model.gene_encoder.linear_path[0].measure(some.mean(0), some.std(0, correction=0))
+    gene_weights.load(model.gene_encoder, settings, panel, [slice_.root for slice_ in slices])
+    standardise: Any = model.gene_encoder.linear_path[0]
+    measured = torch.from_numpy(train_bins[:: -(-len(train_bins) // MEASURED_SPOTS)]).float()
+    standardise.measure(measured.mean(0), measured.std(0, correction=0))
     if model.image_encoder.weights_report:
         print(model.image_encoder.weights_report)
-    tuning.tune(model.image_encoder, args.tune)
+    tuning.tune(model.image_encoder, settings.tune)
     model.reset_momentum_encoders()
     return model
 
 
-def losses_of(replica, batch: dict, epoch: int, number: int, alpha: float, device, args):
-    """Forward pass on this process' part of the run's batch of that number, which with the seed says what is drawn."""
+def initialise(
+    model: StageOne,
+    slices: list[dataset.SliceData],
+    bins: list[np.ndarray],
+    tables: list,
+    expression: targets.Components | None,
+    accelerator: Accelerator,
+    settings: StageOneSettings,
+) -> None:
+    """Pretrain the gene encoder, and start both encoders at components of expression, as far as flags ask for it."""
+    from model.masked_bins import MaskedBins
+    from utils.features.cache import Inference
+    from utils.training import initialisation, pretrain
+
+    if settings.pretrain_genes:
+        masked = MaskedBins(model.gene_encoder).to(accelerator.device)
+        pretrain.pretrain(masked, slices, bins, tables, accelerator, settings)
+    if expression:
+        inference = Inference(accelerator, settings.batch_size, settings.workers)
+        print(initialisation.warm_start_stage_one(model, slices, bins, expression, inference, settings.seed))
+    model.reset_momentum_encoders()
+
+
+def losses_of(
+    trainer: Trainer, replica: nn.Module, batch: dict, number: int, alpha: float, settings: StageOneSettings
+) -> StepOutput:
+    """Forward pass on this process' part of the run's batch of that number, which seeds its draws."""
     import torch
 
     from utils.training.augment import augment
 
+    device = trainer.accelerator.device
     batch = {name: rows.to(device, non_blocking=True) for name, rows in batch.items()}
-    tiles = augment(batch["tiles"], batch["spot"].cpu().numpy(), args.seed, epoch, args.image_size)
+    tiles = augment(batch["tiles"], batch["spot"].cpu().numpy(), settings.seed, trainer.epoch, settings.image_size)
     return replica(
         tiles,
         batch["bins"],
         batch["spot"],
         alpha,
-        torch.Generator(device).manual_seed(args.seed * 1_000_003 + number),
+        torch.Generator(device).manual_seed(settings.seed * 1_000_003 + number),
         batch.get("expression"),
-        args.expression_weight,
-        args.matching_weight,
+        settings.expression_weight,
+        settings.matching_weight,
     )
 
 
-def log_row(out, candidates: int) -> dict[str, float]:
+def log_row(out: StepOutput, candidates: int) -> Row:
     """Every loss of a batch beside its chance level."""
     return {
         "loss": out.loss.item(),
@@ -152,24 +192,31 @@ def log_row(out, candidates: int) -> dict[str, float]:
     }
 
 
-def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, progress, args) -> dict[str, float]:
+def train_one_epoch(
+    trainer: Trainer,
+    model: StageOne,
+    replica: nn.Module,
+    loader: dataset.Loader,
+    order: EpochOrder,
+    settings: StageOneSettings,
+) -> Row:
     """Means over the epoch's batches of every loss. The gradients of `order.accumulate` batches make a step."""
     from utils.training import loop
 
     model.train()
-    order, epoch, sums, pairs_m = loader.batch_sampler, progress.epoch, progress.sums, []
-    order.epoch, order.first = epoch, progress.step
+    epoch, sums, pairs_m = trainer.epoch, trainer.sums, []
+    order.epoch, order.first = epoch, trainer.n_steps
     with tqdm(loader, desc=f"epoch {epoch}", unit="step", initial=order.first, disable=None) as bar:
         for i, batch in enumerate(bar, start=order.first):
-            distributed.seed_everything(args.seed, epoch, i, distributed.rank())
-            number = (epoch - args.Init_Epoch) * len(order) + i
-            alpha = args.alpha * min((number + 1) / len(order), 1.0)
-            candidates = args.batch_size + int(model.queue.state[0])
+            distributed.seed_everything(settings.seed, epoch, i, distributed.rank())
+            number = (epoch - settings.Init_Epoch) * len(order) + i
+            alpha = settings.alpha * min((number + 1) / len(order), 1.0)
+            candidates = settings.batch_size + int(model.queue.state[0])
             last = (i + 1) % order.accumulate == 0
-            with nullcontext() if last else accelerator.no_sync(replica):
-                out = losses_of(replica, batch, epoch, number, alpha, accelerator.device, args)
+            with nullcontext() if last else trainer.accelerator.no_sync(replica):
+                out = losses_of(trainer, replica, batch, number, alpha, settings)
                 loop.stop_if_not_finite(out.loss.item(), epoch, i)
-                accelerator.backward(out.loss / order.accumulate)
+                trainer.backward(out.loss / order.accumulate)
             pairs_m.append(out.pair_m)
             row = log_row(out, candidates)
             sums = {name: sums.get(name, 0.0) + value for name, value in row.items()}
@@ -177,34 +224,39 @@ def train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, pr
                 f"contrast {row['contrast_loss']:.3f} (chance {row['contrast_chance']:.3f})", refresh=False
             )
             if last:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
+                trainer.step()
                 model.after_step(*pairs_m)
                 pairs_m = []
-                progress.after_step(i + 1, sums)
+                trainer.after_step(i + 1, sums)
     return distributed.mean({name: value / len(order) for name, value in sums.items()})
 
 
-def validate(model, slices, bins, accelerator, args) -> dict[str, float]:
+def validate(
+    model: StageOne,
+    slices: list[dataset.SliceData],
+    bins: list[np.ndarray],
+    accelerator: Accelerator,
+    settings: StageOneSettings,
+) -> Row:
     """R@5 in whole slices, mean of both directions and of slices, beside its chance."""
     from utils.evaluation import retrieval
     from utils.features.cache import Inference, encode_pairs
 
     model.eval()
-    inference, found, chances = Inference(accelerator, args.batch_size, args.workers), [], []
-    for one, tokens in zip(slices, bins, strict=True):
-        rows = one.rows_of("val")
+    inference = Inference(accelerator, settings.batch_size, settings.workers)
+    recalls, chances = [], []
+    for slice_, tokens in zip(slices, bins, strict=True):
+        rows = slice_.rows_of("val")
         if not len(rows):
             continue
-        image, gene = encode_pairs(model, one, tokens, rows, inference).vectors()
+        image, gene = encode_pairs(model, slice_, tokens, rows, inference).vectors()
         ranks = retrieval.ranks_from_embeddings(image, gene), retrieval.ranks_from_embeddings(gene, image)
-        found.append(np.mean([retrieval.recall_at(r, 5) for r in ranks]))
+        recalls.append(np.mean([retrieval.recall_at(r, 5) for r in ranks]))
         chances.append(min(5 / len(rows), 1.0))
-    return {"val_R@5": float(np.mean(found)), "val_R@5_chance": float(np.mean(chances))}
+    return {"val_R@5": float(np.mean(recalls)), "val_R@5_chance": float(np.mean(chances))}
 
 
-def report(row: dict[str, float]) -> str:
+def report(row: Row) -> str:
     return (
         f"epoch {row['epoch']}: contrast {row['contrast_loss']:.3f} (chance {row['contrast_chance']:.3f}), "
         f"matching {row['matching_loss']:.3f} (chance {row['matching_chance']:.3f}), accuracy "
@@ -213,100 +265,106 @@ def report(row: dict[str, float]) -> str:
     )
 
 
-def draw_losses(log) -> None:
+def draw_losses(trainer: Trainer) -> None:
+    """epoch_loss.png of the log."""
     from utils.evaluation import plotting
 
-    chance = {f"{part}_loss": log.rows[-1][f"{part}_chance"] for part in ("contrast", "matching")}
-    figure = plotting.loss_curves(log.rows, chance, "Stage one")
-    plotting.save(figure, log.folder / "epoch_loss.png")
+    rows = trainer.run_log.rows
+    chance = {f"{name}_loss": rows[-1][f"{name}_chance"] for name in ("contrast", "matching")}
+    plotting.save(plotting.loss_curves(rows, chance, "Stage one"), trainer.run_log.folder / "epoch_loss.png")
 
 
-def train(slices, rows, accelerator, args) -> None:
-    """From the encoders' start to the last epoch, or on from where a run was interrupted."""
-    from model.masked_bins import MaskedBins
-    from utils.files import arrays
-    from utils.training import count_tables, loop, pretrain
-    from utils.training.progress import Progress
+def make_trainer(
+    model: StageOne,
+    order: EpochOrder,
+    slices: list[dataset.SliceData],
+    about: dict,
+    accelerator: Accelerator,
+    settings: StageOneSettings,
+) -> Trainer:
+    """The run with its optimiser, resumed if asked, and what a checkpoint holds of the data."""
+    from utils.training import loop
+    from utils.training.trainer import Trainer
 
-    distributed.seed_everything(args.seed)
-    memory = arrays.ArrayStore(args.memory, args.out)
-    spots = dataset.spots_of(slices, "train")
-    bins, train_bins = tokens_of(slices, memory)
-    expression = targets.components(slices, args.components) if args.expression_weight else None
-    n_components = len(expression.weights) if expression else 0
-    model = build_model(args, slices, train_bins, n_components).to(accelerator.device)
-    tables = (
-        count_tables.read_tables(args.pretrain_data, slices, rows, args, args.downsample_counts)
-        if args.pretrain_data
-        else []
-    )
-    if args.pretrain_genes and not args.resume:
-        pretrain.pretrain(
-            MaskedBins(model.gene_encoder).to(accelerator.device), slices, bins, tables, accelerator, args
-        )
-        model.reset_momentum_encoders()
-    extra = {"bins": train_bins}
-    if expression:
-        extra["expression"] = targets.train_scores(slices, expression, memory)
-    if expression and not args.resume:
-        print(start_from_ridge(model, slices, bins, expression, accelerator, args))
-        model.reset_momentum_encoders()
-    order = loop.EpochOrder(len(spots), args.batch_size, args.seed, args.accumulate)
-    if order.accumulate < args.accumulate:
-        settings.say([f"--accumulate {args.accumulate}: an epoch has {order.n_batches} batches, which make one step"])
-    shares = tuning.rate_fractions(model.image_encoder, args.layer_decay)
-    optimizer = loop.make_optimizer(model.parameters(), args, shares)
-    schedule = loop.schedule(optimizer, len(order) // order.accumulate * (args.Epoch - args.Init_Epoch), args)
-    about = {
+    if order.accumulate < settings.accumulate:
+        n = order.n_batches
+        flags.say([f"--accumulate {settings.accumulate}: an epoch has {n} batches, which make one step"])
+    fractions = tuning.rate_fractions(model.image_encoder, settings.layer_decay)
+    optimizer = loop.make_optimizer(model.parameters(), settings, fractions)
+    n_steps = len(order) // order.accumulate * (settings.Epoch - settings.Init_Epoch)
+    schedule = loop.schedule(optimizer, n_steps, settings)
+    about |= {
         "sizes": asdict(model.sizes),
         "genes": slices[0].panels["input"].genes,
         "tile_scale": list(dataset.tile_scale(slices[0])),
-        "table": [asdict(row) for row in rows],
         "counts_hashes": dataset.counts_hashes(slices),
-        "pretrain_hashes": {one.name: one.counts_hash for one in tables},
-        "settings": atomic.plain(vars(args)),
-        "conditions": distributed.conditions(accelerator, args),
     }
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": accelerator.scaler}
+    trainer = Trainer(settings, "stage_one", about, accelerator, model, optimizer, schedule, order.n_spots)
+    return trainer.resume_if_asked()
+
+
+def train(
+    slices: list[dataset.SliceData],
+    rows: list[splits.SliceRow],
+    accelerator: Accelerator,
+    settings: StageOneSettings,
+) -> None:
+    """From the pretrained encoders to the last epoch, or on from where a run was interrupted."""
+    from utils.training import count_tables, loop
+
+    distributed.seed_everything(settings.seed)
+    store = ArrayStore(settings.memory, settings.out)
+    bins, train_bins = tokens_of(slices, store)
+    expression = targets.components(slices, settings.components) if settings.expression_weight else None
+    model = build_model(slices, train_bins, len(expression.weights) if expression else 0, settings)
+    model = model.to(accelerator.device)
+    folder, depth = settings.pretrain_data, settings.downsample_counts
+    tables = count_tables.read_tables(folder, slices, rows, settings, depth) if folder else []
+    extra = {"bins": train_bins}
+    if expression:
+        extra["expression"] = targets.train_scores(slices, expression, store)
+    if not settings.resume:
+        initialise(model, slices, bins, tables, expression, accelerator, settings)
+
+    spots = dataset.spots_of(slices, "train")
+    order = loop.EpochOrder(len(spots), settings.batch_size, settings.seed, settings.accumulate)
+    pretrain_hashes = {table.name: table.counts_hash for table in tables}
+    about = {"table": [asdict(row) for row in rows], "pretrain_hashes": pretrain_hashes}
     with (
-        Progress(args, "stage_one", about, **parts) as progress,
-        dataset.loader(dataset.TileBatches(slices, spots, extra), order, args.workers) as loader,
-        loop.RunLog(args.logs, "stage_one", vars(args) | {"n_train_spots": len(spots)}) as log,
+        make_trainer(model, order, slices, about, accelerator, settings) as trainer,
+        dataset.loader(dataset.TileBatches(slices, spots, extra), order, settings.workers) as loader,
     ):
-        replica, optimizer = accelerator.prepare(model, optimizer)
-        if args.compile:
+        replica = accelerator.prepare(model)
+        if settings.compile:
             model.compile_encoders()
         if distributed.is_main():
-            splits.write_table(rows, args.out / "slices.csv")
-        if not args.resume:
-            progress.begin()
-        for epoch in range(progress.epoch, args.Epoch):
-            began = time.monotonic()
-            row = {"epoch": epoch}
-            row |= train_one_epoch(replica, model, loader, optimizer, schedule, accelerator, progress, args)
-            with progress.interruptible():
-                row |= validate(model, slices, bins, accelerator, args) | {"lr": schedule.get_last_lr()[0]}
-            row["seconds"] = time.monotonic() - began
-            log.add(row)
+            splits.write_table(rows, settings.out / "slices.csv")
+        if not settings.resume:
+            trainer.begin()
+        for _ in trainer.epochs():
+            row = train_one_epoch(trainer, model, replica, loader, order, settings)
+            with trainer.interruptible():
+                row |= validate(model, slices, bins, accelerator, settings)
+            row = trainer.log(row)
             print(report(row), flush=True)
             if distributed.is_main():
-                draw_losses(log)
-            progress.after_epoch(row["val_R@5"], row=row)
-    print(f"{args.out / checkpoint.BEST}: R@5 {progress.best:.3f}; log in {log.folder}")
+                draw_losses(trainer)
+            trainer.after_epoch(row["val_R@5"])
+    print(f"{settings.out / checkpoint.BEST}: R@5 {trainer.best:.3f}; log in {trainer.run_log.folder}")
 
 
 @exclusive_folder("out")
-def main(args):
-    check(args)
-    slices, rows = load_data(args)
-    with distributed.running(args.device, args.precision) as accelerator:
-        train(slices, rows, accelerator, args)
-    if args.export is not None and distributed.is_main():
-        from utils.sharing import folder
+def main(settings: StageOneSettings) -> None:
+    check(settings)
+    slices, rows = load_data(settings)
+    with distributed.running(settings.device, settings.precision) as accelerator:
+        train(slices, rows, accelerator, settings)
+    if settings.export is not None and distributed.is_main():
+        from utils.sharing import export
 
-        folder.export(args.out / checkpoint.BEST, args.export)
-        print(f"{args.export}: to share")
+        export.export(settings.out / checkpoint.BEST, settings.export)
+        print(f"{settings.export}: to share")
 
 
 if __name__ == "__main__":
-    settings.run(main, parse_args())
+    flags.run(main, parse_args())

@@ -28,7 +28,7 @@ from utils.training import checkpoint, split
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from train_mymodel import Settings
+    from utils.settings import StageOneSettings as Settings
 
 SCALE = "residuals"
 NORMALISATIONS = {"half": (0.5,) * 6, "imagenet": (0.485, 0.456, 0.406, 0.229, 0.224, 0.225)}  # mean, std
@@ -227,8 +227,9 @@ def encode_part(
     model: StageOne, tissue: Tissue, part: str, accelerator: Accelerator, settings: Settings
 ) -> list[cache.EncodedPairs]:
     """Images and profiles of the spots of a part in the shared space, of every slice that has any."""
+    inference = cache.Inference(accelerator, settings.batch_size, settings.workers)
     return [
-        cache.encode_pairs(model, slice_, slice_.bins(), slice_.rows_of(part), accelerator, settings)
+        cache.encode_pairs(model, slice_, slice_.bins(), slice_.rows_of(part), inference)
         for slice_ in tissue.slices
         if len(slice_.rows_of(part))
     ]

@@ -171,7 +171,7 @@ class Run:
         """Settings of train_mymodel.py, whose data, encoder and optimiser the other methods share."""
         import train_mymodel
 
-        parsed = train_mymodel.parse_args(next(step.argv for step in self.steps if step.name == "train_mymodel"))
+        parsed = train_mymodel.parse_args(list(next(step.argv for step in self.steps if step.name == "train_mymodel")))
         shared_settings.check_training(parsed)
         return parsed
 

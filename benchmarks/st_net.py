@@ -25,7 +25,7 @@ from utils.training.augment import augment
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from train_mymodel import Settings
+    from utils.settings import StageOneSettings as Settings
 
 
 class StNet(nn.Module):
@@ -53,7 +53,6 @@ def train_one_epoch(
 ) -> None:
     model.train()
     distributed.seed_everything(settings.seed, epoch)
-    loader.batch_sampler.epoch = epoch
     for step, batch in enumerate(loader):
         tiles, spots = batch["tiles"].to(accelerator.device), batch["spot"].numpy()
         with accelerator.autocast():
@@ -114,6 +113,7 @@ def fit_predict(
     held_out = [(slice_, rows, target[rows]) for slice_, target in learning if len(rows := slice_.rows_of("val"))]
     best, kept = -np.inf, model.state_dict()
     for epoch in range(settings.Epoch):
+        order.epoch = epoch
         train_one_epoch(model, loader, optimizer, schedule, accelerator, epoch, settings)
         predicted = predict(model, [slice_ for slice_, _, _ in held_out], accelerator, settings)
         values = [values[rows] for values, (_, rows, _) in zip(predicted, held_out, strict=True)]

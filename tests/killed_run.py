@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from utils import settings  # noqa: E402
-from utils.training import progress  # noqa: E402
+from utils.training.trainer import Trainer  # noqa: E402
 
 
 def count_down(n: int) -> None:
@@ -35,14 +35,14 @@ def count_down(n: int) -> None:
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    begin = progress.Progress.begin
+    begin = Trainer.begin
 
     def watched_begin(*args, **more):
         begin(*args, **more)
         begun[0] = 1
 
-    progress.Progress.begin = watched_begin
-    progress.Progress.after_step = watched(progress.Progress.after_step, before=True)
+    Trainer.begin = watched_begin
+    Trainer.after_step = watched(Trainer.after_step, before=True)
     os.fsync = watched(os.fsync, before=True)
     Path.replace = watched(Path.replace, before=False)
 

@@ -238,7 +238,7 @@ def test_what_the_tutorial_says_to_look_at_is_printed(followed):
         r"contrast [\d.]+ \(chance [\d.]+\), matching [\d.]+ \(chance 0\.637\)", printed["train_mymodel.py"]
     )
     assert "R@5" in printed["train_mymodel.py"]
-    assert re.search(r"ridge to start from: .*validation PCC per gene", printed["train_decoder.py"])
+    assert re.search(r"warm start by ridge: .*validation PCC per gene", printed["train_decoder.py"])
     assert "reranked" in printed["get_accuracy_image.py"] and "ridge_neighbours" in printed["decoder_similarity.py"]
 
 

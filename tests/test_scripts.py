@@ -107,7 +107,7 @@ def test_features_are_computed_once_for_each_encoder(done, tmp_path, monkeypatch
     kept = snapshot(work.decoder.parent / "features")
     assert {path.name for path in kept} == {f"P0{i}_1.{kind}" for i in (1, 2) for kind in ("npy", "json")}
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "encode_slice", None)  # would fail
+        patch.setattr(cache, "encode_slice", lambda *_: pytest.fail("computed again"))
         work.run("train_decoder", "--encoder", done.encoder, "--Epoch", 1, "--Init_lr", 1e-3)
     assert snapshot(work.decoder.parent / "features") == kept
     same, other = (checkpoint.load(one.decoder, "stage_two", "--decoder")["model"] for one in (work, done))

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def seed_everything(*seed: int) -> None:
-    """Seed Python, NumPy and torch from whole numbers; a resumed epoch, seeded by its number, repeats an unbroken."""
+    """Seed Python, NumPy and torch from whole numbers, as (seed, epoch, step)."""
     import random
 
     import numpy as np
@@ -83,7 +84,9 @@ def start(device: str, precision: str) -> Accelerator:
         raise ValueError("--precision fp16 needs a CUDA device; use bf16 or fp32")
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    alike = DistributedDataParallelKwargs(broadcast_buffers=False)  # queues and twins, the same in all processes
+    alike = DistributedDataParallelKwargs(
+        broadcast_buffers=False
+    )  # queues, momentum encoders: the same in all processes
     return Accelerator(
         cpu=target.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
@@ -120,7 +123,7 @@ def running(device: str, precision: str) -> Iterator[Accelerator]:
         _end()
 
 
-def _terminate(number: int, frame: Any) -> None:
+def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
@@ -145,7 +148,7 @@ def _end() -> None:
         distributed.destroy_process_group()
 
 
-def conditions(accelerator: Accelerator, args: Any) -> dict[str, Any]:
+def conditions(accelerator: Accelerator, workers: int | None, compiled: bool) -> dict[str, Any]:
     """What the last digits of a training depend on beside its flags and data: the same weights bit for bit need all of
     it to be the same."""
     import torch
@@ -153,9 +156,9 @@ def conditions(accelerator: Accelerator, args: Any) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "processes": n_processes(),
-        "workers": args.workers,
+        "workers": workers,
         "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-        "compile": args.compile,
+        "compile": compiled,
     }
 
 
@@ -218,7 +221,7 @@ def mean(values: dict[str, float]) -> dict[str, float]:
 
 
 def any_true(asked: bool) -> bool:
-    """Does one process say so?"""
+    """Whether it is true in any process."""
     return asked if n_processes() == 1 else bool(gather(_tensor([[asked]])).any())
 
 
@@ -238,8 +241,8 @@ def go_on_alone() -> bool:
     return is_main()
 
 
-def _tensor(values: Any) -> Tensor:
-    """On the device that the processes talk by."""
+def _tensor(values: Sequence[Sequence[float]]) -> Tensor:
+    """On the device that the processes communicate by."""
     import torch
     from torch import distributed
 

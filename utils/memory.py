@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Rows = TypeVar("Rows", "Tensor", np.ndarray)
 TEXTS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "_alloc_failed")
 
 
@@ -22,21 +25,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in TEXTS)
 
 
-class WithinMemory:
+class WithinMemory(Generic[Rows]):
     """`compute` of rows, as many at a time as fit: rows (B, ...) -> (B, ...).
 
     Where memory runs out, half as many are taken, of the batches after that one too; a single row that does not fit
     raises what `compute` raised.
     """
 
-    def __init__(self, compute: Callable[[Any], Tensor], name: str):
-        self.compute, self.name = compute, name
+    def __init__(self, compute: Callable[[Rows], Tensor], name: str):
+        self.compute: Callable[[Rows], Tensor] = compute
+        self.name = name
         self.most: int | None = None
 
-    def __call__(self, rows: Any) -> Tensor:
+    def __call__(self, rows: Rows) -> Tensor:
         import torch
 
-        found, start = [], 0
+        results, start = [], 0
         while start < len(rows):
             part = rows[start : start + (self.most or len(rows))]
             done = self._try(part)
@@ -45,11 +49,11 @@ class WithinMemory:
                 print(f"warning: {self.name}: out of memory by {len(part)} spots at a time, going on by {self.most}")
                 torch.cuda.empty_cache()  # nothing where CUDA is not in use
                 continue
-            found.append(done)
+            results.append(done)
             start += len(part)
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return results[0] if len(results) == 1 else torch.cat(results)
 
-    def _try(self, part: Any) -> Tensor | None:
+    def _try(self, part: Rows) -> Tensor | None:
         """None where it does not fit but fewer rows may; what the attempt held is free again then."""
         try:
             return self.compute(part)

@@ -1,4 +1,4 @@
-"""The flags that scripts share, their checks, and the one way in which a script ends with an error."""
+"""Settings of the scripts: flags that several share, their checks, and how a script ends with an error."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from utils import distributed, memory
 
 PARTS = ("train", "val", "test")
-# flags that say where and on what a script works, and how long, not what it computes
+# flags of places, machine and time, which do not change what a script computes
 WHERE = (
     "data tiles panels slices out logs export encoder decoder image_weights device workers debug memory resume "
     "save_every max_minutes compile"
@@ -38,7 +38,18 @@ class SharedSettings:
 
 
 @dataclass(kw_only=True)
-class TrainingSettings(SharedSettings):
+class OptimizerSettings:
+    """What AdamW and its schedule take."""
+
+    Init_lr: float
+    Min_lr: float
+    momentum: float
+    weight_decay: float
+    lr_decay_type: str
+
+
+@dataclass(kw_only=True)
+class TrainingSettings(SharedSettings, OptimizerSettings):
     """The flags of `shared`, `add_training` and `add_memory`, which both training scripts have."""
 
     out: Path
@@ -46,11 +57,6 @@ class TrainingSettings(SharedSettings):
     batch_size: int
     Init_Epoch: int
     Epoch: int
-    Init_lr: float
-    Min_lr: float
-    momentum: float
-    weight_decay: float
-    lr_decay_type: str
     precision: str
     compile: bool
     export: Path | None
@@ -58,6 +64,53 @@ class TrainingSettings(SharedSettings):
     save_every: int
     max_minutes: float | None
     memory: float
+
+
+@dataclass(kw_only=True)
+class StageOneSettings(TrainingSettings):
+    """The flags of train_mymodel.py."""
+
+    image_encoder: str
+    image_size: int
+    crop_scales: list[float]
+    image_weights: str
+    image_tokens: int
+    tune: str
+    layer_decay: float
+    gene_depth: int
+    gene_width: int
+    gene_heads: int
+    gene_tokens: int
+    downsample_counts: int | None
+    pretrain_genes: bool
+    pretrain_epochs: int
+    pretrain_lr: float
+    pretrain_data: Path | None
+    gene_weights: Path | None
+    gene2vec: Path | None
+    gene_vocab: Path | None
+    gene_aliases: Path | None
+    tune_block: int
+    width: int
+    fusion_blocks: int
+    queue_size: int
+    alpha: float
+    expression_weight: float
+    components: int
+    matching_weight: float
+    accumulate: int
+
+
+@dataclass(kw_only=True)
+class StageTwoSettings(TrainingSettings):
+    """The flags of train_decoder.py."""
+
+    encoder: Path
+    target: str
+    context: int
+    decoder_layers: int
+    decoder_width: int
+    tta: int
 
 
 @dataclass(kw_only=True)
@@ -70,6 +123,24 @@ class EvaluationSettings(SharedSettings):
     precision: str
     out: Path
     memory: float
+
+
+class HasDebug(Protocol):
+    """Settings of any program of ours."""
+
+    @property
+    def debug(self) -> bool: ...
+
+
+class HasPart(Protocol):
+    """A row of the table of slices."""
+
+    @property
+    def part(self) -> str: ...
+
+
+S = TypeVar("S", bound=HasDebug)
+R = TypeVar("R", bound=HasPart)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -116,7 +187,7 @@ def fraction(text: str) -> float:
     return _number(text, float, 0, 1, False, "a number from 0 to 1")
 
 
-def share(text: str) -> float:
+def fraction_above_zero(text: str) -> float:
     return _number(text, float, 0, 1, True, "a number above 0, at most 1")
 
 
@@ -194,10 +265,10 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--image_size", type=count, default=224, help="side of its input, pixels")
     group.add_argument(
         "--crop_scales",
-        type=share,
+        type=fraction_above_zero,
         nargs="+",
         default=[1.0],
-        help="squares around the tile's centre that the encoder sees, shares of its side",
+        help="squares around the tile's centre that the encoder sees, fractions of its side",
     )
     group.add_argument("--image_weights", default="timm", help="timm (downloads), none, or a .pth/.safetensors file")
     group.add_argument("--image_tokens", type=count, default=50, help="tokens of a tile the fusion sees, most")
@@ -206,8 +277,12 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--gene_width", type=count, default=200, help="width of the Performer")
     group.add_argument("--gene_heads", type=count, default=10, help="heads of 64")
     group.add_argument("--gene_tokens", type=count, default=64, help="tokens the genes are gathered into")
-    group.add_argument("--downsample_counts", type=count, help="thin each spot's counts to so many before binning")
-    group.add_argument("--pretrain_genes", action="store_true", help="teach the gene encoder first, by masked bins")
+    group.add_argument(
+        "--downsample_counts", type=count, help="downsample each spot's counts to so many before binning"
+    )
+    group.add_argument(
+        "--pretrain_genes", action="store_true", help="pretrain the gene encoder by masked-bin prediction"
+    )
     group.add_argument("--pretrain_epochs", type=count, default=20, help="the best by held-out cross entropy is kept")
     group.add_argument("--pretrain_lr", type=positive, default=1e-3, help="highest learning rate of pretraining")
     group.add_argument("--pretrain_data", type=Path, help="folder of .h5ad files with raw counts, without images")
@@ -236,32 +311,37 @@ def add_memory(parser: Parser) -> None:
     )
 
 
-def check_training(args: argparse.Namespace) -> None:
+def parse_training(parser: Parser, argv: list[str] | None) -> dict[str, Any]:
+    """Values of the flags by name; --Min_lr has its default, which depends on --Init_lr."""
+    flags = vars(parser.parse_args(argv))
+    lowest = flags["Init_lr"] * 0.01 if flags["Min_lr"] is None else flags["Min_lr"]
+    return flags | {"Min_lr": lowest}
+
+
+def check_training(flags: TrainingSettings) -> None:
     """Checks between flags, before anything heavy is imported."""
-    if args.Min_lr is None:
-        args.Min_lr = args.Init_lr * 0.01
-    if args.Min_lr > args.Init_lr:
-        raise ValueError(f"--Min_lr {args.Min_lr:g} is above --Init_lr {args.Init_lr:g}")
-    if args.Init_Epoch >= args.Epoch:
-        raise ValueError(f"--Init_Epoch {args.Init_Epoch} leaves nothing to do before --Epoch {args.Epoch}")
-    distributed.check_batch_size(args.batch_size)
-    if args.batch_size < 2:
-        raise ValueError(f"--batch_size {args.batch_size}: expected at least 2, a contrast needs another spot")
-    saved = [args.out / name for name in ("last_epoch_weights.pth", "previous_epoch_weights.pth")]
-    if args.resume and not any(path.is_file() for path in saved):
+    if flags.Min_lr > flags.Init_lr:
+        raise ValueError(f"--Min_lr {flags.Min_lr:g} is above --Init_lr {flags.Init_lr:g}")
+    if flags.Init_Epoch >= flags.Epoch:
+        raise ValueError(f"--Init_Epoch {flags.Init_Epoch} leaves nothing to do before --Epoch {flags.Epoch}")
+    distributed.check_batch_size(flags.batch_size)
+    if flags.batch_size < 2:
+        raise ValueError(f"--batch_size {flags.batch_size}: expected at least 2, a contrast needs another spot")
+    saved = [flags.out / name for name in ("last_epoch_weights.pth", "previous_epoch_weights.pth")]
+    if flags.resume and not any(path.is_file() for path in saved):
         raise ValueError(f"--resume: expected the file {saved[0]}, found none; run without --resume first")
-    if args.export is not None:
-        require_new_folder(args.export, "--export")
+    if flags.export is not None:
+        require_new_folder(flags.export, "--export")
 
 
-def check_encoders(args: argparse.Namespace) -> None:
+def check_encoders(flags: StageOneSettings) -> None:
     """Files and flags of add_encoders."""
-    if args.image_weights not in ("timm", "none"):
-        require_file(Path(args.image_weights), "--image_weights", "or use timm or none")
-    if args.pretrain_data and not args.pretrain_genes:
+    if flags.image_weights not in ("timm", "none"):
+        require_file(Path(flags.image_weights), "--image_weights", "or use timm or none")
+    if flags.pretrain_data and not flags.pretrain_genes:
         raise ValueError("--pretrain_data needs --pretrain_genes: nothing else reads it")
-    if args.pretrain_genes and args.gene_weights:
-        raise ValueError("--pretrain_genes teaches blocks that --gene_weights freezes; leave one of them out")
+    if flags.pretrain_genes and flags.gene_weights:
+        raise ValueError("--pretrain_genes trains blocks that --gene_weights freezes; leave one of them out")
 
 
 def require_file(path: Path, flag: str, remedy: str) -> Path:
@@ -276,8 +356,8 @@ def require_new_folder(path: Path, flag: str) -> Path:
     return path
 
 
-def chosen(rows: list, part: str) -> list:
-    """Rows of table.read_table that belong to --part."""
+def chosen(rows: list[R], part: str) -> list[R]:
+    """Rows of the table of slices that belong to --part."""
     matching = [row for row in rows if part == "all" or row.part == part]
     if not matching:
         raise ValueError(f"no slice has part {part}: expected one at least in slices.csv; see --part")
@@ -290,7 +370,7 @@ def say(warnings: list[str]) -> None:
 
 
 def line_of(error: BaseException) -> str | None:
-    """What is wrong with files, flags or memory, in one line; None for any other error, which is due its traceback."""
+    """An error of files, flags or memory as one line; None for any other error, which keeps its traceback."""
     text = " ".join(str(error).split())
     if memory.is_out_of_memory(error):
         return (
@@ -300,9 +380,9 @@ def line_of(error: BaseException) -> str | None:
     return text if isinstance(error, (ValueError, OSError)) else None
 
 
-def run(main: Callable[[Any], Any], args: Any) -> NoReturn:
-    """Call main(args); what is wrong with files, flags or memory ends in one line on stderr and exit code 2. Of several
-    processes the first one talks."""
+def run(main: Callable[[S], object], args: S) -> NoReturn:
+    """Call main(args); an error of files, flags or memory ends in one line on stderr and exit code 2. Of several
+    processes the first one prints."""
     if int(os.environ.get("RANK", 0)) > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (as long as the process)
     code = 0

@@ -74,7 +74,7 @@ def test_the_made_up_file_has_the_released_layout(tensors):
 @pytest.fixture
 def loaded(released):
     encoder = gene_encoder()
-    gene_weights.load(encoder, scbert, flags(released), PANEL, [])
+    gene_weights.load(encoder, flags(released), PANEL, [])
     return encoder
 
 
@@ -219,5 +219,5 @@ def wrong_files(folder, tensors):
 def test_wrong_files_are_refused_in_one_line(released, tensors, tmp_path):
     for name, words in wrong_files(tmp_path, tensors):
         args = flags(released, gene_weights=tmp_path / name)
-        refused(f"--gene_weights: .*{words}", gene_weights.load, gene_encoder(), scbert, args, PANEL, [])
+        refused(f"--gene_weights: .*{words}", gene_weights.load, gene_encoder(), args, PANEL, [])
     assert not (tmp_path / "ran").exists(), "code in a file is not run"

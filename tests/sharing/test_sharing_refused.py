@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_shares import KINDS, STAGES, exported, load
 from spaceranger_folders import refused
-from test_checkpoint import Bomb
-from tiny_runs import LAST, stderr_line
+from tiny_runs import LAST, Bomb, stderr_line
 
 from utils.sharing import export
 from utils.training import checkpoint

@@ -1,5 +1,5 @@
-"""What a model reads of a slice: tiles and panels per spot, features of frozen encoders, neighbours.
+"""Inputs of the models: tiles and panels of a slice, features of frozen encoders. Nothing here trains a model.
 
-dataset         a slice with its tiles and panels; batches of tiles     cache  frozen features, keyed by content
-neighbourhoods  features of a spot beside those around it
+dataset         a slice with its tiles and panels; batches of tiles     cache  features of frozen encoders, by content
+neighbourhoods  standardised features of a spot and of those around it
 """

@@ -1,4 +1,4 @@
-"""Slices as training sees them: tiles, gene bins and target counts of the same spots, joined by barcode.
+"""A slice with its tiles and panels, joined by barcode, and batches of its tiles.
 
 Letters: S spots of a slice, G input genes, T target genes, B batch, Z tile side in pixels.
 """
@@ -9,16 +9,29 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
 from utils.genes import panels as gene_panels
 from utils.images.tiles import TilePack
+from utils.settings import SharedSettings
 from utils.slices import content, splits, visium
 
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
 
-@dataclass
+    from torch import Tensor
+
+
+class Order(Protocol):
+    """Lists of spot numbers, one a batch."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[list[int]]: ...
+
+
+@dataclass(frozen=True)
 class SliceData:
     """One slice: all spots that have a tile, in the order of the panel files.
 
@@ -51,36 +64,39 @@ class SliceData:
         return np.flatnonzero((self.part == part) | (part == "all"))
 
 
-def load_slice(row: splits.SliceRow, args: Any, roles: tuple[str, ...], val_strip: bool) -> SliceData:
-    """One slice's tiles and panels. Raises ValueError where files are missing or spots have no tile."""
-    panels = {
-        role: gene_panels.read_panel(gene_panels.panel_path(args.data, args.panels, row.slice, role)) for role in roles
-    }
-    root = visium.find_root(splits.slice_folder(args.data, row))
-    first, files_hash = panels[roles[0]], content.files_hash(root)
-    for panel in panels.values():
-        if not np.array_equal(panel.barcodes, first.barcodes):
-            raise ValueError(f"{panel.path}: expected the spots of {first.path}; run make_decoder_data.py again")
-        if files_hash not in (None, panel.files_hash):  # without counts there is nothing to compare with
-            raise ValueError(
-                f"{panel.path}: expected genes of the counts and positions in {root}, found those of other files; "
-                "fix: run make_decoder_data.py again"
-            )
-    pack = TilePack(args.tiles / row.slice)
-    place = {barcode: i for i, barcode in enumerate(pack.barcodes)}
-    tile_rows = np.array([place.get(barcode, -1) for barcode in first.barcodes])
-    outside = set(pack.record["outside"]) if pack.record else set()
-    lacking = [b for b, tile in zip(first.barcodes, tile_rows, strict=True) if tile < 0 and b not in outside]
-    if lacking:
-        raise ValueError(
-            f"{pack.folder}: expected a tile for each of {len(tile_rows)} spots, {len(lacking)} have none "
-            f"(first: {lacking[0]}); run image_tilling.py again"
-        )
+def load_slice(
+    row: splits.SliceRow,
+    settings: SharedSettings,
+    roles: tuple[str, ...],
+    val_strip: bool,
+    genes: list[str] | None = None,
+    downsample_counts: int | None = None,
+) -> SliceData:
+    """Read tiles and panels of one slice.
+
+    Parameters
+    ----------
+    settings : data, tiles, panels
+    roles : panels to read, "input" and "target"
+    val_strip : a quarter of a train slice is for validation
+    genes : bring the panel of the first role onto these
+    downsample_counts : counts per spot that bins are made of at most
+
+    Raises ValueError where files are missing, are not of the same spots or counts, or spots have no tile.
+    """
+    panels = read_panels(row, settings, roles)
+    first, root = panels[roles[0]], visium.find_root(splits.slice_folder(settings.data, row))
+    check_files_hash(panels, content.files_hash(root), root)
+    pack = TilePack(settings.tiles / row.slice)
+    tile_rows = rows_of_tiles(pack, first.barcodes)
     kept = np.flatnonzero(tile_rows >= 0)
     if len(kept) < len(tile_rows):
         print(f"{row.slice}: {len(tile_rows) - len(kept)} spots outside the image are left out")
     xy = first.xy_fullres_px[kept]
     strip = val_strip and row.part == "train"
+    of_spots = {role: panel.select_spots(kept) for role, panel in panels.items()}
+    if genes is not None:
+        of_spots[roles[0]] = of_spots[roles[0]].select_genes(genes)
     return SliceData(
         name=row.slice,
         patient=row.patient,
@@ -91,57 +107,100 @@ def load_slice(row: splits.SliceRow, args: Any, roles: tuple[str, ...], val_stri
         total_counts=first.total_counts[kept],
         pack=pack,
         tile_rows=tile_rows[kept],
-        panels={role: panel.select_spots(kept) for role, panel in panels.items()},
+        panels=of_spots,
         root=root,
-        downsample_counts=getattr(args, "downsample_counts", None),
+        downsample_counts=downsample_counts,
     )
 
 
+def read_panels(row: splits.SliceRow, settings: SharedSettings, roles: tuple[str, ...]) -> dict[str, gene_panels.Panel]:
+    """The panels of a slice by role. Raises ValueError where they are not of the same spots."""
+    panels = {
+        role: gene_panels.read_panel(gene_panels.panel_path(settings.data, settings.panels, row.slice, role))
+        for role in roles
+    }
+    first = panels[roles[0]]
+    for panel in panels.values():
+        if not np.array_equal(panel.barcodes, first.barcodes):
+            raise ValueError(f"{panel.path}: expected the spots of {first.path}; run make_decoder_data.py again")
+    return panels
+
+
+def check_files_hash(panels: dict[str, gene_panels.Panel], files_hash: str | None, root: Path) -> None:
+    """Panels must be of the counts and positions that lie there now; without counts there is nothing to compare."""
+    for panel in panels.values():
+        if files_hash not in (None, panel.files_hash):
+            raise ValueError(
+                f"{panel.path}: expected genes of the counts and positions in {root}, found those of other files; "
+                "fix: run make_decoder_data.py again"
+            )
+
+
+def rows_of_tiles(pack: TilePack, barcodes: np.ndarray) -> np.ndarray:
+    """Row in the pack of each spot (S,), -1 for one outside the image. Raises ValueError where a tile is missing."""
+    place = {barcode: i for i, barcode in enumerate(pack.barcodes)}
+    rows = np.array([place.get(barcode, -1) for barcode in barcodes])
+    outside = set(pack.record["outside"]) if pack.record else set()
+    missing = [b for b, tile in zip(barcodes, rows, strict=True) if tile < 0 and b not in outside]
+    if missing:
+        raise ValueError(
+            f"{pack.folder}: expected a tile for each of {len(rows)} spots, {len(missing)} have none "
+            f"(first: {missing[0]}); run image_tilling.py again"
+        )
+    return rows
+
+
 def load_slices(
-    rows: list[splits.SliceRow], args: Any, roles: tuple[str, ...], val_strip: bool, onto: list[str] | None = None
+    rows: list[splits.SliceRow],
+    settings: SharedSettings,
+    roles: tuple[str, ...],
+    val_strip: bool,
+    genes: list[str] | None = None,
+    downsample_counts: int | None = None,
 ) -> list[SliceData]:
-    """Slices of one panel (that of the first role brought onto these genes) and one tile size. Raises ValueError where
-    they differ."""
-    slices = [load_slice(row, args, roles, val_strip) for row in rows]
-    for one in slices:
-        one.panels[roles[0]] = one.panels[roles[0]].select_genes(onto or one.panels[roles[0]].genes)
+    """Slices of one panel and one tile size, see `load_slice`. Raises ValueError where they differ."""
+    slices = [load_slice(row, settings, roles, val_strip, genes, downsample_counts) for row in rows]
     first = slices[0]
-    for one in slices[1:]:
+    for slice_ in slices[1:]:
         for role in roles:
-            if one.panels[role].genes != first.panels[role].genes:
+            if slice_.panels[role].genes != first.panels[role].genes:
                 raise ValueError(
-                    f"{one.panels[role].path}: its {role} genes differ from those of {first.name}; "
+                    f"{slice_.panels[role].path}: its {role} genes differ from those of {first.name}; "
                     "run make_decoder_data.py again on all slices"
                 )
-        if tile_scale(one) != tile_scale(first):
+        if tile_scale(slice_) != tile_scale(first):
             raise ValueError(
-                f"{one.pack.folder}: tiles of {tile_scale(one)} (px, um per px), those of {first.name} are of "
+                f"{slice_.pack.folder}: tiles of {tile_scale(slice_)} (px, um per px), those of {first.name} are of "
                 f"{tile_scale(first)}; run image_tilling.py again on all slices"
             )
     return slices
 
 
-def um_per_fullres_px(one: SliceData) -> float | None:
+def um_per_fullres_px(slice_: SliceData) -> float | None:
     """Micrometres per full-resolution pixel, by the tiles' record; None where the spot pitch is not known."""
-    record = one.pack.record or {}
+    record = slice_.pack.record or {}
     if record.get("um_per_px") is None:
         return None
     per_source_px = record["um_per_px"] * record["size"] / record["crop"]
     return per_source_px * record["scale"]
 
 
-def tile_scale(one: SliceData) -> tuple[int, float | None]:
-    """Tile side in pixels, and micrometres per pixel (two digits) where the tiles are of a stated size."""
-    record = one.pack.record or {}
+def tile_scale(slice_: SliceData) -> tuple[int, float | None]:
+    """Tile side in pixels, and micrometres per pixel (three decimals) where the tiles are of a stated size."""
+    record = slice_.pack.record or {}
     um_per_px = record.get("um_per_px") if record.get("resampled") else None
-    return one.pack.size, None if um_per_px is None else round(um_per_px, 3)
+    return slice_.pack.size, None if um_per_px is None else round(um_per_px, 3)
 
 
 def spots_of(slices: list[SliceData], part: str) -> np.ndarray:
     """(n, 2) whole numbers: place of the slice in the list, row in the slice, of all spots of a part."""
-    return np.concatenate(
-        [np.column_stack([np.full(len(rows := one.rows_of(part)), i), rows]) for i, one in enumerate(slices)]
-    ).astype(np.int64)
+    rows = [slice_.rows_of(part) for slice_ in slices]
+    return np.concatenate([np.column_stack([np.full(len(r), i), r]) for i, r in enumerate(rows)]).astype(np.int64)
+
+
+def draw(rows: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """A fraction of some rows (n,), in their order, at least one of them where there are any."""
+    return np.sort(rng.choice(rows, int(np.ceil(fraction * len(rows))), replace=False))
 
 
 class TileBatches:
@@ -153,7 +212,7 @@ class TileBatches:
     """
 
     def __init__(self, slices: list[SliceData], spots: np.ndarray, extra: dict[str, np.ndarray] | None = None):
-        self.packs = [(one.pack, one.tile_rows) for one in slices]
+        self.packs = [(slice_.pack, slice_.tile_rows) for slice_ in slices]
         self.spots, self.extra = spots, extra or {}
 
     def __len__(self) -> int:
@@ -174,27 +233,25 @@ class TileBatches:
         return self.__dict__ | {"extra": {}}
 
 
-def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
     import torch
 
     return {name: torch.from_numpy(rows) for name, rows in batch.items()}
 
 
 class Loader:
-    """Batches of a set as tensors, in an order; a `with` block ends the processes that read for it.
+    """Batches of a set as tensors, in an order; a `with` block ends the processes that read for it."""
 
-    The order, an iterable of lists of spot numbers, is `batch_sampler`, as in the DataLoader within.
-    """
-
-    def __init__(self, batches: TileBatches, order: Any, workers: int):
+    def __init__(self, batches: TileBatches, order: Order, workers: int):
         from torch.utils.data import DataLoader
 
-        self.batch_sampler, self.extra = order, batches.extra
-        data: Any = batches
-        collate: Any = to_tensors  # `__getitems__` gives a whole batch, so there is nothing to put together
+        self.order, self.extra = order, batches.extra
+        sampler: Any = order
+        data: Any = batches  # torch types neither a set of whole batches
+        collate: Any = to_tensors  # nor this: `__getitems__` gives a whole batch, so there is nothing to put together
         self.reader: DataLoader | None = DataLoader(
             data,
-            batch_sampler=order,
+            batch_sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
             persistent_workers=workers > 0,
@@ -202,9 +259,9 @@ class Loader:
         )
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return len(self.order)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self.reader is None:
             raise ValueError("expected a loader that is open, found one whose block has ended")
         for batch in self.reader:
@@ -218,9 +275,9 @@ class Loader:
         self.reader = None  # nothing else refers to it: it joins its processes
 
 
-def reading_context() -> Any:
-    """How processes that read start: from a server without threads. One forked from a process that has threads, those
-    of a process group or of a BLAS, may wait for ever for a lock that a thread held."""
+def reading_context() -> BaseContext:
+    """Start reading processes from a server without threads. One forked from a process that has threads, those of a
+    process group or of a BLAS, may wait for ever for a lock that a thread held."""
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
@@ -228,7 +285,7 @@ def reading_context() -> Any:
     return context
 
 
-def loader(batches: TileBatches, order: Any, workers: int | None) -> Loader:
+def loader(batches: TileBatches, order: Order, workers: int | None) -> Loader:
     """A loader with `workers` reading processes.
 
     None: as many as --workers says, which on a CPU is none. A tile is read in 50 us, less than handing it over costs.
@@ -249,9 +306,11 @@ def in_turn(n_spots: int, batch_size: int) -> list[list[int]]:
     return [list(range(i, min(i + batch_size, n_spots))) for i in range(0, n_spots, batch_size)]
 
 
-def all_spots(one: SliceData) -> np.ndarray:
-    return np.column_stack([np.zeros(len(one.barcodes), np.int64), np.arange(len(one.barcodes))])
+def all_spots(slice_: SliceData) -> np.ndarray:
+    """(S, 2), see `spots_of`, of a slice on its own."""
+    n = len(slice_.barcodes)
+    return np.column_stack([np.zeros(n, np.int64), np.arange(n)])
 
 
 def counts_hashes(slices: list[SliceData]) -> dict[str, str]:
-    return {one.name: next(iter(one.panels.values())).counts_hash for one in slices}
+    return {slice_.name: next(iter(slice_.panels.values())).counts_hash for slice_ in slices}

@@ -7,9 +7,10 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 
 class ArrayStore:
@@ -21,7 +22,7 @@ class ArrayStore:
     def __init__(self, gib: float, folder: Path):
         self.left, self.folder = int(gib * 2**30), folder
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
         """Raises OSError where the disk has no room: a mapped file that is full would kill the process later."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if size <= self.left:

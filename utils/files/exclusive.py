@@ -1,4 +1,4 @@
-"""A folder that a run writes to is its own: a second run into it is refused, by a lock that a killed process loses."""
+"""A folder that one run writes to at a time: a second run is refused, by a lock that a killed process loses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from utils import distributed
 
 LOCK = ".lock"
+Settings = TypeVar("Settings")
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -35,11 +36,11 @@ def _open_lock(path: Path) -> int | None:
 
 @contextmanager
 def exclusive(folder: Path, flag: str, remedy: str = "name another folder") -> Iterator[None]:
-    """No other run writes to the folder meanwhile; it is made where it is missing, and not left behind empty.
+    """Lock a folder against other runs; it is made where it is missing, and removed again if it stays empty.
 
     Raises ValueError where another process holds it, or nothing can be written there.
     """
-    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _open_lock(folder / LOCK)
@@ -60,27 +61,33 @@ def exclusive(folder: Path, flag: str, remedy: str = "name another folder") -> I
         (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
         with suppress(OSError):  # not empty: it has what was written
-            for one in new:
-                one.rmdir()
+            for path in new:
+                path.rmdir()
 
 
-def exclusive_folder(name: str, instead: str | None = None) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Decorator of a script's main(args): the folder that it writes to is held while it runs.
+def exclusive_folder(
+    name: str, instead: str | None = None
+) -> Callable[[Callable[[Settings], None]], Callable[[Settings], None]]:
+    """Decorator of a script's main(settings): the folder that it writes to is locked while it runs.
 
-    That is what the flag --`name` gives, which is made where it is missing, or if it gives none what --`instead` gives,
-    which main is to refuse where it is missing. Of several processes the first one holds it for all.
+    Of several processes the first one locks it for all.
+
+    Parameters
+    ----------
+    name : flag of the folder, which is made where it is missing
+    instead : flag of the folder to lock where --`name` is not given; main refuses it where it is missing
     """
 
-    def decorate(main: Callable[[Any], None]) -> Callable[[Any], None]:
+    def decorate(main: Callable[[Settings], None]) -> Callable[[Settings], None]:
         @functools.wraps(main)
-        def alone(args: Any) -> None:
-            folder, flag = getattr(args, name), name
-            if folder is None and instead is not None and getattr(args, instead).is_dir():
-                folder, flag = getattr(args, instead), instead
+        def alone(settings: Settings) -> None:
+            folder, flag = getattr(settings, name), name
+            if folder is None and instead is not None and getattr(settings, instead).is_dir():
+                folder, flag = getattr(settings, instead), instead
             if folder is None or not distributed.is_main():
-                return main(args)
+                return main(settings)
             with exclusive(folder, f"--{flag}", f"name one by --{name}"):
-                return main(args)
+                return main(settings)
 
         return alone
 

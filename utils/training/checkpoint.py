@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils import distributed, settings
 from utils.files import hashing, tensors
 from utils.training import shared_folder
 from utils.training.shared_folder import CONFIG, WEIGHTS
 
-FORMAT = 5  # no other is read
-SCRIPTS = {"stage_one": "train_mymodel.py", "stage_two": "train_decoder.py"}  # by the kind of checkpoint they write
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FORMAT = 5
+SCRIPTS = {"stage_one": "train_mymodel.py", "stage_two": "train_decoder.py"}  # by the kind of what they write
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
-PREVIOUS, CORRUPT = "previous_epoch_weights.pth", "corrupt_epoch_weights.pth"  # the one before LAST; an unreadable LAST
+PREVIOUS = "previous_epoch_weights.pth"  # the last one before LAST
+CORRUPT = "corrupt_epoch_weights.pth"  # a LAST that could not be read
 
 
 def save(path: Path, kind: str, **state: Any) -> None:
-    """Write a checkpoint of a stage ("stage_one", "stage_two"); an interrupted save leaves the old file whole."""
+    """Write a checkpoint of a stage, "stage_one" or "stage_two"; an interrupted save leaves the old file whole."""
     _write_part(path, {"format": FORMAT, "kind": kind, **state}).replace(path)
 
 
@@ -32,7 +36,7 @@ def save_last(out: Path, kind: str, **state: Any) -> None:
 
 
 def _write_part(path: Path, state: dict[str, Any]) -> Path:
-    """The file beside `path` that is to be renamed. Raises ValueError where the disk has no room for it."""
+    """Write the file beside `path` that is to be renamed. Raises ValueError where the disk has no room for it."""
     import torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,14 +57,14 @@ def _write_part(path: Path, state: dict[str, Any]) -> Path:
 
 
 def load(path: Path, kind: str | None, flag: str) -> dict[str, Any]:
-    """The state of a checkpoint file or of a shared model's folder.
+    """Read a checkpoint, from its file or from the folder that it is shared by.
+
+    Raises ValueError where it is corrupt, another stage's, or of another format.
 
     Parameters
     ----------
-    kind : the stage it must be of, or None for either
-    flag : names the flag in errors
-
-    Raises ValueError where it is corrupt, another stage's, or of another format.
+    kind : "stage_one" or "stage_two", None for either
+    flag : that named the path, for errors
     """
     if path.is_dir():
         config = shared_folder.read_config(path, flag)
@@ -75,19 +79,19 @@ def require_checkpoint(path: Path, flag: str, remedy: str) -> Path:
     """A checkpoint file, or a folder that a trained model is shared by."""
     if not path.is_dir():
         return settings.require_file(path, flag, remedy)
-    lacking = [name for name in (WEIGHTS, CONFIG) if not (path / name).is_file()]
-    if lacking:
+    missing = [name for name in (WEIGHTS, CONFIG) if not (path / name).is_file()]
+    if missing:
         raise ValueError(
             f"{flag}: expected {WEIGHTS} and {CONFIG} in the folder {path}, found no "
-            f"{' and no '.join(lacking)}; give a folder that --export wrote, or a file such as {BEST}"
+            f"{' and no '.join(missing)}; give a folder that --export wrote, or a file such as {BEST}"
         )
     return path
 
 
-def check_made_by(state: Any, kind: str | None, path: Path, flag: str) -> None:
-    """Raises ValueError where a state is not of the stage `kind` (None: of either), or not of FORMAT."""
+def check_made_by(state: object, kind: str | None, path: Path, flag: str) -> None:
+    """A file must be of the stage that is asked for, or of either, and of this format."""
     found = state.get("kind") if isinstance(state, dict) else None
-    if found not in ([kind] if kind else list(SCRIPTS)):
+    if not isinstance(state, dict) or found not in ([kind] if kind else list(SCRIPTS)):
         wanted = (
             f"a {kind} checkpoint of {SCRIPTS[kind]}" if kind else f"a checkpoint of {' or '.join(SCRIPTS.values())}"
         )
@@ -95,44 +99,48 @@ def check_made_by(state: Any, kind: str | None, path: Path, flag: str) -> None:
     number = state.get("format")
     if number != FORMAT:
         newer = isinstance(number, int) and number > FORMAT
-        remedy = "a newer Magic made it: update this one" if newer else f"train it again with {SCRIPTS[found]}"
+        remedy = "a newer Magic made it: update this one" if newer else f"train it again with {SCRIPTS[str(found)]}"
         raise ValueError(f"{flag}: {path} has format {number}, this version reads {FORMAT}; {remedy}")
 
 
-def fit(model: Any, tensors: dict[str, Any], path: Path, flag: str) -> None:
+def fit(model: nn.Module, weights: dict[str, Tensor], path: Path, flag: str) -> None:
     """Load weights strictly. Raises ValueError, in one line, where they are not this model's."""
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{flag}: the weights in {path} do not fit this version ({reason}); train it again") from error
 
 
 def read_resumed(out: Path, kind: str, about: dict[str, Any]) -> dict[str, Any]:
-    """The last checkpoint of --out, or where that is corrupt or another's, which is said, the one before it.
+    """The last checkpoint of --out, or the previous one where the last is corrupt or another run's, with a warning.
 
-    Raises ValueError where neither is of the sizes, genes, slices, target and encoder that `about` says.
+    Raises ValueError where neither has the sizes, genes, slices, target and encoder of `about`.
     """
     errors: list[ValueError] = []
     for path in (out / LAST, out / PREVIOUS):
         try:
             state = load(path, kind, "--resume")
-            for key in ("sizes", "genes", "tile_scale", "counts_hashes", "target", "encoder_hash"):  # two of stage two
-                if state.get(key) != about.get(key):
-                    raise ValueError(
-                        f"--resume: {path} was trained with other {key}; use the same data and flags, or another --out"
-                    )
+            check_same_run(state, about, path)
         except ValueError as error:
             errors.append(error)
             continue
-        if errors:  # set aside, so that the next save does not put it over the good one
+        if errors:
             print(f"warning: {errors[0]}; going on from the one before it")
-            if distributed.is_main():
+            if distributed.is_main():  # set the last one aside, so that the next save does not put it over the good one
                 if (out / LAST).exists():
                     (out / LAST).replace(out / CORRUPT)
                 path.replace(out / LAST)
         return state
     raise errors[0]
+
+
+def check_same_run(state: dict[str, Any], about: dict[str, Any], path: Path) -> None:
+    for key in ("sizes", "genes", "tile_scale", "counts_hashes", "target", "encoder_hash"):  # the last two of stage two
+        if state.get(key) != about.get(key):
+            raise ValueError(
+                f"--resume: {path} was trained with other {key}; use the same data and flags, or another --out"
+            )
 
 
 def model_hash(path: Path) -> str:

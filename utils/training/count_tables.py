@@ -1,7 +1,7 @@
-"""Count tables without images: any folder of h5ad files, brought to the input panel to teach the gene encoder.
+"""Count tables without images: any folder of h5ad files, brought to the input panel to pretrain the gene encoder.
 
-They must not hold what is held out: a file by the name of a validation or test slice, of its counts, or with a spot of
-the same counts is refused. Letters: S spots, G input genes, A genes of a file.
+A file with the name of a validation or test slice, with its counts, or with a spot of the same counts is
+refused. Letters: S spots, G input genes, A genes of a file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,14 +16,17 @@ import scipy.sparse as sp
 from utils.features.dataset import SliceData
 from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
+from utils.settings import SharedSettings
 from utils.slices import content, splits
 
-LEAST_SEEN = 10  # genes of the panel that a spot must show before another of the same counts is taken for itself
+LEAST_SEEN = (
+    10  # genes of the panel that a spot must express before another one of the same counts is taken for the same spot
+)
 
 
 @dataclass(frozen=True)
 class CountTable:
-    """Spots of one file whose bins may teach."""
+    """Spots of one file to pretrain on."""
 
     name: str
     bins: np.ndarray  # (S, G) uint8; genes that the file lacks are zero
@@ -42,37 +44,47 @@ class HeldOut:
 
 
 def read_tables(
-    folder: Path, slices: list[SliceData], rows: list[splits.SliceRow], args: Any, downsample_counts: int | None = None
+    folder: Path,
+    slices: list[SliceData],
+    rows: list[splits.SliceRow],
+    settings: SharedSettings,
+    downsample_counts: int | None = None,
 ) -> list[CountTable]:
-    """Every `*.h5ad` of a folder, a line of print each.
+    """Read every `*.h5ad` of a folder and report on each in a line.
 
-    `slices` are those of the train and validation part, `rows` the whole table with the test slices; spots with more
-    than `downsample_counts` are downsampled to it. Raises ValueError where a file is not one of raw counts, has under
-    half of the panel's genes, or holds what is held out.
+    Raises ValueError where a file is not one of raw counts, has under half of the panel's genes, or holds held-out
+    spots.
+
+    Parameters
+    ----------
+    slices : of the train and validation part
+    rows : the whole table with the test slices
+    settings : data, panels, allow_leak
+    downsample_counts : spots with more counts are downsampled to it
     """
     paths = sorted(folder.glob("*.h5ad")) if folder.is_dir() else []
     if not paths:
         found = "no such file in it" if folder.is_dir() else "no such folder"
-        raise ValueError(f"--pretrain_data: expected a folder of .h5ad files, found {found}: {folder}; mend the path")
-    panel, held_out = slices[0].panels["input"].genes, find_held_out(slices, rows, args)
-    return [read_one(path, panel, held_out, args.allow_leak, downsample_counts) for path in paths]
+        raise ValueError(f"--pretrain_data: expected a folder of .h5ad files, found {found}: {folder}; fix the path")
+    panel, held_out = slices[0].panels["input"].genes, find_held_out(slices, rows, settings)
+    return [read_one(path, panel, held_out, settings.allow_leak, downsample_counts) for path in paths]
 
 
-def find_held_out(slices: list[SliceData], rows: list[splits.SliceRow], args: Any) -> HeldOut:
+def find_held_out(slices: list[SliceData], rows: list[splits.SliceRow], settings: SharedSettings) -> HeldOut:
     """Spots of the validation part, also where it is a strip, and of the test slices, read from their panel files."""
     names = {row.slice for row in rows if row.part != "train"}
     hashes, counts = {}, []
-    for one in slices:
-        kept, panel = one.rows_of("val"), one.panels["input"]
-        if len(kept):
-            hashes[panel.counts_hash] = one.name
-            counts.append((one.name, panel.read_counts()[kept]))
+    for slice_ in slices:
+        val_rows, panel = slice_.rows_of("val"), slice_.panels["input"]
+        if len(val_rows):
+            hashes[panel.counts_hash] = slice_.name
+            counts.append((slice_.name, panel.read_counts()[val_rows]))
     for row in splits.of_part(rows, "test"):
-        panel = gene_panels.read_panel(gene_panels.panel_path(args.data, args.panels, row.slice, "input"))
+        panel = gene_panels.read_panel(gene_panels.panel_path(settings.data, settings.panels, row.slice, "input"))
         if panel.genes != slices[0].panels["input"].genes:
             raise ValueError(
-                f"{panel.path}: its genes differ from those of {slices[0].name}, and --pretrain_data cannot be told "
-                "from this test slice; run make_decoder_data.py again on all slices"
+                f"{panel.path}: its genes differ from those of {slices[0].name}, and --pretrain_data cannot be checked "
+                "against this test slice; run make_decoder_data.py again on all slices"
             )
         hashes[panel.counts_hash] = row.slice
         counts.append((row.slice, panel.read_counts()))
@@ -94,7 +106,7 @@ def read_one(
     counts_hash = content.counts_hash(counts, barcodes, names)
     for leak in leaks(path, of_panel, measured, counts_hash, held_out):
         if not allow_leak:
-            raise ValueError(f"{leak}; take the file out of --pretrain_data, or use --allow_leak and say so")
+            raise ValueError(f"{leak}; take the file out of --pretrain_data, or use --allow_leak and report it")
         print(f"warning: {leak}")
     kept = np.flatnonzero(total > 0)
     notes = [f"{(~measured).sum()} of {len(panel)} input genes absent, read as zero"] if not measured.all() else []
@@ -138,24 +150,24 @@ def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix, np.n
     if below.any():
         raise ValueError(
             f"{path}: expected obs['total_counts'] of at least the spot's counts, found {total[below][0]:g} where they "
-            f"are {sums[below][0]}; mend or remove the column"
+            f"are {sums[below][0]}; fix or remove the column"
         )
     return names, adata.obs_names.to_numpy(str), counts, total
 
 
 def leaks(path: Path, counts: np.ndarray, measured: np.ndarray, counts_hash: str, held_out: HeldOut) -> Iterator[str]:
-    """What a file with panel counts (S, G) holds of what is held out, in words."""
+    """Which held-out names, counts and spots a file with panel counts (S, G) has, a line each."""
     if path.stem in held_out.names:
         yield f"{path}: has the name of the slice {path.stem}, which is held out"
     if counts_hash in held_out.hashes:
         yield f"{path}: has the counts of {held_out.hashes[counts_hash]}, which is held out"
-    own = spot_keys(counts[:, measured])
+    keys = spot_keys(counts[:, measured])
     for name, others in held_out.counts:
-        shared = len(own & spot_keys(others[:, measured]))
+        shared = len(keys & spot_keys(others[:, measured]))
         if shared:
             yield f"{path}: has {shared} spots with the counts of spots of {name} that are held out"
 
 
 def spot_keys(counts: np.ndarray) -> set[bytes]:
-    """The counts of every spot that shows enough genes to be known by them: (S, A) int32."""
+    """The counts of every spot that expresses enough genes to be recognised by them: (S, A) int32."""
     return {row.tobytes() for row in counts[(counts > 0).sum(1) >= LEAST_SEEN]}

@@ -1,4 +1,4 @@
-"""Stage one's pretrained gene side: scBERT's trunk and gene2vec positions, as far as flags name them.
+"""Released weights of the gene encoder: scBERT's trunk and gene2vec positions, as far as flags name them.
 
 Letters: V genes of the vocabulary, W width of a position.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from utils.files import tensors as tensor_files
 from utils.genes import lists as gene_lists
 from utils.genes import names as gene_names
 from utils.slices import visium
+
+if TYPE_CHECKING:
+    from model.gene_encoder import GeneEncoder
 
 
 def add_flags(parser: settings.Parser) -> None:
@@ -29,73 +32,88 @@ def add_flags(parser: settings.Parser) -> None:
     group.add_argument("--tune_block", type=settings.count_or_zero, default=4, help="block that trains on gene_weights")
 
 
-def check(args: Any) -> None:
+def check(flags: settings.StageOneSettings) -> None:
     """Flags and files, before anything heavy is imported."""
-    for flag in ("gene_weights", "gene2vec", "gene_vocab", "gene_aliases"):
-        if getattr(args, flag) is not None:
-            settings.require_file(getattr(args, flag), f"--{flag}", "see docs/gene_weights.md")
-    named = args.gene2vec is not None and args.gene2vec.suffix in gene_lists.NAMED
-    if (args.gene_weights or args.gene2vec) and not (args.gene_vocab or named):
+    files = {name: getattr(flags, name) for name in ("gene_weights", "gene2vec", "gene_vocab", "gene_aliases")}
+    for name, path in files.items():
+        if path is not None:
+            settings.require_file(path, f"--{name}", "see docs/gene_weights.md")
+    named = flags.gene2vec is not None and flags.gene2vec.suffix in gene_lists.NAMED
+    if (flags.gene_weights or flags.gene2vec) and not (flags.gene_vocab or named):
         raise ValueError("--gene_weights and --gene2vec need --gene_vocab: the files do not name their genes")
-    if args.gene_vocab and named:
-        raise ValueError(f"--gene_vocab: the lines of --gene2vec {args.gene2vec} name their genes; leave it out")
-    if (args.gene_vocab or args.gene_aliases) and not (args.gene_weights or args.gene2vec):
+    if flags.gene_vocab and named:
+        raise ValueError(f"--gene_vocab: the lines of --gene2vec {flags.gene2vec} name their genes; leave it out")
+    if (flags.gene_vocab or flags.gene_aliases) and not (flags.gene_weights or flags.gene2vec):
         raise ValueError("--gene_vocab and --gene_aliases need --gene_weights or --gene2vec, whose genes they name")
-    if args.gene_weights and args.tune_block >= args.gene_depth:
-        raise ValueError(f"--tune_block {args.tune_block}: expected less than --gene_depth {args.gene_depth}")
+    if flags.gene_weights and flags.tune_block >= flags.gene_depth:
+        raise ValueError(f"--tune_block {flags.tune_block}: expected less than --gene_depth {flags.gene_depth}")
 
 
-def load(encoder: Any, scbert: Any, args: Any, panel: list[str], folders: Sequence[Path]) -> None:
-    """Put the weights into the gene encoder and say what was loaded, which genes have a position, and what was not.
+def load(encoder: GeneEncoder, flags: settings.StageOneSettings, panel: list[str], folders: Sequence[Path]) -> None:
+    """Put released weights into the gene encoder, as far as flags name them, and report what was loaded.
 
     With --gene_weights all but --tune_block, the final norm and the head is frozen; with --gene2vec alone everything
-    trains. `scbert` is the module model.scbert, `folders` are the slices', for their Ensembl ids. Raises ValueError
-    where a file is not what its flag says, or under half of the panel has a position.
+    trains. Raises ValueError where a file is not what its flag says, or under half of the panel has a position.
+
+    Parameters
+    ----------
+    panel : input genes
+    folders : of the slices, for their Ensembl ids
     """
     import torch
 
-    if not (args.gene_weights or args.gene2vec):
+    from model import scbert
+
+    if not (flags.gene_weights or flags.gene2vec):
         return
-    names, table = gene_lists.read_gene2vec(args.gene2vec) if args.gene2vec else (None, None)
-    vocabulary = names or gene_lists.read_vocabulary(args.gene_vocab)
-    if args.gene_weights:
-        tensors = tensor_files.read_weights(args.gene_weights, "--gene_weights")
-        found = scbert.load_scbert(encoder, tensors)
-        print(f"{args.gene_weights.name}: {len(tensors)} tensors\n{scbert.loading_table(found)}")
-        encoder.freeze_trunk(args.tune_block)
+    names, table = gene_lists.read_gene2vec(flags.gene2vec) if flags.gene2vec else (None, None)
+    if not names:
+        names = gene_lists.read_vocabulary(_given(flags.gene_vocab))
+    if flags.gene_weights:
+        tensors = tensor_files.read_weights(flags.gene_weights, "--gene_weights")
+        loaded = scbert.load_scbert(encoder, tensors)
+        print(f"{flags.gene_weights.name}: {len(tensors)} tensors\n{scbert.loading_table(loaded)}")
+        encoder.freeze_trunk(flags.tune_block)
         table = tensors.get(scbert.POSITIONS) if table is None else table
     if table is None:
-        raise ValueError(f"--gene_weights: {args.gene_weights} has no {scbert.POSITIONS}; give --gene2vec")
+        raise ValueError(f"--gene_weights: {flags.gene_weights} has no {scbert.POSITIONS}; give --gene2vec")
     positions = torch.as_tensor(table)
-    check_table(positions.double().numpy(), vocabulary, args)
-    places = find(panel, vocabulary, args, folders)
+    check_table(positions.double().numpy(), names, flags)
+    places = find_places(panel, names, flags, folders)
     scbert.set_gene_positions(encoder, positions, places, panel)
 
 
-def check_table(table: np.ndarray, vocabulary: list[str], args: Any) -> None:
+def _given(path: Path | None) -> Path:
+    """A file that `check` has asked for."""
+    assert path is not None
+    return path
+
+
+def check_table(table: np.ndarray, vocabulary: list[str], flags: settings.StageOneSettings) -> None:
     """One row per gene, apart from a last row of zeros, scBERT's for the token that it appends: (V or V + 1, W).
 
     A name too many or too few would shift every gene after it.
     """
-    source = f"--gene2vec {args.gene2vec}" if args.gene2vec else f"--gene_weights {args.gene_weights}"
+    source = f"--gene2vec {flags.gene2vec}" if flags.gene2vec else f"--gene_weights {flags.gene_weights}"
     if table.ndim != 2 or not np.isfinite(table).all():
         raise ValueError(f"{source}: expected a row of finite numbers per gene, found others; fetch the file again")
     n_rows = len(table) - (len(table) > 0 and not table[-1].any())
     if n_rows != len(vocabulary):
         raise ValueError(
-            f"{source} has positions of {n_rows} genes, --gene_vocab {args.gene_vocab} names {len(vocabulary)}: "
+            f"{source} has positions of {n_rows} genes, --gene_vocab {flags.gene_vocab} names {len(vocabulary)}: "
             "give the vocabulary that belongs to them, one gene per line, in their order"
         )
 
 
-def find(panel: list[str], vocabulary: list[str], args: Any, folders: Sequence[Path]) -> dict[str, int]:
-    """Panel gene -> its place in the vocabulary; says how many were found, and by what."""
+def find_places(
+    panel: list[str], vocabulary: list[str], flags: settings.StageOneSettings, folders: Sequence[Path]
+) -> dict[str, int]:
+    """Panel gene -> its place in the vocabulary; reports how many were found, and by what."""
     by_id = any(gene_names.is_ensembl(name) for name in (*panel, *vocabulary))
     symbols = gene_names.slice_names(map(visium.read_slice_genes, folders)).symbols if by_id else {}
-    known = gene_names.known_names(args.gene_aliases, symbols)
+    known = gene_names.known_names(flags.gene_aliases, symbols)
     matches = gene_names.match_genes(panel, vocabulary, known)
-    source = args.gene_vocab or args.gene2vec
-    what = f"{'--gene_vocab' if args.gene_vocab else '--gene2vec'} {source}"
-    gene_names.require_half(len(matches.places), len(panel), what, matches.unmatched, vocabulary)
-    print(f"gene positions: {len(matches.places)} of {len(panel)} panel genes found in {source.name}: {matches}")
+    flag, path = "--gene_vocab" if flags.gene_vocab else "--gene2vec", _given(flags.gene_vocab or flags.gene2vec)
+    gene_names.require_half(len(matches.places), len(panel), f"{flag} {path}", matches.unmatched, vocabulary)
+    print(f"gene positions: {len(matches.places)} of {len(panel)} panel genes found in {path.name}: {matches}")
     return matches.places

@@ -1,114 +1,151 @@
-"""Where stage one starts: both sides of the shared space read the same components of expression, each by ridge.
+"""Warm start of stage one: both sides of the shared space predict the same components of expression, each by ridge.
 
-A contrast between two untrained projections of a few hundred spots learns little but which slice a spot is of. Begun
-as regressions on the same components, images and profiles are aligned before the first step, and training goes on
-from there. Letters: n spots, C pooled width, G input genes, R components, D shared width.
+A contrast between two untrained projections of a few hundred spots learns little but which slice a spot is of. Started
+at regressions on the same components, images and expression profiles are aligned before the first step, and training
+continues from there. Letters: n spots, C pooled width, G input genes, R components, D shared width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from utils import distributed
 from utils.evaluation.ridge import Ridge, fit_ridge, minus_squared_error
 from utils.features import dataset
+from utils.features.cache import Inference, to_float
 from utils.training import targets
 
-START_SPOTS = 20_000  # of the train spots, drawn by the seed, serve to solve the regressions
-Seen = tuple[np.ndarray, np.ndarray, np.ndarray]  # of spots of one slice: features (n, C), bins (n, G), scores (n, R)
-REST = 0.02  # the other dimensions' share of their usual size: for the contrast to find, not to drown the components
+if TYPE_CHECKING:
+    from model.stage_one import StageOne
+
+START_SPOTS = 20_000  # at most so many train spots, drawn by the seed, are used to solve a warm start
+REST = 0.02  # scale of the other dimensions: left for the contrast, they must not drown the components
+Scale = tuple[np.ndarray, np.ndarray]  # mean and deviation of inputs
 
 
-def start_from_ridge(
-    model: Any,
+@dataclass(frozen=True)
+class Sample:
+    """Some spots of one slice."""
+
+    features: np.ndarray  # (n, C)
+    bins: np.ndarray  # (n, G)
+    scores: np.ndarray  # (n, R)
+
+
+def fraction_of(n_spots: int) -> float:
+    """Of so many train spots the fraction that a warm start is solved on."""
+    return min(1.0, START_SPOTS / n_spots)
+
+
+def warm_start_stage_one(
+    model: StageOne,
     slices: list[dataset.SliceData],
     bins: Sequence[np.ndarray],
-    of: targets.Components,
-    accelerator: Any,
-    args: Any,
+    components: targets.Components,
+    inference: Inference,
+    seed: int,
 ) -> str:
-    """Set the first R dimensions of `image_encoder.to_vector` and `gene_encoder.linear_path`; returns what was fitted.
+    """Set the first R dimensions of `image_encoder.to_vector` and `gene_encoder.linear_path` by ridge.
 
-    Penalties are chosen on the validation spots. `bins` (S, G) of each slice.
+    Penalties are chosen on the validation spots. Returns what was fitted, in words.
+
+    Parameters
+    ----------
+    bins : (S, G) of each slice
     """
-    import torch
-
-    rng = np.random.default_rng(args.seed)
-    share = min(1.0, START_SPOTS / sum(len(one.rows_of("train")) for one in slices))
-    seen: dict[str, list[Seen]] = {"train": [], "val": []}
-    for i, (one, own) in enumerate(zip(slices, bins, strict=True)):
-        scores = of.scores(targets.residuals(one))
-        for part, found in seen.items():
-            rows = one.rows_of(part)
-            rows = np.sort(rng.choice(rows, int(np.ceil(share * len(rows))), replace=False))
-            if len(rows):
-                spots = np.column_stack([np.full_like(rows, i), rows])
-                features = pooled(model.image_encoder, slices, spots, accelerator, args)
-                found.append((features, own[rows].astype(np.float32), scores[rows]))
-    standardise, to_vector = model.gene_encoder.linear_path
-    measured = standardise.mean.cpu().numpy(), standardise.sd.cpu().numpy()
-    features = np.concatenate([x for x, _, _ in seen["train"]])
-    of_features = features.mean(0), np.maximum(features.std(0), 1e-3)
-    image, gene = fit(seen, 0, of_features), fit(seen, 1, measured)
+    train, val = draw_samples(model, slices, bins, components, inference, seed)
+    layers: Any = model.gene_encoder.linear_path
+    standardise, gene_layer = layers
+    assert model.to_expression is not None, "the model has components"
+    features = np.concatenate([sample.features for sample in train])
+    image_scale = features.mean(0), np.maximum(features.std(0), 1e-3)
+    gene_scale = standardise.mean.cpu().numpy(), standardise.sd.cpu().numpy()
+    image = fit([s.features for s in train], [s.features for s in val], image_scale, train, val)
+    gene = fit([s.bins for s in train], [s.bins for s in val], gene_scale, train, val)
+    n, weights = len(components.weights), torch.from_numpy(components.weights)
     with torch.no_grad():
-        place(model.image_encoder.to_vector, image, of_features)
-        place(to_vector, gene, None)
-        to_vector.weight[len(of.weights) :] = 0
-        to_vector.bias[len(of.weights) :] = 0
+        place(model.image_encoder.to_vector, image, image_scale)
+        place(gene_layer, gene, None)
+        gene_layer.weight[n:] = 0
+        gene_layer.bias[n:] = 0
         model.gene_encoder.gather.to_vector.weight.mul_(REST)
         model.gene_encoder.gather.to_vector.bias.zero_()
         model.to_expression.weight.zero_()
-        model.to_expression.weight[:, : len(of.weights)] = torch.diag(torch.from_numpy(of.weights))
+        model.to_expression.weight[:, :n] = torch.diag(weights)
         model.to_expression.bias.zero_()
     return (
-        f"shared space begins as {len(of.weights)} components of expression: validation correlation "
-        f"{image.val_pcc:.3f} from images, {gene.val_pcc:.3f} from profiles"
+        f"warm start at {n} components of expression: validation correlation "
+        f"{image.val_pcc:.3f} from images, {gene.val_pcc:.3f} from expression profiles"
     )
 
 
-def pooled(encoder: Any, slices: list[dataset.SliceData], spots: np.ndarray, accelerator: Any, args: Any) -> np.ndarray:
-    """The trunk's features of tiles as they are: spots (n, 2) -> (n, C)."""
-    import torch
+def draw_samples(
+    model: StageOne,
+    slices: list[dataset.SliceData],
+    bins: Sequence[np.ndarray],
+    components: targets.Components,
+    inference: Inference,
+    seed: int,
+) -> tuple[list[Sample], list[Sample]]:
+    """Train and validation spots of each slice, the same fraction of both."""
+    rng = np.random.default_rng(seed)
+    fraction = fraction_of(sum(len(slice_.rows_of("train")) for slice_ in slices))
+    samples: dict[str, list[Sample]] = {"train": [], "val": []}
+    for i, (slice_, tokens) in enumerate(zip(slices, bins, strict=True)):
+        scores = components.scores(targets.residuals(slice_))
+        for part, of_part in samples.items():
+            rows = dataset.draw(slice_.rows_of(part), fraction, rng)
+            if len(rows):
+                spots = np.column_stack([np.full_like(rows, i), rows])
+                features = pooled(model, slices, spots, inference)
+                of_part.append(Sample(features, tokens[rows].astype(np.float32), scores[rows]))
+    return samples["train"], samples["val"]
 
-    from utils.features.cache import to_float
 
-    encoder.eval()
-    order = dataset.in_turn(len(spots), args.batch_size)
+def pooled(model: StageOne, slices: list[dataset.SliceData], spots: np.ndarray, inference: Inference) -> np.ndarray:
+    """The image trunk's features of tiles without augmentation: spots (n, 2) -> (n, C)."""
+    encoder = model.image_encoder.eval()
+    order, accelerator = dataset.in_turn(len(spots), inference.batch_size), inference.accelerator
 
-    def own() -> Iterator[tuple[Any, ...]]:
+    def encoded() -> Iterator[tuple[Tensor, ...]]:
         batches = dataset.TileBatches(slices, spots)
-        for batch in dataset.loader(batches, distributed.own_batches(order), args.workers):
-            tiles = to_float(batch["tiles"].to(accelerator.device), args.image_size)
+        for batch in dataset.loader(batches, distributed.own_batches(order), inference.workers):
+            tiles = to_float(batch["tiles"].to(accelerator.device), model.sizes.image_size)
             with torch.no_grad(), accelerator.autocast():
                 yield (encoder.features(tiles)[0].float(),)
 
-    return np.concatenate([found.cpu().numpy() for (found,) in distributed.in_order(own(), order)])
+    return np.concatenate([features.cpu().numpy() for (features,) in distributed.in_order(encoded(), order)])
 
 
-def fit(seen: dict[str, list[Seen]], side: int, standard: tuple[np.ndarray, np.ndarray]) -> Ridge:
-    """Ridge from images (side 0) or profiles (side 1), standardised by mean and deviation, to the components.
+def fit(
+    x_train: list[np.ndarray], x_val: list[np.ndarray], scale: Scale, train: list[Sample], val: list[Sample]
+) -> Ridge:
+    """Ridge from inputs, standardised by mean and deviation, to the components.
 
     The penalty is that with the least squared error: vectors are compared by their scale, too."""
-    mean, sd = standard
-    x_train, x_val = ([(one[side] - mean) / sd for one in seen[part]] for part in ("train", "val"))
-    y_train, y_val = ([one[2] for one in seen[part]] for part in ("train", "val"))
+    mean, sd = scale
+    x_train, x_val = ([(x - mean) / sd for x in xs] for xs in (x_train, x_val))
+    y_train, y_val = ([sample.scores for sample in samples] for samples in (train, val))
     return fit_ridge(x_train, y_train, x_val, y_val, by=minus_squared_error)
 
 
-def place(layer: Any, ridge: Ridge, by: tuple[np.ndarray, np.ndarray] | None) -> None:
-    """Write a regression into the first rows of a linear layer; the others become small and centred. Its inputs were
-    standardised by `by`, if given, which the layer does not do by itself."""
-    import torch
+def place(layer: nn.Linear, ridge: Ridge, scale: Scale | None) -> None:
+    """Write a regression into the first rows of a linear layer; the others become small and centred.
 
+    Its inputs were standardised by `scale`, if given, which the layer does not do by itself."""
     weights, offset = ridge.weights.T, ridge.y_mean - ridge.x_mean @ ridge.weights
     n = len(weights)
-    if by is not None:
-        weights = weights / by[1]
-        offset = offset - weights @ by[0]
+    if scale is not None:
+        mean, sd = scale
+        weights = weights / sd
+        offset = offset - weights @ mean
         layer.weight[n:] *= REST
-        layer.bias[n:] = -layer.weight[n:] @ torch.from_numpy(by[0]).to(layer.weight)
+        layer.bias[n:] = -layer.weight[n:] @ torch.from_numpy(mean).to(layer.weight)
     layer.weight[:n] = torch.from_numpy(np.ascontiguousarray(weights)).to(layer.weight)
     layer.bias[:n] = torch.from_numpy(offset).to(layer.bias)

@@ -1,7 +1,7 @@
-"""Slices by their part: those that training and evaluation use, what they must share with a model, what they must not.
+"""Slices by their part for training and evaluation, and checks that they fit a model and were held out from it.
 
-What is held out must not have been trained on: genes that were chosen, models that are evaluated or built on. What a
-model and the slices it is evaluated on must have in common: genes, by name, and the tiles' scale.
+Held-out slices must not have been used to choose genes or to train the model that is evaluated or built on. A model and
+the slices it is evaluated on must share genes, by name, and the scale of the tiles.
 """
 
 from __future__ import annotations
@@ -11,73 +11,90 @@ from typing import Any
 
 from utils.features import dataset
 from utils.genes import panels as gene_panels
+from utils.settings import EvaluationSettings, SharedSettings, TrainingSettings, chosen
 from utils.slices import splits
 
-LEAST_TARGETS = 10  # genes: a mean over fewer says little of the model
-LEAST_INPUTS = 0.5  # share: of a profile with more zeros than genes the gene encoder has learnt nothing
+LEAST_TARGETS = 10  # genes: a mean over fewer is too noisy
+LEAST_INPUTS = 0.5  # fraction of the input genes: the gene encoder was not trained on profiles with more zeros
 
 
-def read_split(args: Any) -> tuple[list[splits.SliceRow], list[str]]:
+def read_split(settings: SharedSettings) -> tuple[list[splits.SliceRow], list[str]]:
     """The table of --data and --slices with the split, as every script after preprocessing uses it."""
-    return splits.read_table(Path(args.data), args.slices, val_strip=args.val_strip, allow_leak=args.allow_leak)
+    return splits.read_table(
+        Path(settings.data), settings.slices, val_strip=settings.val_strip, allow_leak=settings.allow_leak
+    )
 
 
-def load_training(rows: list[splits.SliceRow], args: Any, roles: tuple[str, ...]) -> list[dataset.SliceData]:
-    """Slices of the train and validation part. Raises ValueError where a part is empty, the panels were chosen on other
-    slices, two parts hold the same counts, or the batch is larger than the train set."""
+def load_training(
+    rows: list[splits.SliceRow],
+    settings: TrainingSettings,
+    roles: tuple[str, ...],
+    downsample_counts: int | None = None,
+) -> list[dataset.SliceData]:
+    """Slices of the train and validation part, see `dataset.load_slice`.
+
+    Raises ValueError where a part is empty, the panels were chosen on other slices, two parts hold
+    the same counts, or the batch is larger than the train set.
+    """
     used = splits.of_part(rows, "train", "val")
     for part in ("train", "val"):
-        if not splits.of_part(used, part) and not (part == "val" and args.val_strip):
+        if not splits.of_part(used, part) and not (part == "val" and settings.val_strip):
             raise ValueError(
                 f"no slice has part {part}: expected one at least in slices.csv"
                 + (", or use --val_strip" if part == "val" else "")
             )
-    slices = dataset.load_slices(used, args, roles, args.val_strip)
+    slices = dataset.load_slices(used, settings, roles, settings.val_strip, downsample_counts=downsample_counts)
     check_panel_origin(slices, [row.slice for row in used if row.part == "train"])
-    for warning in splits.check_identical(used, dataset.counts_hashes(slices), args.allow_leak):
+    for warning in splits.check_identical(used, dataset.counts_hashes(slices), settings.allow_leak):
         print(f"warning: {warning}")
     n_train = len(dataset.spots_of(slices, "train"))
-    if args.batch_size > n_train:
-        raise ValueError(f"--batch_size {args.batch_size} is larger than the train set of {n_train} spots; lower it")
+    if settings.batch_size > n_train:
+        raise ValueError(
+            f"--batch_size {settings.batch_size} is larger than the train set of {n_train} spots; lower it"
+        )
     return slices
 
 
 def load_evaluation(
-    args: Any, state: dict[str, Any], flag: str, roles: tuple[str, ...]
+    settings: EvaluationSettings, state: dict[str, Any], flag: str, roles: tuple[str, ...]
 ) -> tuple[list[dataset.SliceData], list[dataset.SliceData]]:
-    """Slices of --part, and the train and validation slices that the checkpoint (and so the cheap rows) learnt from.
+    """Slices of --part, and the train and validation slices that the checkpoint (and so the baselines) are fitted on.
 
     Slices measured with another panel have the checkpoint's genes, those they lack as not measured. Raises ValueError
     where they were seen in training, tiles are not those of the checkpoint, or too few of its genes were measured.
+
+    Parameters
+    ----------
+    state : checkpoint, which the file of `flag` holds
+    roles : panels to read; the first is the checkpoint's own
     """
-    rows, warnings = read_split(args)
+    rows = rows_of_part(settings, state)
+    trained_rows = [splits.SliceRow(**row) for row in state["table"] if row["part"] in ("train", "val")]
+    strip, depth = state["settings"]["val_strip"], state["settings"].get("downsample_counts")
+    evaluated = dataset.load_slices(rows, settings, roles, strip, state["genes"], downsample_counts=depth)
+    trained = dataset.load_slices(trained_rows, settings, roles, strip, downsample_counts=depth)
+    check_unseen(rows, state, flag, settings.allow_leak, dataset.counts_hashes(evaluated))
+    for slice_ in evaluated:
+        check_genes(slice_.panels[roles[0]], roles[0], slice_.name, flag)
+    for slice_ in (*evaluated, *trained):
+        check_same(slice_.panels[roles[0]], roles[0], state["genes"], flag)
+        check_tiles(slice_.pack.folder, dataset.tile_scale(slice_), tuple(state["tile_scale"]), flag)
+    return evaluated, trained
+
+
+def rows_of_part(settings: EvaluationSettings, state: dict[str, Any]) -> list[splits.SliceRow]:
+    """Rows of the table that belong to --part; of validation strips those of the train slices."""
+    rows, warnings = read_split(settings)
     for warning in warnings:
         print(f"warning: {warning}")
-    chosen = [row for row in rows if args.part in ("all", row.part)]
-    if args.part == "val" and state["settings"]["val_strip"]:
-        chosen = splits.of_part(rows, "train")
-    if not chosen:
-        raise ValueError(f"no slice has part {args.part}: expected one at least in slices.csv; see --part")
-    taught = [splits.SliceRow(**row) for row in state["table"] if row["part"] in ("train", "val")]
-    strip = state["settings"]["val_strip"]
-    slices = (
-        dataset.load_slices(chosen, args, roles, strip, state["genes"]),
-        dataset.load_slices(taught, args, roles, strip),
-    )
-    check_unseen(chosen, state, flag, args.allow_leak, dataset.counts_hashes(slices[0]))
-    for one in slices[0]:
-        check_genes(one.panels[roles[0]], roles[0], one.name, flag)
-    for one in (*slices[0], *slices[1]):
-        one.downsample_counts = state["settings"].get("downsample_counts")
-        check_same(one.panels[roles[0]], roles[0], state["genes"], flag)
-        check_tiles(one.pack.folder, dataset.tile_scale(one), tuple(state["tile_scale"]), flag)
-    return slices
+    in_strips = settings.part == "val" and state["settings"]["val_strip"]
+    return chosen(rows, "train" if in_strips else settings.part)
 
 
-def check_panel_origin(slices: list[Any], train: list[str]) -> None:
-    """A panel chosen on a slice outside the train part has seen what it will be tested on."""
-    for one in slices:
-        for panel in one.panels.values():
+def check_panel_origin(slices: list[dataset.SliceData], train: list[str]) -> None:
+    """A panel must have been chosen on train slices alone."""
+    for slice_ in slices:
+        for panel in slice_.panels.values():
             foreign = sorted(set(panel.train_slices) - set(train))
             if foreign:
                 raise ValueError(
@@ -93,15 +110,17 @@ def check_unseen(
     allow_leak: bool,
     hashes: dict[str, str] | None = None,
 ) -> None:
-    """What is held out now must not have taught the checkpoint: test patients not at all, val slices not as train.
+    """A checkpoint must not have been trained on held-out slices: not on test patients, nor on val slices as train.
 
-    `state` is the checkpoint, with the tables of slices that it and its encoder were trained by; `hashes` are those of
-    the counts by slice, where they are known: a slice under another name is found by them.
+    Parameters
+    ----------
+    state : checkpoint, with the tables of slices that it and its encoder were trained on
+    hashes : of the counts, by slice, where they are known; they find a slice under another name
     """
     tables = [*state["table"], *state.get("encoder_table", [])]
-    taught = [row for row in tables if row["part"] in ("train", "val")]
-    patients, trained = {row["patient"] for row in taught}, {row["slice"] for row in taught if row["part"] == "train"}
-    contents = {state["counts_hashes"].get(row["slice"]) for row in taught} - {None}
+    used = [row for row in tables if row["part"] in ("train", "val")]
+    patients, trained = {row["patient"] for row in used}, {row["slice"] for row in used if row["part"] == "train"}
+    contents = {state["counts_hashes"].get(row["slice"]) for row in used} - {None}
     contents |= set(state["pretrain_hashes"].values())
     seen = [
         row.slice
@@ -118,7 +137,7 @@ def check_unseen(
 
 
 def check_genes(panel: gene_panels.Panel, role: str, name: str, flag: str) -> None:
-    """Says how many of a model's genes a slice has, where it lacks some; `panel` is in the model's genes (Panel.onto).
+    """Report how many of a model's genes a slice has, where it lacks some; `panel` has the model's genes (Panel.onto).
 
     Raises ValueError where too few are left: of the targets 10 (all, where the model has fewer), of the inputs half.
     """
@@ -136,7 +155,7 @@ def check_genes(panel: gene_panels.Panel, role: str, name: str, flag: str) -> No
 
 
 def check_same(panel: gene_panels.Panel, role: str, wanted: list[str], flag: str) -> None:
-    """The slices that a model was trained on are read with its own panel: the cheap rows learn from them."""
+    """The slices that a model was trained on must have its panel: the baselines are fitted on them."""
     if panel.genes != wanted:
         shared = len(set(panel.genes) & set(wanted))
         raise ValueError(

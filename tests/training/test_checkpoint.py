@@ -7,22 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from spaceranger_folders import refused
+from tiny_runs import Bomb
 
 from utils.files import atomic, tensors
 from utils.training import checkpoint
 from utils.training.checkpoint import CORRUPT, LAST, PREVIOUS
 
 ABOUT = {"sizes": {"width": 4}, "genes": ["a", "b"], "tile_scale": [32, 3.5], "counts_hashes": {"s": "h"}}
-
-
-class Bomb:
-    """Unpickling it writes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.write_text, (self.path, "ran")
 
 
 @pytest.fixture
@@ -64,22 +55,22 @@ def test_an_interrupted_save_leaves_the_old_file(path, monkeypatch):
 # ---- what is refused
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99])
-def test_a_torn_file_is_refused(path, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99])
+def test_a_corrupt_file_is_refused(path, fraction):
     checkpoint.save(path, "stage_one", model={f"w{i}": torch.randn(40) for i in range(30)})
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     line = refused("--encoder: .*best_epoch_weights.pth is corrupt", checkpoint.load, path, "stage_one", "--encoder")
     assert len(line) < 400
 
 
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.7, 0.8, 0.99])
-def test_a_torn_file_of_the_old_format_is_refused(path, share):
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.7, 0.8, 0.99])
+def test_a_corrupt_file_of_the_old_format_is_refused(path, fraction):
     """Weights saved before torch 1.6 are not zip files; their download may have stopped anywhere."""
     path.parent.mkdir()
     weights = {f"w{i}": torch.randn(40) for i in range(30)}
     torch.save({"model": weights}, path, _use_new_zipfile_serialization=False)
     assert set(tensors.read_weights(path, "--image_weights")) == set(weights)
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     refused("--image_weights: .* is corrupt", tensors.read_weights, path, "--image_weights")
 
 

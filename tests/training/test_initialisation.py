@@ -1,4 +1,4 @@
-"""start.py: both sides begin as ridge on components of expression, against scikit-learn, on tiny simulated slices."""
+"""Warm start of stage one: both sides start as ridge on components of expression, against scikit-learn."""
 
 import re
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ from tiny_runs import LAST, Work, data_flags, row, stderr_line
 
 from utils.evaluation import ridge
 from utils.features import dataset
-from utils.features.cache import to_float
+from utils.features.cache import Inference, to_float
 from utils.genes import panels as gene_panels
 from utils.training import checkpoint, initialisation, targets
 
@@ -31,14 +31,14 @@ def slices(prepared):
 
 
 def begun(slices, seed=0):
-    """A model that has begun, its components and what was said; bins were measured before, as in training."""
+    """A model after its warm start, its components and the report; bins were measured before, as in training."""
     model = stage_one(n_genes=50, n_components=RANK)
     bins = [one.bins() for one in slices]
-    taught = torch.from_numpy(np.concatenate(of_part(slices, bins, "train"))).float()
-    model.gene_encoder.linear_path[0].measure(taught.mean(0), taught.std(0, correction=0))
-    of = targets.components(slices, RANK)
-    args = SimpleNamespace(seed=seed, batch_size=16, workers=0, image_size=SIDE)
-    return model, of, initialisation.start_from_ridge(model, slices, bins, of, ACCELERATOR, args)
+    train = torch.from_numpy(np.concatenate(of_part(slices, bins, "train"))).float()
+    model.gene_encoder.linear_path[0].measure(train.mean(0), train.std(0, correction=0))
+    components, inference = targets.components(slices, RANK), Inference(ACCELERATOR, 16, 0)
+    report = initialisation.warm_start_stage_one(model, slices, bins, components, inference, seed)
+    return model, components, report
 
 
 def of_part(slices, values, part):
@@ -139,9 +139,9 @@ def test_every_slice_is_drawn_from_however_few_its_spots(slices, monkeypatch):
     monkeypatch.setattr(initialisation, "START_SPOTS", 1)
     seen, pooled = [], initialisation.pooled
 
-    def recorded(encoder, slices, spots, *rest):
+    def recorded(model, slices, spots, *rest):
         seen.append(spots[:, 0].tolist())
-        return pooled(encoder, slices, spots, *rest)
+        return pooled(model, slices, spots, *rest)
 
     monkeypatch.setattr(initialisation, "pooled", recorded)
     begun(slices)

@@ -56,7 +56,7 @@ def test_neighbours_are_those_of_a_double_loop(rng, n):
 def test_a_spot_alone_has_no_means_around_and_no_context():
     """As of a core so small that one spot lies on it."""
     xy, features = np.zeros((1, 2)), np.ones((1, 2, 6), np.float16)
-    ((block, values),) = neighbourhoods.means_around(features, xy, PITCH_PX, REACHES)
+    ((block, values),) = neighbourhoods.smoothed(features, xy, PITCH_PX, REACHES)
     assert block == slice(0, 1) and values.shape == (1, len(REACHES), 2, 6) and np.isnan(values).all()
     _, _, present = neighbourhoods.neighbours(xy, PITCH_PX, 4)
     assert present.shape == (1, 4) and not present.any()
@@ -88,7 +88,7 @@ def test_means_around_are_those_of_a_double_loop(rng, monkeypatch, at_once):
     features = np.concatenate([features, features[:3] + 1])
     expected = slow_means_around(features, xy, PITCH_PX)
     found = np.empty(expected.shape, np.float32)
-    for block, values in neighbourhoods.means_around(features, xy, PITCH_PX, REACHES):
+    for block, values in neighbourhoods.smoothed(features, xy, PITCH_PX, REACHES):
         found[block] = values
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     alone = np.isnan(expected).all((2, 3)).tolist()

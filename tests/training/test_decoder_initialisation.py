@@ -1,4 +1,4 @@
-"""decoder_start.py: kernel ridge against a plain solution, its approximation by landmarks, what is drawn and chosen."""
+"""Warm start of stage two: kernel ridge against a plain solution, landmarks, what is drawn and chosen."""
 
 from types import SimpleNamespace
 
@@ -8,14 +8,13 @@ import torch
 
 from model.decoder import GeneDecoder
 from utils.evaluation.ridge import validation_pcc
-from utils.training import decoder_initialisation
+from utils.training import decoder_initialisation, initialisation
 
 WIDTH, GENES, REACHES = 6, 8, 2
-FLAGS = SimpleNamespace(seed=0, batch_size=7)
 
 
 class Slice:
-    """Spots of which the first `n_train` teach and the others validate."""
+    """Spots of which the first `n_train` train and the others validate."""
 
     def __init__(self, n_train, n_val):
         self.parts = {"train": np.arange(n_train), "val": np.arange(n_train, n_train + n_val)}
@@ -31,6 +30,9 @@ class Bank:
     def __init__(self, slices, seen):
         self.first = np.cumsum([0, *(one.n_spots for one in slices)])
         self.seen = torch.from_numpy(seen)
+
+    def spots_of(self, slices, part):
+        return [start + slice_.rows_of(part) for slice_, start in zip(slices, self.first, strict=False)]
 
     def batch(self, spots):
         return {"vector": self.seen[spots, 0], "smoothed": self.seen[spots, 1:]}
@@ -52,7 +54,7 @@ def solve(slices, bank, target, truth, n_landmarks=85):
     model = SimpleNamespace(
         decoder=GeneDecoder(WIDTH, GENES, 1, 16, n_landmarks=n_landmarks, n_bandwidths=REACHES).eval()
     )
-    said = decoder_initialisation.start_from_ridge(model, bank, slices, target, truth, FLAGS)
+    said = decoder_initialisation.warm_start_decoder(model, bank, slices, target, truth, 7, 0)
     return model.decoder.ridge, said
 
 
@@ -78,7 +80,7 @@ def plain_kernel(seen, landmarks, sharpness, n_parts=1 + REACHES):
 @pytest.mark.parametrize("sharpness", [0.03, 1.0])
 def test_the_start_is_the_kernel_ridge_of_a_plain_solution(rng, monkeypatch, sharpness):
     """With a landmark for every train spot: both sides centred, (K + penalty)^-1 solved as it stands, full rank."""
-    monkeypatch.setattr(decoder_initialisation, "SHARPNESS", (sharpness,))
+    monkeypatch.setattr(decoder_initialisation, "GAMMAS", (sharpness,))
     monkeypatch.setattr(decoder_initialisation, "PENALTIES", (0.2,))
     monkeypatch.setattr(decoder_initialisation.ridge, "RANKS", (None,))
     slices, bank, target, truth = made(rng)
@@ -102,14 +104,14 @@ def test_the_score_that_is_told_is_that_of_the_model(rng):
 
 
 @pytest.mark.parametrize("linear", [True, False])
-def test_a_bent_relation_asks_for_a_sharper_kernel(rng, linear):
+def test_a_curved_relation_needs_a_larger_gamma(rng, linear):
     ridge, _ = solve(*made(rng, linear, noise=0.01))
     assert (ridge.gamma.item() < 0.1) == linear
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(0.011, 1.0), (0.009, 0.03), (0.0, 0.03)])
 @pytest.mark.parametrize("linear", [0.4, -0.1])
-def test_a_sharp_kernel_must_be_clearly_better(linear, gain, chosen):
+def test_a_large_gamma_must_be_clearly_better(linear, gain, chosen):
     scores = [(linear - 0.2, 0.03), (linear, 0.03), (linear, 0.3), (linear + gain * abs(linear), 1.0)]
     found = [(SimpleNamespace(val_pcc=score), 1, sharpness, None) for score, sharpness in scores]
     best = decoder_initialisation.clearly_best(found)
@@ -117,10 +119,10 @@ def test_a_sharp_kernel_must_be_clearly_better(linear, gain, chosen):
 
 
 @pytest.mark.parametrize("n_parts", [1, 2, 3])
-def test_it_looks_as_far_around_as_validation_tells(rng, n_parts):
+def test_the_number_of_bandwidths_is_chosen_on_validation(rng, n_parts):
     ridge, said = solve(*made(rng, linear=True, n_parts=n_parts))
     assert parts_seen(ridge) == n_parts and ridge.scale[:n_parts].all()
-    assert f"spot and {n_parts - 1} means around it" in said
+    assert f"spot and {n_parts - 1} bandwidths around it" in said
 
 
 def test_few_landmarks_come_near_to_all(rng):
@@ -139,9 +141,9 @@ def test_a_gene_that_was_not_measured_stands_at_its_mean(rng):
     assert np.isfinite(predicted(ridge, bank)).all() and np.abs(predicted(ridge, bank)[:, 3]).max() < 1e-5
 
 
-def test_of_many_train_spots_each_slice_gives_its_share(rng, monkeypatch):
+def test_the_same_fraction_of_each_slice_is_drawn(rng, monkeypatch):
     slices, bank, *_ = made(rng)
-    monkeypatch.setattr(decoder_initialisation, "START_SPOTS", 17)
+    monkeypatch.setattr(initialisation, "START_SPOTS", 17)
     first, second = decoder_initialisation.drawn(bank, slices, 0)
     assert (len(first), len(second)) == (9, 8) and first.max() < 45 and second.min() >= 65
     again, other = (decoder_initialisation.drawn(bank, slices, seed)[0].tolist() for seed in (0, 1))

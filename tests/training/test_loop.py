@@ -15,6 +15,7 @@ from spaceranger_folders import refused
 
 from utils import distributed
 from utils.training import loop
+from utils.training.trainer import RunLog
 
 
 def drawn(*seed):
@@ -39,12 +40,12 @@ def test_warm_up_is_linear_over_3_percent():
 
 
 def test_cosine_by_its_formula():
-    for step, share in ((100, 0.0), (475, 0.5), (287, 0.25), (850, 1.0)):
+    for step, fraction in ((100, 0.0), (475, 0.5), (287, 0.25), (850, 1.0)):
         found = loop.rate_at(step * 4, 3400, "cos", 0.01)
         n, warm = 3400, 102
         done = (step * 4 - warm) / (n - warm)
         assert found == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
-        assert done == pytest.approx(share, abs=0.12)
+        assert done == pytest.approx(fraction, abs=0.12)
     rates = [loop.rate_at(step, 3400, "cos", 0.01) for step in range(102, 3401)]
     assert all(after < before for before, after in itertools.pairwise(rates)) and rates[-1] == 0.01
 
@@ -106,23 +107,23 @@ def test_a_bad_loss_stops_with_advice(loss):
 
 def test_a_run_keeps_its_settings_and_a_line_per_epoch(tmp_path):
     rows = [{"epoch": i, "loss": 1 / (i + 1), "seconds": 0.5} for i in range(3)]
-    with loop.RunLog(tmp_path, "stage_one", {"out": Path("a/b"), "Min_lr": 1e-6, "slices": None}) as log:
-        for one in rows:
-            log.add(one)
+    log = RunLog(tmp_path, "stage_one", {"out": Path("a/b"), "Min_lr": 1e-6, "slices": None})
+    for row in rows:
+        log.add(row)
     assert log.folder.parent == tmp_path / "stage_one" and log.rows == rows
     assert json.loads((log.folder / "settings.json").read_text()) == {"out": "a/b", "Min_lr": 1e-6, "slices": None}
     assert [json.loads(line) for line in (log.folder / "log.jsonl").read_text().splitlines()] == rows
 
 
 def test_a_line_is_there_as_soon_as_its_epoch_is_over(tmp_path):
-    log = loop.RunLog(tmp_path, "stage_one", {})
+    log = RunLog(tmp_path, "stage_one", {})
     log.add({"epoch": 0, "loss": 1.0})
     assert (log.folder / "log.jsonl").read_text() == '{"epoch": 0, "loss": 1.0}\n'
 
 
 def test_runs_of_one_second_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda form: "2025-01-01_00-00-00")
-    folders = [loop.RunLog(tmp_path, "stage_two", {}).folder for _ in range(3)]
+    folders = [RunLog(tmp_path, "stage_two", {}).folder for _ in range(3)]
     assert [folder.name for folder in folders] == [f"2025-01-01_00-00-00{end}" for end in ("", ".2", ".3")]
 
 
@@ -130,15 +131,16 @@ def test_tensorboard_events_where_it_is_installed(tmp_path):
     pytest.importorskip("torch.utils.tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with loop.RunLog(tmp_path, "stage_one", {}) as log:
-        log.add({"epoch": 4, "loss": 0.25, "name": "text"})
+    log = RunLog(tmp_path, "stage_one", {})
+    log.add({"epoch": 4, "loss": 0.25, "name": "text"})
+    log.close()
     events = EventAccumulator(str(log.folder)).Reload()
     assert events.Tags()["scalars"] == ["loss"]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(4, 0.25)]
 
 
 def test_without_tensorboard_the_log_is_kept_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.RunLog, "_tensorboard", lambda self: None)
-    with loop.RunLog(tmp_path, "stage_one", {}) as log:
-        log.add({"epoch": 0, "loss": 1.0})
+    monkeypatch.setattr(RunLog, "_tensorboard", lambda self: None)
+    log = RunLog(tmp_path, "stage_one", {})
+    log.add({"epoch": 0, "loss": 1.0})
     assert sorted(path.name for path in log.folder.iterdir()) == ["log.jsonl", "settings.json"]

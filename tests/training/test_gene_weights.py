@@ -19,7 +19,6 @@ from plain_scbert import (
 )
 from spaceranger_folders import refused
 
-from model import scbert
 from utils.training import gene_weights
 
 
@@ -42,7 +41,7 @@ def released(tensors, tmp_path_factory):
 
 def test_genes_are_frozen_into_their_positions_and_overlap_is_said(released, tensors, capsys):
     encoder, panel = gene_encoder(), [*PANEL[:9], "X", "Y", "Z"]
-    gene_weights.load(encoder, scbert, flags(released), panel, [])
+    gene_weights.load(encoder, flags(released), panel, [])
     said = capsys.readouterr().out
     assert said.startswith("panglao_pretrain.pth: 91 tensors\n  loaded      87  token_emb.weight,")
     expected = "9 of 12 panel genes found in genes.tsv: 9 exact, 0 by alias, 0 by id, 3 unmatched (X, Y, Z)"
@@ -56,16 +55,16 @@ def test_under_half_of_the_panel_is_refused(released):
     args = flags(released)
     found = ["A", "B", *PANEL[:1]]
     words = r"--gene_vocab .*genes.tsv: 1 of 3 genes found, expected half .*\(not found: A, B; it has g0, g1, g2\)"
-    refused(words, gene_weights.load, gene_encoder(n_genes=3), scbert, args, found, [])
+    refused(words, gene_weights.load, gene_encoder(n_genes=3), args, found, [])
 
 
 @pytest.mark.parametrize("n_names", [VOCABULARY - 1, VOCABULARY + 1], ids=["one too few", "one too many"])
 def test_a_vocabulary_of_another_length_would_shift_genes(released, tmp_path, n_names):
     (tmp_path / "genes.txt").write_text("\n".join(["first", *NAMES][:n_names]))
     args = flags(released, gene_vocab=tmp_path / "genes.txt")
-    refused(f"positions of 16906 genes, .*names {n_names}", gene_weights.load, gene_encoder(), scbert, args, PANEL, [])
+    refused(f"positions of 16906 genes, .*names {n_names}", gene_weights.load, gene_encoder(), args, PANEL, [])
     (tmp_path / "genes.txt").write_text("gene\n")
-    refused("genes.txt: expected one gene per line", gene_weights.load, gene_encoder(), scbert, args, PANEL, [])
+    refused("genes.txt: expected one gene per line", gene_weights.load, gene_encoder(), args, PANEL, [])
 
 
 def test_gene2vec_alone_gives_positions_and_all_of_it_trains(tmp_path, capsys):
@@ -80,7 +79,7 @@ def test_gene2vec_alone_gives_positions_and_all_of_it_trains(tmp_path, capsys):
         encoder, args = gene_encoder(2, 2, 8, 1), flags(**changed)
         gene_weights.check(args)
         before = {name: p.clone() for name, p in encoder.named_parameters() if name != "gene_embedding.weight"}
-        gene_weights.load(encoder, scbert, args, ["C", "A"], [])
+        gene_weights.load(encoder, args, ["C", "A"], [])
         np.testing.assert_array_equal(encoder.gene_embedding.weight.detach(), rows[[2, 0]].astype(np.float32))
         assert "2 of 2 panel genes found" in (said := capsys.readouterr().out) and "loaded" not in said
         assert all(p.requires_grad for p in encoder.parameters()) and encoder.n_frozen == 0
@@ -91,16 +90,16 @@ def test_gene2vec_goes_before_the_files_own_positions(released, tmp_path):
     rows = np.ones((VOCABULARY, WIDTH))
     np.save(tmp_path / "gene2vec.npy", rows)
     encoder = gene_encoder()
-    gene_weights.load(encoder, scbert, flags(released, gene2vec=tmp_path / "gene2vec.npy"), PANEL, [])
+    gene_weights.load(encoder, flags(released, gene2vec=tmp_path / "gene2vec.npy"), PANEL, [])
     assert (encoder.gene_embedding.weight == 1).all()
     rows[5, 5] = np.nan
     np.save(tmp_path / "gene2vec.npy", rows)
     args = flags(released, gene2vec=tmp_path / "gene2vec.npy")
-    refused("--gene2vec .*expected a row of finite numbers", gene_weights.load, encoder, scbert, args, PANEL, [])
+    refused("--gene2vec .*expected a row of finite numbers", gene_weights.load, encoder, args, PANEL, [])
 
 
 def test_without_flags_nothing_is_touched(capsys):
-    gene_weights.load(None, scbert, flags(), PANEL, [])
+    gene_weights.load(None, flags(), PANEL, [])
     assert capsys.readouterr().out == ""
 
 

@@ -218,6 +218,6 @@ def test_scripts_and_results_are_as_agreed(real_data, trained, tmp_path):
     results = [str(tmp_path / script / "metrics.json") for script in ("get_accuracy_image", "decoder_similarity")]
     for argv in ([], results):
         found = subprocess.run(
-            [sys.executable, str(contract), *argv], cwd=Path(__file__).parents[1], capture_output=True, text=True
+            [sys.executable, str(contract), *argv], cwd=Path(__file__).parents[2], capture_output=True, text=True
         )
         assert (found.returncode, found.stdout) == (0, "in accordance\n"), found.stdout

@@ -11,11 +11,10 @@ import pytest
 import torch
 from tiny_runs import BEST, LAST, Work
 
-import train_decoder
 from model.image_encoder import ImageEncoder
 from utils import distributed
 from utils.features import cache, neighbourhoods
-from utils.training import checkpoint, decoder_initialisation
+from utils.training import checkpoint, decoder_initialisation, initialisation
 
 NO_MEMORY = ("--memory", 1e-9)
 
@@ -63,7 +62,7 @@ def best_and_last(trained, out, *flags):
 def test_the_best_epoch_never_falls_behind_the_ridge(trained, tmp_path, capsys, rate):
     """A ruinous learning rate leaves the start as the best; none leaves the last where it started, too."""
     best, last = best_and_last(trained, tmp_path, "--Init_lr", rate)
-    said = re.search(r"ridge to start from: .* validation PCC per gene (\d\.\d+)", capsys.readouterr().out)
+    said = re.search(r"warm start by ridge: .* validation PCC per gene (\d\.\d+)", capsys.readouterr().out)
     begun = float(said[1])
     assert best["row"]["epoch"] == -1 and last["row"]["epoch"] == 0
     assert best["row"]["val_pcc_residuals"] == pytest.approx(begun, abs=1e-3)
@@ -78,7 +77,7 @@ def test_the_best_epoch_never_falls_behind_the_ridge(trained, tmp_path, capsys, 
 def test_the_start_is_numbered_before_the_first_epoch_and_is_not_solved_again(trained, tmp_path, monkeypatch):
     best, _ = best_and_last(trained, tmp_path, "--Init_lr", 1e-30, "--Init_Epoch", 3, "--Epoch", 4)
     assert best["row"]["epoch"] == 2
-    monkeypatch.setattr(train_decoder, "start_from_ridge", lambda *_: pytest.fail("solved again"))
+    monkeypatch.setattr(decoder_initialisation, "warm_start_decoder", lambda *_: pytest.fail("solved again"))
     resumed = run_decoder(trained, tmp_path, "--Init_lr", 1e-30, "--Init_Epoch", 3, "--Epoch", 5, "--resume")
     assert resumed["row"]["epoch"] == 4 and resumed["best"] == best["row"]["val_pcc_residuals"]
 
@@ -90,8 +89,8 @@ def test_every_train_slice_has_a_spot_in_the_ridge_however_few_are_drawn(trained
     monkeypatch.setattr(
         neighbourhoods.FeatureBank, "batch", lambda bank, spots: drawn.append(spots) or batch(bank, spots)
     )
-    monkeypatch.setattr(decoder_initialisation, "START_SPOTS", 1)
-    monkeypatch.setattr(train_decoder, "LANDMARKS", 2)
+    monkeypatch.setattr(initialisation, "START_SPOTS", 1)
+    monkeypatch.setattr(decoder_initialisation, "LANDMARKS", 2)
     state = run_decoder(trained, tmp_path, "--slices", tmp_path / "slices.csv", "--val_strip", "--allow_leak")
     landmarks, again, first, second = (spots.tolist() for spots in drawn[:4])
     assert first[0] < 70 <= second[0] and landmarks == again == first + second

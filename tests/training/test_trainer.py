@@ -19,9 +19,9 @@ import train_mymodel
 from utils import settings
 from utils.files import exclusive
 from utils.training import checkpoint, loop
-from utils.training.progress import Progress
+from utils.training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = ("--Epoch", 3, "--Init_lr", 1e-3, "--save_every", 1)  # of four steps each
 
 
@@ -50,7 +50,7 @@ def broken(trained, tmp_path):
 
 def after_steps(monkeypatch, n, what):
     """Do `what` in place of the n-th step's end, as seen from inside."""
-    left, after_step = [n], Progress.after_step
+    left, after_step = [n], Trainer.after_step
 
     def watched(self, *args):
         left[0] -= 1
@@ -58,7 +58,7 @@ def after_steps(monkeypatch, n, what):
             what()
         after_step(self, *args)
 
-    monkeypatch.setattr(Progress, "after_step", watched)
+    monkeypatch.setattr(Trainer, "after_step", watched)
 
 
 @pytest.mark.parametrize("script", STAGES)
@@ -282,7 +282,7 @@ def test_missing_data_are_not_made_for_a_lock(tmp_path, capsys):
 
 def test_a_killed_process_lets_go(tmp_path):
     code = (
-        "import os, signal; from pathlib import Path; from utils.training import folder\n"
+        "import os, signal; from pathlib import Path; from utils.files import exclusive\n"
         f"with exclusive.exclusive(Path({str(tmp_path)!r}), '--out'): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)

@@ -1,4 +1,4 @@
-"""One image as a file of each format that whole_slide reads, and the slow twin of a region of it."""
+"""One image as a file of each format that whole_slide reads, and a region of it read in the plain way."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ WRITERS = {
 }
 
 
-def twin(image: np.ndarray, x: float, y: float, side: float, out_px: int) -> np.ndarray:
+def plain_region(image: np.ndarray, x: float, y: float, side: float, out_px: int) -> np.ndarray:
     """A region by way of the whole image on a white ground."""
     height, width = image.shape[:2]
     beyond = max(-x, -y, x + side - width, y + side - height, 0)

@@ -62,7 +62,7 @@ def test_a_decompression_bomb(damaged, refused, monkeypatch):
 
 
 def test_an_empty_file_and_a_text_in_place_of_a_image(damaged, refused):
-    for content, found in ((b"", "an empty file"), (b"not a image", "text")):
+    for content, found in ((b"", "an empty file"), (b"not an image", "text")):
         image(damaged).write_bytes(content)
         refused("image_tilling", ["--tile_px", 16], f"P01_1_he.jpg: expected an image .* found {found}")
 

@@ -258,7 +258,7 @@ def test_other_targets(done, tmp_path, target):
 
 
 def test_an_encoder_without_training_is_the_pretrained_one(done, tmp_path):
-    """With hardly any learning rate the saved trunk is the random one that the cheap rows are computed on."""
+    """With hardly any learning rate the saved trunk is the random one that the baselines are computed on."""
     work = Work(done.data, done.tiles, done.panels, tmp_path)
     work.run("train_mymodel", "--Epoch", 1, "--Init_lr", 1e-30, "--seed", 5)
     state = checkpoint.load(work.encoder, "stage_one", "--encoder")

@@ -160,7 +160,7 @@ NAMES = st.lists(st.sampled_from([*"ABCDEFGH", *"abcdefgh", "x", "y"]), unique=T
 
 @given(wanted=NAMES, vocabulary=NAMES)
 def test_matching_is_one_to_one_and_the_same_both_ways(wanted, vocabulary):
-    """Lower case is the alias of upper case, x and y say nothing; against a slow twin over all pairs."""
+    """Lower case is the alias of upper case, x and y say nothing; against a slow reference over all pairs."""
     approved = {name: name.upper() for name in "abcdefghABCDEFGH"}
     known = gene_names.KnownNames(approved, {}, frozenset())
     matches = gene_names.match_genes(wanted, vocabulary, known)

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from big_slide import paint_kinds, write_big_slide
 from PIL import Image
-from slide_files import WRITERS, draw, furthest, twin, write_ome
+from slide_files import WRITERS, draw, furthest, plain_region, write_ome
 
 from utils.images import checks, tiff
 from utils.images import image as images
@@ -61,7 +61,7 @@ def test_a_region_is_that_of_the_whole_image_resampled(name, tmp_path):
         assert (slide.width, slide.height, slide.path) == (417, 301, path)
         slide.levels = slide.levels[:1]
         for place in PLACES:
-            assert furthest(slide.region(*place), twin(image, *place)) <= 2, place
+            assert furthest(slide.region(*place), plain_region(image, *place)) <= 2, place
         assert (slide.region(*PLACES[-1]) == 255).all()
 
 
@@ -77,10 +77,10 @@ def test_a_pyramid_gives_the_coarsest_level_that_is_fine_enough(pyramid):
                 level = {2.0: 0, 4.48: 1, 16.0: 2}[side / out_px]
                 px = 4**level
                 found = slide.region(x, y, side, out_px)
-                assert furthest(found, twin(arrays[level], x / px, y / px, side / px, out_px)) <= 2
+                assert furthest(found, plain_region(arrays[level], x / px, y / px, side / px, out_px)) <= 2
                 shifts = [(a, b) for a in (-0.5, 0, 0.5) for b in (-0.5, 0, 0.5)]  # of pixels of the region
                 step = side / out_px
-                finest = [twin(arrays[0], x + a * step, y + b * step, side, out_px) for a, b in shifts]
+                finest = [plain_region(arrays[0], x + a * step, y + b * step, side, out_px) for a, b in shifts]
                 apart = [np.abs(found.astype(int) - other).mean() for other in finest]
                 assert shifts[int(np.argmin(apart))] == (0, 0)
 

@@ -51,7 +51,7 @@ def test_how_an_image_is_read_is_printed_once(data, capsys):
 @pytest.mark.parametrize("name", ["he.png", "he.jpg", "he.tif"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9])
 def test_torn_images_are_refused_and_nothing_is_touched(data, rng, name, share):
-    """Existing tiles of other settings stay: they are not removed for a image that cannot be read."""
+    """Existing tiles of other settings stay: they are not removed for an image that cannot be read."""
     folder = cut(data)
     before = times(folder)
     (data / "slice" / "he.png").unlink()

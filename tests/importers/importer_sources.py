@@ -124,7 +124,7 @@ def write_hest(folder: Path, samples: dict[str, Path], um_per_px=1.0) -> Path:
 
 
 def write_tiff(path: Path, image: Path, um_per_px: float) -> Path:
-    """A image as plain TIFF that states the size of its pixels."""
+    """An image as plain TIFF that states the size of its pixels."""
     dots = 10000 / um_per_px
     Image.open(image).convert("RGB").save(path, resolution_unit=3, x_resolution=dots, y_resolution=dots)
     return path

@@ -28,7 +28,7 @@ def hexagonal(n_spots: int, pitch: float) -> np.ndarray:
 
 
 def tissue(side: int, rng: np.random.Generator) -> np.ndarray:
-    """A image that a JPEG does not make smaller than real tissue: (side, side, 3)."""
+    """An image that a JPEG does not make smaller than real tissue: (side, side, 3)."""
     coarse = rng.uniform(size=(side // 16 + 1, side // 16 + 1, 1)).repeat(16, 0).repeat(16, 1)[:side, :side]
     colour = np.array([205, 150, 195]) + coarse * [30, 60, 30] + rng.normal(scale=9, size=(side, side, 1))
     return np.clip(colour, 0, 255).astype(np.uint8)

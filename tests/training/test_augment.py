@@ -77,7 +77,7 @@ def turned(tile, quarter, mirror, x=STILL, y=STILL):
     return moved(tile, draws)[0].numpy()
 
 
-# ---- the slow twins: floats, a sampled grid, one step of the stains after the other
+# ---- the slow references: floats, a sampled grid, one step of the stains after the other
 
 
 def slow_move(tiles, draws):

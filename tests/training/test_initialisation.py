@@ -100,7 +100,7 @@ def test_the_other_dimensions_are_small_and_centred(slices):
 
 @torch.no_grad()
 def test_the_expression_that_is_read_off_is_that_of_the_components(slices):
-    """As train_scores has it: what both sides are taught is where they are."""
+    """As train_scores has it: what both sides are trained on is where they are."""
     model, of, _ = begun(slices)
     images, _ = inputs(model, slices)
     vector = model.image_encoder.to_vector(images[0])

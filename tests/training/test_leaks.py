@@ -77,7 +77,7 @@ def state_of(rows, **more):
     return kept | {"settings": {"allow_leak": False, "val_strip": False}} | more
 
 
-TAUGHT = [row("P01_1"), row("P02_1", "val"), row("P03_1", "test")]
+TRAINED_ON = [row("P01_1"), row("P02_1", "val"), row("P03_1", "test")]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ TAUGHT = [row("P01_1"), row("P02_1", "val"), row("P03_1", "test")]
     ],
 )
 def test_what_was_seen_is_not_held_out(held_out, seen, capsys):
-    state = state_of(TAUGHT)
+    state = state_of(TRAINED_ON)
     if seen:
         refused(f"--encoder: {held_out.slice} held out here", split.check_unseen, [held_out], state, "--encoder", False)
     else:
@@ -104,7 +104,7 @@ def test_what_was_seen_is_not_held_out(held_out, seen, capsys):
 
 
 def test_a_slice_under_another_name_is_known_by_its_counts():
-    renamed, state = row("X09_1", "test"), state_of(TAUGHT)
+    renamed, state = row("X09_1", "test"), state_of(TRAINED_ON)
     split.check_unseen([renamed], state, "--encoder", False, {"X09_1": "hX09_1"})
     split.check_unseen([renamed], state, "--encoder", False, {"X09_1": "hP03_1"})
     for of in ("hP01_1", "hP02_1"):
@@ -112,12 +112,12 @@ def test_a_slice_under_another_name_is_known_by_its_counts():
 
 
 def test_what_taught_the_encoder_counts_too():
-    state = state_of(TAUGHT, encoder_table=[dataclasses.asdict(row("P07_1"))])
+    state = state_of(TRAINED_ON, encoder_table=[dataclasses.asdict(row("P07_1"))])
     refused("P07_2 held out here", split.check_unseen, [row("P07_2", "test")], state, "--decoder", False)
 
 
 def test_a_leak_that_training_allowed_is_only_said(capsys):
-    state = state_of(TAUGHT, settings={"allow_leak": True, "val_strip": False})
+    state = state_of(TRAINED_ON, settings={"allow_leak": True, "val_strip": False})
     split.check_unseen([row("P01_2", "test")], state, "--encoder", False)
     assert "warning" in capsys.readouterr().out
 
@@ -137,8 +137,8 @@ def evaluation(work, states, role, **changed):
 @pytest.mark.parametrize("role", ROLES)
 def test_an_evaluation_has_its_slices_and_those_that_taught(work, states, role):
     for part, names in (("test", ["P03_1"]), ("val", ["P02_1"]), ("all", ["P01_1", "P02_1", "P03_1"])):
-        slices, taught = evaluation(work, states, role, part=part)
-        assert [one.name for one in slices] == names and [one.name for one in taught] == ["P01_1", "P02_1"]
+        slices, trained_on = evaluation(work, states, role, part=part)
+        assert [one.name for one in slices] == names and [one.name for one in trained_on] == ["P01_1", "P02_1"]
 
 
 def test_an_evaluation_of_a_part_that_is_not_there_is_refused(work, states, tmp_path):

@@ -154,14 +154,14 @@ def test_half_of_the_input_genes_must_be_there(trained, work, tmp_path, capsys):
 
 
 def test_slices_of_several_panels_are_evaluated_together(trained, work, capsys):
-    """The ones that taught keep the model's panel; the test slice has another."""
+    """The slices of the training keep the model's panel; the test slice has another."""
     other_panel(work, "target", 15)
     state = checkpoint.load(trained.decoder, "stage_two", "--decoder")
     flags = data_flags(work, part="all", allow_leak=True)
-    slices, taught = split.load_evaluation(flags, state, "--decoder", ("target",))
+    slices, trained_on = split.load_evaluation(flags, state, "--decoder", ("target",))
     assert capsys.readouterr().out.count("evaluated on") == 1
     assert [one.panels["target"].measured.sum() for one in slices] == [20, 20, 15]
-    assert all(one.panels["target"].genes == state["genes"] for one in (*slices, *taught))
+    assert all(one.panels["target"].genes == state["genes"] for one in (*slices, *trained_on))
 
 
 def test_the_slices_that_taught_need_the_panel_they_taught_with(trained, work, capsys):

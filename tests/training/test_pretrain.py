@@ -1,4 +1,4 @@
-"""pretrain.py: who teaches and who is held out, scores against slow twins, and a run that goes below the marginal."""
+"""pretrain.py: what trains, what is held out, scores against slow references, and a run below the marginal."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -145,8 +145,8 @@ def test_many_held_out_spots_are_drawn_from(rng, monkeypatch):
 def test_spots_are_gathered_from_slices_and_tables(rng):
     a, b = two_kinds(10, rng), two_kinds(8, rng)
     lacking = np.arange(GENES) > 3
-    taught = [Spots("A", a, np.array([7, 2, 5]), np.ones(GENES, bool)), Spots("B", b, np.arange(8), lacking)]
-    bins, measured = pretrain.batch_of(taught, np.array([3, 0, 10, 2]))
+    trained_on = [Spots("A", a, np.array([7, 2, 5]), np.ones(GENES, bool)), Spots("B", b, np.arange(8), lacking)]
+    bins, measured = pretrain.batch_of(trained_on, np.array([3, 0, 10, 2]))
     np.testing.assert_array_equal(bins, np.stack([b[0], a[7], b[7], a[5]]))
     np.testing.assert_array_equal(measured, np.stack([lacking, ~lacking | lacking, lacking, ~lacking | lacking]))
 
@@ -160,10 +160,10 @@ def test_only_train_spots_and_tables_teach(planted, rng):
     loss = masked.loss
     masked.loss = lambda own, *rest: (seen.append(own.clone()), loss(own, *rest))[1]
     pretrain.pretrain(masked, slices, bins, [table], ACCELERATOR, settings(pretrain_epochs=1))
-    taught = torch.cat(seen)
-    assert len(taught) == (60 + 20 + 20) // 16 * 16
-    assert not (taught == 5).any()
-    assert 10 <= (taught == 4).all(1).sum() <= 20
+    trained_on = torch.cat(seen)
+    assert len(trained_on) == (60 + 20 + 20) // 16 * 16
+    assert not (trained_on == 5).any()
+    assert 10 <= (trained_on == 4).all(1).sum() <= 20
 
 
 def test_genes_that_a_table_lacks_are_not_taught_as_zeros(planted, rng):

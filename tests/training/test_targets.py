@@ -40,8 +40,8 @@ def test_targets_are_those_of_the_plain_formula(slices, tmp_path, scale, gib):
     """In groups that do not divide the genes."""
     target, mean, sd = targets.standardised(slices, scale, ArrayStore(gib, tmp_path))
     expected = [plain_scaled(one, scale) for one in slices]
-    taught = train_rows(slices, expected)
-    expected_mean, expected_sd = np.nanmean(taught, axis=0), np.maximum(np.nanstd(taught, axis=0), 1e-6)
+    train_values = train_rows(slices, expected)
+    expected_mean, expected_sd = np.nanmean(train_values, axis=0), np.maximum(np.nanstd(train_values, axis=0), 1e-6)
     assert isinstance(target, np.memmap) == (gib < 1) and target.dtype == np.float32
     np.testing.assert_allclose(mean, expected_mean, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(sd, expected_sd, rtol=1e-5)
@@ -63,8 +63,10 @@ def test_validation_is_judged_by_the_residuals_of_whole_slices(slices):
 
 def standardised_residuals(slices):
     """Train spots' residuals (n, G), genes standardised, 0 where not measured."""
-    taught = train_rows(slices, [plain_scaled(one, "residuals") for one in slices])
-    return np.nan_to_num((taught - np.nanmean(taught, axis=0)) / np.maximum(np.nanstd(taught, axis=0), 1e-6))
+    train_values = train_rows(slices, [plain_scaled(one, "residuals") for one in slices])
+    return np.nan_to_num(
+        (train_values - np.nanmean(train_values, axis=0)) / np.maximum(np.nanstd(train_values, axis=0), 1e-6)
+    )
 
 
 def test_components_are_those_of_scikit_learn(slices):
@@ -83,19 +85,21 @@ def test_scores_have_deviation_one_and_count_as_in_the_genes(slices, tmp_path):
     found = targets.components(slices, 5)
     assert np.mean(found.weights**2) == pytest.approx(1) and (np.diff(found.weights) < 0).all()
     np.testing.assert_allclose(found.weights / found.weights[0], found.score_sd / found.score_sd[0])
-    taught = targets.train_scores(slices, found, ArrayStore(1.0, tmp_path))
-    assert taught.shape == (sum(len(one.rows_of("train")) for one in slices), 5) and taught.dtype == np.float32
-    np.testing.assert_allclose(taught.mean(axis=0), 0, atol=1e-5)
-    np.testing.assert_allclose(taught.std(axis=0), found.weights, rtol=1e-4)
+    train_values = targets.train_scores(slices, found, ArrayStore(1.0, tmp_path))
+    assert (
+        train_values.shape == (sum(len(one.rows_of("train")) for one in slices), 5) and train_values.dtype == np.float32
+    )
+    np.testing.assert_allclose(train_values.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(train_values.std(axis=0), found.weights, rtol=1e-4)
 
 
 @pytest.mark.parametrize("gib", [1.0, 1e-9])
 def test_scores_are_of_the_train_spots_of_all_slices_in_turn(slices, tmp_path, gib):
     found = targets.components(slices, 3)
-    taught = targets.train_scores(slices, found, ArrayStore(gib, tmp_path))
-    assert isinstance(taught, np.memmap) == (gib < 1)
+    train_values = targets.train_scores(slices, found, ArrayStore(gib, tmp_path))
+    assert isinstance(train_values, np.memmap) == (gib < 1)
     own = [found.scores(targets.residuals(one)) * found.weights for one in slices]
-    np.testing.assert_allclose(taught, train_rows(slices, own), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(train_values, train_rows(slices, own), rtol=1e-5, atol=1e-6)
 
 
 def test_no_more_components_than_the_genes_have(slices):
@@ -103,8 +107,8 @@ def test_no_more_components_than_the_genes_have(slices):
     found = targets.components(slices, 100)
     assert found.basis.shape == (20, 19) and found.score_sd.min() > 0
     assert np.abs(found.basis[17]).max() < 1e-6
-    taught = train_rows(slices, [targets.residuals(one) for one in slices])
-    rebuilt = found.scores(taught) * found.score_sd @ found.basis.T
+    train_values = train_rows(slices, [targets.residuals(one) for one in slices])
+    rebuilt = found.scores(train_values) * found.score_sd @ found.basis.T
     np.testing.assert_allclose(rebuilt, standardised_residuals(slices), atol=1e-3)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -123,9 +123,7 @@ def build_model(
     )
     model = StageOne(sizes, weights)
     gene_weights.load(model.gene_encoder, settings, panel, [slice_.root for slice_ in slices])
-    standardise: Any = model.gene_encoder.linear_path[0]
-    measured = torch.from_numpy(train_bins[:: -(-len(train_bins) // MEASURED_SPOTS)]).float()
-    standardise.measure(measured.mean(0), measured.std(0, correction=0))
+    model.gene_encoder.measure(torch.from_numpy(train_bins[:: -(-len(train_bins) // MEASURED_SPOTS)]).float())
     if model.image_encoder.weights_report:
         print(model.image_encoder.weights_report)
     tuning.tune(model.image_encoder, settings.tune)

@@ -6,6 +6,8 @@ K gene tokens, D shared width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,8 +51,33 @@ class GeneEncoder(nn.Module):
         self.blocks = nn.ModuleList(PerformerBlock(gene_width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(gene_width)
         self.gather = GatherTokens(gene_width, width, n_tokens)
-        self.linear_path = nn.Sequential(Standardise(n_genes, min_sd=0.1), nn.Linear(n_genes, width))
+        self.linear_path: Any = nn.Sequential(Standardise(n_genes, min_sd=0.1), nn.Linear(n_genes, width))
         self.n_frozen = 0  # blocks before the first that trains, set by `freeze_trunk`
+
+    def measure(self, bins: Tensor) -> None:
+        """Fix the mean and deviation that the linear path standardises by: bins (n, G) float of train spots."""
+        standardise, _ = self.linear_path
+        standardise.measure(bins.mean(0), bins.std(0, correction=0))
+
+    def standardised(self, bins: Tensor) -> Tensor:
+        """Bins (n, G) as the linear path's layer reads them."""
+        return self.linear_path[0](bins.float())
+
+    @torch.no_grad()
+    def warm_start(self, weight: Tensor, bias: Tensor, rest: float) -> None:
+        """Let the vector begin as a linear map of the standardised bins.
+
+        Parameters
+        ----------
+        weight, bias : (R, G), (R,), of the first R dimensions; the linear path gives 0 in the others
+        rest : factor of what the Performer adds to the vector
+        """
+        _, layer = self.linear_path
+        for parameter, rows in ((layer.weight, weight), (layer.bias, bias)):
+            parameter.zero_()
+            parameter[: len(rows)] = rows
+        self.gather.to_vector.weight.mul_(rest)
+        self.gather.to_vector.bias.zero_()
 
     def embed(self, bins: Tensor) -> Tensor:
         return self.token_embedding(bins.long()) + self.gene_embedding.weight

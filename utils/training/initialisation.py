@@ -7,9 +7,9 @@ continues from there. Letters: n spots, C pooled width, G input genes, R compone
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ def warm_start_stage_one(
     inference: Inference,
     seed: int,
 ) -> str:
-    """Set the first R dimensions of `image_encoder.to_vector` and `gene_encoder.linear_path` by ridge.
+    """Set the first R dimensions of both encoders' vectors by ridge.
 
     Penalties are chosen on the validation spots. Returns what was fitted, in words.
 
@@ -60,22 +60,16 @@ def warm_start_stage_one(
     bins : (S, G) of each slice
     """
     train, val = draw_samples(model, slices, bins, components, inference, seed)
-    layers: Any = model.gene_encoder.linear_path
-    standardise, gene_layer = layers
     assert model.to_expression is not None, "the model has components"
     features = np.concatenate([sample.features for sample in train])
-    image_scale = features.mean(0), np.maximum(features.std(0), 1e-3)
-    gene_scale = standardise.mean.cpu().numpy(), standardise.sd.cpu().numpy()
-    image = fit([s.features for s in train], [s.features for s in val], image_scale, train, val)
-    gene = fit([s.bins for s in train], [s.bins for s in val], gene_scale, train, val)
+    scale = features.mean(0), np.maximum(features.std(0), 1e-3)
+    image = fit(lambda sample: (sample.features - scale[0]) / scale[1], train, val)
+    gene = fit(lambda sample: standardised_bins(model, sample.bins), train, val)
     n, weights = len(components.weights), torch.from_numpy(components.weights)
     with torch.no_grad():
-        place(model.image_encoder.to_vector, image, image_scale)
-        place(gene_layer, gene, None)
-        gene_layer.weight[n:] = 0
-        gene_layer.bias[n:] = 0
-        model.gene_encoder.gather.to_vector.weight.mul_(REST)
-        model.gene_encoder.gather.to_vector.bias.zero_()
+        place(model.image_encoder.to_vector, image, scale)
+        weight, bias = map(torch.from_numpy, weight_and_bias(gene))
+        model.gene_encoder.warm_start(weight, bias, REST)
         model.to_expression.weight.zero_()
         model.to_expression.weight[:, :n] = torch.diag(weights)
         model.to_expression.bias.zero_()
@@ -123,29 +117,36 @@ def pooled(model: StageOne, slices: list[dataset.SliceData], spots: np.ndarray, 
     return np.concatenate([features.cpu().numpy() for (features,) in distributed.in_order(encoded(), order)])
 
 
-def fit(
-    x_train: list[np.ndarray], x_val: list[np.ndarray], scale: Scale, train: list[Sample], val: list[Sample]
-) -> Ridge:
-    """Ridge from inputs, standardised by mean and deviation, to the components.
+def standardised_bins(model: StageOne, bins: np.ndarray) -> np.ndarray:
+    """Bins (n, G) as the gene encoder's linear path reads them."""
+    device = model.to_expression.weight.device if model.to_expression is not None else "cpu"
+    return model.gene_encoder.standardised(torch.from_numpy(bins).to(device)).cpu().numpy()
+
+
+def fit(inputs: Callable[[Sample], np.ndarray], train: list[Sample], val: list[Sample]) -> Ridge:
+    """Ridge from standardised inputs (n, C) of each sample to the components.
 
     The penalty is that with the least squared error: vectors are compared by their scale, too."""
-    mean, sd = scale
-    x_train, x_val = ([(x - mean) / sd for x in xs] for xs in (x_train, x_val))
+    x_train, x_val = ([inputs(sample) for sample in samples] for samples in (train, val))
     y_train, y_val = ([sample.scores for sample in samples] for samples in (train, val))
     return fit_ridge(x_train, y_train, x_val, y_val, by=minus_squared_error)
 
 
-def place(layer: nn.Linear, ridge: Ridge, scale: Scale | None) -> None:
+def weight_and_bias(ridge: Ridge) -> tuple[np.ndarray, np.ndarray]:
+    """(R, C), (R,) of the linear layer that equals a regression."""
+    return np.ascontiguousarray(ridge.weights.T), ridge.y_mean - ridge.x_mean @ ridge.weights
+
+
+def place(layer: nn.Linear, ridge: Ridge, scale: Scale) -> None:
     """Write a regression into the first rows of a linear layer; the others become small and centred.
 
-    Its inputs were standardised by `scale`, if given, which the layer does not do by itself."""
-    weights, offset = ridge.weights.T, ridge.y_mean - ridge.x_mean @ ridge.weights
+    Its inputs were standardised by `scale`, mean and deviation (C,), which the layer does not do by itself."""
+    weights, offset = weight_and_bias(ridge)
+    mean, sd = scale
+    weights = weights / sd
+    offset = offset - weights @ mean
     n = len(weights)
-    if scale is not None:
-        mean, sd = scale
-        weights = weights / sd
-        offset = offset - weights @ mean
-        layer.weight[n:] *= REST
-        layer.bias[n:] = -layer.weight[n:] @ torch.from_numpy(mean).to(layer.weight)
+    layer.weight[n:] *= REST
+    layer.bias[n:] = -layer.weight[n:] @ torch.from_numpy(mean).to(layer.weight)
     layer.weight[:n] = torch.from_numpy(np.ascontiguousarray(weights)).to(layer.weight)
     layer.bias[:n] = torch.from_numpy(offset).to(layer.bias)

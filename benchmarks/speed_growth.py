@@ -86,7 +86,7 @@ def write_slices(folder: Path, n_slices: int) -> None:
         np.array([text.format(i) for i in range(n)]) for text, n in (("SPOT{}-1", SPOTS), ("G{}", GENES))
     )
     matrix = folder / "filtered_feature_bc_matrix.h5"
-    write_matrix(matrix, CountMatrix(csr_matrix(counts), barcodes, genes, genes), {"library_ids": np.array(["slice"])})
+    write_matrix(matrix, CountMatrix(csr_matrix(counts), barcodes, genes, genes), {"library_ids": np.array([b"slice"])})
     rows = []
     for i in range(n_slices):
         name = f"slice{i:04d}"

@@ -22,7 +22,8 @@ from utils.files import hashing
 from utils.files.hashing import content_hash
 from utils.images.image import open_image
 from utils.images.tiles import TilePack
-from utils.prediction import layout, predict
+from utils.prediction import layout, members
+from utils.prediction.slide_features import kept_features
 from utils.prediction.slides import Request
 
 CPU = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", autocast=nullcontext)
@@ -171,14 +172,14 @@ def test_stage_twos_features_are_computed_anew_under_other_settings(slices, monk
 def slide_features(path, out, xy, um_per_px=1.0, tile=(8, 1.0), encoder="e", precision="no"):
     """Features of spots on an image as predict_slide.py keeps them, and whether they were computed."""
     model = SimpleNamespace(encode=encode, sizes=SimpleNamespace(image_size=8, tta=1))
-    member = predict.Member(model, {"encoder_hash": encoder * 64, "tile_scale": tile}, "file")
+    member = members.Member(model, {"encoder_hash": encoder * 64, "tile_scale": tile}, "file")
     accelerator = SimpleNamespace(**vars(CPU) | {"mixed_precision": precision})
-    run = predict.Run([member], None, accelerator, "fp32", 4, 1, 1.0, False)
+    run = members.Run([member], accelerator, "fp32", 4, 1, 1.0, False)
     names = np.array([f"s{i}" for i in range(len(xy))])
     spots = layout.SlideSpots("slide", names, xy, np.zeros((len(xy), 2), int), 50.0, 30.0, um_per_px, 1.0)
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.npy")}
     with open_image(path) as image:
-        kept = np.array(predict.kept_features(run, member, image, spots, out))
+        kept = np.array(kept_features(run, member, image, spots, out))
     return kept, before != {file: file.stat().st_mtime_ns for file in out.rglob("*.npy")}
 
 
@@ -220,7 +221,7 @@ def request_of(simulated, tmp_path):
 
 def done_key(request, decoder="hash"):
     run = SimpleNamespace(members=[SimpleNamespace(file_hash=decoder)])
-    return predict_slide.run_key(layout.plan(request), run, predict_slide.parse_args(["slide", "--out", "out"]))
+    return predict_slide.result_key(layout.plan(request), run, predict_slide.parse_args(["slide", "--out", "out"]))
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def add_training(parser: Parser, out: str) -> None:
     group.add_argument("--Min_lr", type=not_negative, help="last learning rate (default: Init_lr * 0.01)")
     group.add_argument("--momentum", type=fraction, default=0.9, help="first beta of AdamW")
     group.add_argument("--weight_decay", type=not_negative, default=1e-2, help="of AdamW; norms and biases have none")
-    group.add_argument("--lr_decay_type", choices=["cos", "step"], default="cos", help="cosine, or ten stairs")
+    group.add_argument("--lr_decay_type", choices=["cos", "step"], default="cos", help="cosine, or ten steps")
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16"],

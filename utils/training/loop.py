@@ -20,7 +20,7 @@ def rate_at(step: int, n_steps: int, kind: str, lowest: float) -> float:
 
     Parameters
     ----------
-    kind : "cos", cosine, or "step", ten stairs
+    kind : "cos", cosine, or "step", ten steps
     """
     warm_up = max(round(0.03 * n_steps), 1)
     if step < warm_up:

@@ -99,3 +99,20 @@ def test_an_import_that_nothing_asks_for_is_found():
     """packaging is in most environments, brought by others: were it not asked for, the doctor would lean on that."""
     assert "packaging" in imported([ROOT / "utils" / "doctor" / "environment.py"])
     assert not distributions_of("packaging") & (asked_for() - {"packaging"})
+
+
+def test_every_script_package_and_page_is_installed():
+    """`pip install -e .` makes them importable anywhere; an import of a script that is not listed fails."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setuptools["py-modules"] == sorted(path.stem for path in ROOT.glob("*.py"))
+    files = [path for name in ("model", "utils") for path in (ROOT / name).rglob("*") if path.is_file()]
+    assert {path.parent for path in files if path.suffix == ".py"} == {
+        path.parent for path in files if path.name == "__init__.py"
+    }
+    data = {
+        ROOT / package.replace(".", "/") / pattern
+        for package, patterns in setuptools["package-data"].items()
+        for pattern in patterns
+    }
+    others = {path.parent / f"*{path.suffix}" for path in files if path.suffix not in (".py", ".pyc")}
+    assert others == data

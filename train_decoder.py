@@ -72,7 +72,7 @@ def load_slices(
 ) -> tuple[list[dataset.SliceData], list[splits.SliceRow]]:
     """Slices of the train and validation part, and the rows of the table."""
     rows, warnings = split.read_split(settings)
-    flags.say(warnings)
+    flags.warn(warnings)
     print(splits.format_table(rows))
     slices = split.load_training(rows, settings, ("target",))
     first = slices[0]

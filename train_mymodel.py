@@ -83,7 +83,7 @@ def check(settings: StageOneSettings) -> None:
 def load_data(settings: StageOneSettings) -> tuple[list[dataset.SliceData], list[splits.SliceRow]]:
     """Slices of the train and validation part, and the rows of the table."""
     rows, warnings = split.read_split(settings)
-    flags.say(warnings)
+    flags.warn(warnings)
     print(splits.format_table(rows))
     roles = ("input", "target") if settings.expression_weight else ("input",)
     return split.load_training(rows, settings, roles, settings.downsample_counts), rows
@@ -286,7 +286,7 @@ def make_trainer(
 
     if order.accumulate < settings.accumulate:
         n = order.n_batches
-        flags.say([f"--accumulate {settings.accumulate}: an epoch has {n} batches, which make one step"])
+        flags.warn([f"--accumulate {settings.accumulate}: an epoch has {n} batches, which make one step"])
     fractions = tuning.rate_fractions(model.image_encoder, settings.layer_decay)
     optimizer = loop.make_optimizer(model.parameters(), settings, fractions)
     n_steps = len(order) // order.accumulate * (settings.Epoch - settings.Init_Epoch)

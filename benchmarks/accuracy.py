@@ -115,7 +115,7 @@ def run_all(settings: Settings) -> dict[str, list[dict[str, Any]]]:
     """Do the runs asked for; fold -> records of all finished runs of the current data and settings."""
     assert settings.data is not None
     rows, warnings = splits.read_table(settings.data, split=False)
-    shared_settings.say(warnings)
+    shared_settings.warn(warnings)
     by_name = {fold.name: fold for fold in folds.PROTOCOLS[settings.protocol](rows)}
     pairs, weights = chosen(settings, list(by_name)), find_weights(settings)
     if settings.ablations:

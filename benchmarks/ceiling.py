@@ -72,7 +72,7 @@ def ceiling(counts: np.ndarray, total_counts: np.ndarray, seed: int) -> float:
 
 def main(settings: Settings) -> None:
     rows, warnings = splits.read_table(settings.data, split=False)
-    shared_settings.say(warnings)
+    shared_settings.warn(warnings)
     slices = [visium.read_slice(splits.slice_folder(settings.data, row), row.slice) for row in rows]
     profiles = [gene_panels.profile(slice_.counts, slice_.genes) for slice_ in slices]
     panel = gene_panels.highest_expressed(profiles, settings.n_top_genes)

@@ -364,7 +364,7 @@ def chosen(rows: list[R], part: str) -> list[R]:
     return matching
 
 
-def say(warnings: list[str]) -> None:
+def warn(warnings: list[str]) -> None:
     for warning in warnings:
         print(f"warning: {warning}")
 

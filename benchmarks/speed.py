@@ -230,7 +230,6 @@ def main(settings: Settings) -> None:
     for part in PARTS if settings.part is None else [settings.part]:
         figures = results["parts"][part] = measure(part, settings)
         print("{}: plain {plain_s:.3g} s, ours {ours_s:.3g} s, {note}".format(part, **figures), flush=True)
-        print(f"{part} ratio {figures['ratio']:.2f}", flush=True)
     if settings.part is None and not settings.small:
         on_gpu = settings.device != "cpu" and torch.cuda.is_available()
         write_record(settings.out, results)

@@ -28,6 +28,7 @@ from utils.training import checkpoint, split, targets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
     from model.stage_two import StageTwo
     from utils.features.neighbourhoods import FeatureBank, Moments
@@ -106,7 +107,7 @@ def all_features(
     """Per slice features (S, V + T, D) memory-mapped from --out/features, computed where they are not there already."""
     from utils.features import cache
 
-    def encode(tiles):
+    def encode(tiles: Tensor) -> Tensor:
         with accelerator.autocast():
             return model.encode(tiles)
 

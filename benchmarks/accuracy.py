@@ -40,7 +40,7 @@ def absolute(text: str) -> Path:
     return Path(text).absolute()
 
 
-def parse_args(argv=None) -> Settings:
+def parse_args(argv: list[str] | None = None) -> Settings:
     parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=absolute, help="folder of slices")
     parser.add_argument("--out", type=absolute, default="results/accuracy", help="tiles, models, results; gigabytes")

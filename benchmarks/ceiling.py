@@ -45,7 +45,7 @@ class Settings:
     debug: bool
 
 
-def parse_args(argv=None) -> Settings:
+def parse_args(argv: list[str] | None = None) -> Settings:
     parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of slices")
     parser.add_argument("--n_top_genes", type=shared_settings.count, default=300, help="genes, highest count first")

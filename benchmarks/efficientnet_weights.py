@@ -32,7 +32,7 @@ def convert(source: dict[str, Tensor], blank: dict[str, Tensor]) -> dict[str, Te
     return dict(zip(blank, source.values(), strict=True))
 
 
-def parse_args(argv=None) -> Path:
+def parse_args(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("weights/tf_efficientnet_lite0.pth"))
     return parser.parse_args(argv).out

@@ -59,7 +59,7 @@ class Settings:
     debug: bool
 
 
-def parse_args(argv=None) -> Settings:
+def parse_args(argv: list[str] | None = None) -> Settings:
     parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, count_or_zero = shared_settings.count, shared_settings.count_or_zero
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

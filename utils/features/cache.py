@@ -186,7 +186,7 @@ def read_features(path: Path, note: Path, record: dict[str, object]) -> np.ndarr
 
 
 def kept_features(
-    folder: Path, key: str, slice_: dataset.SliceData, compute: Callable[[], Iterator[np.ndarray]]
+    folder: Path, key: str, slice_: dataset.Spots, compute: Callable[[], Iterator[np.ndarray]]
 ) -> np.ndarray:
     """Features (S, V + T, D) float16 of a slice, mapped from `folder`.
 

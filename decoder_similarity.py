@@ -55,7 +55,9 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser = settings.shared(__doc__, part="test")
     group = settings.add_evaluation(parser, out="results/similarity")
     settings.add_memory(parser)
-    group.add_argument("--decoder", type=Path, default=Path("decoder_model/best_epoch_weights.pth"), help="stage two")
+    group.add_argument(
+        "--decoder", type=Path, default=Path("decoder_model/best_epoch_weights.pth"), help="checkpoint of stage two"
+    )
     return Settings(**vars(parser.parse_args(argv)))
 
 

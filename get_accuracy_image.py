@@ -62,8 +62,10 @@ class ScoredSlice:
 def parse_args(argv: list[str] | None = None) -> Settings:
     parser = settings.shared(__doc__, part="test")
     group = settings.add_evaluation(parser, out="results/retrieval")
-    group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
-    group.add_argument("--neighbours", type=settings.count, default=8, help="nearest spots that stand as candidates")
+    group.add_argument(
+        "--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="checkpoint of stage one"
+    )
+    group.add_argument("--neighbours", type=settings.count, default=8, help="nearest spots that are candidates")
     settings.add_memory(parser)
     return Settings(**vars(parser.parse_args(argv)))
 

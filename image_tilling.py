@@ -50,9 +50,9 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         "--tile_um",
         type=settings.positive,
         default=112.0,
-        help="side of the tissue square, um (112); more shows the surroundings: 310 in the benchmark of few spots",
+        help="side of the tissue square, um; more shows the surroundings: 310 in the benchmark of few spots",
     )
-    group.add_argument("--tile_px", type=settings.count, default=224, help="side of the tile, pixels (224)")
+    group.add_argument("--tile_px", type=settings.count, default=224, help="side of the tile, pixels")
     group.add_argument("--crop_size", type=settings.count, help="instead: a square of so many source pixels, unscaled")
     group.add_argument(
         "--spot_pitch_um",

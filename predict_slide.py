@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group.add_argument("--positions", type=Path, help="Space Ranger positions of the spots, in place of a grid")
     group.add_argument("--mask", type=Path, help="image of any size, above zero where there is tissue")
     group.add_argument(
-        "--spot_pitch_um", type=settings.positive, help="um between spots (default: 100, a slice's its own)"
+        "--spot_pitch_um", type=settings.positive, help="um between spots (default: 100; that of a slice)"
     )
     group.add_argument("--huge", action="store_true", help="allow large images that are decoded as a whole")
     group.add_argument("--grid", choices=["hexagonal", "square"], default="hexagonal", help="of the spots (hexagonal)")
@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         type=Path,
         nargs="+",
         default=decoder,
-        help="stage two; of several the mean and the deviation",
+        help="checkpoint of stage two; of several the mean and the deviation are predicted",
     )
     group.add_argument(
         "--prediction_std", action="store_true", help="deviation over 8 flipped and rotated tiles: 9 x the time"
@@ -96,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group = parser.add_argument_group("machine")
     group.add_argument("--shard", type=slide_list.shard, default=(0, 1), help="I/N: every N-th slide from the I-th on")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    group.add_argument("--workers", type=settings.count_or_zero, help="that cut tiles (default: up to 4)")
+    group.add_argument("--workers", type=settings.count_or_zero, help="threads that cut tiles (default: up to 4)")
     settings.add_memory(parser)
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return Settings(**vars(parser.parse_args(argv)))

@@ -143,12 +143,14 @@ def read_measured(planned: Plan, spots: SlideSpots, run: Run) -> MeasuredGenes |
     return found
 
 
-def evaluate(out: Path, name: str, found: MeasuredGenes, predicted: np.ndarray, run: Run) -> dict[str, Any]:
+def evaluate(
+    out: Path, name: str, measured_genes: MeasuredGenes, predicted: np.ndarray, val_pcc: np.ndarray, run: Run
+) -> dict[str, Any]:
     """Writes metrics.json and genes.csv of a slice with counts; returns the metrics."""
     from utils.prediction import measured
 
-    model, state = run.members[0].model, run.members[0].state
-    metrics, table = measured.evaluate(name, found, predicted, model.target_mean.cpu().numpy(), state)
+    mean = np.mean([member.model.target_mean.cpu().numpy() for member in run.members], axis=0)
+    metrics, table = measured.evaluate(name, measured_genes, predicted, mean, val_pcc, run.members[0].state)
     write_record(out / "metrics.json", metrics)
     write_whole(out / "genes.csv", table.to_csv(index=False).encode())
     return metrics
@@ -195,16 +197,17 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
         )
     (out / SETTINGS).unlink(missing_ok=True)  # results of two runs never stand under one record
     metrics, extra = None, {}
+    val_pcc = np.mean([member.state["val_pcc"].numpy() for member in run.members], axis=0)
     found = read_measured(planned, spots, run)
     if found is not None:
-        metrics = evaluate(out, spots.name, found, predicted.predicted, run)
+        metrics = evaluate(out, spots.name, found, predicted.predicted, val_pcc, run)
         extra = {"measured": found.in_scale(state["target"]), "counts": found.counts}
         extra["total_counts"] = found.total_counts
     prediction = outputs.Prediction(
         spots=spots,
         genes=state["genes"],
         target=state["target"],
-        val_pcc=np.mean([member.state["val_pcc"].numpy() for member in run.members], axis=0),
+        val_pcc=val_pcc,
         image=thumbnail,
         image_scale=scale * spots.image_scale,
         about=about,

@@ -105,7 +105,10 @@ def parse_args(argv: list[str] | None = None) -> Settings:
 def check_flags(args: Settings) -> None:
     """Checks between flags and of files, before anything heavy is imported."""
     if args.prediction_std and len(args.decoder) > 1:
-        raise ValueError("--prediction_std: several decoders have a deviation of their own; leave one of the two out")
+        raise ValueError(
+            f"--prediction_std: expected one --decoder, found {len(args.decoder)}, whose own deviation is given; leave "
+            "--prediction_std out"
+        )
     if args.spatialdata and importlib.util.find_spec("spatialdata") is None:
         raise ValueError("--spatialdata: expected the package spatialdata, found none; pip install spatialdata")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

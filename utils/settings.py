@@ -329,9 +329,9 @@ def parse_training(parser: Parser, argv: list[str] | None) -> dict[str, Any]:
 def check_training(flags: TrainingSettings) -> None:
     """Checks between flags, before anything heavy is imported."""
     if flags.Min_lr > flags.Init_lr:
-        raise ValueError(f"--Min_lr {flags.Min_lr:g} is above --Init_lr {flags.Init_lr:g}")
+        raise ValueError(f"--Min_lr: expected at most --Init_lr {flags.Init_lr:g}, found {flags.Min_lr:g}; lower it")
     if flags.Init_Epoch >= flags.Epoch:
-        raise ValueError(f"--Init_Epoch {flags.Init_Epoch} leaves nothing to do before --Epoch {flags.Epoch}")
+        raise ValueError(f"--Init_Epoch: expected less than --Epoch {flags.Epoch}, found {flags.Init_Epoch}; lower it")
     distributed.check_batch_size(flags.batch_size)
     if flags.batch_size < 2:
         raise ValueError(f"--batch_size {flags.batch_size}: expected at least 2, a contrast needs another spot")
@@ -347,9 +347,11 @@ def check_encoders(flags: StageOneSettings) -> None:
     if flags.image_weights not in ("timm", "none"):
         require_file(Path(flags.image_weights), "--image_weights", "or use timm or none")
     if flags.pretrain_data and not flags.pretrain_genes:
-        raise ValueError("--pretrain_data needs --pretrain_genes: nothing else reads it")
+        raise ValueError("--pretrain_data: expected --pretrain_genes, which alone reads it, found none; give both")
     if flags.pretrain_genes and flags.gene_weights:
-        raise ValueError("--pretrain_genes trains blocks that --gene_weights freezes; leave one of them out")
+        raise ValueError(
+            "--pretrain_genes: expected no --gene_weights, which freezes the blocks, found both; leave one of them out"
+        )
 
 
 def require_file(path: Path, flag: str, remedy: str) -> Path:

@@ -24,7 +24,12 @@ from utils.training import checkpoint, split
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor
 
+    from model.stage_two import StageTwo
+    from utils.features.dataset import SliceData
     from utils.report.spots import SpotsOnImage
 
 Predictions = dict[str, list[np.ndarray]]  # by method, (S, G) per slice; "model" is the trained one
@@ -50,11 +55,13 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser = settings.shared(__doc__, part="test")
     group = settings.add_evaluation(parser, out="results/similarity")
     settings.add_memory(parser)
-    group.add_argument("--decoder", type=Path, default=Path("decoder_model/best_epoch_weights.pth"), help="stage two")
+    group.add_argument(
+        "--decoder", type=Path, default=Path("decoder_model/best_epoch_weights.pth"), help="checkpoint of stage two"
+    )
     return Settings(**vars(parser.parse_args(argv)))
 
 
-def load_model(path: Path, state: dict[str, Any], device: Any) -> Any:
+def load_model(path: Path, state: dict[str, Any], device: torch.device) -> StageTwo:
     from model.stage_two import StageTwo, StageTwoSizes
 
     model = StageTwo(StageTwoSizes(**state["sizes"]))
@@ -62,7 +69,9 @@ def load_model(path: Path, state: dict[str, Any], device: Any) -> Any:
     return model.to(device).eval()
 
 
-def predict_model(model, state: dict[str, Any], slices, accelerator, args: Settings) -> list[np.ndarray]:
+def predict_model(
+    model: StageTwo, state: dict[str, Any], slices: list[SliceData], accelerator: Accelerator, args: Settings
+) -> list[np.ndarray]:
     """The model's prediction of every spot of the part: (S, G) per slice, in the units of its target.
 
     Features are computed, used and dropped slice by slice.
@@ -70,7 +79,7 @@ def predict_model(model, state: dict[str, Any], slices, accelerator, args: Setti
     from utils.features import cache, neighbourhoods
     from utils.files import arrays
 
-    def encode(tiles):
+    def encode(tiles: Tensor) -> Tensor:
         with accelerator.autocast():
             return model.encode(tiles)
 
@@ -87,7 +96,13 @@ def predict_model(model, state: dict[str, Any], slices, accelerator, args: Setti
     return predicted
 
 
-def predict_baselines(state: dict[str, Any], slices, trained_on, accelerator, args: Settings) -> Predictions:
+def predict_baselines(
+    state: dict[str, Any],
+    slices: list[SliceData],
+    trained_on: list[SliceData],
+    accelerator: Accelerator,
+    args: Settings,
+) -> Predictions:
     """Baselines on the pretrained encoder's features, fitted on the slices and the target of the model."""
     from utils.evaluation import baselines, metrics
     from utils.features import cache
@@ -110,7 +125,7 @@ def predict_baselines(state: dict[str, Any], slices, trained_on, accelerator, ar
     return {method: [predict(of_slice) for of_slice in images] for method, predict in fitted.items()}
 
 
-def read_measured(slice_, part: str, target: str) -> Measured:
+def read_measured(slice_: SliceData, part: str, target: str) -> Measured:
     from utils.evaluation import metrics
     from utils.report.spots import spots_on_image
 
@@ -158,7 +173,13 @@ def draw_figures(out: Path, predictions: Predictions, measured: list[Measured], 
 
 
 def write_page(
-    path: Path, predictions: Predictions, measured: list[Measured], metrics: dict, table, state: dict, args: Settings
+    path: Path,
+    predictions: Predictions,
+    measured: list[Measured],
+    metrics: dict,
+    table: pd.DataFrame,
+    state: dict,
+    args: Settings,
 ) -> None:
     """report.html: maps of every gene in the unit of the target, correlations beside mean expression, all methods."""
     from utils.evaluation.metrics import UNITS

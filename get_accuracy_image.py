@@ -24,7 +24,13 @@ from utils.report.tables import GALLERIES, RETRIEVAL_METHODS, retrieval_lines
 from utils.training import checkpoint, split
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from model.stage_one import StageOne
     from utils.evaluation.retrieval import Gallery
+    from utils.features.cache import EncodedPairs
+    from utils.features.dataset import SliceData
     from utils.report.page import RetrievalExample
 
 SPOTS_AT_ONCE = 32  # neighbours in the file are often neighbours in the tissue, and share candidates
@@ -56,13 +62,15 @@ class ScoredSlice:
 def parse_args(argv: list[str] | None = None) -> Settings:
     parser = settings.shared(__doc__, part="test")
     group = settings.add_evaluation(parser, out="results/retrieval")
-    group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
-    group.add_argument("--neighbours", type=settings.count, default=8, help="nearest spots that stand as candidates")
+    group.add_argument(
+        "--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="checkpoint of stage one"
+    )
+    group.add_argument("--neighbours", type=settings.count, default=8, help="nearest spots that are candidates")
     settings.add_memory(parser)
     return Settings(**vars(parser.parse_args(argv)))
 
 
-def load_model(path: Path, state: dict[str, Any], device: Any) -> Any:
+def load_model(path: Path, state: dict[str, Any], device: torch.device) -> StageOne:
     from model.stage_one import StageOne, StageOneSizes
 
     model = StageOne(StageOneSizes(**state["sizes"]))
@@ -70,26 +78,30 @@ def load_model(path: Path, state: dict[str, Any], device: Any) -> Any:
     return model.to(device).eval()
 
 
-def match_scores(model, encoded, candidates: np.ndarray, accelerator) -> np.ndarray:
+def match_scores(
+    model: StageOne, encoded: EncodedPairs, candidates: np.ndarray, accelerator: Accelerator
+) -> np.ndarray:
     """Fusion logit of each spot's image with each candidate's profile: (S, K); 0 where it is padding."""
     import torch
 
     order, device = dataset.in_turn(len(candidates), SPOTS_AT_ONCE), accelerator.device
+    gene_tokens, image_tokens = encoded.gene_tokens, encoded.image_tokens
+    assert gene_tokens is not None and image_tokens is not None, "encoded with a store for the tokens"
 
     def batches_of_process() -> Iterator[tuple]:
         for rows in distributed.own_batches(order):
             profiles, place = np.unique(np.maximum(candidates[rows], 0), return_inverse=True)
             with torch.no_grad(), accelerator.autocast():
-                genes = model.fusion.precompute_genes(encoded.gene_tokens[profiles].to(device))
+                genes = model.fusion.precompute_genes(gene_tokens[profiles].to(device))
                 genes = genes[torch.from_numpy(place.reshape(candidates[rows].shape)).to(device)]
-                images = model.fusion.precompute_images(encoded.image_tokens[rows].to(device))
+                images = model.fusion.precompute_images(image_tokens[rows].to(device))
                 yield (model.fusion.score(genes, images).float(),)
 
     logits = [batch.cpu().numpy() for (batch,) in distributed.in_order(batches_of_process(), order)]
     return np.where(candidates >= 0, np.concatenate(logits), 0)
 
 
-def nearest_profiles(encoded, device) -> np.ndarray:
+def nearest_profiles(encoded: EncodedPairs, device: torch.device) -> np.ndarray:
     """Rows of the profiles most similar to each image, best first: (S, NEAREST), -1 where there are fewer."""
     import torch
 
@@ -100,7 +112,14 @@ def nearest_profiles(encoded, device) -> np.ndarray:
     return np.pad(rows, ((0, 0), (0, NEAREST - rows.shape[1])), constant_values=-1)
 
 
-def gallery_scores(model, encoded, predicted_depth, log_depth, candidates, accelerator) -> dict[str, np.ndarray]:
+def gallery_scores(
+    model: StageOne,
+    encoded: EncodedPairs,
+    predicted_depth: np.ndarray,
+    log_depth: np.ndarray,
+    candidates: np.ndarray,
+    accelerator: Accelerator,
+) -> dict[str, np.ndarray]:
     """Scores (S, K) of all methods. `reranked` adds the log odds of matching to the log softmax of the similarity."""
     from utils.evaluation import retrieval
 
@@ -119,7 +138,13 @@ def gallery_scores(model, encoded, predicted_depth, log_depth, candidates, accel
     }
 
 
-def predict_depths(state: dict[str, Any], slices, trained_on, accelerator, args: Settings) -> list[np.ndarray]:
+def predict_depths(
+    state: dict[str, Any],
+    slices: list[SliceData],
+    trained_on: list[SliceData],
+    accelerator: Accelerator,
+    args: Settings,
+) -> list[np.ndarray]:
     """Log total counts, relative to the slice's mean, by ridge on the pretrained encoder's features: (S,) per slice."""
     from utils.evaluation import baselines
     from utils.features import cache
@@ -140,7 +165,9 @@ def predict_depths(state: dict[str, Any], slices, trained_on, accelerator, args:
     return [ridge.predict(baselines.rings(of_slice))[:, 0] for of_slice in evaluated]
 
 
-def score_slice(model, slice_, predicted_depth: np.ndarray, accelerator, args: Settings) -> ScoredSlice:
+def score_slice(
+    model: StageOne, slice_: SliceData, predicted_depth: np.ndarray, accelerator: Accelerator, args: Settings
+) -> ScoredSlice:
     from utils.evaluation import bootstrap, retrieval
     from utils.features import cache
     from utils.files.arrays import ArrayStore
@@ -183,7 +210,7 @@ def compute_metrics(scored: list[ScoredSlice], seed: int) -> dict[str, Any]:
     return expression.plain(metrics)
 
 
-def retrieval_examples(slice_, scored: ScoredSlice, seed: int) -> list[RetrievalExample]:
+def retrieval_examples(slice_: SliceData, scored: ScoredSlice, seed: int) -> list[RetrievalExample]:
     """Images of one slice with the profiles most similar to them, by the rule that the page states."""
     from utils.report import page, page_parts
 
@@ -203,7 +230,9 @@ def retrieval_examples(slice_, scored: ScoredSlice, seed: int) -> list[Retrieval
     return examples
 
 
-def write_page(path: Path, metrics: dict, slices, scored: list[ScoredSlice], state: dict, args: Settings) -> None:
+def write_page(
+    path: Path, metrics: dict, slices: list[SliceData], scored: list[ScoredSlice], state: dict, args: Settings
+) -> None:
     from utils.report import page, page_parts
 
     examples = [retrieval_examples(slice_, s, args.seed) for slice_, s in zip(slices, scored, strict=True)]
@@ -217,7 +246,7 @@ def write_page(path: Path, metrics: dict, slices, scored: list[ScoredSlice], sta
     page.write_report(path, report)
 
 
-def write_spots(out: Path, slices, scored: list[ScoredSlice], genes: list[str]) -> None:
+def write_spots(out: Path, slices: list[SliceData], scored: list[ScoredSlice], genes: list[str]) -> None:
     """predictions.h5ad, and its table of spots as spots.csv: hits of every method, ranks, vectors, nearest profiles."""
     import pandas as pd
 

@@ -50,9 +50,9 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         "--tile_um",
         type=settings.positive,
         default=112.0,
-        help="side of the tissue square, um (112); more shows the surroundings: 310 in the benchmark of few spots",
+        help="side of the tissue square, um; more shows the surroundings: 310 in the benchmark of few spots",
     )
-    group.add_argument("--tile_px", type=settings.count, default=224, help="side of the tile, pixels (224)")
+    group.add_argument("--tile_px", type=settings.count, default=224, help="side of the tile, pixels")
     group.add_argument("--crop_size", type=settings.count, help="instead: a square of so many source pixels, unscaled")
     group.add_argument(
         "--spot_pitch_um",
@@ -122,7 +122,7 @@ def cut_slice(
         inside, warnings = checks.check_image(slice_, source, image, image.thumbnail(checks.THUMBNAIL_PX))
         for note in image.notes:
             print(f"{slice_.name}: {source.path.name}: {note}")
-        settings.say([f"{slice_.name}: {warning}" for warning in (*slice_.warnings, *warnings)])
+        settings.warn([f"{slice_.name}: {warning}" for warning in (*slice_.warnings, *warnings)])
         outside = slice_.spots.index[~inside].tolist()
         barcodes, xy_px = slice_.spots.index.to_numpy(str)[inside], slice_.xy_fullres_px[inside]
         about = {"number": len(barcodes), "outside": outside, "image_hash": image_hash}
@@ -148,7 +148,7 @@ def with_bar(
 @exclusive_folder("tiles")
 def main(args: Settings) -> None:
     rows, warnings = splits.read_table(args.data, args.slices, split=args.part != "all")
-    settings.say(warnings)
+    settings.warn(warnings)
     rows = settings.chosen(rows, args.part)
     number = sum(tile_slice(row, args) for row in rows)
     print(f"{number} tiles of {len(rows)} slices in {args.tiles}")

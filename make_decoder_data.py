@@ -236,7 +236,7 @@ def main(settings: Settings) -> None:
     rows, warnings = splits.read_table(
         settings.data, settings.slices, val_strip=settings.val_strip, allow_leak=settings.allow_leak
     )
-    flags.say(warnings)
+    flags.warn(warnings)
     rows = [row for row in rows if row.part]
     print(splits.format_table(rows))
     if settings.full_vocabulary and settings.input_genes is None:
@@ -249,7 +249,7 @@ def main(settings: Settings) -> None:
     known = gene_names.known_names(settings.gene_aliases, slice_names.symbols)
     surveys = [survey(row, slice_names, settings) for row in rows]
     hashes = {surveyed.row.slice: surveyed.counts_hash for surveyed in surveys}
-    flags.say(splits.check_identical(rows, hashes, settings.allow_leak))
+    flags.warn(splits.check_identical(rows, hashes, settings.allow_leak))
 
     train = [surveyed for surveyed in surveys if surveyed.row.part == "train"]
     choices = {role: choose(role, train, known, settings) for role in gene_panels.FILES}

@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group.add_argument("--positions", type=Path, help="Space Ranger positions of the spots, in place of a grid")
     group.add_argument("--mask", type=Path, help="image of any size, above zero where there is tissue")
     group.add_argument(
-        "--spot_pitch_um", type=settings.positive, help="um between spots (default: 100, a slice's its own)"
+        "--spot_pitch_um", type=settings.positive, help="um between spots (default: 100; that of a slice)"
     )
     group.add_argument("--huge", action="store_true", help="allow large images that are decoded as a whole")
     group.add_argument("--grid", choices=["hexagonal", "square"], default="hexagonal", help="of the spots (hexagonal)")
@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         type=Path,
         nargs="+",
         default=decoder,
-        help="stage two; of several the mean and the deviation",
+        help="checkpoint of stage two; of several the mean and the deviation are predicted",
     )
     group.add_argument(
         "--prediction_std", action="store_true", help="deviation over 8 flipped and rotated tiles: 9 x the time"
@@ -96,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group = parser.add_argument_group("machine")
     group.add_argument("--shard", type=slide_list.shard, default=(0, 1), help="I/N: every N-th slide from the I-th on")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    group.add_argument("--workers", type=settings.count_or_zero, help="that cut tiles (default: up to 4)")
+    group.add_argument("--workers", type=settings.count_or_zero, help="threads that cut tiles (default: up to 4)")
     settings.add_memory(parser)
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return Settings(**vars(parser.parse_args(argv)))
@@ -105,7 +105,10 @@ def parse_args(argv: list[str] | None = None) -> Settings:
 def check_flags(args: Settings) -> None:
     """Checks between flags and of files, before anything heavy is imported."""
     if args.prediction_std and len(args.decoder) > 1:
-        raise ValueError("--prediction_std: several decoders have a deviation of their own; leave one of the two out")
+        raise ValueError(
+            f"--prediction_std: expected one --decoder, found {len(args.decoder)}, whose own deviation is given; leave "
+            "--prediction_std out"
+        )
     if args.spatialdata and importlib.util.find_spec("spatialdata") is None:
         raise ValueError("--spatialdata: expected the package spatialdata, found none; pip install spatialdata")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -143,12 +146,14 @@ def read_measured(planned: Plan, spots: SlideSpots, run: Run) -> MeasuredGenes |
     return found
 
 
-def evaluate(out: Path, name: str, found: MeasuredGenes, predicted: np.ndarray, run: Run) -> dict[str, Any]:
+def evaluate(
+    out: Path, name: str, measured_genes: MeasuredGenes, predicted: np.ndarray, val_pcc: np.ndarray, run: Run
+) -> dict[str, Any]:
     """Writes metrics.json and genes.csv of a slice with counts; returns the metrics."""
     from utils.prediction import measured
 
-    model, state = run.members[0].model, run.members[0].state
-    metrics, table = measured.evaluate(name, found, predicted, model.target_mean.cpu().numpy(), state)
+    mean = np.mean([member.model.target_mean.cpu().numpy() for member in run.members], axis=0)
+    metrics, table = measured.evaluate(name, measured_genes, predicted, mean, val_pcc, run.members[0].state)
     write_record(out / "metrics.json", metrics)
     write_whole(out / "genes.csv", table.to_csv(index=False).encode())
     return metrics
@@ -195,16 +200,17 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
         )
     (out / SETTINGS).unlink(missing_ok=True)  # results of two runs never stand under one record
     metrics, extra = None, {}
+    val_pcc = np.mean([member.state["val_pcc"].numpy() for member in run.members], axis=0)
     found = read_measured(planned, spots, run)
     if found is not None:
-        metrics = evaluate(out, spots.name, found, predicted.predicted, run)
+        metrics = evaluate(out, spots.name, found, predicted.predicted, val_pcc, run)
         extra = {"measured": found.in_scale(state["target"]), "counts": found.counts}
         extra["total_counts"] = found.total_counts
     prediction = outputs.Prediction(
         spots=spots,
         genes=state["genes"],
         target=state["target"],
-        val_pcc=np.mean([member.state["val_pcc"].numpy() for member in run.members], axis=0),
+        val_pcc=val_pcc,
         image=thumbnail,
         image_scale=scale * spots.image_scale,
         about=about,

@@ -28,6 +28,7 @@ from utils.training import checkpoint, split, targets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
     from model.stage_two import StageTwo
     from utils.features.neighbourhoods import FeatureBank, Moments
@@ -40,15 +41,23 @@ def parse_args(argv: list[str] | None = None) -> StageTwoSettings:
     flags.add_training(parser, out="decoder_model")
     flags.add_memory(parser)
     group = parser.add_argument_group("method")
-    group.add_argument("--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="stage one")
+    group.add_argument(
+        "--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="checkpoint of stage one"
+    )
     group.add_argument(
         "--target", choices=["lognorm", "residuals", "counts"], default="residuals", help="what is predicted"
     )
     group.add_argument("--context", type=flags.count_or_zero, default=18, help="nearest spots in the decoder's memory")
-    group.add_argument("--decoder_layers", type=flags.count_or_zero, default=6, help="0: ridge and expansion alone")
-    group.add_argument("--decoder_width", type=flags.count, default=64, help="a multiple of 4, its heads")
     group.add_argument(
-        "--tta", type=int, choices=[1, 2, 4, 8], default=1, help="turns and flips of a tile to average features over"
+        "--decoder_layers", type=flags.count_or_zero, default=6, help="its blocks; 0: ridge and expansion alone"
+    )
+    group.add_argument("--decoder_width", type=flags.count, default=64, help="its width, a multiple of its 4 heads")
+    group.add_argument(
+        "--tta",
+        type=int,
+        choices=[1, 2, 4, 8],
+        default=1,
+        help="test-time augmentation: average features over rotations and flips",
     )
     return StageTwoSettings(**flags.parse_training(parser, argv))
 
@@ -72,7 +81,7 @@ def load_slices(
 ) -> tuple[list[dataset.SliceData], list[splits.SliceRow]]:
     """Slices of the train and validation part, and the rows of the table."""
     rows, warnings = split.read_split(settings)
-    flags.say(warnings)
+    flags.warn(warnings)
     print(splits.format_table(rows))
     slices = split.load_training(rows, settings, ("target",))
     first = slices[0]
@@ -106,7 +115,7 @@ def all_features(
     """Per slice features (S, V + T, D) memory-mapped from --out/features, computed where they are not there already."""
     from utils.features import cache
 
-    def encode(tiles):
+    def encode(tiles: Tensor) -> Tensor:
         with accelerator.autocast():
             return model.encode(tiles)
 

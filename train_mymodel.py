@@ -47,7 +47,9 @@ def parse_args(argv: list[str] | None = None) -> StageOneSettings:
     flags.add_training(parser, out="encoder_model")
     flags.add_memory(parser)
     group = flags.add_encoders(parser)
-    group.add_argument("--tune", type=tuning.choice, default="all", help="of the image trunk: all, last:N, norm, none")
+    group.add_argument(
+        "--tune", type=tuning.choice, default="all", help="trained of the image trunk: all, last:N, norm, none"
+    )
     group.add_argument(
         "--layer_decay",
         type=flags.fraction_above_zero,
@@ -58,14 +60,20 @@ def parse_args(argv: list[str] | None = None) -> StageOneSettings:
     group = parser.add_argument_group("method")
     group.add_argument("--width", type=flags.count, default=512, help="shared width of images and expression profiles")
     group.add_argument("--fusion_blocks", type=flags.count, default=3, help="depth of the matching module")
-    group.add_argument("--queue_size", type=flags.count_or_zero, default=4096, help="earlier spots as negatives")
+    group.add_argument(
+        "--queue_size", type=flags.count_or_zero, default=4096, help="earlier spots that are negatives too"
+    )
     group.add_argument(
         "--alpha", type=flags.fraction, default=0.4, help="weight of the momentum encoders' soft targets; 0: none"
     )
-    group.add_argument("--expression_weight", type=flags.not_negative, default=5.0, help="of the expression loss")
-    group.add_argument("--components", type=flags.count, default=10, help="of expression that are learnt")
-    group.add_argument("--matching_weight", type=flags.not_negative, default=1.0, help="of the matching loss")
-    group.add_argument("--accumulate", type=flags.count, default=1, help="batches of one step, at most an epoch")
+    group.add_argument(
+        "--expression_weight", type=flags.not_negative, default=5.0, help="weight of the expression loss"
+    )
+    group.add_argument(
+        "--components", type=flags.count, default=10, help="principal components of expression in that loss"
+    )
+    group.add_argument("--matching_weight", type=flags.not_negative, default=1.0, help="weight of the matching loss")
+    group.add_argument("--accumulate", type=flags.count, default=1, help="batches whose gradients make one step")
     return StageOneSettings(**flags.parse_training(parser, argv))
 
 
@@ -83,7 +91,7 @@ def check(settings: StageOneSettings) -> None:
 def load_data(settings: StageOneSettings) -> tuple[list[dataset.SliceData], list[splits.SliceRow]]:
     """Slices of the train and validation part, and the rows of the table."""
     rows, warnings = split.read_split(settings)
-    flags.say(warnings)
+    flags.warn(warnings)
     print(splits.format_table(rows))
     roles = ("input", "target") if settings.expression_weight else ("input",)
     return split.load_training(rows, settings, roles, settings.downsample_counts), rows
@@ -286,7 +294,7 @@ def make_trainer(
 
     if order.accumulate < settings.accumulate:
         n = order.n_batches
-        flags.say([f"--accumulate {settings.accumulate}: an epoch has {n} batches, which make one step"])
+        flags.warn([f"--accumulate {settings.accumulate}: an epoch has {n} batches, which make one step"])
     fractions = tuning.rate_fractions(model.image_encoder, settings.layer_decay)
     optimizer = loop.make_optimizer(model.parameters(), settings, fractions)
     n_steps = len(order) // order.accumulate * (settings.Epoch - settings.Init_Epoch)

@@ -40,7 +40,7 @@ def absolute(text: str) -> Path:
     return Path(text).absolute()
 
 
-def parse_args(argv=None) -> Settings:
+def parse_args(argv: list[str] | None = None) -> Settings:
     parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=absolute, help="folder of slices")
     parser.add_argument("--out", type=absolute, default="results/accuracy", help="tiles, models, results; gigabytes")
@@ -115,7 +115,7 @@ def run_all(settings: Settings) -> dict[str, list[dict[str, Any]]]:
     """Do the runs asked for; fold -> records of all finished runs of the current data and settings."""
     assert settings.data is not None
     rows, warnings = splits.read_table(settings.data, split=False)
-    shared_settings.say(warnings)
+    shared_settings.warn(warnings)
     by_name = {fold.name: fold for fold in folds.PROTOCOLS[settings.protocol](rows)}
     pairs, weights = chosen(settings, list(by_name)), find_weights(settings)
     if settings.ablations:

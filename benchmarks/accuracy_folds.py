@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.genes import panels as gene_panels
+from utils.report.anndata_files import write_anndata
 from utils.slices import splits
 from utils.slices.splits import SliceRow
 
@@ -131,6 +132,4 @@ def shuffle_panels(panels: Path, names: Sequence[str]) -> None:
             order = np.random.default_rng(zlib.crc32(name.encode())).permutation(adata.n_obs)
             adata.X = adata.X[order]
             adata.obs["total_counts"] = adata.obs["total_counts"].to_numpy()[order]
-            part = path.with_name(path.stem + ".part.h5ad")
-            adata.write_h5ad(part)
-            part.replace(path)
+            write_anndata(path, adata)

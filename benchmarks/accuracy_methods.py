@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import get_accuracy_image
 from benchmarks import st_net
 from benchmarks.accuracy_run import PRETRAINED, Run
 from benchmarks.accuracy_table import BASELINES
 from model.image_encoder import ImageEncoder
-from model.stage_one import StageOne, StageOneSizes
+from model.stage_one import StageOne
 from utils import distributed
 from utils.evaluation import baselines, metrics
 from utils.evaluation.gallery import top_k
@@ -218,9 +219,7 @@ def read_table(folder: Path) -> Table:
 
 def load_stage_one(path: Path, accelerator: Accelerator) -> StageOne:
     state = checkpoint.load(path, "stage_one", "--encoder")
-    model = StageOne(StageOneSizes(**state["sizes"]))
-    checkpoint.fit(model, state["model"], path, "--encoder")
-    return model.to(accelerator.device).eval()
+    return get_accuracy_image.load_model(path, state, accelerator.device)
 
 
 def encode_part(

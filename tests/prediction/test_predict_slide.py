@@ -94,6 +94,7 @@ def test_an_image_gets_a_grid_on_its_tissue(unmeasured, section):
 def test_several_decoders_give_mean_and_deviation_and_share_features(trained, section, measured, tmp_path, monkeypatch):
     state = checkpoint.load(trained.decoder, "stage_two", "--decoder")
     state["model"]["target_mean"] += 2.0
+    state["val_pcc"] = state["val_pcc"] + 0.5
     state.pop("format"), state.pop("kind")
     checkpoint.save(tmp_path / "other.pth", "stage_two", **state)
     calls, stream = [], tiles.cut_tiles
@@ -104,6 +105,8 @@ def test_several_decoders_give_mean_and_deviation_and_share_features(trained, se
     np.testing.assert_allclose(adata.layers["prediction_std"], 1.0, atol=1e-4)
     np.testing.assert_allclose(adata.obs["domain_score"], alone.obs["domain_score"], rtol=1e-5)
     assert calls.count(adata.n_obs) == 1, "one pass over the tiles for both"
+    np.testing.assert_allclose(pd.read_csv(tmp_path / "out" / "genes.csv")["val_pcc"], adata.var["val_pcc"], rtol=1e-5)
+    np.testing.assert_allclose(adata.var["val_pcc"], alone.var["val_pcc"] + 0.25, rtol=1e-5)
 
 
 def test_mean_and_deviation_one_after_the_other(rng, tmp_path):

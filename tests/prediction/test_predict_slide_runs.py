@@ -100,9 +100,9 @@ def test_a_model_of_tiles_without_scale_and_unlike_members_are_refused(trained, 
     assert exit_code(section[0], tmp_path / "a.pth", tmp_path / "out") == 2
     stderr_line(capsys, "a.pth was trained on tiles without scale")
     assert exit_code(section[0], [trained.decoder, tmp_path / "b.pth"], tmp_path / "out") == 2
-    stderr_line(capsys, "b.pth has other genes")
+    stderr_line(capsys, "b.pth: expected the genes of .*, found others")
     assert exit_code(section[0], [trained.decoder, tmp_path / "b.pth"], tmp_path / "out", "--prediction_std") == 2
-    stderr_line(capsys, "--prediction_std: several decoders have a deviation of their own")
+    stderr_line(capsys, "--prediction_std: expected one --decoder, found 2")
 
 
 def test_a_launcher_of_several_processes_is_refused(trained, section, tmp_path, capsys, monkeypatch):

@@ -24,7 +24,7 @@ from utils import distributed
 from utils.features import dataset
 from utils.files import tensors
 from utils.files.arrays import ArrayStore
-from utils.files.atomic import write_record
+from utils.files.atomic import whole_file, write_record
 from utils.memory import WithinMemory
 
 if TYPE_CHECKING:
@@ -169,14 +169,12 @@ def in_budget(batches: Iterator[np.ndarray], n_spots: int, store: ArrayStore) ->
 def write_features(path: Path, batches: Iterator[np.ndarray], n_spots: int) -> None:
     """The same as a .npy file, a batch after the other. Written, not mapped: a full disk is then an OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with whole_file(path) as part, part.open("wb") as file:
         for batch in batches:
             if file.tell() == 0:
                 header = {"descr": "<f2", "fortran_order": False, "shape": (n_spots, *batch.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(batch.astype("<f2").tobytes())
-    part.replace(path)
 
 
 def read_features(path: Path, note: Path, record: dict[str, object]) -> np.ndarray | None:
@@ -188,7 +186,7 @@ def read_features(path: Path, note: Path, record: dict[str, object]) -> np.ndarr
 
 
 def kept_features(
-    folder: Path, key: str, slice_: dataset.SliceData, compute: Callable[[], Iterator[np.ndarray]]
+    folder: Path, key: str, slice_: dataset.Spots, compute: Callable[[], Iterator[np.ndarray]]
 ) -> np.ndarray:
     """Features (S, V + T, D) float16 of a slice, mapped from `folder`.
 

@@ -31,6 +31,22 @@ class Order(Protocol):
     def __iter__(self) -> Iterator[list[int]]: ...
 
 
+class Spots(Protocol):
+    """Spots with their places: of a slice, or of a slide that was never measured."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def barcodes(self) -> np.ndarray: ...
+
+    @property
+    def xy_fullres_px(self) -> np.ndarray: ...
+
+    @property
+    def pitch_fullres_px(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class SliceData:
     """One slice: all spots that have a tile, in the order of the panel files.

@@ -187,7 +187,7 @@ class FeatureBank:
 
     def __init__(
         self,
-        slices: list[dataset.SliceData],
+        slices: Sequence[dataset.Spots],
         features: list[np.ndarray],
         train: Moments,
         context: int,
@@ -204,7 +204,7 @@ class FeatureBank:
         self._smooth(slices, features, own, bandwidths, store)
         self.tokens = Rows([f[:, self.n_vectors :] for f in features], store, device)
 
-    def _find_neighbours(self, slices: list[dataset.SliceData], n: int, store: ArrayStore) -> None:
+    def _find_neighbours(self, slices: Sequence[dataset.Spots], n: int, store: ArrayStore) -> None:
         size = int(self.first[-1])
         self.index = store.empty((size, n), np.int32)  # within the slice
         self.offset, self.present = store.empty((size, n, 2), np.float32), store.empty((size, n), bool)
@@ -215,7 +215,7 @@ class FeatureBank:
 
     def _smooth(
         self,
-        slices: list[dataset.SliceData],
+        slices: Sequence[dataset.Spots],
         features: list[np.ndarray],
         own: list[Moments],
         bandwidths: Sequence[float],

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from utils.files.atomic import whole_file
+
 FILES = {
     "input": "filtered_feature_bc_matrix_one.h5ad",  # what stage one reads
     "target": "filtered_feature_bc_matrix_decoder.h5ad",  # what stage two predicts
@@ -240,15 +242,14 @@ def write_panel(path: Path, adata: Any, blocks: Iterable[sp.csr_matrix]) -> None
     from anndata.io import sparse_dataset, write_elem
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.stem + ".part.h5ad")
-    adata.write_h5ad(part)
-    with h5py.File(part, "a") as file:
-        for block in blocks:
-            if "X" in file:
-                sparse_dataset(file["X"]).append(block)
-            else:
-                write_elem(file, "X", block)
-    part.replace(path)
+    with whole_file(path, ending=".h5ad") as part:
+        adata.write_h5ad(part)
+        with h5py.File(part, "a") as file:
+            for block in blocks:
+                if "X" in file:
+                    sparse_dataset(file["X"]).append(block)
+                else:
+                    write_elem(file, "X", block)
 
 
 def read_panel(path: Path) -> Panel:

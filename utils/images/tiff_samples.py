@@ -14,7 +14,7 @@ from utils.images.samples import Samples
 # Photometric interpretations, compressions, extra samples and a tag
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, MASK, CMYK, YCBCR = 0, 1, 2, 3, 4, 5, 6
 OLD_JPEG, JPEGS = 6, (7, 33007, 34892)
-UNSPECIFIED, PREMULTIPLIED, UNASSOCIATED = 0, 1, 2
+PREMULTIPLIED, UNASSOCIATED = 1, 2
 INK_SET = 332
 TO_RGB = "convert it to 8-bit RGB"
 

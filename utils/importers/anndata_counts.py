@@ -69,7 +69,7 @@ def read_counts(where: str, adata: Any) -> Counts:
     chosen, counts = choose_matrix(where, adata)
     var = _with_columns_of(chosen.var, adata.var)
     names, ids = gene_names(where, var)
-    are_genes, note = genes_among(var, names)
+    are_genes, note = genes_among(var)
     notes = [] if chosen.where == "X" else [f"counts of {chosen.where}"]
     warnings = [*_of_a_subset(adata, chosen), *_totals(adata.obs, counts, chosen.where)]
     return Counts(counts[:, are_genes], names[are_genes], ids[are_genes], notes + note, warnings)
@@ -213,7 +213,7 @@ def gene_names(where: str, var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return without_unique_suffixes(names, ids), ids
 
 
-def genes_among(var: pd.DataFrame, names: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def genes_among(var: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
     """Which features (F,) are genes, and a note that counts the others."""
     genes = np.ones(len(var), bool)
     for column, kind in GENE_KINDS.items():

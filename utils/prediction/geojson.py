@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from utils.files.atomic import whole_file
+
 CORNERS = 12  # a multiple of four: the bounding box of the polygon is that of the circle
 
 
@@ -54,10 +56,8 @@ def write_geojson(
     columns : (G,) names of the measurements
     values : (S, G)
     """
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
+    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
-        for number, one in enumerate(features(names, xy_px, diameter_px, columns, values)):
-            file.write((",\n" if number else "\n") + json.dumps(one, allow_nan=False))
+        for number, spot in enumerate(features(names, xy_px, diameter_px, columns, values)):
+            file.write((",\n" if number else "\n") + json.dumps(spot, allow_nan=False))
         file.write("\n]}\n")
-    part.replace(path)

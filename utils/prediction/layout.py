@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from utils.images import tissue
+from utils.images.image import TissueImage
 from utils.prediction.slides import Request
 from utils.slices import checks, visium
 from utils.slices.lattice import Lattice
@@ -117,12 +117,13 @@ def _given_spots(path: Path) -> tuple[pd.DataFrame, Lattice | None]:
     return spots, lattice
 
 
-def place_spots(planned: Plan, image: Any, thumbnail: np.ndarray, thumbnail_scale: float, kind: str) -> SlideSpots:
+def place_spots(
+    planned: Plan, image: TissueImage, thumbnail: np.ndarray, thumbnail_scale: float, kind: str
+) -> SlideSpots:
     """The spots of a slide whose image is open.
 
     Parameters
     ----------
-    image : TissueImage, or anything with width, height, um_per_px and metadata_um_per_px
     thumbnail : (height, width, 3) uint8, of `thumbnail_scale` of its pixels to one of the image
     kind : "hexagonal" or "square", of the grid where there are no positions
     """
@@ -148,7 +149,7 @@ def place_spots(planned: Plan, image: Any, thumbnail: np.ndarray, thumbnail_scal
     return SlideSpots(request.name, barcodes[kept], xy[kept], array[kept], pitch, diameter, um_per_px, scale)
 
 
-def _um_per_fullres_px(planned: Plan, image: Any) -> float:
+def _um_per_fullres_px(planned: Plan, image: TissueImage) -> float:
     """By flags or positions, else the image's own; a contradiction is printed."""
     um_per_px, scale = planned.um_per_fullres_px, planned.source.scale
     if um_per_px is None:
@@ -168,7 +169,7 @@ def _um_per_fullres_px(planned: Plan, image: Any) -> float:
 
 
 def _spots_on_image(
-    planned: Plan, image: Any, xy_image_px: np.ndarray, radius_px: float, thumbnail: checks.Thumbnail
+    planned: Plan, image: TissueImage, xy_image_px: np.ndarray, radius_px: float, thumbnail: checks.Thumbnail
 ) -> np.ndarray:
     """Which spots (S,) lie on the image; a contradiction between image and positions is printed, or refused."""
     request, where = planned.request, str(planned.source.path)
@@ -187,7 +188,9 @@ def _spots_on_image(
     return kept
 
 
-def _grid(planned: Plan, image: Any, um_per_px: float, thumbnail: np.ndarray, thumbnail_scale: float, kind: str):
+def _grid(
+    planned: Plan, image: TissueImage, um_per_px: float, thumbnail: np.ndarray, thumbnail_scale: float, kind: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Places `<row>x<column>` of a grid over the tissue: names (S,), centres (S, 2), array (S, 2), pitch in pixels."""
     pitch = (planned.pitch_um or visium.VISIUM_PITCH_UM) / um_per_px
     xy, array = tissue.grid(image.width, image.height, pitch, kind)

@@ -59,7 +59,12 @@ def read_measured(slice_: Slice, genes: list[str], barcodes: np.ndarray, memory:
 
 
 def evaluate(
-    name: str, measured: MeasuredGenes, predicted: np.ndarray, target_mean: np.ndarray, state: dict[str, Any]
+    name: str,
+    measured: MeasuredGenes,
+    predicted: np.ndarray,
+    target_mean: np.ndarray,
+    val_pcc: np.ndarray,
+    state: dict[str, Any],
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """The body of metrics.json, and the table of genes.
 
@@ -67,8 +72,9 @@ def evaluate(
     ----------
     name : of the slice
     predicted : (S, P), in the units of the target
-    target_mean : (P,), the mean profile of the train slices, which is the baseline
-    state : the checkpoint, of which genes, target and val_pcc are read
+    target_mean : (P,), the mean profile of the train slices, which is the baseline; of several models the mean
+    val_pcc : (P,), validation PCC, of several models the mean
+    state : the checkpoint, of which genes and target are read
     """
     truth: list[expression.MeasuredSlice] = [
         {
@@ -81,5 +87,5 @@ def evaluate(
     mean = np.broadcast_to(target_mean, predicted.shape)
     metrics = expression.evaluate({"model": [predicted], "mean": [mean]}, truth, state["target"])
     table = expression.per_gene_table({"model": [predicted]}, truth, state["genes"])
-    table.insert(1, "val_pcc", state["val_pcc"].numpy())
+    table.insert(1, "val_pcc", val_pcc)
     return metrics, table

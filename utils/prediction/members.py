@@ -53,7 +53,9 @@ def read_checkpoints(paths: list[Path]) -> list[dict[str, Any]]:
     for path, state in zip(paths, states, strict=True):
         for key in ("genes", "target"):
             if state[key] != states[0][key]:
-                raise ValueError(f"--decoder: {path} has other {key} than {paths[0]}; an ensemble shares them")
+                raise ValueError(
+                    f"--decoder: {path}: expected the {key} of {paths[0]}, found others; give decoders that share them"
+                )
         if state["tile_scale"][1] is None:
             raise ValueError(
                 f"--decoder: {path} was trained on tiles without scale (--crop_size), which cannot be cut from another "

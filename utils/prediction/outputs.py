@@ -16,6 +16,7 @@ import pandas as pd
 
 from utils.evaluation import plotting
 from utils.evaluation.metrics import PREDICTABLE_PCC, UNITS
+from utils.files.atomic import whole_file
 from utils.prediction import geojson
 from utils.prediction.layout import SlideSpots
 from utils.prediction.slides import file_name
@@ -106,9 +107,8 @@ def write_csv(path: Path, prediction: Prediction) -> None:
     table = pd.DataFrame(prediction.predicted, index=pd.Index(spots.barcodes, name="barcode"), columns=prediction.genes)
     x, y = spots.xy_fullres_px.T
     first = pd.DataFrame({"x": x, "y": y, "domain_score": prediction.domain_score}, index=table.index)
-    part = path.with_name(path.name + ".part")
-    pd.concat([first, table], axis=1).to_csv(part, float_format="%.6g")
-    part.replace(path)
+    with whole_file(path) as part:
+        pd.concat([first, table], axis=1).to_csv(part, float_format="%.6g")
 
 
 def write_geojson(path: Path, prediction: Prediction) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -81,9 +80,8 @@ def predict_view(run: Run, member: Member, features: np.ndarray, spots: SlideSpo
     """Of features of one view (S, V + T, D): (S, G). What it takes of the memory is free again afterwards."""
     model, budget = member.model, ArrayStore(memory.left / 2**30, memory.folder)
     moments = neighbourhoods.Moments(*(member.state["feature_moments"][key].numpy() for key in ("mean", "sd")))
-    one: Any = spots  # has the places and the pitch of a slice
     around = (model.sizes.context, model.sizes.bandwidths)
-    bank = neighbourhoods.FeatureBank([one], [features], moments, *around, run.accelerator.device, budget)
+    bank = neighbourhoods.FeatureBank([spots], [features], moments, *around, run.accelerator.device, budget)
     autocast = partial(distributed.decoder_autocast, run.accelerator, run.precision)
     return neighbourhoods.predict(model, bank, np.arange(len(spots.barcodes)), autocast, run.batch_size)
 

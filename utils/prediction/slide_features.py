@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,10 +54,8 @@ def kept_features(run: Run, member: Member, image: TissueImage, spots: SlideSpot
     precision = run.accelerator.mixed_precision
     key = f"{member.encoder} {precision} prediction_std {run.prediction_std}, {source}"
     tta = member.model.sizes.tta
-    one: Any = spots  # has the name and the barcodes of a slice
-    return cache.kept_features(
-        folder / f"{member.state['encoder_hash'][:16]}_{member.tile_px}_{tta}", key, one, compute
-    )
+    place = folder / f"{member.state['encoder_hash'][:16]}_{member.tile_px}_{tta}"
+    return cache.kept_features(place, key, spots, compute)
 
 
 def warn_if_coarse(member: Member, name: str, enlarged: float) -> None:

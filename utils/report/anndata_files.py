@@ -12,6 +12,7 @@ import anndata
 import numpy as np
 import pandas as pd
 
+from utils.files.atomic import whole_file
 from utils.report.spots import SpotsOnImage
 
 
@@ -44,8 +45,7 @@ def spots_anndata(
 
 
 def write_anndata(path: Path, adata: anndata.AnnData) -> None:
-    """Write to `<name>.part.h5ad` and rename: an interrupted write leaves the old file whole."""
+    """Write the file whole: an interrupted write leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.stem + ".part.h5ad")
-    adata.write_h5ad(part)
-    part.replace(path)
+    with whole_file(path, ending=".h5ad") as part:
+        adata.write_h5ad(part)

@@ -11,7 +11,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from utils import settings
-from utils.files.atomic import write_record, write_whole
+from utils.files.atomic import whole_file, write_record, write_whole
 from utils.sharing.model_card import model_card
 from utils.slices import splits
 from utils.training import checkpoint
@@ -38,9 +38,8 @@ def write(state: dict[str, Any], folder: Path) -> None:
 
     tensors, rest = split(state)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / (WEIGHTS + ".part")
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.replace(folder / WEIGHTS)
+    with whole_file(folder / WEIGHTS) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
     config = describe(rest, tensors) | {"weights_sha256": checkpoint.model_hash(folder / WEIGHTS)}
     val_pcc = tensors["val_pcc"].tolist() if "val_pcc" in tensors else None
     write_whole(folder / CARD, model_card(config, val_pcc).encode())

@@ -31,9 +31,9 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser.add_argument(
         "--patients", type=int, default=6, help="the last one is test, the one before it validation (6)"
     )
-    parser.add_argument("--slices_per_patient", type=int, default=1, help="(1)")
+    parser.add_argument("--slices_per_patient", type=int, default=1, help="sections of each patient (1)")
     parser.add_argument("--spots", type=int, default=300, help="spots under tissue, per slice (300)")
-    parser.add_argument("--genes", type=int, default=600, help="(600)")
+    parser.add_argument("--genes", type=int, default=600, help="genes that are simulated (600)")
     parser.add_argument("--seed", type=int, default=0, help="fixes every pixel and count (0)")
     parser.add_argument(
         "--um_per_px", type=float, default=1.0, help="pixel size of the H&E in um: 0.5 shows nuclei better (1)"

@@ -147,7 +147,7 @@ def check(out: Path, n_patients: int, slices_per_patient: int, n_spots: int, n_g
     if not 0.25 <= um_per_px <= 4:
         raise ValueError(f"expected 0.25 to 4 um per pixel (nuclei measure 6 to 12 um), found {um_per_px:g}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder: simulated slices go into a new or empty one")
+        raise ValueError(f"{out}: expected a new or an empty folder, found something in it; name another")
 
 
 def write_slices(

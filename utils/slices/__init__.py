@@ -8,5 +8,4 @@ matrix         count matrices in HDF5 or as a folder, read and written; what is 
 splits         slices.csv: patient, part, spot pitch and image of each slice; the split and the leak guard
 lattice        array places measured from the pixels of the spots; distances of neighbours
 content        the hash of what a slice counted
-export         results as AnnData that scanpy and squidpy plot
 """

@@ -196,14 +196,11 @@ def _turned(pixels: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def check_axes(
-    where: str,
-    xy_px: np.ndarray,
-    size: tuple[int, int],
-    radius_px: float,
-    thumbnail: Thumbnail,
-    mirrored: bool,
+    where: str, xy_px: np.ndarray, size: tuple[int, int], radius_px: float, thumbnail: Thumbnail, mirrored: bool
 ) -> list[str]:
     """Spots against the tissue, as they stand and with swapped or mirrored axes.
+
+    Raises ValueError where hardly a spot lies on tissue, or most would with swapped or mirrored axes and do not now.
 
     Parameters
     ----------
@@ -213,10 +210,6 @@ def check_axes(
     radius_px : of a spot
     thumbnail : the image (h, w, 3) uint8 made small, and its pixels per pixel of the image
     mirrored : whether array places and pixels are mirror images of each other
-
-    Raises
-    ------
-    ValueError where hardly a spot lies on tissue, or most would with swapped or mirrored axes and do not now.
     """
     mask = tissue.tissue_mask(thumbnail[0])
 
@@ -224,14 +217,9 @@ def check_axes(
         return float(tissue.on_tissue(centres_px, mask, thumbnail[1], radius_px).mean())
 
     as_given = on_tissue(xy_px)
-    x, y = xy_px.T
-    others = {
-        "x and y swapped": np.column_stack([y, x]),
-        "x mirrored": np.column_stack([size[0] - x, y]),
-        "y mirrored": np.column_stack([x, size[1] - y]),
-        "x and y mirrored": np.column_stack([size[0] - x, size[1] - y]),
-    }
-    name, best = max(((name, on_tissue(centres)) for name, centres in others.items()), key=lambda named: named[1])
+    name, best = max(
+        ((name, on_tissue(centres)) for name, centres in _other_axes(xy_px, size).items()), key=lambda named: named[1]
+    )
     if best >= LARGELY and (as_given < MOSTLY or (mirrored and best - as_given > BETTER)):
         raise ValueError(
             f"{where}: expected spots on tissue, found {as_given:.0%} of {len(xy_px)} there and {best:.0%} with {name};"
@@ -253,3 +241,14 @@ def check_axes(
             "right?"
         ]
     return []
+
+
+def _other_axes(xy_px: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Centres (S, 2) with swapped or mirrored axes, by how."""
+    x, y = xy_px.T
+    return {
+        "x and y swapped": np.column_stack([y, x]),
+        "x mirrored": np.column_stack([size[0] - x, y]),
+        "y mirrored": np.column_stack([x, size[1] - y]),
+        "x and y mirrored": np.column_stack([size[0] - x, size[1] - y]),
+    }

@@ -19,9 +19,7 @@ from utils.genes import panels as gene_panels
 from utils.settings import SharedSettings
 from utils.slices import content, splits
 
-LEAST_SEEN = (
-    10  # genes of the panel that a spot must express before another one of the same counts is taken for the same spot
-)
+LEAST_SEEN = 10  # panel genes that a spot must express before another one of the same counts is taken for the same spot
 
 
 @dataclass(frozen=True)

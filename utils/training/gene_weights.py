@@ -29,7 +29,9 @@ def add_flags(parser: settings.Parser) -> None:
     group.add_argument(
         "--gene_aliases", type=Path, help="other names of genes: a table laid out as HGNC's complete set"
     )
-    group.add_argument("--tune_block", type=settings.count_or_zero, default=4, help="block that trains on gene_weights")
+    group.add_argument(
+        "--tune_block", type=settings.count_or_zero, default=4, help="block that trains with --gene_weights, from 0"
+    )
 
 
 def check(flags: settings.StageOneSettings) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.features import dataset
 from utils.genes import panels as gene_panels
-from utils.settings import EvaluationSettings, SharedSettings, TrainingSettings, chosen
+from utils.settings import EvaluationSettings, SharedSettings, TrainingSettings, chosen, warn
 from utils.slices import splits
 
 LEAST_TARGETS = 10  # genes: a mean over fewer is too noisy
@@ -21,7 +21,7 @@ LEAST_INPUTS = 0.5  # fraction of the input genes: the gene encoder was not trai
 def read_split(settings: SharedSettings) -> tuple[list[splits.SliceRow], list[str]]:
     """The table of --data and --slices with the split, as every script after preprocessing uses it."""
     return splits.read_table(
-        Path(settings.data), settings.slices, val_strip=settings.val_strip, allow_leak=settings.allow_leak
+        settings.data, settings.slices, val_strip=settings.val_strip, allow_leak=settings.allow_leak
     )
 
 
@@ -45,8 +45,7 @@ def load_training(
             )
     slices = dataset.load_slices(used, settings, roles, settings.val_strip, downsample_counts=downsample_counts)
     check_panel_origin(slices, [row.slice for row in used if row.part == "train"])
-    for warning in splits.check_identical(used, dataset.counts_hashes(slices), settings.allow_leak):
-        print(f"warning: {warning}")
+    warn(splits.check_identical(used, dataset.counts_hashes(slices), settings.allow_leak))
     n_train = len(dataset.spots_of(slices, "train"))
     if settings.batch_size > n_train:
         raise ValueError(
@@ -85,8 +84,7 @@ def load_evaluation(
 def rows_of_part(settings: EvaluationSettings, state: dict[str, Any]) -> list[splits.SliceRow]:
     """Rows of the table that belong to --part; of validation strips those of the train slices."""
     rows, warnings = read_split(settings)
-    for warning in warnings:
-        print(f"warning: {warning}")
+    warn(warnings)
     in_strips = settings.part == "val" and state["settings"]["val_strip"]
     return chosen(rows, "train" if in_strips else settings.part)
 

@@ -69,7 +69,7 @@ def test_growth_counts_what_it_did_without_worker_processes(tmp_path, monkeypatc
     rows = [row for part in PARTS_OF_GROWTH for row in part(tmp_path, 3)]
     assert [row[:2] for row in rows] == [("tiling", 3), ("panels", 3), ("start-up", 3), ("loading", 3)]
     assert [row.items for row in rows] == [120, 120, 120, 96]
-    assert all(row.seconds > 0 and 50 < row.memory_mib < 5000 for row in rows)
+    assert all(row.seconds > 0 and row.memory_mib > 50 for row in rows)  # of the process, with all tests before
     packs = [TilePack(folder) for folder in sorted((tmp_path / "tiles").iterdir())]
     assert [len(pack.barcodes) for pack in packs] == [40] * 3
     slices = [visium.read_slice(folder) for folder in sorted((tmp_path / "data").glob("slice*/"))]

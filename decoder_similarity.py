@@ -52,7 +52,7 @@ class Measured:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = settings.shared(__doc__, part="test")
+    parser = settings.shared(__doc__, part="test", unused=("seed",))
     group = settings.add_evaluation(parser, out="results/similarity")
     settings.add_memory(parser)
     group.add_argument(

@@ -311,7 +311,7 @@ def main(args: Settings) -> None:
     draw_recall(out / "retrieval_curve.png", scored)
     write_page(out / "report.html", metrics, slices, scored, state, args)
     write_record(out / "metrics.json", metrics)
-    print("\n".join([f"{metrics['n_spots']} spots", *retrieval_lines([metrics])]))
+    print("\n".join([count_of(metrics["n_spots"], "spot"), *retrieval_lines([metrics])]))
     print(f"results in {out}")
 
 

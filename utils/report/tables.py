@@ -28,7 +28,11 @@ def results_file(results: Path, evaluation: str, name: str, flag: str = "") -> P
 
 
 def read_metrics(results: Path, evaluation: str) -> Metrics:
-    return json.loads(results_file(results, evaluation, "metrics.json").read_text())
+    path = results_file(results, evaluation, "metrics.json")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found {error}; run {SCRIPTS[evaluation]} again") from error
 
 
 def over_runs(values: Sequence[float | None], interval: Sequence[float] | None = None) -> str:

@@ -1,0 +1,17 @@
+"""Words of messages: numbers with their noun, names that are near another one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def count_of(n: int, noun: str, plural: str | None = None) -> str:
+    """`1 spot`, `2 spots`; `plural` where it is not the noun with an s."""
+    return f"{n} {noun if n == 1 else plural or noun + 's'}"
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """Names that a misspelt one may have been meant for, the nearest first; none where none is near."""
+    by_lower = {other.lower(): other for other in known}
+    return [by_lower[other] for other in difflib.get_close_matches(name.lower(), by_lower, most)]

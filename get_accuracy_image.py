@@ -22,6 +22,7 @@ from utils.files.atomic import write_record, write_whole
 from utils.files.exclusive import exclusive_folder
 from utils.report.tables import GALLERIES, RETRIEVAL_METHODS, retrieval_lines
 from utils.training import checkpoint, split
+from utils.words import count_of
 
 if TYPE_CHECKING:
     import torch

@@ -45,7 +45,10 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser = settings.shared(__doc__, part="all", unused=("panels", "device", "seed"))
     group = parser.add_argument_group("tiles")
     group.add_argument(
-        "--source", choices=["auto", "fullres", "hires"], default="auto", help="image that tiles are cut from; auto: the full-resolution one if there, else hires"
+        "--source",
+        choices=["auto", "fullres", "hires"],
+        default="auto",
+        help="image that tiles are cut from; auto: the full-resolution one if there, else hires",
     )
     group.add_argument(
         "--tile_um",
@@ -55,7 +58,9 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     )
     group.add_argument("--tile_px", type=settings.count, default=224, help="side of the tile, pixels")
     group.add_argument(
-        "--crop_size", type=settings.count, help="side in pixels of the source, cut unscaled; replaces --tile_um and --tile_px"
+        "--crop_size",
+        type=settings.count,
+        help="side in pixels of the source, cut unscaled; replaces --tile_um and --tile_px",
     )
     group.add_argument(
         "--spot_pitch_um",
@@ -63,7 +68,9 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         help="centre to centre, um, on square arrays (200 on legacy ST); slices.csv may state it slice by slice",
     )
     group.add_argument("--jpeg", action="store_true", help="also a JPEG per tile, for inspection; no script reads them")
-    group.add_argument("--huge", action="store_true", help="accept large images that have to be decoded as a whole, in memory")
+    group.add_argument(
+        "--huge", action="store_true", help="accept large images that have to be decoded as a whole, in memory"
+    )
     return Settings(**vars(parser.parse_args(argv)))
 
 

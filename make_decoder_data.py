@@ -65,8 +65,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     group.add_argument(
         "--n_input_genes", type=flags.count, default=2000, help="input genes: the most variable of all train slices"
     )
-    group.add_argument("--target_genes", type=Path, help="file of target genes, e.g. one per line; replaces --n_top_genes")
-    group.add_argument("--input_genes", type=Path, help="file of input genes, a list or an h5ad; replaces --n_input_genes")
+    group.add_argument(
+        "--target_genes", type=Path, help="file of target genes, e.g. one per line; replaces --n_top_genes"
+    )
+    group.add_argument(
+        "--input_genes", type=Path, help="file of input genes, a list or an h5ad; replaces --n_input_genes"
+    )
     group.add_argument(
         "--full_vocabulary",
         action="store_true",
@@ -167,8 +171,8 @@ def read_choice(path: Path, train: list[Survey], known: gene_names.KnownNames, w
         hint = gene_lists.hint(unknown, (name for surveyed in train for name in surveyed.profile.names))
         remedy = hint or "remove them" + ("" if known.approved else ", or name a table of aliases with --gene_aliases")
         raise ValueError(
-            f"{path}: expected genes of the train slices, found {len(unknown)} of {len(panel)} in none ({unknown[0]}, ...); "
-            f"{remedy}"
+            f"{path}: expected genes of the train slices, found {len(unknown)} of {len(panel)} in none ({unknown[0]}, "
+            f"...); {remedy}"
         )
     if whole:
         gene_names.require_half(len(how), len(panel), f"--input_genes {path}", unknown, train[0].profile.names.tolist())
@@ -189,8 +193,8 @@ def choose(role: str, train: list[Survey], known: gene_names.KnownNames, setting
     panel = rule([surveyed.profile for surveyed in train], wanted)
     if not panel:
         raise ValueError(
-            f"{settings.data}: expected gene names that all train slices share, found none; train on slices of one species, "
-            "whose files name genes alike"
+            f"{settings.data}: expected gene names that all train slices share, found none; train on slices of one "
+            "species, whose files name genes alike"
         )
     if len(panel) < wanted:
         print(f"warning: {wanted} {role} genes asked for, the train slices have {len(panel)} in common: all are taken")

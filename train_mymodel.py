@@ -48,7 +48,11 @@ def parse_args(argv: list[str] | None = None) -> StageOneSettings:
     flags.add_memory(parser)
     group = flags.add_encoders(parser)
     group.add_argument(
-        "--tune", type=tuning.choice, default="all", metavar="WHAT", help="what of the image encoder trains: all, last:N, norm, none"
+        "--tune",
+        type=tuning.choice,
+        default="all",
+        metavar="WHAT",
+        help="what of the image encoder trains: all, last:N, norm, none",
     )
     group.add_argument(
         "--layer_decay",

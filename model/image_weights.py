@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils import words
+
 Shapes = Mapping[str, tuple[int, ...]]
 HUB = ("hf-hub:", "hf_hub:")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -259,12 +261,15 @@ def hub_failure(error: Exception, name: str, hub: str) -> ValueError:
     file = "give it as --image_weights FILE"
     if isinstance(error, errors.GatedRepoError) or status in (401, 403):
         return ValueError(
-            f"--image_encoder {name} is gated, or there is no such model: accept its licence at "
-            f"https://huggingface.co/{hub}, then `hf auth login` (or set HF_TOKEN); or download its file and {file}"
+            f"--image_encoder {name}: expected a model that may be downloaded, found one that is gated or does not "
+            f"exist; accept its licence at https://huggingface.co/{hub}, then `hf auth login` (or set HF_TOKEN), or "
+            f"download its file and {file}"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return ValueError(f"--image_encoder {name}: expected a model at https://huggingface.co/{hub}, found none")
-    reason = " ".join(str(error).split())[:160]
+        return ValueError(
+            f"--image_encoder {name}: expected a model at https://huggingface.co/{hub}, found none; correct it"
+        )
     return ValueError(
-        f"--image_weights timm: {name} cannot be downloaded ({reason}); give a .pth or .safetensors file, or none"
+        f"--image_weights timm: expected the hub's weights of {name}, found no way to download them "
+        f"({words.cut(error)}); give a .pth or .safetensors file, or none"
     )

@@ -53,8 +53,8 @@ def tune(encoder: ImageEncoder, what: str) -> None:
         first = n_layers - int(what.removeprefix("last:"))
         if first < 1:
             raise ValueError(
-                f"--tune: expected at most last:{n_layers - 1}, the blocks of this encoder, found {what}; lower it, or use "
-                "all"
+                f"--tune: expected at most last:{n_layers - 1}, the blocks of this encoder, found {what}; lower it, or "
+                "use all"
             )
         for name, parameter in trunk.named_parameters():
             parameter.requires_grad_(layer_of[name] >= first)

@@ -30,7 +30,14 @@ NARROWER = {
     "utils.images": ("utils.images", "utils.files", "utils.words"),
     "utils.genes": ("utils.genes", "utils.files", "utils.words"),
     "utils.simulation": (
-        *("utils.simulation", "utils.evaluation.metrics", "utils.files", "utils.slices", "utils.settings", "utils.words"),
+        *(
+            "utils.simulation",
+            "utils.evaluation.metrics",
+            "utils.files",
+            "utils.slices",
+            "utils.settings",
+            "utils.words",
+        ),
     ),
 }
 

@@ -147,7 +147,8 @@ UNUSED = "not used by this script; accepted so that the same flags fit all"
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it is, the kind of value that a flag takes, and the default of every flag that has one."""
+    """The script's docstring as it is, the kind of value that a flag takes, and the default of every flag that has "
+    "one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said, default = action.help or "", action.default
@@ -294,7 +295,9 @@ def add_training(parser: Parser, out: str) -> None:
         help="auto: bf16 where the hardware multiplies in it, else fp32",
     )
     group.add_argument(
-        "--compile", action="store_true", help="torch.compile the model first, which takes minutes; steps may then be faster"
+        "--compile",
+        action="store_true",
+        help="torch.compile the model first, which takes minutes; steps may then be faster",
     )
     group.add_argument("--export", type=Path, help="new folder, to which the best epoch is written for sharing")
     group = parser.add_argument_group("interruptions")
@@ -325,7 +328,10 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
         help="centred squares that the encoder sees, fractions of the tile's side; 1 0.5: the tile and its middle",
     )
     group.add_argument(
-        "--image_weights", default="timm", metavar="WEIGHTS", help="timm (downloads), none (random), or a file: .pth, .safetensors"
+        "--image_weights",
+        default="timm",
+        metavar="WEIGHTS",
+        help="timm (downloads), none (random), or a file: .pth, .safetensors",
     )
     group.add_argument(
         "--image_tokens", type=count, default=50, help="image tokens that the fusion module reads, at most"
@@ -333,16 +339,19 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("gene encoder")
     group.add_argument("--gene_depth", type=count, default=6, help="Performer blocks")
     group.add_argument("--gene_width", type=count, default=200, help="width of the Performer")
-    group.add_argument("--gene_heads", type=count, default=10, help="attention heads of the Performer, each of width 64")
-    group.add_argument("--gene_tokens", type=count, default=64, help="tokens that the genes are pooled into")
     group.add_argument(
-        "--downsample_counts", type=count, help="counts that each spot is downsampled to before binning"
+        "--gene_heads", type=count, default=10, help="attention heads of the Performer, each of width 64"
     )
+    group.add_argument("--gene_tokens", type=count, default=64, help="tokens that the genes are pooled into")
+    group.add_argument("--downsample_counts", type=count, help="counts that each spot is downsampled to before binning")
     group.add_argument(
         "--pretrain_genes", action="store_true", help="pretrain the gene encoder by masked-bin prediction"
     )
     group.add_argument(
-        "--pretrain_epochs", type=count, default=20, help="epochs of pretraining; the best by held-out cross entropy is kept"
+        "--pretrain_epochs",
+        type=count,
+        default=20,
+        help="epochs of pretraining; the best by held-out cross entropy is kept",
     )
     group.add_argument("--pretrain_lr", type=positive, default=1e-3, help="highest learning rate of pretraining")
     group.add_argument("--pretrain_data", type=Path, help="folder of .h5ad files with raw counts, without images")
@@ -430,8 +439,8 @@ def chosen(rows: list[R], part: str) -> list[R]:
     if not matching:
         there = ", ".join(dict.fromkeys(row.part for row in rows if row.part)) or "none"
         raise ValueError(
-            f"--part: expected a slice of part {part}, found slices of part {there}; correct slices.csv, or give another "
-            "--part"
+            f"--part: expected a slice of part {part}, found slices of part {there}; correct slices.csv, or give "
+            "another --part"
         )
     return matching
 

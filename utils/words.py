@@ -1,8 +1,9 @@
-"""Words of messages: numbers with their noun, names that are near another one."""
+"""Words of messages: numbers with their noun, names that are near another one, the beginning of a long text."""
 
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
@@ -15,3 +16,8 @@ def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
     """Names that a misspelt one may have been meant for, the nearest first; none where none is near."""
     by_lower = {other.lower(): other for other in known}
     return [by_lower[other] for other in difflib.get_close_matches(name.lower(), by_lower, most)]
+
+
+def cut(text: object, most: int = 160) -> str:
+    """A library's message as one line, shortened behind a whole word."""
+    return textwrap.shorten(str(text), most, placeholder=" ...")

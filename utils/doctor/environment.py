@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils import distributed
 from utils.doctor.findings import GIB, Findings, existing
+from utils.words import count_of
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 LEAST_PYTHON = (3, 11)

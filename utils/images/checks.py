@@ -27,7 +27,8 @@ def reading(path: Path) -> Iterator[None]:
         text = " ".join(str(error).split()) or type(error).__name__
         if "imagecodecs" in text and "requires" in text:
             raise ImageError(
-                f"{path}: this compression needs `pip install --upgrade imagecodecs` ({text}); or convert it to LZW"
+                f"{path}: expected a compression that the installed imagecodecs knows, found another ({text}); pip "
+                "install --upgrade imagecodecs, or convert it to LZW"
             ) from error
         raise ImageError(
             f"{path}: expected an image, found one that cannot be read ({text[:200]}); copy it anew"

@@ -42,8 +42,9 @@ def without_controls(source: Source) -> Source:
 def check(source: Source) -> None:
     """Raises ValueError for what no script could work with, before anything is written."""
     if len(source.spots) < 2:  # no pitch
-        found = f"{len(source.spots)}; {_left_out(source) or 'check the file'}"
-        raise ValueError(f"{source.origin}: expected two spots to import or more, found {found}")
+        left_out = _left_out(source)
+        found = f"{len(source.spots)}" + (f" ({left_out})" if left_out else "")
+        raise ValueError(f"{source.origin}: expected two spots to import or more, found {found}; check the file")
     check_once(source.origin, source.spots.index.to_numpy())
     tiles.tile_files(source.origin, source.spots.index)
     if not np.isfinite(source.spots[SPOT_COLUMNS].to_numpy(float)).all():

@@ -58,8 +58,8 @@ def read_checkpoints(paths: list[Path]) -> list[dict[str, Any]]:
                 )
         if state["tile_scale"][1] is None:
             raise ValueError(
-                f"--decoder: {path} was trained on tiles without scale (--crop_size), which cannot be cut from another "
-                "slide; train on tiles of image_tilling.py --tile_um"
+                f"--decoder: {path}: expected a model of tiles of a stated scale, found one of --crop_size tiles, "
+                "which cannot be cut from another slide; train on tiles of image_tilling.py --tile_um"
             )
     return states
 

@@ -1,9 +1,9 @@
 """Print the table of both evaluations, read from their metrics.json.
 
-    python -m utils.report results
-    python -m utils.report demo/results --truth demo/data       # simulated slices: beside the known ceiling
-    python -m utils.report results/real/seed_*/results          # several runs: mean and deviation over them
-    python -m utils.report results --html results/report.html   # both pages of a run as one
+python -m utils.report results
+python -m utils.report demo/results --truth demo/data       # simulated slices: beside the known ceiling
+python -m utils.report results/real/seed_*/results          # several runs: mean and deviation over them
+python -m utils.report results --html results/report.html   # both pages of a run as one
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def report_lines(results: list[Path], truth: Path | None) -> list[str]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = settings.Parser(__doc__, prog="python -m utils.report")
-    parser.add_argument("results", type=Path, nargs="+", help="folder with retrieval/ and similarity/; of several runs each")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="folder with retrieval/ and similarity/; of several runs each"
+    )
     parser.add_argument("--truth", type=Path, help="folder of the simulated slices, which hold the known ceiling")
     parser.add_argument("--html", type=Path, help="page to write: maps, genes, examples and tables of one run")
     return parser.parse_args(argv)

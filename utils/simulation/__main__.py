@@ -1,6 +1,6 @@
 """Write simulated slices, whose truth is known, and their slices.csv.
 
-    python -m utils.simulation --out data/simulated --patients 6 --spots 300 --genes 600 --seed 0
+python -m utils.simulation --out data/simulated --patients 6 --spots 300 --genes 600 --seed 0
 """
 
 from __future__ import annotations

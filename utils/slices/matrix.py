@@ -286,10 +286,16 @@ def _are_genes(path: Path, names: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     """Which features are genes: of the kind "Gene Expression", and no control by their name."""
     of_genes = kinds == GENES
     if not of_genes.any():
-        raise ValueError(f"{path}: expected features of the kind {GENES}, found {sorted(set(kinds))}")
+        raise ValueError(
+            f"{path}: expected features of the kind {GENES}, found {', '.join(sorted(set(kinds)))}; "
+            "give the matrix of gene expression"
+        )
     controls = are_controls(names) & of_genes
     if (controls == of_genes).all():
-        raise ValueError(f"{path}: expected genes, found control features alone ({names[controls][0]}, ...)")
+        raise ValueError(
+            f"{path}: expected genes, found control features alone ({names[controls][0]}, ...); "
+            "give the matrix of gene expression"
+        )
     return of_genes & ~controls
 
 

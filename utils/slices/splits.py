@@ -16,6 +16,7 @@ import numpy as np
 from utils.files.atomic import write_whole
 from utils.slices.lattice import neighbour_tree
 from utils.slices.visium import is_slice, why_no_slice
+from utils.words import count_of
 
 PARTS = ("train", "val", "test")
 
@@ -136,10 +137,11 @@ def _found(data: Path) -> tuple[list[SliceRow], list[str]]:
             reasons.append(f"{data}: {whole}")
         if not itself and reasons:
             raise ValueError(reasons[0])
-        hint = "give the folder above it" if itself else "give the folder that holds them with --data"
-        raise ValueError(
-            f"{data}: expected slice folders (each with spatial/), found {len(names)} other folders; {hint}"
+        found = (
+            "a slice folder itself" if itself else f"{count_of(len(names), 'folder')} without" if names else "no folder"
         )
+        hint = "give the folder above it" if itself else "give the folder that holds them with --data"
+        raise ValueError(f"{data}: expected slice folders (each with spatial/), found {found}; {hint}")
     unread = [f"{data}: folders without spatial/, not used: {', '.join(others)}"] if others else []
     return rows, unread + reasons
 
@@ -207,7 +209,10 @@ def default_split(rows: Sequence[SliceRow], val_strip: bool = False) -> list[Sli
 
 def _leak(message: str, allow_leak: bool) -> str:
     if not allow_leak:
-        raise ValueError(f"{message}; correct the parts in slices.csv, or use --allow_leak and report the leak")
+        raise ValueError(
+            f"expected test slices that share nothing with the others, found {message}; correct the parts in "
+            "slices.csv, or use --allow_leak and report the leak"
+        )
     return message
 
 

@@ -81,8 +81,8 @@ def find_held_out(slices: list[SliceData], rows: list[splits.SliceRow], settings
         panel = gene_panels.read_panel(gene_panels.panel_path(settings.data, settings.panels, row.slice, "input"))
         if panel.genes != slices[0].panels["input"].genes:
             raise ValueError(
-                f"{panel.path}: its genes differ from those of {slices[0].name}, and --pretrain_data cannot be checked "
-                "against this test slice; run make_decoder_data.py again on all slices"
+                f"{panel.path}: expected the input genes of {slices[0].name}, found others, so that --pretrain_data "
+                "cannot be checked against this test slice; run make_decoder_data.py again on all slices"
             )
         hashes[panel.counts_hash] = row.slice
         counts.append((row.slice, panel.read_counts()))

@@ -19,7 +19,7 @@ import numpy as np
 from utils import distributed, settings
 from utils.files.atomic import write_record, write_whole
 from utils.files.exclusive import exclusive_folder
-from utils.report.tables import expression_lines
+from utils.report.tables import expression_lines, leak_note
 from utils.training import checkpoint, split
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def write_page(
         "mean counts per 10,000": "counts_per_10k",
     }
     report = page.Report(
-        title=f"Expression from the image: {args.part} slices",
+        title=f"Expression from the image: {args.part} slices{leak_note(metrics)}",
         unit=UNITS[state["target"]],
         genes=state["genes"],
         slices=maps,
@@ -241,6 +241,7 @@ def main(args: Settings) -> None:
             return
     measured = [read_measured(slice_, args.part, state["target"]) for slice_ in slices]
     metrics, table = evaluate(predictions, measured, state)
+    metrics["leak"] = split.leaked_slices(slices, state)
     out, unit = args.out, UNITS[state["target"]]
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "genes.csv", table.to_csv(index=False).encode())

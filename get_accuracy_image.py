@@ -20,7 +20,7 @@ from utils import distributed, settings
 from utils.features import dataset
 from utils.files.atomic import write_record, write_whole
 from utils.files.exclusive import exclusive_folder
-from utils.report.tables import GALLERIES, RETRIEVAL_METHODS, retrieval_lines
+from utils.report.tables import GALLERIES, RETRIEVAL_METHODS, leak_note, retrieval_lines
 from utils.training import checkpoint, split
 from utils.words import count_of
 
@@ -238,7 +238,7 @@ def write_page(
 
     examples = [retrieval_examples(slice_, s, args.seed) for slice_, s in zip(slices, scored, strict=True)]
     report = page.Report(
-        title=f"Retrieval: {args.part} slices",
+        title=f"Retrieval: {args.part} slices{leak_note(metrics)}",
         tables=page_parts.retrieval_tables(metrics),
         examples=[example for of_slice in examples for example in of_slice],
         examples_note=page_parts.EXAMPLES_NOTE.format(seed=args.seed, n=SHOWN),
@@ -306,6 +306,7 @@ def main(args: Settings) -> None:
     metrics["per_slice"] = {
         slice_.name: compute_metrics([s], args.seed) for slice_, s in zip(slices, scored, strict=True)
     }
+    metrics["leak"] = split.leaked_slices(slices, state)
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
     write_spots(out, slices, scored, state["genes"])

@@ -25,7 +25,7 @@ from utils import distributed, settings
 from utils.files import atomic, exclusive
 from utils.files.atomic import write_record, write_whole
 from utils.prediction import slides as slide_list
-from utils.training import checkpoint
+from utils.training import checkpoint, split
 
 if TYPE_CHECKING:
     from utils.images.image import TissueImage
@@ -201,6 +201,7 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
         spots = layout.place_spots(planned, image, thumbnail, scale, args.grid)
         predicted = predict.predict_slide(run, image, spots, out / FEATURES)
         about = describe(planned, spots, image, predicted, args.decoder)
+        about["leak"] = [leak for member in run.members for leak in split.leaks_of_table(member.state)]
     if about["unlike_training"]:
         print(
             f"warning: {spots.name}: unlike anything the model was trained on: do not rely on its prediction "
@@ -278,6 +279,7 @@ def main(args: Settings) -> None:
     from utils.prediction import members
 
     states = members.read_checkpoints(args.decoder)
+    settings.warn(members.leak_warnings(args.decoder, states))
     with distributed.running(args.device, args.precision) as accelerator:
         loaded = members.load_members(args.decoder, states, accelerator.device)
         del states  # the weights are on the device

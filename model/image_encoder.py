@@ -93,7 +93,8 @@ def of_the_hub(name: str, hub: str, image_size: int) -> Plan:
         arguments = known.arguments | mlp | size_of(known.architecture, image_size)
         return Plan(name, known.architecture, arguments, dict(zip(("mean", "std"), known.mean_sd, strict=True)), hub)
     try:
-        hub_config, architecture, arguments = timm.models.load_model_config_from_hf(hub)
+        with image_weights.asking_the_hub(hub):
+            hub_config, architecture, arguments = timm.models.load_model_config_from_hf(hub)
     except (OSError, ValueError) as error:
         raise image_weights.hub_failure(error, name, hub) from error
     except KeyError:
@@ -123,7 +124,8 @@ def build_trunk(name: str, image_size: int, weights: Weights) -> tuple[Any, Weig
     if not model_plan.hub:
         return download(model_plan, image_size)
     try:
-        tensors = timm.models.load_state_dict_from_hf(model_plan.hub)
+        with image_weights.asking_the_hub(model_plan.hub):
+            tensors = timm.models.load_state_dict_from_hf(model_plan.hub)
     except OSError as error:
         raise image_weights.hub_failure(error, name, model_plan.hub) from error
     return fill(model_plan, tensors, model_plan.hub)
@@ -154,7 +156,8 @@ def download(model_plan: Plan, image_size: int) -> tuple[Any, WeightsReport]:
     import timm
 
     try:  # with the classifier in place timm loads strictly; without it, it would skip what does not fit
-        trunk: Any = timm.create_model(model_plan.architecture, pretrained=True, **model_plan.arguments)
+        with image_weights.asking_the_hub(f"timm/{model_plan.name}"):
+            trunk: Any = timm.create_model(model_plan.architecture, pretrained=True, **model_plan.arguments)
     except RuntimeError as error:
         raise ValueError(
             f"--image_weights timm: expected weights of {model_plan.name}, found none ({words.cut(error)}); give a "

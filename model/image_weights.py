@@ -5,9 +5,11 @@ timm itself resamples position embeddings.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -251,6 +253,19 @@ def misfit(error: Exception) -> str:
     sizes = [f"{name} {old}, not {new}" for name, old, new in sizes]
     parts += [f"{len(sizes)} of another shape{in_brackets(sizes, 2)}"] if sizes else []
     return ", ".join(parts) or text[:200]
+
+
+@contextmanager
+def asking_the_hub(name: str) -> Iterator[None]:
+    """Say what is downloaded; the hub's own lines about each attempt are left out, its error says the last one."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    print(f"image weights: asking the hub for {name}", flush=True)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def hub_failure(error: Exception, name: str, hub: str) -> ValueError:

@@ -144,7 +144,7 @@ def test_stage_two_and_its_evaluation_take_a_panel_of_all_genes(trained, tmp_pat
 
 def test_train_slices_of_two_species_have_no_panel(work):
     rewrite_matrix(work.data / "P02_1", lambda c, b, names: (c, b, [f"mouse_{name}" for name in names]))
-    refused("no gene name in common", chosen, work)
+    refused("expected gene names that all train slices share, found none", chosen, work)
 
 
 def test_without_a_train_slice_there_is_no_panel(work):
@@ -245,7 +245,7 @@ def test_min_counts(work, capsys):
     work.run("make_decoder_data", "--min_counts", least)
     kept = panel(work, "P02_1").total_counts
     assert kept.tolist() == total[total >= least].tolist() and len(kept) == 40
-    assert f"30 spots below {least} counts dropped" in capsys.readouterr().out
+    assert f"30 spots below {least} count" in capsys.readouterr().out
     refused("P01_1: expected spots with counts, found none of at least 99", chosen, work, "--min_counts", 999999)
 
 

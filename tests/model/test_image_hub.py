@@ -77,7 +77,7 @@ def test_a_config_of_another_library_is_refused_with_a_way_out(hub):
     for content in ({"model_type": "dinov2"}, config() | {"architecture": "gigapath_tile_enc"}):
         (hub / "config.json").write_text(json.dumps(content))
         with pytest.raises(
-            ValueError, match=r"--image_encoder hf-hub:some/model: .*no model of timm's.*--image_weights"
+            ValueError, match=r"--image_encoder hf-hub:some/model: .*names a timm model, found .*--image_weights"
         ):
             ImageEncoder("hf-hub:some/model", 160, WIDTH)
 

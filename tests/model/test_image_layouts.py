@@ -175,14 +175,14 @@ def test_torn_empty_and_foreign_files_are_named_in_one_line(tmp_path):
     for suffix in ("pth", "safetensors"):
         path, whole = tmp_path / f"w.{suffix}", (tmp_path / f"whole.{suffix}").read_bytes()
         for content, expected in (
-            (b"", "corrupt: it is empty"),
+            (b"", "found an empty file"),
             (whole[:1000], "is corrupt"),
             (whole[:-50], "is corrupt"),
         ):
             path.write_bytes(content)
             one_line(path, expected)
         path.write_text("<html>not found</html>")
-        one_line(path, "is corrupt, or no file of weights")
+        one_line(path, "found a corrupt or another file")
 
 
 def test_code_in_a_file_is_named_and_never_run(tmp_path):
@@ -191,7 +191,7 @@ def test_code_in_a_file_is_named_and_never_run(tmp_path):
     line = one_line(path, r"holds more than tensors and plain values \(posix.mkdir\)")
     assert "save the tensors alone" in line and "weights_only" not in line, "torch's own advice is to run it"
     torch.save(timm.create_model("test_vit"), path)
-    one_line(path, r"holds more than tensors .*\(timm.models.vision_transformer.VisionTransformer\)")
+    one_line(path, r"expected tensors .* found code \(timm.models.vision_transformer.VisionTransformer\)")
     path.write_bytes(pickle.dumps({"model": Bomb(tmp_path / "ran")}))
     one_line(path, "no file of weights|holds more")
     assert not (tmp_path / "ran").exists()

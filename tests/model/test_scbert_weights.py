@@ -207,7 +207,7 @@ def wrong_files(folder, tensors):
     (folder / "corrupt.pth").write_bytes((folder / "corrupt.pth").read_bytes()[:100_000])
     yield "corrupt.pth", "corrupt.pth is corrupt"
     torch.save({"model_state_dict": tensors, "losses": Code(folder / "ran")}, folder / "code.pth")
-    yield "code.pth", "holds more than tensors and plain values"
+    yield "code.pth", "expected tensors and plain values, found code"
     torch.save({"epoch": 3, "model_state_dict": {}}, folder / "empty.pth")
     yield "empty.pth", "expected named tensors in .*, found none"
     write_released(folder / "no_positions.pth", {n: t for n, t in tensors.items() if n != scbert.POSITIONS})

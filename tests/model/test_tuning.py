@@ -98,7 +98,7 @@ def test_norm_layers_alone(name):
 
 
 def test_a_network_without_norms_is_refused():
-    with pytest.raises(ValueError, match="--tune norm: this encoder has no norm layers"):
+    with pytest.raises(ValueError, match="--tune norm: expected an encoder with norm layers, found none"):
         tuning.tune(encoder_of("test_nfnet"), "norm")
 
 

@@ -85,10 +85,10 @@ def damage(folder, kind, how):
         return "config.json lacks side_px of tile_scale"
     if how == "sizes of another model":
         config.write_text(json.dumps(known | {"sizes": known["sizes"] | {"width": 16}}))
-        return "do not fit this version"
+        return "weights that fit this version, found others"
     if how == "newer":
         config.write_text(json.dumps(known | {"format": checkpoint.FORMAT + 1}))
-        return rf"has format {checkpoint.FORMAT + 1}, this version reads .*; a newer Magic made it: update this one"
+        return rf"expected format .*, found {checkpoint.FORMAT + 1}; update this Magic, a newer one made it"
     if how == "older":
         config.write_text(json.dumps(known | {"format": 1}))
         return rf"has format 1, this version reads .*; train it again with {checkpoint.SCRIPTS[kind]}"
@@ -134,8 +134,8 @@ def test_a_folder_of_checkpoints_is_told_apart(trained, capsys):
 def test_files_of_other_formats_say_what_to_do(trained, tmp_path, number, says):
     state = torch.load(trained.decoder, weights_only=True)
     torch.save(state | {"format": number}, tmp_path / "other.pth")
-    refused(f"has format {number}, .*; {says}", load, tmp_path / "other.pth", "stage_two")
-    refused(f"has format {number}, .*; {says}", export.export, tmp_path / "other.pth", tmp_path / "new")
+    refused(f"expected format .*, found {number}; {says}", load, tmp_path / "other.pth", "stage_two")
+    refused(f"expected format .*, found {number}; {says}", export.export, tmp_path / "other.pth", tmp_path / "new")
 
 
 def test_either_stage_is_asked_for(tmp_path):

@@ -85,7 +85,7 @@ def test_code_in_a_file_is_refused_and_never_run(path, tmp_path):
     marker = tmp_path / "ran"
     path.parent.mkdir()
     torch.save({"format": 2, "kind": "stage_one", "model": Bomb(marker)}, path)
-    refused("holds more than tensors and plain values", checkpoint.load, path, "stage_one", "--encoder")
+    refused("expected tensors and plain values, found code", checkpoint.load, path, "stage_one", "--encoder")
     path.write_bytes(pickle.dumps({"kind": "stage_one", "model": Bomb(marker)}))
     refused("--encoder: ", checkpoint.load, path, "stage_one", "--encoder")
     assert not marker.exists()
@@ -127,8 +127,10 @@ def test_a_foreign_file_is_refused(path, state):
 def test_another_format_is_refused(path, kind, number):
     path.parent.mkdir()
     torch.save({"kind": kind} if number is None else {"format": number, "kind": kind}, path)
-    remedy = "update this one" if number == 6 else f"train it again with {checkpoint.SCRIPTS[kind]}"
-    refused(f"has format {number}, this version reads 5; .*{remedy}$", checkpoint.load, path, kind, "--enc")
+    remedy = "update this Magic" if number == 6 else f"train it again with {checkpoint.SCRIPTS[kind]}"
+    refused(
+        f"expected format 5, which this version reads, found {number}; .*{remedy}", checkpoint.load, path, kind, "--enc"
+    )
 
 
 def test_weights_of_another_model_are_refused(path):
@@ -186,7 +188,7 @@ def test_resume_refuses_a_run_on_other_things(tmp_path, key, value):
         save_last(tmp_path, number, **about)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     refused(
-        f"--resume: .*{LAST} was trained with other {key}",
+        f"--resume: .*{LAST}: expected the {key} of this run, found others",
         checkpoint.read_resumed,
         tmp_path,
         "stage_two",

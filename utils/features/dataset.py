@@ -5,17 +5,18 @@ Letters: S spots of a slice, G input genes, T target genes, B batch, Z tile side
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
+from utils import distributed
 from utils.genes import panels as gene_panels
 from utils.images.tiles import TilePack
-from utils.settings import SharedSettings
+from utils.settings import SharedSettings, warn
 from utils.slices import content, splits, visium
 from utils.words import count_of
 
@@ -320,11 +321,21 @@ def loader(batches: TileBatches, order: Order, workers: int | None) -> Loader:
 
 
 def n_workers(asked: int | None) -> int:
+    """Reading processes: no more than the cores that this process may use, which torch would warn of."""
     import torch
 
-    if asked is not None:
-        return asked
-    return min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    cores = distributed.n_cores()
+    if asked is None:
+        return min(4, cores) if torch.cuda.is_available() else 0
+    if asked > cores:
+        warn_of_cores(asked, cores)
+    return min(asked, cores)
+
+
+@cache
+def warn_of_cores(asked: int, cores: int) -> None:
+    """Once in a run."""
+    warn([f"--workers {asked}: {count_of(cores, 'core')} may be used, so that {cores} read tiles"])
 
 
 def in_turn(n_spots: int, batch_size: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from utils import settings
-from utils.report.tables import ceiling_line, expression_lines, read_metrics, results_file, retrieval_lines
+from utils.report.tables import ceiling_line, expression_lines, leak_lines, read_metrics, results_file, retrieval_lines
 
 
 def write_html(path: Path, results: Path) -> None:
@@ -27,8 +27,8 @@ def write_html(path: Path, results: Path) -> None:
 
 def report_lines(results: list[Path], truth: Path | None) -> list[str]:
     similarity = [read_metrics(folder, "similarity") for folder in results]
-    lines = retrieval_lines([read_metrics(folder, "retrieval") for folder in results])
-    lines += ["", *expression_lines(similarity)]
+    retrieval = [read_metrics(folder, "retrieval") for folder in results]
+    lines = [*retrieval_lines(retrieval), "", *expression_lines(similarity), *leak_lines([*retrieval, *similarity])]
     if truth:
         ceilings = [ceiling_line(folder, truth, metrics) for folder, metrics in zip(results, similarity, strict=True)]
         lines += ["", *ceilings]

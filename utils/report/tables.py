@@ -85,6 +85,19 @@ def expression_lines(runs: list[Metrics]) -> list[str]:
     return lines
 
 
+def leak_note(metrics: Metrics) -> str:
+    """What a title says of evaluated slices that the model was trained on; empty without any."""
+    return f" (leak: {', '.join(metrics['leak'])} seen in training)" if metrics.get("leak") else ""
+
+
+def leak_lines(runs: list[Metrics]) -> list[str]:
+    """A warning where evaluated slices were seen in training."""
+    names = dict.fromkeys(name for run in runs for name in run.get("leak", []))
+    if not names:
+        return []
+    return [f"warning: {', '.join(names)} seen in training (--allow_leak): the figures do not hold for new patients"]
+
+
 def ceiling_line(results: Path, truth: Path, metrics: Metrics) -> str:
     """Mean over the evaluated slices of the simulation's ceiling on the panel's genes, and the fraction reached."""
     import anndata

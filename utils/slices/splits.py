@@ -216,12 +216,24 @@ def _leak(message: str, allow_leak: bool) -> str:
     return message
 
 
-def check_patients(rows: Iterable[SliceRow], allow_leak: bool = False) -> list[str]:
-    """Stop, or warn, where a patient is in test and in another part; warn where one is in train and val."""
+def parts_of_patients(rows: Iterable[SliceRow]) -> dict[str, set[str]]:
+    """The parts that each patient has slices in."""
     parts: dict[str, set[str]] = {}
     for row in of_part(rows, *PARTS):
         parts.setdefault(row.patient, set()).add(row.part)
-    tested = [f"{patient} ({', '.join(sorted(of))})" for patient, of in parts.items() if "test" in of and len(of) > 1]
+    return parts
+
+
+def tested_elsewhere(rows: Iterable[SliceRow]) -> list[str]:
+    """Patients in test and in another part, with their parts."""
+    parts = parts_of_patients(rows).items()
+    return [f"{patient} ({', '.join(sorted(of))})" for patient, of in parts if "test" in of and len(of) > 1]
+
+
+def check_patients(rows: Iterable[SliceRow], allow_leak: bool = False) -> list[str]:
+    """Stop, or warn, where a patient is in test and in another part; warn where one is in train and val."""
+    parts = parts_of_patients(rows)
+    tested = tested_elsewhere(rows)
     shared = [patient for patient, of in parts.items() if {"train", "val"} <= of]
     warnings = [_leak(f"patients in test and in another part: {', '.join(tested)}", allow_leak)] if tested else []
     return warnings + ([f"patients in train and in val: {', '.join(shared)}"] if shared else [])

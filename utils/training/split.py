@@ -46,6 +46,8 @@ def load_training(
             )
     slices = dataset.load_slices(used, settings, roles, settings.val_strip, downsample_counts=downsample_counts)
     check_panel_origin(slices, [row.slice for row in used if row.part == "train"])
+    if settings.val_strip:
+        print("\n".join(strip_sizes(slices)))
     warn(splits.check_identical(used, dataset.counts_hashes(slices), settings.allow_leak))
     n_train = len(dataset.spots_of(slices, "train"))
     if settings.batch_size > n_train:
@@ -54,6 +56,17 @@ def load_training(
             "it"
         )
     return slices
+
+
+def strip_sizes(slices: list[dataset.SliceData]) -> list[str]:
+    """How many spots of each slice --val_strip leaves for what."""
+    lines = []
+    for slice_ in slices:
+        train, val, gap = (int((slice_.part == part).sum()) for part in ("train", "val", "gap"))
+        lines.append(
+            f"{slice_.name}: {train} train and {count_of(val, 'validation spot')}, {gap} left out between them"
+        )
+    return lines
 
 
 def load_evaluation(
@@ -103,14 +116,10 @@ def check_panel_origin(slices: list[dataset.SliceData], train: list[str]) -> Non
                 )
 
 
-def check_unseen(
-    rows: list[splits.SliceRow],
-    state: dict[str, Any],
-    flag: str,
-    allow_leak: bool,
-    hashes: dict[str, str] | None = None,
-) -> None:
-    """A checkpoint must not have been trained on held-out slices: not on test patients, nor on val slices as train.
+def seen_in_training(
+    rows: list[splits.SliceRow], state: dict[str, Any], hashes: dict[str, str] | None = None
+) -> list[str]:
+    """Held-out slices that a checkpoint was trained on: test slices of its patients, val slices that it has as train.
 
     Parameters
     ----------
@@ -122,19 +131,45 @@ def check_unseen(
     patients, trained = {row["patient"] for row in used}, {row["slice"] for row in used if row["part"] == "train"}
     contents = {state["counts_hashes"].get(row["slice"]) for row in used} - {None}
     contents |= set(state["pretrain_hashes"].values())
-    seen = [
+    return [
         row.slice
         for row in rows
         if (row.part == "test" and (row.patient in patients or (hashes or {}).get(row.slice) in contents))
         or (row.part == "val" and row.slice in trained)
     ]
+
+
+def leaked_slices(slices: list[dataset.SliceData], state: dict[str, Any]) -> list[str]:
+    """Names of evaluated slices that the model was trained on, for metrics.json; only --allow_leak lets there be "
+    "any."""
+    parts = ["train" if "train" in slice_.part else slice_.part[0] for slice_ in slices]  # of strips that of the slice
+    rows = [splits.SliceRow(s.name, s.patient, part, None, None) for s, part in zip(slices, parts, strict=True)]
+    return seen_in_training(rows, state, dataset.counts_hashes(slices))
+
+
+def leaks_of_table(state: dict[str, Any]) -> list[str]:
+    """Patients that a checkpoint, or its encoder, has in test and in another part, with their parts."""
+    tables = (state["table"], state.get("encoder_table", []))
+    found = [splits.tested_elsewhere(splits.SliceRow(**row) for row in table) for table in tables]
+    return list(dict.fromkeys(patient for of_table in found for patient in of_table))
+
+
+def check_unseen(
+    rows: list[splits.SliceRow],
+    state: dict[str, Any],
+    flag: str,
+    allow_leak: bool,
+    hashes: dict[str, str] | None = None,
+) -> None:
+    """Stop, or warn, where a checkpoint was trained on held-out slices, see `seen_in_training`."""
+    seen = seen_in_training(rows, state, hashes)
     if seen and not (allow_leak or state["settings"]["allow_leak"]):
         raise ValueError(
             f"{flag}: expected a model that was not trained on {', '.join(seen)}, held out here, found that it was; "
             "use its split (the slices.csv beside it), or --allow_leak"
         )
     if seen:
-        print(f"warning: {flag}: {', '.join(seen)} held out here, but seen in its training")
+        print(f"warning: {flag}: {', '.join(seen)} held out here, but seen in its training: recorded as a leak")
 
 
 def check_genes(panel: gene_panels.Panel, role: str, name: str, flag: str) -> None:

@@ -149,7 +149,7 @@ def report(
     print(f"{row.slice}: {', '.join([*size, *notes])}")
     if not kept.any():
         raise ValueError(
-            f"{slice_.root}: expected spots of at least {least} counts, found none; lower --min_counts, "
+            f"{slice_.root}: expected spots of at least {count_of(least, 'count')}, found none; lower --min_counts, "
             "or leave the slice out of slices.csv"
         )
 

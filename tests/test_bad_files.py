@@ -20,7 +20,11 @@ def test_a_list_with_unknown_genes(damaged, refused):
     known = gene_panels.read_panel(gene_panels.panel_path(damaged.data, damaged.panels, "P01_1", "target")).genes
     listed.write_text("\n".join([*known, "NOSUCH"]))
     for flag in ("--target_genes", "--input_genes"):
-        refused("make_decoder_data", [flag, listed], r"list.txt: 1 of 21 genes are in no train slice \(NOSUCH")
+        refused(
+            "make_decoder_data",
+            [flag, listed],
+            r"list.txt: expected genes of the train slices, found 1 of 21 in none \(NOSUCH",
+        )
     refused("make_decoder_data", ["--target_genes", damaged.out / "none.txt"], "none.txt: expected a text file")
 
 
@@ -48,13 +52,17 @@ def test_tiles_that_are_missing(damaged, refused, script):
 
 @pytest.mark.parametrize("script", TRAINING)
 def test_a_batch_larger_than_the_train_set(damaged, refused, script):
-    refused(script, ["--batch_size", 71], "--batch_size 71 is larger than the train set of 70 spots")
+    refused(script, ["--batch_size", 71], "--batch_size: expected at most the 70 train spots, found 71")
 
 
 def test_a_panel_chosen_on_a_held_out_slice(damaged, refused):
     parts = split_flag(damaged, "P03_1,C,train\nP02_1,B,val\nP01_1,A,test\n")
     for script in TRAINING:
-        refused(script, parts, r"P03_1/.*h5ad: its genes were chosen on P01_1, outside the train part \(P03_1\)")
+        refused(
+            script,
+            parts,
+            r"P03_1/.*h5ad: expected genes chosen on the train part \(P03_1\), found some chosen on P01_1",
+        )
 
 
 # ---- checkpoints
@@ -94,7 +102,7 @@ def test_resume_from_what_does_not_fit(damaged, refused, script):
     size = {"train_mymodel": ["--width", 48], "train_decoder": ["--decoder_width", 32]}[script]
     refused(script, ["--resume", *size], f"--resume: .*{folder.name}/{LAST} was trained with other sizes")
     if script == "train_decoder":
-        refused(script, ["--resume", "--target", "counts"], "was trained with other target")
+        refused(script, ["--resume", "--target", "counts"], "expected the target of this run, found others")
     for name in (LAST, PREVIOUS):
         (folder / name).write_bytes((folder / name).read_bytes()[:5000])
     refused(script, ["--resume"], f"--resume: .*{LAST} is corrupt")
@@ -131,8 +139,12 @@ def test_foreign_gene_weights(damaged, refused):
 def test_foreign_image_weights(damaged, refused):
     weights = damaged.out / "weights.pth"
     torch.save({"model": {"other.weight": torch.ones(3)}}, weights)
-    refused("train_mymodel", ["--image_weights", weights], "--image_weights do not fit test_vit")
-    refused("train_mymodel", ["--image_encoder", "no_such_model"], "--image_encoder no_such_model: expected a name")
+    refused("train_mymodel", ["--image_weights", weights], "--image_weights: expected weights of test_vit")
+    refused(
+        "train_mymodel",
+        ["--image_encoder", "no_such_model"],
+        "--image_encoder: expected a model that timm knows, found no_such_model",
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

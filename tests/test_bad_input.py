@@ -77,7 +77,7 @@ def test_counts_that_are_none(damaged, refused, value):
 
 def test_no_count_at_all(damaged, refused):
     rewrite_matrix(damaged.data / "P01_1", lambda counts, barcodes, names: (counts * 0, barcodes, names))
-    refused("make_decoder_data", [], "P01_1: expected spots with counts, found none")
+    refused("make_decoder_data", [], "P01_1: expected spots of at least 1 count, found none")
 
 
 # ---- images

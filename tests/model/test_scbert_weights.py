@@ -161,7 +161,7 @@ def test_a_missing_tensor_is_named(tensors, depth):
 
 
 def test_a_deeper_encoder_than_the_file_is_refused(tensors):
-    words = r"87 of scBERT's 101 tensors found, missing .*layers\.6.* and 13 more.*--gene_depth \(7\)"
+    words = r"expected scBERT's 101 tensors, found 87, without .*layers\.6.* and 13 more.*--gene_depth \(7\)"
     refused(words, load_scbert, gene_encoder(depth=7), tensors)
 
 
@@ -173,7 +173,7 @@ def test_a_deeper_encoder_than_the_file_is_refused(tensors):
             torch.zeros(400, WIDTH),
             r"layers\.3\.1\.fn\.fn\.w1\.weight has shape \(400, 200\), expected \(800, 200\) by --gene_width 200",
         ),
-        ("norm.weight", torch.full((WIDTH,), torch.nan), "norm.weight holds NaN or infinity"),
+        ("norm.weight", torch.full((WIDTH,), torch.nan), "norm.weight: expected numbers, found NaN or infinity"),
     ],
     ids=["shape", "NaN"],
 )
@@ -202,7 +202,7 @@ class Code:
 def wrong_files(folder, tensors):
     """What may be given in place of the released file, and what is said of it."""
     torch.save({"layer.weight": torch.zeros(3)}, folder / "another.pth")
-    yield "another.pth", r"0 of scBERT's 87 tensors found, missing .* and 86 more"
+    yield "another.pth", r"expected scBERT's 87 tensors, found 0, without .* and 86 more"
     write_released(folder / "corrupt.pth", tensors)
     (folder / "corrupt.pth").write_bytes((folder / "corrupt.pth").read_bytes()[:100_000])
     yield "corrupt.pth", "corrupt.pth is corrupt"

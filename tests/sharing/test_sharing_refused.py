@@ -28,7 +28,7 @@ def test_only_a_new_folder_is_written_to(trained, own):
 
 def test_a_checkpoint_to_resume_from_is_not_shared(trained, tmp_path):
     path = trained.decoder.with_name(LAST)
-    refused("is there to resume from; fix: give best_epoch_weights.pth", export.export, path, tmp_path / "new")
+    refused("found those to resume from; give best_epoch_weights.pth", export.export, path, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -49,7 +49,7 @@ def damage(folder, kind, how):
         return "found no config.json; give"
     if how == "a tensor missing":
         save_file({name: one for name, one in tensors.items() if name != first}, weights)
-        return r"is not the one of config.json: expected float32 \[32, ..\] for model.image_encoder.*, found none"
+        return r"expected float32 \[32, ..\] for model.image_encoder.* by config.json, found none"
     if how == "a tensor more":
         save_file(tensors | {"model.more": torch.ones(2)}, weights)
         return r"expected none for model.more, found float32 \[2\]"
@@ -61,10 +61,10 @@ def damage(folder, kind, how):
         return r"to_vector.weight, found bfloat16 \["
     if how == "another model":
         save_file(tensors | {first: tensors[first] + 1}, weights)
-        return "expected another sha256; fix: export"
+        return "expected the sha256 of config.json, found another; fix: export"
     if how == "code":
         weights.write_bytes(pickle.dumps(Bomb(folder / "ran")))
-        return "model.safetensors is corrupt, or"
+        return "model.safetensors: expected weights, found a corrupt or"
     if how == "broken JSON":
         config.write_text(config.read_text()[:-20])
         return "config.json: expected JSON, found .*; fix: export"
@@ -91,7 +91,7 @@ def damage(folder, kind, how):
         return rf"expected format .*, found {checkpoint.FORMAT + 1}; update this Magic, a newer one made it"
     if how == "older":
         config.write_text(json.dumps(known | {"format": 1}))
-        return rf"has format 1, this version reads .*; train it again with {checkpoint.SCRIPTS[kind]}"
+        return rf"expected format .*, found 1; train it again with {checkpoint.SCRIPTS[kind]}"
     assert how == "the other stage"
     other = next(one for one in KINDS if one != kind)
     config.write_text(json.dumps(known | {"kind": other}))
@@ -129,7 +129,7 @@ def test_a_folder_of_checkpoints_is_told_apart(trained, capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "says"), [(1, "train it again with train_decoder.py"), (99, "a newer Magic made it: update this one")]
+    ("number", "says"), [(1, "train it again with train_decoder.py"), (99, "update this Magic, a newer one made it")]
 )
 def test_files_of_other_formats_say_what_to_do(trained, tmp_path, number, says):
     state = torch.load(trained.decoder, weights_only=True)

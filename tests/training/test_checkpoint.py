@@ -137,7 +137,14 @@ def test_weights_of_another_model_are_refused(path):
     weights = torch.nn.Linear(3, 2).state_dict()
     checkpoint.fit(torch.nn.Linear(3, 2), weights, path, "--encoder")
     for other in (torch.nn.Linear(4, 2), torch.nn.Linear(3, 2, bias=False)):
-        refused("--encoder: the weights in .* do not fit", checkpoint.fit, other, weights, path, "--encoder")
+        refused(
+            "--encoder: .*expected weights that fit this version, found others",
+            checkpoint.fit,
+            other,
+            weights,
+            path,
+            "--encoder",
+        )
 
 
 # ---- the last one and the one before it

@@ -439,8 +439,7 @@ def chosen(rows: list[R], part: str) -> list[R]:
     if not matching:
         there = ", ".join(dict.fromkeys(row.part for row in rows if row.part)) or "none"
         raise ValueError(
-            f"--part: expected a slice of part {part}, found slices of part {there}; correct slices.csv, or give "
-            "another --part"
+            f"expected a slice of part {part}, found slices of part {there}; correct slices.csv, or give another --part"
         )
     return matching
 

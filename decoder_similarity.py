@@ -21,6 +21,7 @@ from utils.files.atomic import write_record, write_whole
 from utils.files.exclusive import exclusive_folder
 from utils.report.tables import expression_lines, leak_note
 from utils.training import checkpoint, split
+from utils.words import count_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,6 +120,8 @@ def predict_baselines(
             rows = slice_.rows_of(part)
             if len(rows):
                 images.append(cache.as_images(slice_, of_slice, part) | {"target": target[rows]})
+    n_spots = sum(len(image["target"]) for image in parts["train"])
+    print(f"baselines: fitted on {count_of(n_spots, 'train spot')}", flush=True)
     fitted = baselines.fit_baselines(parts["train"], parts["val"])
     evaluated = zip(slices, features[len(trained_on) :], strict=True)
     images = [cache.as_images(slice_, of_slice, args.part) for slice_, of_slice in evaluated]
@@ -249,7 +252,14 @@ def main(args: Settings) -> None:
     draw_figures(out, predictions, measured, table, unit)
     write_page(out / "report.html", predictions, measured, metrics, table, state, args)
     write_record(out / "metrics.json", metrics)
-    print("\n".join([f"{metrics['n_spots']} spots, {metrics['n_genes']} genes", *expression_lines([metrics])]))
+    print(
+        "\n".join(
+            [
+                f"{count_of(metrics['n_spots'], 'spot')}, {count_of(metrics['n_genes'], 'gene')}",
+                *expression_lines([metrics]),
+            ]
+        )
+    )
     print(f"results in {out}")
 
 

@@ -174,6 +174,7 @@ def score_slice(
     from utils.files.arrays import ArrayStore
 
     rows, bins = slice_.rows_of(args.part), slice_.bins()
+    print(f"{slice_.name}: retrieval of {count_of(len(rows), 'spot')}", flush=True)
     store, inference = ArrayStore(args.memory, args.out), cache.Inference(accelerator, args.batch_size, args.workers)
     encoded = cache.encode_pairs(model, slice_, bins, rows, inference, store)
     image, gene = encoded.vectors()

@@ -26,6 +26,7 @@ from utils.files import atomic, exclusive
 from utils.files.atomic import write_record, write_whole
 from utils.prediction import slides as slide_list
 from utils.training import checkpoint, split
+from utils.words import count_of
 
 if TYPE_CHECKING:
     from utils.images.image import TissueImage
@@ -236,7 +237,7 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
         outputs.write_spatialdata(out / "predictions.zarr", prediction)
     write_record(out / SETTINGS, {"key": key, "settings": flags, **about})
     shutil.rmtree(out / FEATURES)
-    print(f"{spots.name}: {len(spots.barcodes)} spots, {len(prediction.genes)} genes in {out}")
+    print(f"{spots.name}: {count_of(len(spots.barcodes), 'spot')}, {count_of(len(prediction.genes), 'gene')} in {out}")
 
 
 def predict_request(request: slide_list.Request, run: Run, args: Settings) -> None:

@@ -252,7 +252,7 @@ def misfit(error: Exception) -> str:
     sizes = re.findall(r"size mismatch for (\S+): copying a param with shape [\w.]+\(([^)]*)\).*?\(([^)]*)\)", text)
     sizes = [f"{name} {old}, not {new}" for name, old, new in sizes]
     parts += [f"{len(sizes)} of another shape{in_brackets(sizes, 2)}"] if sizes else []
-    return ", ".join(parts) or text[:200]
+    return ", ".join(parts) or words.cut(text)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ def test_a_long_text_ends_with_a_whole_word():
     text = "a first line\n of " + "words " * 60
     assert words.cut("two\n words") == "two words"
     assert len(words.cut(text)) <= 160 and words.cut(text).endswith("words ...")
+    assert words.cut("x" * 300) == "x" * 160
 
 
 def test_near_names_are_found_whatever_their_case():

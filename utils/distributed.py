@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from utils import words
+
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
@@ -134,7 +136,7 @@ def running(device: str, precision: str) -> Iterator[Accelerator]:
             reason = str(error).split("] ", 1)[-1]  # behind gloo's own line of source
             raise ConnectionError(
                 f"process {rank()} of {n_processes()}: expected an answer of the others, found one of them gone, or "
-                f"silent for {TIMEOUT} ({' '.join(reason.split())[:80]}); fix: read what it says and start again, a "
+                f"silent for {TIMEOUT} ({words.cut(reason)}); fix: read what it says and start again, a "
                 "training with --resume"
             ) from error
         raise

@@ -454,8 +454,8 @@ def line_of(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if memory.is_out_of_memory(error):
         return (
-            f"expected memory for the work, found too little ({text[:100]}); fix: lower --batch_size, --workers or "
-            "--memory, or take a machine with more"
+            f"expected memory for the work, found too little ({words.cut(text)}); fix: lower --batch_size, --workers "
+            "or --memory, or take a machine with more"
         )
     return text if isinstance(error, (ValueError, OSError)) else None
 

@@ -20,4 +20,5 @@ def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
 
 def cut(text: object, most: int = 160) -> str:
     """A library's message as one line, shortened behind a whole word."""
-    return textwrap.shorten(str(text), most, placeholder=" ...")
+    line = " ".join(str(text).split())
+    return textwrap.shorten(line, most, placeholder=" ...") if " " in line[:most] else line[:most]

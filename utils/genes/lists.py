@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.genes.names import SUFFIX, ensembl_id
-from utils.words import count_of
+from utils.words import count_of, cut
 
 HEADINGS = (  # of the column of genes, in order of preference
     *("symbol", "symbols", "gene_symbol", "gene_symbols", "genesymbol", "hgnc_symbol", "mgi_symbol", "official_symbol"),
@@ -244,7 +244,7 @@ def read_gene2vec(path: Path) -> tuple[list[str] | None, np.ndarray]:
     try:
         names, table = _read_text(path) if path.suffix in NAMED else (None, np.load(path))
     except (OSError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = cut(error)
         raise ValueError(
             f"--gene2vec: {path}: expected an .npy table, or .txt lines `gene v1 v2 ...`; {reason}"
         ) from error

@@ -25,6 +25,7 @@ from utils.importers.images import Thumbnail, image_size, make_thumbnail
 from utils.importers.source import SPOT_COLUMNS, Source
 from utils.slices import checks, splits, visium
 from utils.slices.matrix import check_once
+from utils.words import count_of
 
 SAME_PX = 1e-6  # decimal text is not always read back to the last bit
 
@@ -34,7 +35,7 @@ def without_controls(source: Source) -> Source:
     genes = ~are_controls(source.genes)
     if genes.all() or isinstance(source.counts, visium.StoredCounts):  # which were read without them
         return source
-    left_out = f"{(~genes).sum()} control features left out"
+    left_out = f"{count_of((~genes).sum(), 'control feature')} left out"
     kept = {"counts": source.counts[:, genes], "genes": source.genes[genes], "gene_ids": source.gene_ids[genes]}
     return replace(source, **kept, notes=[*source.notes, left_out])
 

@@ -21,6 +21,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, vstack
 
 from utils.genes.names import are_controls
+from utils.words import cut
 
 MATRICES = (
     *("filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix"),
@@ -126,7 +127,7 @@ def reading(path: Path, expected: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, zlib.error) as error:
-        found = " ".join(str(error).split())[:200] or type(error).__name__
+        found = cut(error) or type(error).__name__
         raise ValueError(f"{path}: expected {expected}, found: {found}; copy or export the file again") from error
 
 

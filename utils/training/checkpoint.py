@@ -48,7 +48,7 @@ def _write_part(path: Path, state: dict[str, Any]) -> Path:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         part.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())[:160]
+        reason = words.cut(error)
         raise ValueError(
             f"{path}: expected room for a checkpoint, found that it cannot be written ({reason}); make room, and go on "
             "with --resume: what was saved before is whole"

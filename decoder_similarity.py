@@ -252,14 +252,8 @@ def main(args: Settings) -> None:
     draw_figures(out, predictions, measured, table, unit)
     write_page(out / "report.html", predictions, measured, metrics, table, state, args)
     write_record(out / "metrics.json", metrics)
-    print(
-        "\n".join(
-            [
-                f"{count_of(metrics['n_spots'], 'spot')}, {count_of(metrics['n_genes'], 'gene')}",
-                *expression_lines([metrics]),
-            ]
-        )
-    )
+    print(f"{count_of(metrics['n_spots'], 'spot')}, {count_of(metrics['n_genes'], 'gene')}")
+    print("\n".join(expression_lines([metrics])))
     print(f"results in {out}")
 
 

@@ -74,7 +74,13 @@ def plan(name: str, image_size: int) -> Plan:
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models() or docs/encoders.md"
         hint = f"for a model of the hub give hf-hub:{name}" if "/" in name else hint
         raise ValueError(f"--image_encoder: expected a model that timm knows, found {name}; {hint}")
-    return Plan(name, name, size_of(name, image_size))
+    try:
+        return Plan(name, name, size_of(name, image_size))
+    except RuntimeError as error:  # of weights that timm does not have of the model, named after its dot
+        known = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise ValueError(
+            f"--image_encoder: expected weights that timm knows, found {name}; use one of {', '.join(known) or 'none'}"
+        ) from error
 
 
 def size_of(architecture: str, image_size: int) -> dict[str, Any]:

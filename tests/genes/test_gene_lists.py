@@ -301,9 +301,9 @@ def save_archive(path):
         ("g.npy", lambda path: np.save(path, np.zeros((3, 2), int)), r"found int64 of shape \(3, 2\)"),
         ("g.txt", lambda path: path.write_text(""), "found no gene"),
         ("g.txt", lambda path: path.write_text("just\nnames\n"), "found just"),
-        ("g.txt", lambda path: path.write_text("A 1 2\nB 1\n"), "B has 1 numbers, A has 2"),
+        ("g.txt", lambda path: path.write_text("A 1 2\nB 1\n"), "B with 1 numbers, A with 2"),
         ("g.txt", lambda path: path.write_text("A 1 2\nB 1 x\n"), "could not convert string to float: 'x'"),
-        ("g.txt", lambda path: path.write_text("A 1 2\nA 1 3\n"), "A stands there twice"),
+        ("g.txt", lambda path: path.write_text("A 1 2\nA 1 3\n"), "found A twice"),
     ],
 )
 def test_a_wrong_gene2vec_is_refused(tmp_path, name, write, words):

@@ -181,7 +181,7 @@ def test_without_counts_every_position_in_tissue_has_a_tile(data):
 @pytest.mark.parametrize("barcode", ["a/b-1", "../up", ".hidden", "a\\b"])
 def test_barcodes_that_are_no_file_names_are_refused(data, barcode):
     write_spatial(data / "slice", [*grid_lines(INSIDE[:3]), f"{barcode},1,3,5,200,200"], scales=SCALES)
-    refused("cannot be a file name", cut, data)
+    refused("expected barcodes that can be file names, found", cut, data)
     assert not (data.parent / "tiles").exists(), "nothing half written"
 
 

@@ -116,7 +116,7 @@ def test_bad_sources_are_refused_before_anything_is_written(source, tmp_path):
     slashed = spots.set_index(pd.Index([f"a/{b}" for b in spots.index], name="barcode"))
     for changed, match in (
         ({"spots": repeated}, "each barcode once"),
-        ({"spots": slashed}, "cannot be a file name"),
+        ({"spots": slashed}, "expected barcodes that can be file names, found"),
         ({"spots": spots.assign(x_fullres_px=np.nan)}, "finite spot positions"),
         ({"spots": spots + 1e6}, "expected 70 spots on its 1150 x 1153 px, found 70 outside"),
         ({"image": None}, "found none; name it with --image"),

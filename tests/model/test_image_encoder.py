@@ -211,6 +211,8 @@ def test_an_unknown_name_is_refused_with_names_near_it():
         ImageEncoder("resnet_no", SIDE, WIDTH)
     with pytest.raises(ValueError, match=r"found testvit; did you mean test_vit"):
         ImageEncoder("testvit", SIDE, WIDTH)
+    with pytest.raises(ValueError, match=r"found test_vit.of_none; use one of test_vit.r160_in1k"):
+        ImageEncoder("test_vit.of_none", SIDE, WIDTH)
 
 
 def test_without_a_network_the_other_choices_are_named(monkeypatch):

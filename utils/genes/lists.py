@@ -244,9 +244,9 @@ def read_gene2vec(path: Path) -> tuple[list[str] | None, np.ndarray]:
     try:
         names, table = _read_text(path) if path.suffix in NAMED else (None, np.load(path))
     except (OSError, EOFError, ValueError) as error:
-        reason = cut(error)
         raise ValueError(
-            f"--gene2vec: {path}: expected an .npy table, or .txt lines `gene v1 v2 ...`; {reason}"
+            f"--gene2vec: {path}: expected an .npy table, or .txt lines `gene v1 v2 ...`, found {cut(error)}; fetch "
+            "the file again"
         ) from error
     if not isinstance(table, np.ndarray) or table.ndim != 2 or table.dtype.kind != "f":
         found = f"{table.dtype} of shape {table.shape}" if isinstance(table, np.ndarray) else "an archive"
@@ -259,12 +259,12 @@ def _read_text(path: Path) -> tuple[list[str], np.ndarray]:
     if lines and len(lines[0]) == 2 and all(field.isdigit() for field in lines[0]):
         lines = lines[1:]
     if not lines or len(lines[0]) < 2:
-        raise ValueError(f"found {'no gene' if not lines else ' '.join(lines[0])[:40]}")
+        raise ValueError("no gene" if not lines else " ".join(lines[0])[:40])
     names, table = [fields[0] for fields in lines], np.empty((len(lines), len(lines[0]) - 1), np.float32)
     for row, (name, *values) in enumerate(lines):
         if len(values) != table.shape[1]:
-            raise ValueError(f"{name} has {len(values)} numbers, {names[0]} has {table.shape[1]}")
+            raise ValueError(f"{name} with {len(values)} numbers, {names[0]} with {table.shape[1]}")
         table[row] = [float(value) for value in values]
     if len(set(names)) < len(names):
-        raise ValueError(f"{Counter(names).most_common(1)[0][0]} stands there twice")
+        raise ValueError(f"{Counter(names).most_common(1)[0][0]} twice")
     return names, table

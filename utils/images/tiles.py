@@ -135,7 +135,10 @@ def tile_files(folder: Path, barcodes: Iterable[str]) -> list[str]:
     files = [f"{folder}{os.sep}{barcode}.jpeg" for barcode in barcodes]
     for barcode in barcodes:
         if not barcode or barcode.startswith(".") or any(c in barcode for c in "/\\\0"):
-            raise ValueError(f"{folder}: barcode {barcode!r} cannot be a file name; rename it in counts and positions")
+            raise ValueError(
+                f"{folder}: expected barcodes that can be file names, found {barcode!r}; rename it in counts and "
+                "positions"
+            )
     return files
 
 

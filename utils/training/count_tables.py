@@ -109,18 +109,10 @@ def read_one(
         print(f"warning: {leak}")
     kept = np.flatnonzero(total > 0)
     notes = [f"{(~measured).sum()} of {len(panel)} input genes absent, read as zero"] if not measured.all() else []
-    notes += (
-        [f"{words.count_of(len(total) - len(kept), 'spot')} without a count left out"] if len(kept) < len(total) else []
-    )
-    print(
-        ", ".join(
-            [
-                f"{path.name}: {words.count_of(len(kept), 'spot')}",
-                f"{words.count_of(measured.sum(), 'input gene')}",
-                *notes,
-            ]
-        )
-    )
+    without = len(total) - len(kept)
+    notes += [f"{words.count_of(without, 'spot')} without a count left out"] if without else []
+    size = [words.count_of(len(kept), "spot"), words.count_of(measured.sum(), "input gene")]
+    print(f"{path.name}: {', '.join([*size, *notes])}")
     of_panel, total = of_panel[kept], total[kept]
     if downsample_counts:
         seeds = gene_panels.spot_seeds(path.stem, barcodes[kept])

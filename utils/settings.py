@@ -251,7 +251,7 @@ def add_split(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--val_strip",
         action="store_true",
-        help="validate on a contiguous quarter of each train slice, in place of validation slices; for every script",
+        help="validate on a contiguous quarter of each train slice; give it to every script",
     )
     group.add_argument(
         "--allow_leak",

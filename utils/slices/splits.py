@@ -1,7 +1,7 @@
 """slices.csv: which slice is whose, its part, its spot pitch and its image; the split and the leak guard.
 
-The table has a header `slice,patient,part,spot_pitch_um,image`, of which only `slice` is needed. Spots of one patient
-never sit in test and elsewhere. Whatever is wrong is a ValueError of one line; what is only odd is a warning, returned.
+The table has a header `slice,patient,part,spot_pitch_um,image`, of which only `slice` is needed. All slices of a
+patient are in one part. Whatever is wrong is a ValueError of one line; what is only odd is a warning, returned.
 """
 
 import csv

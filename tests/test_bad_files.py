@@ -35,7 +35,11 @@ def test_panels_that_are_missing_or_torn(damaged, refused, script):
     path.write_bytes(path.read_bytes()[:2000])
     refused(script, [], f"P01_1/{path.name}: expected a file of make_decoder_data.py")
     path.unlink()
-    refused(script, [], f"P01_1/{path.name}: expected a panel file, found none; run make_decoder_data.py first")
+    refused(
+        script,
+        [],
+        f"P01_1/{path.name}: expected a panel file, found none; run make_decoder_data.py, or give the folder with --panels",
+    )
 
 
 @pytest.mark.parametrize("script", [*TRAINING, *EVALUATION])
@@ -47,7 +51,11 @@ def test_tiles_that_are_missing(damaged, refused, script):
     write_record(folder / "tiles.json", record | {"number": 67})
     refused(script, [], "tiles/P01_1: expected a tile for each of 70 spots, 3 have none", "image_tilling.py")
     shutil.rmtree(folder)
-    refused(script, [], "tiles/P01_1: expected tiles.json and tiles.h5, found none; run image_tilling.py first")
+    refused(
+        script,
+        [],
+        "tiles/P01_1: expected tiles.json and tiles.h5, found none; run image_tilling.py, or give the folder of tiles with --tiles",
+    )
 
 
 @pytest.mark.parametrize("script", TRAINING)

@@ -327,7 +327,7 @@ def test_a_run_interrupted_while_it_replaces_leaves_no_record(data, monkeypatch)
     folder = cut(data, "--jpeg")
     stop_at(data, monkeypatch, "write_record", "--jpeg", "--tile_px", 14)
     assert not (folder / "tiles.json").exists() and not list(folder.glob("*.part"))
-    refused("run image_tilling.py first", tiles.TilePack, folder)
+    refused("run image_tilling.py, or give the folder of tiles with --tiles", tiles.TilePack, folder)
     cut(data)
     assert tiles.TilePack(folder).size == 28 and set(times(folder)) == {"tiles.h5", "tiles.json"}
 

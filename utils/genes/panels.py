@@ -258,7 +258,9 @@ def read_panel(path: Path) -> Panel:
     import anndata
 
     if not path.exists():
-        raise ValueError(f"{path}: expected a panel file, found none; run make_decoder_data.py first")
+        raise ValueError(
+            f"{path}: expected a panel file, found none; run make_decoder_data.py, or give the folder with --panels"
+        )
     try:
         adata = anndata.read_h5ad(path, backed="r")
         note = adata.uns["magic"]

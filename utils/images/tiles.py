@@ -231,7 +231,10 @@ class TilePack:
         self.folder, self.path = folder, folder / PACK
         record = read_record(folder)
         if record is None or not self.path.exists():
-            raise ValueError(f"{folder}: expected {RECORD} and {PACK}, found none; run image_tilling.py first")
+            raise ValueError(
+                f"{folder}: expected {RECORD} and {PACK}, found none; run image_tilling.py, or give the folder of "
+                "tiles with --tiles"
+            )
         self.record: dict[str, Any] = record
         try:
             with h5py.File(self.path) as file:

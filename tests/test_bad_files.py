@@ -38,7 +38,7 @@ def test_panels_that_are_missing_or_torn(damaged, refused, script):
     refused(
         script,
         [],
-        f"P01_1/{path.name}: expected a panel file, found none; run make_decoder_data.py, or give the folder with --panels",
+        f"P01_1/{path.name}: expected a panel file, found none; run make_decoder_data.py, or .* --panels",
     )
 
 
@@ -49,12 +49,12 @@ def test_tiles_that_are_missing(damaged, refused, script):
     rows = np.arange(3, 70)
     tiles.write_pack(folder, pack.barcodes[rows], np.zeros((67, 2)), [pack.read(rows)], pack.size)
     write_record(folder / "tiles.json", record | {"number": 67})
-    refused(script, [], "tiles/P01_1: expected a tile for each of 70 spots, 3 have none", "image_tilling.py")
+    refused(script, [], "tiles/P01_1: expected a tile for each of 70 spots, found none for 3", "image_tilling.py")
     shutil.rmtree(folder)
     refused(
         script,
         [],
-        "tiles/P01_1: expected tiles.json and tiles.h5, found none; run image_tilling.py, or give the folder of tiles with --tiles",
+        "tiles/P01_1: expected tiles.json and tiles.h5, found none; run image_tilling.py, or .* --tiles",
     )
 
 

@@ -198,7 +198,7 @@ def test_tiles_missing_interrupted_or_of_another_scale(own, seen):
         expect=[
             r"P01_1: .*tiling was interrupted; fix: run image_tilling.py again",
             r"P02_1: .*expected tiles.json and tiles.h5, found none",
-            r"in the tiles: P01_1, P02_1 have none",
+            r"in the tiles: none of P01_1, P02_1",
         ]
     )
 
@@ -215,7 +215,7 @@ def test_a_spot_without_tile(own, seen):
     pack = tiles.TilePack(own / "tiles/P01_1")
     barcodes, rows = pack.barcodes[1:], pack.read(np.arange(1, len(pack.barcodes)))
     tiles.write_pack(own / "tiles/P01_1", barcodes, np.zeros((len(barcodes), 2)), [rows], pack.size)
-    seen(expect=[r"P01_1: .*1 of 70 spots have no tile", r"in the tiles: P01_1 have none"])
+    seen(expect=[r"P01_1: .*each of 70 spots, found none for 1", r"in the tiles: none of P01_1"])
 
 
 def test_a_data_folder_that_is_not_there_or_is_a_slice(own, capsys, tmp_path):

@@ -73,7 +73,7 @@ def test_a_slice_holds_what_its_panels_hold(work):
 
 def test_spots_without_a_tile_are_refused(work):
     barcodes = repack(work.tiles / "P01_1", np.r_[0:4, 5:9, 10:70])
-    assert barcodes[4] in refused("expected a tile for each of 70 spots, 2 have none", load, work)
+    assert barcodes[4] in refused("expected a tile for each of 70 spots, found none for 2", load, work)
 
 
 def test_spots_outside_the_image_are_left_out_and_said(work, capsys):

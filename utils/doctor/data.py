@@ -222,7 +222,7 @@ def check_tile_scales(checked: list[Checked], findings: Findings) -> None:
         findings.problem(f"in the tiles: {found}", fix)
     without = [slice_.name for slice_ in checked if scales and slice_.tile_scale is None]
     if without:
-        found = f"in the tiles: {', '.join(without)} have none, other slices have"
+        found = f"in the tiles: none of {', '.join(without)}, but of other slices"
         findings.problem(found, "run image_tilling.py again")
 
 
@@ -233,7 +233,7 @@ def check_same_panel(checked: list[Checked], role: str, findings: Findings) -> N
     if len(hashes) > 1:
         findings.problem(f"in the {role} genes: {len(hashes)} different panels", "run make_decoder_data.py again")
     if without:
-        findings.problem(f"in the {role} genes: {', '.join(without)} have no file", "run make_decoder_data.py again")
+        findings.problem(f"in the {role} genes: no file of {', '.join(without)}", "run make_decoder_data.py again")
 
 
 def check_room(checked: list[Checked], settings: Settings, findings: Findings) -> None:

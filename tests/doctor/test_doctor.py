@@ -185,7 +185,7 @@ def test_one_slice_under_two_names(own, seen):
 
 def test_counts_that_changed_after_the_panels(own, seen):
     rewrite_matrix(own / "data/P02_1", lambda counts, barcodes, names: (counts + 1, barcodes, names))
-    seen(expect=[r"P02_1, found those of other counts", r"in the target genes: P02_1 have no file"])
+    seen(expect=[r"P02_1, found those of other counts", r"in the target genes: no file of P02_1"])
 
 
 def test_tiles_missing_interrupted_or_of_another_scale(own, seen):

@@ -87,7 +87,7 @@ def test_a_torn_missing_or_foreign_checkpoint(damaged, refused, script):
     flag, path = ("--decoder", damaged.decoder) if script == "decoder_similarity" else ("--encoder", damaged.encoder)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    refused(script, [], f"{flag}: .*{path.parent.name}/{BEST} is corrupt")
+    refused(script, [], f"{flag}: .*{path.parent.name}/{BEST}: expected weights, found")
     path.unlink()
     refused(script, [], f"{flag}: expected the file .*{path.parent.name}/{BEST}, found none; run train_")
     torch.save({"weights": torch.ones(2)}, path)
@@ -113,7 +113,7 @@ def test_resume_from_what_does_not_fit(damaged, refused, script):
         refused(script, ["--resume", "--target", "counts"], "expected the target of this run, found others")
     for name in (LAST, PREVIOUS):
         (folder / name).write_bytes((folder / name).read_bytes()[:5000])
-    refused(script, ["--resume"], f"--resume: .*{LAST} is corrupt")
+    refused(script, ["--resume"], f"--resume: .*{LAST}: expected weights, found")
     for name in (LAST, PREVIOUS):
         (folder / name).unlink()
     refused(script, ["--resume"], f"--resume: expected the file .*{LAST}, found none; run without --resume first")
@@ -141,7 +141,7 @@ def test_foreign_gene_weights(damaged, refused):
     flags = ["--gene_weights", weights, "--gene_vocab", vocabulary, "--tune_block", 0]
     refused("train_mymodel", flags, "--gene_weights: expected scBERT's .* tensors, found 0")
     weights.write_bytes(weights.read_bytes()[:300])
-    refused("train_mymodel", flags, "--gene_weights: .*weights.pth is corrupt")
+    refused("train_mymodel", flags, "--gene_weights: .*weights.pth: expected weights, found")
 
 
 def test_foreign_image_weights(damaged, refused):

@@ -117,7 +117,7 @@ def test_a_test_patient_in_train(damaged, refused, script):
 
 @pytest.mark.parametrize("script", TRAINING)
 def test_no_validation_slice(damaged, refused, script):
-    refused(script, split_flag(damaged, "P01_1,A,train\nP03_1,C,test\n"), "no slice has part val", "--val_strip")
+    refused(script, split_flag(damaged, "P01_1,A,train\nP03_1,C,test\n"), "expected a slice of part val", "--val_strip")
 
 
 @pytest.mark.parametrize("script", EVALUATION)

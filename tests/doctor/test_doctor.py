@@ -196,7 +196,7 @@ def test_tiles_missing_interrupted_or_of_another_scale(own, seen):
     (third / tiles.RECORD).write_text(json.dumps(record | {"um_per_px": 1.0}))
     seen(
         expect=[
-            r"P01_1: .*tiling was interrupted; fix: run image_tilling.py again",
+            r"P01_1: .*expected tiles.h5, found one that was interrupted; fix: run image_tilling.py again",
             r"P02_1: .*expected tiles.json and tiles.h5, found none",
             r"in the tiles: none of P01_1, P02_1",
         ]

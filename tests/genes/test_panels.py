@@ -155,9 +155,9 @@ def test_train_slices_of_two_species_have_no_panel(work):
 
 def test_without_a_train_slice_there_is_no_panel(work):
     (work.data / "slices.csv").write_text(PARTS.replace("train", "val"))
-    refused("no slice has part train", chosen, work)
+    refused("expected a slice of part train", chosen, work)
     (work.data / "slices.csv").write_text(PARTS)
-    refused("no slice has part val", chosen, work, "--part", "val")
+    refused("expected a slice of part val", chosen, work, "--part", "val")
     assert not work.panels.exists()
 
 

@@ -136,7 +136,7 @@ WRONG = {
         lambda s: s | {"patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)},
         r"patch_embed.proj.weight \[64, 3, 8, 8\], not \[64, 3, 16, 16\]",
     ),
-    "a grid that is no square": ("w.pth", lambda s: s | {"pos_embed": torch.zeros(1, 14, 64)}, "do not fit"),
+    "a grid that is no square": ("w.pth", lambda s: s | {"pos_embed": torch.zeros(1, 14, 64)}, "expected weights of"),
     "other names": ("w.pth", lambda s: {f"{k}.raw": v for k, v in s.items()}, r"\d+ missing .*unknown"),
     "an optimizer alone": (
         "w.pth",

@@ -62,7 +62,14 @@ def test_under_half_of_the_panel_is_refused(released):
 def test_a_vocabulary_of_another_length_would_shift_genes(released, tmp_path, n_names):
     (tmp_path / "genes.txt").write_text("\n".join(["first", *NAMES][:n_names]))
     args = flags(released, gene_vocab=tmp_path / "genes.txt")
-    refused(f"positions of 16906 genes, .*names {n_names}", gene_weights.load, gene_encoder(), args, PANEL, [])
+    refused(
+        f"expected 16906 genes, as .* has positions, found {n_names}",
+        gene_weights.load,
+        gene_encoder(),
+        args,
+        PANEL,
+        [],
+    )
     (tmp_path / "genes.txt").write_text("gene\n")
     refused("genes.txt: expected one gene per line", gene_weights.load, gene_encoder(), args, PANEL, [])
 
@@ -114,7 +121,10 @@ def test_without_flags_nothing_is_touched(capsys):
         ({"gene_vocab": __file__}, "--gene_vocab and --gene_aliases: expected --gene_weights or --gene2vec"),
         ({"gene_aliases": __file__}, "--gene_vocab and --gene_aliases: expected"),
         ({"gene_aliases": "none.txt"}, "--gene_aliases: expected the file none.txt"),
-        ({"gene_weights": __file__, "gene_vocab": __file__, "gene_depth": 4}, "--tune_block 4: expected less than"),
+        (
+            {"gene_weights": __file__, "gene_vocab": __file__, "gene_depth": 4},
+            "--tune_block: expected less than --gene_depth 4, found 4",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(changed, words):

@@ -177,7 +177,7 @@ def test_an_evaluation_has_its_slices_and_those_that_taught(work, states, role):
 
 def test_an_evaluation_of_a_part_that_is_not_there_is_refused(work, states, tmp_path):
     (tmp_path / "slices.csv").write_text("slice,part\nP01_1,train\nP03_1,val\n")
-    refused("no slice has part test", evaluation, work, states, "input", slices=tmp_path / "slices.csv")
+    refused("expected a slice of part test", evaluation, work, states, "input", slices=tmp_path / "slices.csv")
 
 
 def test_an_evaluation_on_another_panel_is_refused(work, states):

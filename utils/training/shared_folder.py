@@ -70,6 +70,6 @@ def check_tensors(tensors: dict[str, Any], config: dict[str, Any], folder: Path,
     for name in sorted({*listed, *tensors}):
         wanted, found = listed.get(name, "none"), described(tensors[name]) if name in tensors else "none"
         if wanted != found:
-            raise ValueError(f"{flag}: {path}: expected {wanted} for {name} by {CONFIG}, found {found}; {AGAIN}")
+            raise ValueError(f"{flag}: {path}: expected {wanted} for {name}, found {found}; {AGAIN}")
     if hashing.file_hash(path) != config["weights_sha256"]:
         raise ValueError(f"{flag}: {path}: expected the sha256 of {CONFIG}, found another; {AGAIN}")

@@ -108,7 +108,9 @@ def test_the_checkpoint_of_the_other_stage(damaged, refused):
 def test_resume_from_what_does_not_fit(damaged, refused, script):
     folder = (damaged.encoder if script == "train_mymodel" else damaged.decoder).parent
     size = {"train_mymodel": ["--width", 48], "train_decoder": ["--decoder_width", 32]}[script]
-    refused(script, ["--resume", *size], f"--resume: .*{folder.name}/{LAST} was trained with other sizes")
+    refused(
+        script, ["--resume", *size], f"--resume: .*{folder.name}/{LAST}: expected the sizes of this run, found others"
+    )
     if script == "train_decoder":
         refused(script, ["--resume", "--target", "counts"], "expected the target of this run, found others")
     for name in (LAST, PREVIOUS):

@@ -104,7 +104,7 @@ def test_what_is_read_back_is_compared(source, tmp_path, monkeypatch, what):
 
 def test_what_a_killed_run_left_is_no_slice_and_is_replaced(source, root, tmp_path):
     (tmp_path / ".S1.part" / "spatial").mkdir(parents=True)
-    refused("found 0 other folders", splits.read_table, tmp_path)
+    refused("found no folder; give", splits.read_table, tmp_path)
     import_slice(source, tmp_path)
     assert_same_slice(tmp_path / "S1", root)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["S1", "slices.csv"]

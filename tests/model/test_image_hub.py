@@ -91,7 +91,10 @@ FAILURES = {
         lambda: errors.GatedRepoError("403 Client Error.\nCannot access gated repo", response=answer(403)),
         r"is gated.*https://huggingface.co/(\S+), then `hf auth login` \(or set HF_TOKEN\).*--image_weights FILE",
     ),
-    "no token": (lambda: errors.HfHubHTTPError("401", response=answer(401)), "is gated, .*hf auth login"),
+    "no token": (
+        lambda: errors.HfHubHTTPError("401", response=answer(401)),
+        "one that is gated or does not exist; .*hf auth login",
+    ),
     "no such model": (
         lambda: errors.RepositoryNotFoundError("404 Client Error.", response=answer(404)),
         r"expected a model at https://huggingface.co/\S+, found none",

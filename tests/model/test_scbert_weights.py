@@ -171,7 +171,7 @@ def test_a_deeper_encoder_than_the_file_is_refused(tensors):
         (
             "performer.net.layers.3.1.fn.fn.w1.weight",
             torch.zeros(400, WIDTH),
-            r"layers\.3\.1\.fn\.fn\.w1\.weight has shape \(400, 200\), expected \(800, 200\) by --gene_width 200",
+            r"layers\.3\.1\.fn\.fn\.w1\.weight of shape \(800, 200\) by --gene_width 200 .*, found \(400, 200\)",
         ),
         ("norm.weight", torch.full((WIDTH,), torch.nan), "norm.weight: expected numbers, found NaN or infinity"),
     ],
@@ -185,8 +185,12 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_copied(tensors, name
 
 
 def test_other_heads_or_width_than_the_files_are_named(tensors):
-    refused(r"to_q.weight has shape \(640, 200\), .*--gene_heads 8", load_scbert, gene_encoder(1, heads=8), tensors)
-    refused(r"token_emb.* has shape \(7, 200\), .*--gene_width 64", load_scbert, gene_encoder(1, width=64), tensors)
+    refused(
+        r"to_q.weight of shape .*--gene_heads 8, found \(640, 200\)", load_scbert, gene_encoder(1, heads=8), tensors
+    )
+    refused(
+        r"token_emb.* of shape .*--gene_width 64 .*found \(7, 200\)", load_scbert, gene_encoder(1, width=64), tensors
+    )
 
 
 class Code:

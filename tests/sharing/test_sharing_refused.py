@@ -79,10 +79,10 @@ def damage(folder, kind, how):
         return "expected what --export wrote, found the config of something else"
     if how == "keys missing":
         config.write_text(json.dumps({k: v for k, v in known.items() if k not in ("genes", "settings")}))
-        return r"config.json lacks genes \(list\), settings \(dict\); fix: export"
+        return r"config.json: expected genes \(list\), settings \(dict\), found none; fix: export"
     if how == "no scale":
         config.write_text(json.dumps(known | {"tile_scale": {}}))
-        return "config.json lacks side_px of tile_scale"
+        return "config.json: expected side_px of tile_scale, found none"
     if how == "sizes of another model":
         config.write_text(json.dumps(known | {"sizes": known["sizes"] | {"width": 16}}))
         return "weights that fit this version, found others"

@@ -118,8 +118,8 @@ def script_flags(script: str, ablation: str, small: bool) -> list[str]:
     return [flag for flags in tables for flag in flags.get(script, "").split()]
 
 
-def shuffle_panels(panels: Path, names: Sequence[str]) -> None:
-    """Permute the counts of each slice's panel files, with their totals, over the spots of the slice.
+def shuffle_panels(panels: Path, names: Sequence[str], fraction: float = 1.0) -> None:
+    """Permute the counts of each slice's panel files, with their totals, over a fraction of the spots of the slice.
 
     One permutation per slice, drawn from its name, serves both files. Barcodes, positions and the rest stay.
     """
@@ -129,7 +129,10 @@ def shuffle_panels(panels: Path, names: Sequence[str]) -> None:
         for role in gene_panels.FILES:
             path = gene_panels.panel_path(panels, None, name, role)
             adata = anndata.read_h5ad(path)
-            order = np.random.default_rng(zlib.crc32(name.encode())).permutation(adata.n_obs)
+            rng = np.random.default_rng(zlib.crc32(name.encode()))
+            order, drawn = np.arange(adata.n_obs), rng.permutation(adata.n_obs)
+            drawn = drawn[: round(fraction * adata.n_obs)]
+            order[np.sort(drawn)] = drawn
             adata.X = adata.X[order]
             adata.obs["total_counts"] = adata.obs["total_counts"].to_numpy()[order]
             write_anndata(path, adata)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model import losses
 from model.contrastive import ContrastiveHead, Pair
-from model.fusion import Fusion, hard_negatives
+from model.fusion import N_NEGATIVES, Fusion, draw_negatives
 from model.gene_encoder import GeneEncoder
 from model.image_encoder import ImageEncoder, Weights
 from model.momentum import FeatureQueue, momentum_at, momentum_encoder, update_momentum
@@ -51,7 +51,7 @@ class StepOutput(NamedTuple):
     contrast: Tensor
     matching: Tensor
     expression: Tensor
-    matching_accuracy: Tensor
+    matching_auc: Tensor
     pair_m: Pair
 
 
@@ -130,32 +130,33 @@ class StageOne(nn.Module):
         return gather_pair(self.image_encoder_m(tiles)[0], self.gene_encoder_m(bins, frozen)[0], spots)
 
     def match(
-        self, gene_tokens: Tensor, image_tokens: Tensor, pair: Pair, generator: torch.Generator
+        self, gene_tokens: Tensor, image_tokens: Tensor, spots: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy of true pairs against hard negatives of the whole batch; pairs and non-pairs weigh alike
-        in the accuracy.
+        """Loss of true pairs against wrong profiles and wrong images of the whole batch, and the area under its ROC
+        curve.
 
         Parameters
         ----------
         gene_tokens, image_tokens : of this process' spots, (B, K, D), (B, P, D)
-        pair : features of all processes' spots
-        generator : in the same state on all processes
+        spots : ids of all processes' spots
+        generator : draws the negatives, in the same state on all processes
         """
         n = len(gene_tokens)
         local = slice(distributed.rank() * n, (distributed.rank() + 1) * n)
-        similarity = self.contrast.similarity(pair.image.detach(), pair.gene.detach())
-        wrong_gene = hard_negatives(similarity, pair.spot, generator)[local]
-        wrong_image = hard_negatives(similarity.T, pair.spot, generator)[local]
+        wrong_gene, wrong_image = (draw_negatives(spots, N_NEGATIVES, generator)[local] for _ in range(2))
         genes, images = self.fusion.precompute_genes(gene_tokens), self.fusion.precompute_images(image_tokens)
+        all_genes = distributed.gather(genes)
         all_images = [distributed.gather(keys_values, dim=1) for keys_values in images]
-        candidates = torch.stack([genes, distributed.gather(genes)[wrong_gene]], dim=1)  # (B, 2, K, D)
+        candidates = torch.cat([genes[:, None], all_genes[wrong_gene]], dim=1)  # (B, 1 + N, K, D)
         by_image = self.fusion.score(candidates, images)
-        by_gene = self.fusion.score(genes[:, None], [keys_values[:, wrong_image] for keys_values in all_images])
-        logits = torch.cat([by_image.T.flatten(), by_gene.flatten()])
-        is_pair = torch.arange(len(logits), device=logits.device) < n
-        right = ((logits > 0) == is_pair).float()
-        accuracy = (right[is_pair].mean() + right[~is_pair].mean()) / 2
-        return losses.matching_loss(logits, is_pair), accuracy
+        by_gene = [
+            self.fusion.score(genes[:, None], [keys_values[:, column] for keys_values in all_images])
+            for column in wrong_image.T
+        ]
+        pairs, others = by_image[:, 0], torch.cat([by_image[:, 1:], *by_gene], dim=1).flatten()
+        logits = torch.cat([pairs, others])
+        is_pair = torch.cat([torch.ones_like(pairs), torch.zeros_like(others)])
+        return losses.matching_loss(logits, is_pair), losses.pair_auc(pairs, others)
 
     def regress(self, vectors: tuple[Tensor, Tensor], expression: Tensor | None) -> Tensor:
         """Expression loss, the mean of both vectors' (B, D), against components (B, R); 0 without them."""
@@ -183,7 +184,7 @@ class StageOne(nn.Module):
         ----------
         tiles, bins, spots : tiles (B, 3, Z, Z) in 0..1, bins (B, G), spot ids (B,)
         alpha : weight of the momentum encoders' soft target
-        generator : draws the hard negatives; in the same state on all processes
+        generator : of the CPU, draws the negatives; in the same state on all processes
         expression : (B, R), NaN where not measured, or None
         expression_weight, matching_weight : of these losses beside the contrast
         """
@@ -197,11 +198,13 @@ class StageOne(nn.Module):
                 raise ValueError(f"alpha {alpha:g}: distillation needs a model with momentum_encoders")
             pair_m = pair.detached()  # weighs 0 in the target
         contrast = self.contrast(pair, pair_m, self.queue.filled(), alpha)
-        image_tokens = self.image_encoder.project_tokens(raw_tokens, self.sizes.image_tokens)
-        matching, accuracy = self.match(gene_tokens, image_tokens, pair, generator)
+        matching, auc = contrast.new_zeros(()), contrast.new_full((), 0.5)
+        if matching_weight:
+            image_tokens = self.image_encoder.project_tokens(raw_tokens, self.sizes.image_tokens)
+            matching, auc = self.match(gene_tokens, image_tokens, pair.spot, generator)
         regression = self.regress((vector, gene_vector), expression)
         loss = contrast + matching_weight * matching + expression_weight * regression
-        return StepOutput(loss, contrast, matching, regression, accuracy, pair_m)
+        return StepOutput(loss, contrast, matching, regression, auc, pair_m)
 
     @torch.no_grad()
     def after_step(self, *pairs_m: Pair) -> None:

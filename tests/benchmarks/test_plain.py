@@ -64,7 +64,7 @@ def test_retrieval_with_each_candidate_encoded_anew():
         gene, gene_tokens = model.encode_genes(batch["bins"])
     encoded = EncodedPairs(image.numpy(), gene.numpy(), image_tokens, gene_tokens)
     here = SimpleNamespace(device=torch.device("cpu"), autocast=torch.no_grad)
-    found = get_accuracy_image.gallery_scores(model, encoded, np.zeros(6), np.zeros(6), candidates, here)
+    found = get_accuracy_image.gallery_scores(model, encoded, np.zeros(6), np.zeros(6), candidates, 1.0, here)
     expected = plain.retrieval_scores(
         plain.plain_model(model), batch["tiles"], batch["bins"], torch.from_numpy(candidates)
     )

@@ -14,15 +14,15 @@ from model.stage_one import StageOne, StageOneSizes
 
 def test_losses_are_finite_scalars_that_add_up():
     found = step_of(stage_one(), batch_of(), expression_weight=0.5)
-    for part in (found.loss, found.contrast, found.matching, found.expression, found.matching_accuracy):
+    for part in (found.loss, found.contrast, found.matching, found.expression, found.matching_auc):
         assert part.shape == () and torch.isfinite(part)
     torch.testing.assert_close(found.loss, found.contrast + found.matching + 0.5 * found.expression)
     assert found.expression > 0.1
-    assert 0 <= found.matching_accuracy <= 1
+    assert 0 <= found.matching_auc <= 1
     torch.testing.assert_close(step_of(stage_one(), batch_of()).loss, found.contrast + found.matching)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3])
+@pytest.mark.parametrize("weight", [0.3, 2.0])
 def test_the_matching_counts_by_its_weight(weight):
     found = step_of(stage_one(), batch_of(), matching_weight=weight)
     torch.testing.assert_close(found.loss, found.contrast + weight * found.matching)

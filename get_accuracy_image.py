@@ -279,7 +279,7 @@ def write_page(
     page.write_report(path, report)
 
 
-def write_spots(out: Path, slices: list[SliceData], scored: list[ScoredSlice], genes: list[str]) -> None:
+def write_spots(out: Path, slices: list[SliceData], scored: list[ScoredSlice], genes: list[str], weight: float) -> None:
     """predictions.h5ad, and its table of spots as spots.csv: hits of every method, ranks, vectors, nearest profiles."""
     import pandas as pd
 
@@ -305,6 +305,7 @@ def write_spots(out: Path, slices: list[SliceData], scored: list[ScoredSlice], g
     )
     adata.uns["magic"] = {
         "X": "bins of log2(1 + counts per 10,000), as the gene encoder reads them",
+        "reranking_weight": weight,
         "nearest_profiles": "rows of this file whose profiles are most similar to the image, within the slice",
     }
     anndata_files.write_anndata(out / "predictions.h5ad", adata)
@@ -339,17 +340,17 @@ def main(args: Settings) -> None:
         if not distributed.go_on_alone():
             return
     metrics = compute_metrics(scored, args.seed)
-    metrics["reranking_weight"] = weight
     metrics["per_slice"] = {
         slice_.name: compute_metrics([s], args.seed) for slice_, s in zip(slices, scored, strict=True)
     }
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
-    write_spots(out, slices, scored, state["genes"])
+    write_spots(out, slices, scored, state["genes"], weight)
     draw_recall(out / "retrieval_curve.png", scored)
     write_page(out / "report.html", metrics, slices, scored, state, args)
     write_record(out / "metrics.json", metrics)
     print("\n".join([f"{metrics['n_spots']} spots", *retrieval_lines([metrics])]))
+    print(f"reranked: matching weighs {weight:g}, fitted on the validation spots")
     print(f"results in {out}")
 
 

@@ -191,12 +191,12 @@ def losses_of(
     )
 
 
-def log_row(out: StepOutput, candidates: int) -> Row:
+def log_row(out: StepOutput, contrast_chance: float) -> Row:
     """Every loss of a batch beside its chance level."""
     return {
         "loss": out.loss.item(),
         "contrast_loss": out.contrast.item(),
-        "contrast_chance": math.log(candidates),
+        "contrast_chance": contrast_chance,
         "matching_loss": out.matching.item(),
         "matching_chance": MATCHING_CHANCE,
         "matching_auc": out.matching_auc.item(),
@@ -223,14 +223,14 @@ def train_one_epoch(
             distributed.seed_everything(settings.seed, epoch, i, distributed.rank())
             number = (epoch - settings.Init_Epoch) * len(order) + i
             alpha = settings.alpha * min((number + 1) / len(order), 1.0)
-            candidates = settings.batch_size + int(model.queue.state[0])
+            chance = model.contrast_chance(settings.batch_size)
             last = (i + 1) % order.accumulate == 0
             with nullcontext() if last else trainer.accelerator.no_sync(replica):
                 out = losses_of(trainer, replica, batch, number, alpha, settings)
                 loop.stop_if_not_finite(out.loss.item(), epoch, i)
                 trainer.backward(out.loss / order.accumulate)
             pairs_m.append(out.pair_m)
-            row = log_row(out, candidates)
+            row = log_row(out, chance)
             sums = {name: sums.get(name, 0.0) + value for name, value in row.items()}
             bar.set_postfix_str(
                 f"contrast {row['contrast_loss']:.3f} (chance {row['contrast_chance']:.3f})", refresh=False

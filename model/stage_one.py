@@ -6,6 +6,7 @@ tokens, Z tile side in pixels, R components of expression. The suffix _m marks m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,6 +62,15 @@ def gather_pair(image: Tensor, gene: Tensor, spots: Tensor) -> Pair:
     return Pair(*(distributed.gather(tensor) for tensor in (image, gene, spots)))
 
 
+def with_vector(tokens: Tensor, vector: Tensor) -> Tensor:
+    """Tokens (B, N, D) of one side, and one more: its vector (B, D) scaled to a token's length -> (B, N + 1, D).
+
+    The fusion then has what the contrast compares and need not learn it from the tokens.
+    """
+    unit = F.normalize(vector.float(), dim=1) * vector.shape[1] ** 0.5
+    return torch.cat([tokens, unit[:, None].to(tokens.dtype)], dim=1)
+
+
 class StageOne(nn.Module):
     """Paired encoders with momentum distillation and matching.
 
@@ -113,14 +123,15 @@ class StageOne(nn.Module):
         return self
 
     def encode_images(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Tiles (B, 3, Z, Z) in 0..1 -> unit vectors (B, D), tokens for the fusion (B, P <= image_tokens, D)."""
+        """Tiles (B, 3, Z, Z) in 0..1 -> unit vectors (B, D), tokens for the fusion (B, P + 1, D), P <= image_tokens."""
         vector, raw = self.image_encoder(tiles)
-        return F.normalize(vector.float(), dim=1), self.image_encoder.project_tokens(raw, self.sizes.image_tokens)
+        tokens = self.image_encoder.project_tokens(raw, self.sizes.image_tokens)
+        return F.normalize(vector.float(), dim=1), with_vector(tokens, vector)
 
     def encode_genes(self, bins: Tensor) -> tuple[Tensor, Tensor]:
-        """Bins (B, G) -> unit vectors (B, D), gene tokens (B, K, D)."""
+        """Bins (B, G) -> unit vectors (B, D), tokens for the fusion (B, K + 1, D)."""
         vector, tokens = self.gene_encoder(bins)
-        return F.normalize(vector.float(), dim=1), tokens
+        return F.normalize(vector.float(), dim=1), with_vector(tokens, vector)
 
     @torch.no_grad()
     def encode_m(self, tiles: Tensor, bins: Tensor, spots: Tensor, frozen: Tensor | None) -> Pair | None:
@@ -137,7 +148,7 @@ class StageOne(nn.Module):
 
         Parameters
         ----------
-        gene_tokens, image_tokens : of this process' spots, (B, K, D), (B, P, D)
+        gene_tokens, image_tokens : of this process' spots, each side's vector among them, (B, K, D), (B, P, D)
         spots : ids of all processes' spots
         generator : draws the negatives, in the same state on all processes
         """
@@ -193,18 +204,23 @@ class StageOne(nn.Module):
         gene_vector, gene_tokens = self.gene_encoder(bins, frozen)
         pair = gather_pair(vector, gene_vector, spots)
         pair_m = self.encode_m(tiles, bins, spots, frozen)
-        if pair_m is None:
-            if alpha > 0:
-                raise ValueError(f"alpha {alpha:g}: distillation needs a model with momentum_encoders")
-            pair_m = pair.detached()  # weighs 0 in the target
+        if pair_m is None and alpha > 0:
+            raise ValueError(f"alpha {alpha:g}: distillation needs a model with momentum_encoders")
         contrast = self.contrast(pair, pair_m, self.queue.filled(), alpha)
         matching, auc = contrast.new_zeros(()), contrast.new_full((), 0.5)
         if matching_weight:
             image_tokens = self.image_encoder.project_tokens(raw_tokens, self.sizes.image_tokens)
-            matching, auc = self.match(gene_tokens, image_tokens, pair.spot, generator)
+            sides = with_vector(gene_tokens, gene_vector), with_vector(image_tokens, vector)
+            matching, auc = self.match(*sides, pair.spot, generator)
         regression = self.regress((vector, gene_vector), expression)
         loss = contrast + matching_weight * matching + expression_weight * regression
-        return StepOutput(loss, contrast, matching, regression, auc, pair_m)
+        return StepOutput(loss, contrast, matching, regression, auc, pair_m or pair.detached())
+
+    def contrast_chance(self, batch_size: int) -> float:
+        """The contrastive loss of a guess, at the queue's present length."""
+        within = math.log(batch_size)
+        momentum = math.log(batch_size + int(self.queue.state[0]))
+        return (within + momentum) / 2 if self.sizes.momentum_encoders else within
 
     @torch.no_grad()
     def after_step(self, *pairs_m: Pair) -> None:

@@ -47,7 +47,7 @@ STAGE_ONE = (
     "--gene_tokens 16 --fusion_blocks 1 --width 128 --Init_lr 1e-3 --expression_weight 0 --precision fp32"
 )
 STAGE_TWO = "--decoder_layers 2 --decoder_width 32 --Init_lr 1e-3 --Epoch 10 --precision fp32"
-TILE_PX, BATCH_SIZE, N_GENES = 64, 32, 600
+TILE_PX, BATCH_SIZE, N_GENES, N_INPUT_GENES = 64, 32, 600, 300
 AUC_OTHERS = 9  # mismatched pairs to each pair
 
 
@@ -81,7 +81,9 @@ class Cohort:
         splits.write_table(table, self.folder / "slices.csv")
         image_tilling.main(image_tilling.parse_args([*self.flags(), "--tile_px", str(TILE_PX)]))
         for panels in ("panels", "panels" + MISMATCHED) if mismatched else ("panels",):
-            make_decoder_data.main(make_decoder_data.parse_args([*self.flags(panels), "--n_input_genes", str(N_GENES)]))
+            make_decoder_data.main(
+                make_decoder_data.parse_args([*self.flags(panels), "--n_input_genes", str(N_INPUT_GENES)])
+            )
         if mismatched:
             train = [row.slice for row in table if row.part == "train"]
             shuffle_panels(self.folder / ("panels" + MISMATCHED), train, FRACTION)

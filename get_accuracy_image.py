@@ -163,6 +163,7 @@ def fit_reranking(model: StageOne, slices: list[SliceData], accelerator: Acceler
     for slice_ in slices:
         rows = slice_.rows_of("val")
         if len(rows):
+            print(f"{slice_.name}: re-ranking fitted on {count_of(len(rows), 'validation spot')}", flush=True)
             encoded = encode(model, slice_, rows, slice_.bins(), accelerator, args)
             galleries.append(retrieval.neighbour_candidates(slice_.xy_fullres_px[rows], args.neighbours, args.seed))
             similarity.append(contrastive_scores(model, encoded, galleries[-1].candidates))

@@ -220,7 +220,7 @@ def test_a_list_on_one_line_is_the_panel(work, flag):
     ("text", "words"),
     [
         ("erbb2\nTP53", r"found 1 of 2 in none \(erbb2, ...\); erbb2: did you mean ERBB2\?"),
-        ("Erbb2\nTp53", r"2 of 2 genes .*Erbb2: did you mean ERBB2\?"),
+        ("Erbb2\nTp53", r"found 2 of 2 in none .*Erbb2: did you mean ERBB2\?"),
         ("HER2", "remove them, or name a table of aliases with --gene_aliases"),
     ],
 )

@@ -1,5 +1,6 @@
 """Results as AnnData: spots of one or several slices, the small image, files that scanpy plots as they are."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import anndata
@@ -11,8 +12,8 @@ import scanpy
 from PIL import Image
 from spaceranger_folders import SCALES, write_spatial
 
-from utils.report.anndata_files import spots_anndata, write_anndata
-from utils.report.spots import spots_on_image
+from utils.report.anndata_files import predicted_lognorm, spots_anndata, write_anndata
+from utils.report.spots import SpotsOnImage, spots_on_image
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
 
@@ -51,7 +52,30 @@ def test_the_small_image_and_its_scale(tmp_path, kind):
     assert spots.scalefactors["spot_diameter_fullres"] == 65.0 and spots.spot_diameter_px == 80.0
     entry = made(spots).uns["spatial"]["A"]
     np.testing.assert_array_equal(entry["images"]["hires"], PIXELS)
-    assert entry["scalefactors"] == spots.scalefactors
+    scale = spots.image_scale
+    expected = spots.scalefactors | {"tissue_hires_scalef": scale, "tissue_lowres_scalef": scale}
+    assert entry["scalefactors"] == expected, "an image of under 600 px is both"
+
+
+def test_the_lowres_image_has_the_scale_of_its_own_pixels():
+    image = np.zeros((500, 1500, 3), np.uint8)
+    image[200:210, 1200:1210] = 255
+    spots = replace(
+        SpotsOnImage(
+            name="A",
+            image=image,
+            image_scale=0.5,
+            xy_fullres_px=np.array([[2410.0, 410]]),
+            spot_diameter_px=1,
+            barcodes=["A-1"],
+        ),
+        scalefactors={"tissue_lowres_scalef": 9.0},
+    )
+    entry = spots_anndata([spots], np.zeros((1, 1)), pd.DataFrame(index=["TP53"]), {}).uns["spatial"]["A"]
+    lowres = entry["images"]["lowres"]
+    assert lowres.shape == (200, 600, 3)
+    column, row = np.round(spots.xy_fullres_px[0] * entry["scalefactors"]["tissue_lowres_scalef"]).astype(int)
+    assert lowres[row, column].min() > 200 and lowres.mean() < 1
 
 
 def test_rows_are_chosen(tmp_path):
@@ -97,6 +121,17 @@ def test_scanpy_reads_and_plots_the_file(tmp_path):
         axes = scanpy.pl.spatial(one, color="GAPDH", library_id=library, show=False)[0]
         assert axes.images and axes.get_title() == "GAPDH"
     plt.close("all")
+
+
+def test_lognorm_of_several_models_is_at_their_mean_depth(capsys):
+    states = [
+        {"target": "residuals", "train_depth": n, "gene_fraction": np.array([p])} for n, p in ((1e3, 0.2), (3e3, 0.4))
+    ]
+    found = predicted_lognorm(states, np.zeros((2, 1), np.float32))
+    np.testing.assert_allclose(found, np.log1p(3000), rtol=1e-6)
+    assert predicted_lognorm([states[0], {"target": "residuals"}], np.zeros((2, 1))) is None
+    assert capsys.readouterr().out.startswith("warning: the model's file lacks the depth")
+    np.testing.assert_allclose(predicted_lognorm([{"target": "counts"}], np.ones((1, 1))), np.log(2))
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

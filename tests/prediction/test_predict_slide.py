@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from report_pages import content_of
 from slide_runs import predict, read, record, strict
 from test_geojson import check_qupath
 from tiny_runs import snapshot
@@ -233,6 +234,20 @@ def test_metrics_are_json_and_beside_the_mean_profile(measured):
     assert found["residuals"]["mean"]["pcc_gene_mean"] is None
     assert found["lognorm"]["model"]["mse"] > 0 and found["residuals"]["model"]["mse"] is None
     assert len(pd.read_csv(measured / "genes.csv")) == found["n_genes"] == 20
+
+
+def test_the_page_has_the_columns_of_genes_csv_and_no_folder(measured, unmeasured, trained):
+    for out in (measured, unmeasured):
+        text = (out / "report.html").read_text()
+        assert str(out) not in text and str(trained.decoder.parent) not in text and str(trained.data) not in text
+        assert set(content_of(out / "report.html")["columns"]) == set(content_of(out / "report.html")["geneNotes"])
+    columns, genes = content_of(measured / "report.html")["columns"], pd.read_csv(measured / "genes.csv")
+    np.testing.assert_allclose(columns["PCC, residuals"], genes["pcc_residuals_model"], rtol=1e-5)
+    np.testing.assert_allclose(columns["PCC, lognorm"], genes["pcc_lognorm_model"], rtol=1e-5)
+    assert (
+        next(iter(columns)) == "PCC, residuals"
+        and "PCC, residuals" not in content_of(unmeasured / "report.html")["columns"]
+    )
 
 
 def by_hand(adata):

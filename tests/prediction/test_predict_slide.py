@@ -1,7 +1,10 @@
 """predict_slide.py: slices and images, with and without counts; what is written."""
 
+import importlib.util
 import json
+import re
 import shutil
+from pathlib import Path
 
 import anndata
 import matplotlib.pyplot as plt
@@ -21,6 +24,8 @@ from utils.images import tiles
 from utils.prediction import outputs, slide_features
 from utils.prediction.predict import RunningMoments
 from utils.training import checkpoint
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +176,7 @@ def residuals(trained, section, tmp_path_factory):
     state = checkpoint.load(trained.decoder, "stage_two", "--decoder") | {"target": "residuals"}
     state.pop("format"), state.pop("kind")
     checkpoint.save(out / "model.pth", "stage_two", **state)
-    return predict(section[0], out / "model.pth", out / "out"), state
+    return predict(section[0], out / "model.pth", out / "predicted"), state
 
 
 def test_scanpy_users_find_what_they_expect(trained, measured, unmeasured, residuals, tmp_path):
@@ -217,6 +222,25 @@ def test_scanpy_and_squidpy_work_on_the_layers_and_the_lowres_image(residuals):
     first = scanpy.get.rank_genes_groups_df(adata, "right")["names"][0]
     lognorm, right = adata[:, first].layers["lognorm"], (adata.obs["half"] == "right").to_numpy()
     assert lognorm[right].mean() > lognorm[~right].mean() and np.isfinite(adata.obsm["X_pca"]).all()
+
+
+def test_the_code_of_downstream_md_runs(residuals, monkeypatch):
+    plt.switch_backend("Agg")
+    monkeypatch.chdir(residuals[0].parent)
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", (ROOT / "docs" / "downstream.md").read_text())
+    known: dict = {}
+    for block in blocks:
+        if "leiden" not in block or importlib.util.find_spec("igraph"):
+            exec(compile(block, "docs/downstream.md", "exec"), known)
+    adata, ranked = known["adata"], known["ranked"]
+    assert (np.diff(adata[ranked, known["genes"][0]].X.ravel()) <= 0).all(), "the highest spot first"
+    of_spots = adata[:, known["genes"][:1]].layers["lognorm"][adata.obs["region"] == known["means"].obs_names[0]]
+    assert known["means"].layers["mean"][0, adata.var_names.get_loc(known["genes"][0])] == pytest.approx(
+        of_spots.mean()
+    )
+    assert np.isfinite(adata.obs["signature"]).all() and (residuals[0].parent / "maps.png").exists()
+    assert known["measured"].uns["moranI"]["I"].between(-1, 1.2).all()
+    plt.close("all")
 
 
 def test_the_geojson_is_what_qupath_reads(measured):

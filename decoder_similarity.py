@@ -231,8 +231,7 @@ def write_predictions(
         "counts": np.concatenate([slice_.counts for slice_ in measured]),
     }
     for name, values in layers.items():
-        if values is not None:
-            adata.layers[name] = values.astype(np.float32)
+        adata.layers[name] = values.astype(np.float32)
     adata.uns["magic"] = anndata_files.describe_values(adata, state["target"], model_hash)
     anndata_files.write_anndata(path, adata)
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -166,6 +167,12 @@ def pair_of(adata: AnnData, name: str) -> Pair:
 # ---- the tables
 
 
+def cells(values: Sequence[float], form: str = ".2f") -> tuple[str, str]:
+    """Two figures as text."""
+    first, second = (format(value, form) for value in values)
+    return first, second
+
+
 def sound_rows(pair: Pair) -> list[Row]:
     """Agreement of what is read of one gene, of regions and of a signature."""
     regions = blocks(pair.xy, pair.pitch, REGION_PITCHES)
@@ -173,18 +180,16 @@ def sound_rows(pair: Pair) -> list[Row]:
     of_regions = metrics.pearson_per_gene(*(region_means(v, regions) for v in (pair.predicted, pair.measured)))
     n = min(SIGNATURE, len(pcc))
     (of_signature,) = metrics.pearson_per_gene(*(signature(v[:, :n]) for v in (pair.predicted, pair.measured)))
-    best = slice(0, min(BEST, len(pcc)))
+    best = min(BEST, len(pcc))
 
-    def cells(values: np.ndarray) -> tuple[str, str]:
-        return f"{np.median(values[best]):.2f}", f"{np.median(values):.2f}"
+    def medians(values: np.ndarray) -> tuple[str, str]:
+        return cells([np.median(values[:best]), np.median(values)])
 
+    side = f"{REGION_PITCHES} x {REGION_PITCHES} pitches"
     return [
-        ("a gene over spots, PCC", *cells(pcc)),
-        ("ranking spots by a gene, Spearman", *cells(rho)),
-        (
-            f"means of {regions.max() + 1} regions of {REGION_PITCHES} x {REGION_PITCHES} pitches, PCC",
-            *cells(of_regions),
-        ),
+        ("a gene over spots, PCC", *medians(pcc)),
+        ("ranking spots by a gene, Spearman", *medians(rho)),
+        (f"means of {regions.max() + 1} regions of {side}, PCC", *medians(of_regions)),
         (f"signature: mean of the first {n} genes, PCC over spots", f"{of_signature:.2f}", "–"),
     ]
 
@@ -194,30 +199,22 @@ def misleading_rows(pair: Pair, seed: int) -> list[Row]:
     both = pair.predicted, pair.measured
     weights = neighbour_weights(pair.xy, pair.pitch)
     moran = [morans_i(values, weights) for values in both]
-    larger = int((moran[0] > moran[1]).sum())
+    larger = f"larger when predicted: {(moran[0] > moran[1]).sum()} of {len(moran[0])} genes"
     r = [gene_correlations(values) for values in both]
     variance = [np.cumsum(component_fractions(values)) for values in both]
+    held = [v[min(COMPONENTS, len(v)) - 1] for v in variance]
+    needed = [int(np.searchsorted(v, 0.9)) + 1 for v in variance]
     rank = metrics.spearman_per_gene(moran[0][:, None], moran[1][:, None])[0]
-
-    def row(name: str, values: Any, form: str) -> Row:
-        return (name, *(format(value, form) for value in values))
-
-    rows = [
-        row(
-            f"Moran's I, median (larger when predicted: {larger} of {len(moran[0])} genes)",
-            map(np.median, moran),
-            ".2f",
-        ),
-        row("abs. correlation between two genes, median", (np.median(np.abs(values)) for values in r), ".2f"),
-        row(
-            f"variance in {COMPONENTS} principal components", (v[min(COMPONENTS, len(v)) - 1] for v in variance), ".1%"
-        ),
-        row("components for 90 % of the variance", (int(np.searchsorted(v, 0.9)) + 1 for v in variance), "d"),
+    return [
+        (f"Moran's I, median ({larger})", *cells([np.median(values) for values in moran])),
+        ("abs. correlation between two genes, median", *cells([np.median(np.abs(values)) for values in r])),
+        (f"variance in {COMPONENTS} principal components", *cells(held, ".1%")),
+        ("components for 90 % of the variance", *cells(needed, "d")),
         ("standard deviation of a gene, predicted over measured", f"{metrics.sd_ratio(*both):.2f}", "1"),
         ("order of the genes by Moran's I, Spearman of both", f"{rank:.2f}", "1"),
         ("correlations between genes, PCC of both", f"{np.corrcoef(*r)[0, 1]:.2f}", "1"),
+        *cluster_rows(pair, seed),
     ]
-    return [*rows, *cluster_rows(pair, seed)]
 
 
 def cluster_rows(pair: Pair, seed: int) -> list[Row]:
@@ -227,9 +224,8 @@ def cluster_rows(pair: Pair, seed: int) -> list[Row]:
     from sklearn.metrics import adjusted_rand_score
 
     found = [clusters(values, seed) for values in (pair.predicted, pair.measured)]
-    numbers = (str(len(set(labels))) for labels in found)
     return [
-        ("Leiden clusters", *numbers),
+        ("Leiden clusters", *cells([len(set(labels)) for labels in found], "d")),
         ("Leiden clusters, adjusted Rand index of both", f"{adjusted_rand_score(*found):.2f}", "1"),
     ]
 

@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy
+import torch
 from PIL import Image
 from spaceranger_folders import SCALES, write_spatial
 
-from utils.report.anndata_files import predicted_lognorm, spots_anndata, write_anndata
+from utils.report import anndata_files
+from utils.report.anndata_files import spots_anndata, write_anndata
 from utils.report.spots import SpotsOnImage, spots_on_image
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
@@ -123,15 +125,17 @@ def test_scanpy_reads_and_plots_the_file(tmp_path):
     plt.close("all")
 
 
-def test_lognorm_of_several_models_is_at_their_mean_depth(capsys):
+def test_lognorm_of_several_models_is_at_their_mean_depth(monkeypatch):
+    monkeypatch.setattr(anndata_files, "SPOTS_AT_ONCE", 2)
+    known = ((1e3, 0.2), (3e3, 0.4))
     states = [
-        {"target": "residuals", "train_depth": n, "gene_fraction": np.array([p])} for n, p in ((1e3, 0.2), (3e3, 0.4))
+        {"target": "residuals", "train_depth": n, "gene_fraction": torch.tensor([p], dtype=torch.float64)}
+        for n, p in known
     ]
-    found = predicted_lognorm(states, np.zeros((2, 1), np.float32))
-    np.testing.assert_allclose(found, np.log1p(3000), rtol=1e-6)
-    assert predicted_lognorm([states[0], {"target": "residuals"}], np.zeros((2, 1))) is None
-    assert capsys.readouterr().out.startswith("warning: the model's file lacks the depth")
-    np.testing.assert_allclose(predicted_lognorm([{"target": "counts"}], np.ones((1, 1))), np.log(2))
+    found = anndata_files.predicted_lognorm(states, np.array([[0.0], [-99], [0]], np.float32))
+    np.testing.assert_allclose(found[:, 0], np.log1p([3000, 0, 3000]), rtol=1e-6)
+    found = anndata_files.predicted_lognorm([states[0] | {"target": "counts"}], np.ones((1, 1)))
+    np.testing.assert_allclose(found, np.log(2))
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

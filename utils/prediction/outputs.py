@@ -143,13 +143,16 @@ def write_maps(folder: Path, prediction: Prediction, n_maps: int) -> None:
 
 
 def gene_columns(prediction: Prediction) -> dict[str, np.ndarray]:
-    """Columns (G,) of the report's table of genes; those of the measurement first, where there is one."""
-    columns = {"validation PCC": prediction.val_pcc, "mean predicted": prediction.predicted.mean(0)}
+    """Columns (G,) of the report's table of genes; of a slice with counts those of genes.csv."""
     if prediction.gene_table is None:
-        return columns
-    of_table = {"PCC, residuals": "pcc_residuals_model", "PCC, lognorm": "pcc_lognorm_model"}
-    of_table["mean counts per 10,000"] = "counts_per_10k"
-    return {name: prediction.gene_table[column].to_numpy() for name, column in of_table.items()} | columns
+        return {"validation PCC": prediction.val_pcc, "mean predicted": prediction.predicted.mean(0)}
+    of_table = {
+        "PCC, residuals": "pcc_residuals_model",
+        "PCC, lognorm": "pcc_lognorm_model",
+        "validation PCC": "val_pcc",
+        "mean counts per 10,000": "counts_per_10k",
+    }
+    return {name: prediction.gene_table[column].to_numpy() for name, column in of_table.items()}
 
 
 def write_report(path: Path, prediction: Prediction, metrics: dict[str, Any] | None, settings: dict[str, Any]) -> None:

@@ -59,21 +59,15 @@ def _images_and_scales(slice_: SpotsOnImage) -> dict[str, dict[str, Any]]:
     return {"images": images, "scalefactors": dict(slice_.scalefactors) | scales}
 
 
-def predicted_lognorm(states: Sequence[Mapping[str, Any]], predicted: np.ndarray) -> np.ndarray | None:
-    """Predictions (S, G) as log1p counts per 10,000, residuals at the train depth and gene fractions of the model.
-
-    Of several models' `states` the means are taken. None, with a warning, of residuals by a file that lacks these.
-    """
-    target = states[0]["target"]
-    if target == "residuals" and not all("train_depth" in state for state in states):
-        print("warning: the model's file lacks the depth of its train spots: no layer lognorm; train it again for one")
-        return None
-    depth = float(np.mean([state.get("train_depth", 0.0) for state in states]))
-    fraction = np.mean([np.asarray(state.get("gene_fraction", 0.0)) for state in states], axis=0)
+def predicted_lognorm(states: Sequence[Mapping[str, Any]], predicted: np.ndarray) -> np.ndarray:
+    """Predictions (S, G) as log1p counts per 10,000, residuals at the train depth and gene fractions that the model's
+    `states` hold; of several models their means."""
+    depth = float(np.mean([state["train_depth"] for state in states]))
+    fraction = np.mean([state["gene_fraction"].numpy() for state in states], axis=0)
     lognorm = np.empty(predicted.shape, np.float32)
     for start in range(0, len(predicted), SPOTS_AT_ONCE):
         spots = slice(start, start + SPOTS_AT_ONCE)
-        lognorm[spots] = to_lognorm(target, predicted[spots], depth, fraction)
+        lognorm[spots] = to_lognorm(states[0]["target"], predicted[spots], depth, fraction)
     return lognorm
 
 

@@ -10,7 +10,7 @@ EXPLAINED = {
     "PCC": "Pearson correlation of prediction and measurement over the spots of a slice, from -1 to 1; 0 is chance.",
     "PCC, residuals": "Pearson correlation over spots of the prediction with the gene's measured Pearson residuals, "
     "from which sequencing depth is taken out; mean over slices. The figure to compare genes by. 0 is chance.",
-    "PCC, lognorm": "The same with log1p counts per 10,000. Higher, because both sides then follow sequencing depth.",
+    "PCC, lognorm": "The same with log1p counts per 10,000, which also carry sequencing depth.",
     "validation PCC": "PCC against residuals on the validation slices, measured when the model was trained: the only "
     "figure of a gene that is known before anything is measured on a slide. A gene below 0.1 is greyed.",
     "ridge PCC": "PCC against residuals of a linear baseline (ridge) on the pretrained encoder's features.",

@@ -69,7 +69,7 @@ function trace(kind, side) {
     x: known.map((i) => one.x[i]), y: known.map((i) => one.y[i]),
     text: known.map((i) => spotWords(i).map(escaped).join("<br>")), hovertemplate: "%{text}<extra></extra>",
     marker: {
-      size: spotPx(), opacity: bare ? 0 : state.opacity, line: { width: 0 }, color: bare ? known.map(() => 0) : known.map((i) => list[i]),
+      size: spotPx(), opacity: bare ? 0 : state.opacity, line: { width: report.diverging ? 0.5 : 0, color: "#555" }, color: bare ? known.map(() => 0) : known.map((i) => list[i]),
       cmin: low, cmax: high, colorscale: scaleOf(kind, state.gene), showscale: !bare, colorbar: bar(kind, side),
     },
   };

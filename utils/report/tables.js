@@ -21,7 +21,7 @@ function geneTable() {
   const names = [null, ...Object.keys(report.columns)], row = make("tr");
   for (const name of names) {
     const head = make("th", null, { scope: "col" }), button = make("button", name ?? "Gene", { type: "button" });
-    if (name in report.geneNotes) button.title = report.geneNotes[name];
+    if (Object.hasOwn(report.geneNotes ?? {}, name)) button.title = report.geneNotes[name];
     button.addEventListener("click", () => {
       order = { column: name, up: order.column === name ? !order.up : name === null };
       fillGenes();

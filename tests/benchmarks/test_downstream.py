@@ -40,6 +40,15 @@ def test_components_and_regions_by_hand():
     np.testing.assert_allclose(downstream.region_means(values, np.array([0, 0, 1, 0])), [[0, -1 / 3], [0, 1]])
 
 
+def test_signatures_are_means_of_standardised_genes(rng):
+    first, second = rng.normal(size=(2, 40))
+    values = np.column_stack([first, second, first + 0.1 * second, -first])
+    assert set(downstream.programmes(values)[0][:2]) == {0, 2} and downstream.programmes(values)[0][-1] == 3
+    found = downstream.signatures(values * [1, 5, 1, 3] + 7, np.array([[0, 3], [1, 1]]))
+    np.testing.assert_allclose(found[:, 0], 0, atol=1e-12)
+    np.testing.assert_allclose(found[:, 1], (second - second.mean()) / second.std())
+
+
 def write(path, rng, measured=True):
     """Predictions that are the smooth part of the measurement, at a third of its size."""
     xy = grid(12)

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from utils.training.loop import EpochOrder
     from utils.training.trainer import Row, Trainer
 
+MATCHING_CHANCE = math.log(3) - 2 / 3 * math.log(2)  # one pair to two non-pairs, scored by their rate
 MEASURED_SPOTS = 20_000  # are enough for mean and deviation of each gene's bins
-MATCHING_CHANCE = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)  # one pair to two non-pairs, scored by their rate
 SIZES = (  # of the model, by the name of their flag
     "image_encoder image_size crop_scales gene_depth gene_width gene_heads gene_tokens fusion_blocks image_tokens width"
 ).split()
@@ -73,6 +73,12 @@ def parse_args(argv: list[str] | None = None) -> StageOneSettings:
         "--components", type=flags.count, default=10, help="principal components of expression in that loss"
     )
     group.add_argument("--matching_weight", type=flags.not_negative, default=1.0, help="weight of the matching loss")
+    group.add_argument(
+        "--batch_neighbours",
+        type=flags.count_or_zero,
+        default=8,
+        help="half of a batch are spots at random, each with one of so many nearest spots; 0: all at random",
+    )
     group.add_argument("--accumulate", type=flags.count, default=1, help="batches whose gradients make one step")
     return StageOneSettings(**flags.parse_training(parser, argv))
 
@@ -178,22 +184,22 @@ def losses_of(
         batch["bins"],
         batch["spot"],
         alpha,
-        torch.Generator(device).manual_seed(settings.seed * 1_000_003 + number),
+        torch.Generator().manual_seed(settings.seed * 1_000_003 + number),
         batch.get("expression"),
         settings.expression_weight,
         settings.matching_weight,
     )
 
 
-def log_row(out: StepOutput, candidates: int) -> Row:
+def log_row(out: StepOutput, contrast_chance: float) -> Row:
     """Every loss of a batch beside its chance level."""
     return {
         "loss": out.loss.item(),
         "contrast_loss": out.contrast.item(),
-        "contrast_chance": math.log(candidates),
+        "contrast_chance": contrast_chance,
         "matching_loss": out.matching.item(),
         "matching_chance": MATCHING_CHANCE,
-        "matching_accuracy": out.matching_accuracy.item(),
+        "matching_auc": out.matching_auc.item(),
         "expression_loss": out.expression.item(),
     }
 
@@ -217,14 +223,14 @@ def train_one_epoch(
             distributed.seed_everything(settings.seed, epoch, i, distributed.rank())
             number = (epoch - settings.Init_Epoch) * len(order) + i
             alpha = settings.alpha * min((number + 1) / len(order), 1.0)
-            candidates = settings.batch_size + int(model.queue.state[0])
+            chance = model.contrast_chance(settings.batch_size)
             last = (i + 1) % order.accumulate == 0
             with nullcontext() if last else trainer.accelerator.no_sync(replica):
                 out = losses_of(trainer, replica, batch, number, alpha, settings)
                 loop.stop_if_not_finite(out.loss.item(), epoch, i)
                 trainer.backward(out.loss / order.accumulate)
             pairs_m.append(out.pair_m)
-            row = log_row(out, candidates)
+            row = log_row(out, chance)
             sums = {name: sums.get(name, 0.0) + value for name, value in row.items()}
             bar.set_postfix_str(
                 f"contrast {row['contrast_loss']:.3f} (chance {row['contrast_chance']:.3f})", refresh=False
@@ -265,8 +271,8 @@ def validate(
 def report(row: Row) -> str:
     return (
         f"epoch {row['epoch']}: contrast {row['contrast_loss']:.3f} (chance {row['contrast_chance']:.3f}), "
-        f"matching {row['matching_loss']:.3f} (chance {row['matching_chance']:.3f}), accuracy "
-        f"{row['matching_accuracy']:.3f} (chance 0.5), R@5 {row['val_R@5']:.3f} (chance {row['val_R@5_chance']:.3f}), "
+        f"matching {row['matching_loss']:.3f} (chance {row['matching_chance']:.3f}), AUC "
+        f"{row['matching_auc']:.3f} (chance 0.5), R@5 {row['val_R@5']:.3f} (chance {row['val_R@5_chance']:.3f}), "
         f"{row['seconds']:.0f} s"
     )
 
@@ -333,7 +339,8 @@ def train(
         initialise(model, slices, bins, tables, expression, accelerator, settings)
 
     spots = dataset.spots_of(slices, "train")
-    order = loop.EpochOrder(len(spots), settings.batch_size, settings.seed, settings.accumulate)
+    near = dataset.nearest_spots(slices, spots, settings.batch_neighbours) if settings.batch_neighbours else None
+    order = loop.EpochOrder(len(spots), settings.batch_size, settings.seed, settings.accumulate, near)
     pretrain_hashes = {table.name: table.counts_hash for table in tables}
     about = {"table": [asdict(row) for row in rows], "pretrain_hashes": pretrain_hashes}
     with (

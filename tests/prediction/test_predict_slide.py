@@ -13,8 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from report_pages import content_of
-from slide_runs import predict, read, record, strict
+from slide_runs import page_content, predict, read, record, strict
 from test_geojson import check_qupath
 from tiny_runs import snapshot
 
@@ -264,14 +263,11 @@ def test_the_page_has_the_columns_of_genes_csv_and_no_folder(measured, unmeasure
     for out in (measured, unmeasured):
         text = (out / "report.html").read_text()
         assert str(out) not in text and str(trained.decoder.parent) not in text and str(trained.data) not in text
-        assert set(content_of(out / "report.html")["columns"]) == set(content_of(out / "report.html")["geneNotes"])
-    columns, genes = content_of(measured / "report.html")["columns"], pd.read_csv(measured / "genes.csv")
+        assert set(page_content(out)["columns"]) == set(page_content(out)["geneNotes"])
+    columns, genes = page_content(measured)["columns"], pd.read_csv(measured / "genes.csv")
     np.testing.assert_allclose(columns["PCC, residuals"], genes["pcc_residuals_model"], rtol=1e-5)
     np.testing.assert_allclose(columns["PCC, lognorm"], genes["pcc_lognorm_model"], rtol=1e-5)
-    assert (
-        next(iter(columns)) == "PCC, residuals"
-        and "PCC, residuals" not in content_of(unmeasured / "report.html")["columns"]
-    )
+    assert next(iter(columns)) == "PCC, residuals" and "PCC, residuals" not in page_content(unmeasured)["columns"]
 
 
 def by_hand(adata):

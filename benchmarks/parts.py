@@ -17,7 +17,6 @@ patient are averaged first, and intervals (95 %) are those of a bootstrap over p
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -77,7 +76,7 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared_settings.Parser(__doc__)
     count, count_or_zero = shared_settings.count, shared_settings.count_or_zero
     parser.add_argument("--out", type=Path, help="the JSON; slices and runs go into a folder of its name, 1 GB")
     parser.add_argument("--patients", type=count, default=26, help="simulated, a slice each (26)")

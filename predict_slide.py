@@ -213,7 +213,8 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
             f"{predicted.domain_limit:.2f})"
         )
     (out / SETTINGS).unlink(missing_ok=True)  # results of two runs never stand under one record
-    metrics, extra = None, {}
+    metrics: dict | None = None
+    extra: dict[str, Any] = {}
     val_pcc = np.mean([member.state["val_pcc"].numpy() for member in run.members], axis=0)
     found = read_measured(planned, spots, run)
     if found is not None:

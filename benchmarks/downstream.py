@@ -11,7 +11,6 @@ Shapes: S spots of a slice, G genes that were measured and vary.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -63,7 +62,7 @@ class Pair:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared_settings.Parser(__doc__)
     parser.add_argument("--predictions", type=Path, required=True, help="predictions.h5ad of a slice with counts")
     parser.add_argument("--seed", type=shared_settings.count_or_zero, default=0, help="of the clusters (default: 0)")
     parser.add_argument("--keep", action="store_true", help="put the table into docs/downstream.md")
@@ -225,7 +224,7 @@ def misleading_rows(pair: Pair, seed: int) -> list[Row]:
         ("components for 90 % of the variance", *cells(needed, "d")),
         ("standard deviation of a gene, predicted over measured", f"{metrics.sd_ratio(*both):.2f}", "1"),
         ("order of the genes by Moran's I, Spearman of both", f"{rank:.2f}", "1"),
-        ("correlations between genes, PCC of both", f"{np.corrcoef(*r)[0, 1]:.2f}", "1"),
+        ("correlations between genes, PCC of both", f"{np.corrcoef(r[0], r[1])[0, 1]:.2f}", "1"),
         *cluster_rows(pair, seed),
     ]
 

@@ -54,6 +54,7 @@ class Settings:
     small: bool
     part: str | None
     rounds: int
+    slices: list[int]
     out: Path
     seed: int
     debug: bool
@@ -67,6 +68,13 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--small", action="store_true", help="tiny sizes, nothing is written")
     parser.add_argument("--part", choices=[*PARTS, "growth"], help="this one alone; growth is only measured so")
     parser.add_argument("--rounds", type=count, default=3, help="turns of each side, of which the median")
+    parser.add_argument(
+        "--slices",
+        type=count,
+        nargs="+",
+        default=speed_growth.SIZES,
+        help="numbers of slices that growth is measured at",
+    )
     parser.add_argument("--out", type=Path, default=FOLDER / "speed.json", help="where the figures of a whole run go")
     parser.add_argument("--seed", type=count_or_zero, default=0)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -206,8 +214,10 @@ def put_into(path: Path, name: str, text: str) -> None:
 
 
 def measure_growth(settings: Settings) -> None:
-    text = f"`python benchmarks/speed.py --part growth`, {date.today().isoformat()}, {machine_name('cpu')}: "
-    text += speed_growth.table(speed_growth.measure_all(speed_growth.SMALL if settings.small else speed_growth.SIZES))
+    sizes = speed_growth.SMALL if settings.small else settings.slices
+    command = " ".join(["python benchmarks/speed.py", *sys.argv[1:]])
+    text = f"`{command}`, {date.today().isoformat()}, {machine_name('cpu')}: "
+    text += speed_growth.table(speed_growth.measure_all(sizes))
     if not settings.small:
         put_into(FOLDER / "RESULTS.md", "growth", text)
     print(text)

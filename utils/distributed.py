@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIMEOUT = timedelta(minutes=30)  # that a process waits for the others; the longest work of one alone is far shorter
+END_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # by which queues announce the end of a job
 TALKERS = ("gloo", "nccl")  # stand in the errors of what processes talk by
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
@@ -98,13 +99,15 @@ def start(device: str, precision: str) -> Accelerator:
 def running(device: str, precision: str) -> Iterator[Accelerator]:
     """The accelerator of a run (see `start`), whose process group is destroyed however the run ends.
 
-    SIGTERM ends the block with SystemExit(143), as SIGINT does with KeyboardInterrupt. An error of this process closes
-    its connections, which ends the others. Raises ConnectionError where another process is gone, or silent for TIMEOUT.
+    SIGTERM and SIGUSR1 end the block with SystemExit(128 + their number), as SIGINT does with KeyboardInterrupt. An
+    error of this process closes its connections, which ends the others. Raises ConnectionError where another process
+    is gone, or silent for TIMEOUT.
     """
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in END_SIGNALS}
     try:
         accelerator = start(device, precision)
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in END_SIGNALS:
+            signal.signal(number, _terminate)
         yield accelerator
     except BaseException as error:
         if n_processes() == 1:
@@ -119,7 +122,8 @@ def running(device: str, precision: str) -> Iterator[Accelerator]:
             ) from error
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         _end()
 
 

@@ -1,6 +1,5 @@
 """Which slides a call means: tables, names, folders."""
 
-
 import pytest
 
 from utils.prediction import slides as slide_list

@@ -56,6 +56,7 @@ class Settings:
     part: str | None
     rounds: int
     keep: bool
+    clock: str
     slices: list[int]
     out: Path
     seed: int
@@ -70,6 +71,9 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--small", action="store_true", help="tiny sizes, nothing is written")
     parser.add_argument("--part", choices=[*PARTS, "growth"], help="this one alone; growth is only measured so")
     parser.add_argument("--keep", action="store_true", help="put the figures of --part into the table of a whole run")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: seconds computed, where others share the cores"
+    )
     parser.add_argument("--rounds", type=count, default=3, help="turns of each side, of which the median")
     parser.add_argument(
         "--slices",
@@ -140,7 +144,7 @@ def measure(part: str, settings: Settings) -> dict[str, Any]:
     """Both sides of a part in turn: medians, ranges, ratio, peak memory."""
     sizes = SMALL if settings.small else Sizes()
     sides = [
-        Side(part, Setting(sizes, plain, settings.device, settings.batch_size, settings.seed))
+        Side(part, Setting(sizes, plain, settings.device, settings.batch_size, settings.seed, settings.clock))
         for plain in (True, False)
     ]
     for _ in range(settings.rounds):
@@ -219,7 +223,7 @@ def put_into(path: Path, name: str, text: str) -> None:
 def keep_part(settings: Settings, results: dict[str, Any]) -> None:
     """Replace a row of the whole run's table; the row states when and where it was measured."""
     whole, (part, figures) = json.loads(settings.out.read_text()), *results["parts"].items()
-    figures["note"] = "; ".join(filter(None, [figures["note"], "{date}, {machine}".format(**results)]))
+    figures["note"] = "; ".join(filter(None, [figures["note"], "{clock} s, {date}, {machine}".format(**results)]))
     whole["parts"][part] = figures
     whole["parts"] = {name: whole["parts"][name] for name in PARTS if name in whole["parts"]}
     write_record(settings.out, whole)
@@ -247,7 +251,7 @@ def main(settings: Settings) -> None:
         "machine": machine_name(settings.device),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
-        **{name: getattr(settings, name) for name in ("seed", "batch_size", "rounds")},
+        **{name: getattr(settings, name) for name in ("seed", "batch_size", "rounds", "clock")},
         "parts": {},
     }
     for part in PARTS if settings.part is None else [settings.part]:

@@ -10,7 +10,6 @@ import itertools
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,13 +50,13 @@ def cut_slice(setting: Setting, plain: Callable[[Path, np.ndarray, Path], None],
 
     def cut() -> float:
         out = folder / f"tiles{next(numbers)}"
-        start = time.perf_counter()
+        start = setting.now()
         if setting.plain:
             plain(folder / "data/slice/spatial/tissue_hires_image.png", centres, out)
         else:
             places = ["--data", str(folder / "data"), "--tiles", str(out), "--source", "hires"]
             image_tilling.main(image_tilling.parse_args([*places, *flags]))
-        return time.perf_counter() - start
+        return setting.now() - start
 
     return Work(cut, n, "spots")
 

@@ -79,9 +79,15 @@ def test_growth_counts_what_it_did_without_worker_processes(tmp_path, monkeypatc
 
 
 def test_the_table_of_growth_has_a_line_per_part_and_size():
-    rows = [speed_growth.Growth("tiling", 10, 5.0, 10_000, 123.4), speed_growth.Growth("loading", 10, 0.5, 6400, 99.0)]
+    rows = [
+        speed_growth.Growth("tiling", 10, 9.0, 5.0, 10_000, 123.4),
+        speed_growth.Growth("loading", 10, 1.0, 0.5, 6400, 99.0),
+    ]
     lines = speed_growth.table(rows).splitlines()
-    assert lines[-2:] == ["| tiling | 10 | 10,000 | 5 | 0.5 | 123 |", "| loading | 10 | 10,000 | 0.5 | 0.0781 | 99 |"]
+    assert lines[-2:] == [
+        "| tiling | 10 | 10,000 | 9 | 5 | 0.5 | 123 |",
+        "| loading | 10 | 10,000 | 1 | 0.5 | 0.0781 | 99 |",
+    ]
 
 
 def until(condition, seconds=60):

@@ -313,7 +313,7 @@ class TilePack:
             )
         tiles, file = np.empty((len(rows), self.size * self.size * 3), np.uint8), _open_pack(self.path, self._version)
         for tile, place in zip(tiles, self._places[rows].tolist(), strict=True):
-            if os.preadv(file.fileno(), [tile], place) < len(tile):
+            if os.preadv(file.fileno(), [tile.data], place) < len(tile):
                 raise ValueError(f"{self.path}: expected packed tiles, found its end; run image_tilling.py again")
         return tiles.reshape(-1, self.size, self.size, 3)
 

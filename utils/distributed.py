@@ -107,9 +107,10 @@ def start(device: str, precision: str) -> Accelerator:
         raise ValueError("--precision fp16: expected a CUDA device, found a CPU; use bf16 or fp32")
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    alike = DistributedDataParallelKwargs(
-        broadcast_buffers=False
-    )  # queues, momentum encoders: the same in all processes
+    # Buffers (queues, momentum encoders) are the same in all processes. Without a search for unused parameters torch
+    # puts the gradients into another order after the first step, and a sum over more than two processes would have
+    # other last digits in the first step after a resume than in a run that was not interrupted.
+    alike = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
     return Accelerator(
         cpu=target.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,

@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group.add_argument("--spatialdata", action="store_true", help="also predictions.zarr; needs spatialdata")
     group = parser.add_argument_group("machine")
     group.add_argument(
-        "--shard", type=slide_list.shard, default=(0, 1), help="I/N: every N-th slide from the I-th on (default: all)"
+        "--shard", type=settings.shard, default=(0, 1), help="I/N: every N-th slide from the I-th on (default: all)"
     )
     group.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA if there is a device"
@@ -278,10 +278,8 @@ def main(args: Settings) -> None:
     check_flags(args)
     given = slide_list.Request(Path(), args.um_per_px, args.positions, args.mask, args.spot_pitch_um)
     slides = slide_list.list_slides(args.slides, args.out, given)
-    index, number = args.shard
-    requests = slides[index::number]
+    requests = settings.of_shard(slides, args.shard, "slides")
     if not requests:
-        print(f"shard {index + 1} of {number}: none of {len(slides)} slides belongs to it")
         return
     from utils.prediction import members
 

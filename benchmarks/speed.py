@@ -221,7 +221,8 @@ def put_into(path: Path, name: str, text: str) -> None:
 
 def keep_part(settings: Settings, results: dict[str, Any]) -> None:
     """Replace a row of the whole run's table; the row states when and where it was measured."""
-    whole, (part, figures) = json.loads(settings.out.read_text()), *results["parts"].items()
+    whole = json.loads(settings.out.read_text())
+    ((part, figures),) = results["parts"].items()
     figures["note"] = "; ".join(filter(None, [figures["note"], "{clock} s, {date}, {machine}".format(**results)]))
     whole["parts"][part] = figures
     whole["parts"] = {name: whole["parts"][name] for name in PARTS if name in whole["parts"]}

@@ -208,7 +208,8 @@ def stage_two(folder: Path, n_slices: int) -> list[Growth]:
         slices = [Places(f"slice{i}", np.arange(SPOTS).astype(str), xy) for i in range(n_slices)]
         (folder / "features").mkdir()
         shape = (SPOTS, n_vectors + n_tokens, width)
-        features = [np.memmap(folder / "features" / s.name, np.float16, "w+", shape=shape) for s in slices]
+        files = [folder / "features" / slice_.name for slice_ in slices]
+        features: list[np.ndarray] = [np.memmap(path, np.float16, "w+", shape=shape) for path in files]
         moments = neighbourhoods.Moments(*np.ones((2, n_vectors + 1, width), np.float32))
         bandwidths, store = (1.0, 2.0, 4.0), ArrayStore(4.0, folder)
         bank = neighbourhoods.FeatureBank(slices, features, moments, 18, bandwidths, accelerator.device, store)

@@ -46,8 +46,9 @@ STAGE_ONE = (
     "--image_encoder test_vit --image_size 64 --image_weights none --gene_depth 1 --gene_width 64 --gene_heads 1 "
     "--gene_tokens 16 --fusion_blocks 1 --width 128 --Init_lr 1e-3 --expression_weight 0 --precision fp32"
 )
-STAGE_TWO = "--decoder_layers 2 --decoder_width 32 --Init_lr 1e-3 --Epoch 3 --precision fp32"
-TILE_PX, BATCH_SIZE, N_GENES, N_INPUT_GENES = 64, 32, 600, 300
+STAGE_TWO = "--decoder_layers 1 --decoder_width 32 --Init_lr 1e-3 --Epoch 3 --precision fp32"
+TILE_PX, BATCH_SIZE, N_GENES = 64, 32, 600
+PANELS = "--n_input_genes 300 --n_top_genes 100"
 AUC_OTHERS = 9  # mismatched pairs to each pair
 
 
@@ -81,9 +82,7 @@ class Cohort:
         splits.write_table(table, self.folder / "slices.csv")
         image_tilling.main(image_tilling.parse_args([*self.flags(), "--tile_px", str(TILE_PX)]))
         for panels in ("panels", "panels" + MISMATCHED) if mismatched else ("panels",):
-            make_decoder_data.main(
-                make_decoder_data.parse_args([*self.flags(panels), "--n_input_genes", str(N_INPUT_GENES)])
-            )
+            make_decoder_data.main(make_decoder_data.parse_args([*self.flags(panels), *PANELS.split()]))
         if mismatched:
             train = [row.slice for row in table if row.part == "train"]
             shuffle_panels(self.folder / ("panels" + MISMATCHED), train, FRACTION)

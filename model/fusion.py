@@ -67,4 +67,5 @@ def hard_negatives(similarity: Tensor, spots: Tensor, generator: torch.Generator
     """
     same = spots[:, None] == spots[None, :]
     weights = similarity.float().masked_fill(same, -torch.inf).softmax(1)
-    return torch.multinomial(weights, 1, generator=generator).squeeze(1)
+    # as torch.multinomial draws one, without its checks of the weights, which end a run before its loss can be checked
+    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(1)

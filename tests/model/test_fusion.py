@@ -131,3 +131,14 @@ def test_far_apart_similarities_still_give_a_draw(dtype):
     assert set(found[:, 0].tolist()) == {1, 2}
     assert set(found[:, 1].tolist()) == {0}
     assert set(found[:, 2].tolist()) == {1}
+
+
+def test_draws_are_those_of_multinomial_and_do_not_end_a_run_whose_weights_are_not_finite():
+    similarity, spots = 3 * torch.randn(9, 9), torch.arange(9)
+    weights = similarity.masked_fill(spots[:, None] == spots, -torch.inf).softmax(1)
+    for seed in range(5):
+        expected = torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
+        assert torch.equal(hard_negatives(similarity, spots, torch.Generator().manual_seed(seed)), expected)
+    similarity[2] = torch.nan
+    drawn = hard_negatives(similarity, spots, torch.Generator().manual_seed(0))
+    assert drawn.shape == (9,) and 0 <= int(drawn.min()) and int(drawn.max()) < 9

@@ -15,6 +15,7 @@ from utils.training.augment import (
     STAINS,
     augment,
     move,
+    log_light,
     restain,
     stain_change,
     turns_and_shifts,
@@ -67,7 +68,7 @@ def moved(tiles, draws):
 def restained(values, draws):
     """uint8 (B, 3, n), (B, 6) -> (B, 3, n) float32."""
     out = torch.empty(values.shape)
-    restain(values, *stain_change(draws), out=out)
+    restain(values, *stain_change(draws), log_light(values.device), out=out)
     return out
 
 

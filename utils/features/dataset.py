@@ -6,13 +6,14 @@ Letters: S spots of a slice, G input genes, T target genes, B batch, Z tile side
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
+from utils import distributed
 from utils.genes import panels as gene_panels
 from utils.images.tiles import TilePack
 from utils.settings import SharedSettings
@@ -21,6 +22,7 @@ from utils.slices import content, splits, visium
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
+    import torch
     from torch import Tensor
 
 
@@ -289,6 +291,20 @@ class Loader:
 
     def __exit__(self, *error: object) -> None:
         self.reader = None  # nothing else refers to it: it joins its processes
+
+
+def ahead(
+    batches: Iterable[dict[str, Tensor]], device: torch.device
+) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
+    """Batches on the device, each with its spots on the host (B,). A batch is copied while the one before is used."""
+    before = None
+    for batch in batches:
+        copied = {name: distributed.to_device(rows, device) for name, rows in batch.items()}, batch["spot"].numpy()
+        if before is not None:
+            yield before
+        before = copied
+    if before is not None:
+        yield before
 
 
 def reading_context() -> BaseContext:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 CUDA = torch.device("cuda")
 DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 # their result has as many rows as the values ask for, or is checked on the host
+READ = ("_local_scalar_dense", "item", "is_nonzero")
 WAITING = {"nonzero", "masked_select", "unique_dim", "_unique2", "multinomial", "equal", "bincount", "repeat_interleave"}
 IN_FP32 = {
     "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "linalg_vector_norm", "exp", "exp_", "log",
@@ -41,7 +42,7 @@ def wait(name, args, kwargs):
     """What the host waits for in an operation, None where it goes on at once."""
     if name in ("_to_copy", "copy_"):
         return mixed_copy(name, args, kwargs)
-    if name in (*WAITING, "_local_scalar_dense") and any(on(x, "cuda") for x in tree_leaves(args)):
+    if name in (*WAITING, *READ) and any(on(x, "cuda") for x in tree_leaves(args)):
         return name
     if name in ("index", "index_put", "index_put_") and on(args[0], "cuda"):
         places = [x for x in args[1] if x is not None]
@@ -64,7 +65,7 @@ class Watch(TorchDispatchMode):
         waited = wait(name, args, kwargs)
         if waited:
             self.waits.append(waited)
-        if name == "_local_scalar_dense" and isinstance(args[0], FakeTensor):
+        if name in READ and isinstance(args[0], FakeTensor):
             return False if args[0].dtype == torch.bool else args[0].dtype.is_floating_point + 0
         out = func(*args, **kwargs)
         for x in tree_leaves(out):

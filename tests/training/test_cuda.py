@@ -18,7 +18,9 @@ from utils.files.arrays import ArrayStore
 from utils.training import loop, targets
 from utils.training.trainer import Trainer
 
-EPOCH_STEPS = 4
+EPOCH_STEPS = 2  # of 32 of the 70 train spots
+BATCHES = ("--batch_size", 32)
+EVERY = {"bf16": 20, "fp32": 1}  # steps between two readings: once at the end of the epoch, or after each step
 pytestmark = pytest.mark.parametrize("precision", ["bf16", "fp32"])
 
 
@@ -33,9 +35,9 @@ def trainer_of(model, trained_part, settings, kind, order, precision):
     return Trainer(settings, kind, {}, device, model, optimizer, schedule, order.n_spots)
 
 
-def run_stage_one(prepared, folder, monkeypatch, precision, validate=False):
-    """An epoch of four batches, and its validation; the notes of each."""
-    settings = train_mymodel.parse_args(work_of(prepared, folder).argv("train_mymodel", "--queue_size", 40))
+def run_stage_one(prepared, folder, monkeypatch, precision):
+    """An epoch of two batches, and its validation; what was waited for in each."""
+    settings = train_mymodel.parse_args(work_of(prepared, folder).argv("train_mymodel", *BATCHES))
     slices, _ = train_mymodel.load_data(settings)
     store = ArrayStore(settings.memory, settings.out)
     bins, train_bins = train_mymodel.tokens_of(slices, store)
@@ -54,16 +56,16 @@ def run_stage_one(prepared, folder, monkeypatch, precision, validate=False):
             row = train_mymodel.train_one_epoch(trainer, model, replica, loader, order, settings)
         trained = list(notes.waits)
         assert {"contrast_loss", "matching_chance", "loss"} < row.keys()
-        if validate:
-            notes.waits.clear()
-            train_mymodel.validate(model, slices, bins, trainer.accelerator, settings)
-    return trained, notes
+        notes.waits.clear()
+        train_mymodel.validate(model, slices, bins, trainer.accelerator, settings)
+    assert not notes.wrong
+    return trained, notes.waits
 
 
 def run_stage_two(trained, folder, monkeypatch, precision):
-    """An epoch of four steps on features of zeros, and its validation."""
+    """An epoch of two steps on features of zeros, and its validation; what was waited for in each."""
     work = work_of(trained, folder)
-    settings = train_decoder.parse_args([*work.argv("train_decoder"), "--encoder", str(trained.encoder)])
+    settings = train_decoder.parse_args([*work.argv("train_decoder", *BATCHES), "--encoder", str(trained.encoder)])
     encoder = torch.load(trained.encoder, weights_only=True)
     slices, _ = train_decoder.load_slices(encoder, settings)
     store = ArrayStore(settings.memory, settings.out)
@@ -87,43 +89,51 @@ def run_stage_two(trained, folder, monkeypatch, precision):
         waits = list(notes.waits)
         notes.waits.clear()
         train_decoder.validate(model, data, trainer.accelerator, settings)
-    return waits, notes
-
-
-@pytest.mark.parametrize(("every", "waits"), [(1, 4), (2, 2), (20, 1)])
-def test_stage_one_waits_for_the_device_once_per_interval(prepared, tmp_path, monkeypatch, precision, every, waits):
-    monkeypatch.setitem(loop.READ_EVERY, "cuda", every)
-    trained, notes = run_stage_one(prepared, tmp_path, monkeypatch, precision, validate=every == 20)
-    assert trained == ["copy from cuda to cpu"] * waits
     assert not notes.wrong
-    if every == 20:  # vectors of images and genes, a batch of 16 of the 70 spots at a time
-        assert notes.waits == ["copy from cuda to cpu"] * 2 * 5
+    return waits, notes.waits
 
 
-@pytest.mark.parametrize(("every", "waits"), [(2, 2), (20, 1)])
-def test_stage_two_waits_for_the_device_once_per_interval(trained, tmp_path, monkeypatch, precision, every, waits):
-    monkeypatch.setitem(loop.READ_EVERY, "cuda", every)
-    waited, notes = run_stage_two(trained, tmp_path, monkeypatch, precision)
-    assert waited == ["copy from cuda to cpu"] * waits
-    assert not notes.wrong
-    assert notes.waits == ["copy from cuda to cpu"] * 5  # predictions of a batch
+def test_stage_one_waits_for_the_device_once_per_interval(prepared, tmp_path, monkeypatch, precision):
+    monkeypatch.setitem(loop.READ_EVERY, "cuda", EVERY[precision])
+    trained, validated = run_stage_one(prepared, tmp_path, monkeypatch, precision)
+    assert trained == ["copy from cuda to cpu"] * -(-EPOCH_STEPS // EVERY[precision])
+    assert validated == ["copy from cuda to cpu"] * 2 * 3  # vectors of images and genes, 32 of the 70 spots at a time
 
 
-def test_a_wait_too_many_is_seen(prepared, tmp_path, monkeypatch, precision):
-    after_step = train_mymodel.figures_of
-
-    def reading(out):
-        assert out.loss.item() >= 0
-        return after_step(out)
-
-    monkeypatch.setattr(train_mymodel, "figures_of", reading)
-    waited, _ = run_stage_one(prepared, tmp_path, monkeypatch, precision)
-    assert waited.count("_local_scalar_dense") == EPOCH_STEPS
+def test_stage_two_waits_for_the_device_once_per_interval(trained, tmp_path, monkeypatch, precision):
+    monkeypatch.setitem(loop.READ_EVERY, "cuda", EVERY[precision])
+    waited, validated = run_stage_two(trained, tmp_path, monkeypatch, precision)
+    assert waited == ["copy from cuda to cpu"] * -(-EPOCH_STEPS // EVERY[precision])
+    assert validated == ["copy from cuda to cpu"] * 3  # predictions of a batch
 
 
-@pytest.mark.parametrize("queue_size", [0, 10])
-def test_a_tensor_on_the_wrong_device_is_seen(monkeypatch, precision, queue_size):
-    model = stage_one(queue_size=queue_size)
+def test_waits_and_wrong_types_are_noted(monkeypatch, precision):
+    with fake_cuda(monkeypatch) as notes:
+        x, few = torch.ones(3, device=CUDA), torch.zeros(3, dtype=torch.bool, device=CUDA)
+        for waiting in (
+            x[0].item,
+            x.cpu,
+            lambda: torch.zeros(2).to(CUDA),
+            lambda: x.to("cpu", non_blocking=True),
+            lambda: x.index_put((few,), x[0]),
+            lambda: x[torch.zeros(2, dtype=torch.long)],
+            lambda: x.copy_(torch.ones(3)),
+            lambda: bool(few.any()),
+            lambda: torch.multinomial(x, 1),
+        ):
+            before = len(notes.waits)
+            waiting()
+            assert len(notes.waits) == before + 1
+        torch.zeros(2).to(CUDA, non_blocking=True)
+        torch.ones(2)[0].item()
+        assert len(notes.waits) == 9 and not notes.wrong
+        x.double()
+        x.bfloat16().exp()
+        assert notes.wrong == ["_to_copy in torch.float64", "exp in torch.bfloat16"]
+
+
+def test_a_tensor_on_the_wrong_device_is_seen(monkeypatch, precision):
+    model = stage_one()
     with fake_cuda(monkeypatch):
         replica = with_autocast(model.to(CUDA), precision)
         batch = batch_on_cuda()

@@ -108,6 +108,8 @@ class StageOne(HostNumbers):
         """torch.compile, with its options, for all encoders; names of parameters stay as they are. `encode_images` and
         `encode_genes` then fill smaller batches up to `batch_size`, for which alone they are compiled."""
         self.n_rows = batch_size
+        for block in self.gene_encoder.blocks[: self.gene_encoder.n_frozen]:  # run once for both gene encoders
+            block.compile(**options)
         for encoder in (self.image_encoder, self.gene_encoder, *(encoder_m for encoder_m, _ in self.momentum_pairs())):
             encoder.compile(**options)
 

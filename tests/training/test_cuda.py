@@ -139,7 +139,7 @@ def test_a_tensor_on_the_wrong_device_is_seen(monkeypatch, precision):
         batch = batch_on_cuda()
         out = replica(**batch, alpha=0.4, generator=None)
         model.after_step(out.pair_m)
-        model.fusion.norm_image.weight.data = torch.ones(model.sizes.width)
+        model.fusion.norm_image.weight = torch.nn.Parameter(torch.ones(model.sizes.width))
         with pytest.raises(RuntimeError, match="device"):
             replica(**batch, alpha=0.4, generator=None)
 

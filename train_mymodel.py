@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from utils.training.loop import EpochOrder
     from utils.training.trainer import Row, Trainer
 
+MATCHING_CHANCE = math.log(3) - 2 / 3 * math.log(2)  # one pair to two non-pairs, scored by their rate
 MEASURED_SPOTS = 20_000  # are enough for mean and deviation of each gene's bins
-MATCHING_CHANCE = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)  # one pair to two non-pairs, scored by their rate
 SIZES = (  # of the model, by the name of their flag
     "image_encoder image_size crop_scales gene_depth gene_width gene_heads gene_tokens fusion_blocks image_tokens width"
 ).split()
@@ -73,6 +73,12 @@ def parse_args(argv: list[str] | None = None) -> StageOneSettings:
         "--components", type=flags.count, default=10, help="principal components of expression in that loss"
     )
     group.add_argument("--matching_weight", type=flags.not_negative, default=1.0, help="weight of the matching loss")
+    group.add_argument(
+        "--batch_neighbours",
+        type=flags.count_or_zero,
+        default=8,
+        help="half of a batch are spots at random, each with one of so many nearest spots; 0: all at random",
+    )
     group.add_argument("--accumulate", type=flags.count, default=1, help="batches whose gradients make one step")
     return StageOneSettings(**flags.parse_training(parser, argv))
 
@@ -184,7 +190,7 @@ def losses_of(
         batch["bins"],
         batch["spot"],
         alpha,
-        torch.Generator(device).manual_seed(settings.seed * 1_000_003 + number),
+        torch.Generator().manual_seed(settings.seed * 1_000_003 + number),
         batch.get("expression"),
         settings.expression_weight,
         settings.matching_weight,
@@ -197,7 +203,7 @@ def figures_of(out: StepOutput) -> dict[str, Tensor]:
         "loss": out.loss,
         "contrast_loss": out.contrast,
         "matching_loss": out.matching,
-        "matching_accuracy": out.matching_accuracy,
+        "matching_auc": out.matching_auc,
         "expression_loss": out.expression,
     }
 
@@ -224,7 +230,7 @@ def train_one_epoch(
             number = (epoch - settings.Init_Epoch) * len(order) + i
             alpha = settings.alpha * min((number + 1) / len(order), 1.0)
             chances = {
-                "contrast_chance": math.log(settings.batch_size + model.queue.n_filled),
+                "contrast_chance": model.contrast_chance(settings.batch_size),
                 "matching_chance": MATCHING_CHANCE,
             }
             last = (i + 1) % order.accumulate == 0
@@ -272,8 +278,8 @@ def validate(
 def report(row: Row) -> str:
     return (
         f"epoch {row['epoch']}: contrast {row['contrast_loss']:.3f} (chance {row['contrast_chance']:.3f}), "
-        f"matching {row['matching_loss']:.3f} (chance {row['matching_chance']:.3f}), accuracy "
-        f"{row['matching_accuracy']:.3f} (chance 0.5), R@5 {row['val_R@5']:.3f} (chance {row['val_R@5_chance']:.3f}), "
+        f"matching {row['matching_loss']:.3f} (chance {row['matching_chance']:.3f}), AUC "
+        f"{row['matching_auc']:.3f} (chance 0.5), R@5 {row['val_R@5']:.3f} (chance {row['val_R@5_chance']:.3f}), "
         f"{row['seconds']:.0f} s"
     )
 
@@ -340,7 +346,8 @@ def train(
         initialise(model, slices, bins, tables, expression, accelerator, settings)
 
     spots = dataset.spots_of(slices, "train")
-    order = loop.EpochOrder(len(spots), settings.batch_size, settings.seed, settings.accumulate)
+    near = dataset.nearest_spots(slices, spots, settings.batch_neighbours) if settings.batch_neighbours else None
+    order = loop.EpochOrder(len(spots), settings.batch_size, settings.seed, settings.accumulate, near)
     pretrain_hashes = {table.name: table.counts_hash for table in tables}
     about = {"table": [asdict(row) for row in rows], "pretrain_hashes": pretrain_hashes}
     with (

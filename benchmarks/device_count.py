@@ -136,7 +136,6 @@ def counting() -> Iterator[None]:
     registry[backward] = registry[torch.ops.aten._scaled_dot_product_flash_attention_backward]
     with (
         mock.patch.dict(flop_counter.flop_registry, registry),
-        mock.patch("benchmarks.device_work.generator", lambda device: None),  # values are not drawn
         mock.patch.dict(performer.BYTES_AT_ONCE, {"cpu": performer.BYTES_AT_ONCE["cuda"]}),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):

@@ -90,15 +90,10 @@ def batch_of(sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in rows.items()}
 
 
-def generator(device: torch.device) -> torch.Generator | None:
-    """Of the draws of a step."""
-    return torch.Generator(device)
-
-
 def stage_one(model: StageOne, sizes: Sizes, device: torch.device, autocast: Autocast) -> Work:
     """A training step: forward, backward, optimiser, momentum encoders, queue."""
     optimizer = loop.make_optimizer(model.parameters(), RATES)
-    batch, draws = batch_of(sizes, device), generator(device)
+    batch, draws = batch_of(sizes, device), torch.Generator()
 
     def step() -> Tensor:
         with autocast():

@@ -14,7 +14,16 @@ CUDA = torch.device("cuda")
 DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 # their result has as many rows as the values ask for, or is checked on the host
 READ = ("_local_scalar_dense", "item", "is_nonzero")
-WAITING = {"nonzero", "masked_select", "unique_dim", "_unique2", "multinomial", "equal", "bincount", "repeat_interleave"}
+WAITING = {
+    "nonzero",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "multinomial",
+    "equal",
+    "bincount",
+    "repeat_interleave",
+}
 IN_FP32 = {
     "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "linalg_vector_norm", "exp", "exp_", "log",
     "binary_cross_entropy_with_logits", "softplus", "var", "std", "var_mean",
@@ -108,16 +117,6 @@ def accelerator(precision, parameters=()):
     )
 
 
-class NoGenerator:
-    """In place of torch.Generator, which needs a card: draws take no generator then."""
-
-    def __init__(self, device="cpu"):
-        self.device = device
-
-    def manual_seed(self, seed):
-        return None
-
-
 def zeros(tensor):
     """What a fake tensor on the host gives for NumPy."""
     return np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
@@ -138,7 +137,6 @@ def fake_cuda(monkeypatch):
     """Within it, models are moved to CUDA and run there; gives the notes."""
     with monkeypatch.context() as patch:
         patch.setattr("utils.distributed.pinned", lambda rows: rows)
-        patch.setattr(torch, "Generator", NoGenerator)
         patch.setattr(FakeTensor, "numpy", zeros, raising=False)
         with FakeTensorMode(allow_non_fake_inputs=True), Watch() as notes:
             yield notes

@@ -98,6 +98,7 @@ class StageOneSettings(TrainingSettings):
     expression_weight: float
     components: int
     matching_weight: float
+    batch_neighbours: int
     accumulate: int
 
 

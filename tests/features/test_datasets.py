@@ -172,6 +172,38 @@ def test_the_order_is_that_of_seed_and_epoch():
     assert len(missing) > 1, "not always the same spots are dropped"
 
 
+@pytest.mark.parametrize("batch_size", [16, 5])
+def test_a_batch_with_neighbours_has_each_spot_beside_one_of_its_nearest(batch_size):
+    near = np.stack([np.arange(70) + 100, np.arange(70) + 200], axis=1)  # told apart from the spots themselves
+    order = loop.EpochOrder(70, batch_size, seed=0, near=near)
+    batches = list(order)
+    assert len(batches) == len(order) == 70 // batch_size and {len(batch) for batch in batches} == {batch_size}
+    flat = np.concatenate(batches)
+    spots, neighbours = flat[: len(flat) // 2 * 2].reshape(-1, 2).T
+    assert len(set(spots)) == len(spots) and (spots < 70).all()
+    assert (neighbours % 100 == spots).all() and set(neighbours // 100) == {1, 2}
+    order.first = 2
+    assert list(order) == batches[2:], "resumed, the batches are the same"
+
+
+def test_nearest_spots_are_of_the_same_slice_and_the_same_part(work):
+    slices = [load(work), load(work, "P02_1", "val"), load(work, "P03_1", "train")]
+    spots = dataset.spots_of(slices, "train")
+    near = dataset.nearest_spots(slices, spots, 3)
+    assert near.shape == (140, 3)
+    for i, (slice_, here) in enumerate(spots):
+        xy = slices[slice_].xy_fullres_px
+        distance = np.linalg.norm(xy - xy[here], axis=1)
+        assert (spots[near[i], 0] == slice_).all() and i not in near[i]
+        np.testing.assert_allclose(distance[spots[near[i], 1]], np.sort(distance)[1:4])
+
+
+def test_a_slice_of_few_spots_fills_up_with_the_spot_itself(work):
+    slice_ = load(work)
+    near = dataset.nearest_spots([slice_, slice_], np.array([[0, 4], [0, 9], [1, 5]]), 3)
+    assert near.tolist() == [[1, 0, 0], [0, 1, 1], [2, 2, 2]]
+
+
 def test_spots_in_turn():
     assert dataset.in_turn(5, 2) == [[0, 1], [2, 3], [4]]
 

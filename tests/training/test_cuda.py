@@ -178,7 +178,9 @@ def test_retrieval_is_scored_without_waits_within_a_batch(monkeypatch, precision
             gene, gene_tokens = model.encode_genes(batch["bins"])
         assert image.dtype == gene.dtype == torch.float32
         assert not notes.waits
-        encoded = cache.EncodedPairs(np.zeros((BATCH, 32)), np.zeros((BATCH, 32)), image_tokens.cpu(), gene_tokens.cpu())
+        encoded = cache.EncodedPairs(
+            np.zeros((BATCH, 32)), np.zeros((BATCH, 32)), image_tokens.cpu(), gene_tokens.cpu()
+        )
         notes.waits.clear()
         get_accuracy_image.match_scores(model, encoded, candidates, device)
         assert notes.waits == ["copy from cuda to cpu"]
@@ -189,7 +191,9 @@ def test_retrieval_is_scored_without_waits_within_a_batch(monkeypatch, precision
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet"])
 def test_features_and_predictions_of_a_slide(monkeypatch, precision, name):
-    model = StageTwo(StageTwoSizes(5, name, 64, width=32, decoder_layers=1, decoder_width=16, landmarks=4, tta=2)).eval()
+    model = StageTwo(
+        StageTwoSizes(5, name, 64, width=32, decoder_layers=1, decoder_width=16, landmarks=4, tta=2)
+    ).eval()
     with fake_cuda(monkeypatch) as notes:
         model.to(CUDA)
         device = accelerator(precision)

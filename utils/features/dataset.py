@@ -216,6 +216,21 @@ def spots_of(slices: list[SliceData], part: str) -> np.ndarray:
     return np.concatenate([np.column_stack([np.full(len(r), i), r]) for i, r in enumerate(rows)]).astype(np.int64)
 
 
+def nearest_spots(slices: list[SliceData], spots: np.ndarray, k: int) -> np.ndarray:
+    """The k nearest spots of each, of the same slice and among those given: (n, 2), see `spots_of` -> (n, k) rows of
+    them. Where a slice has fewer, the spot itself stands for the missing ones."""
+    from scipy.spatial import KDTree
+
+    near = np.repeat(np.arange(len(spots))[:, None], k, axis=1)
+    for i, slice_ in enumerate(slices):
+        here = np.flatnonzero(spots[:, 0] == i)
+        n_near = min(k, len(here) - 1)
+        if n_near > 0:
+            xy = slice_.xy_fullres_px[spots[here, 1]]
+            near[here, :n_near] = here[KDTree(xy).query(xy, k=n_near + 1)[1][:, 1:]]
+    return near
+
+
 def draw(rows: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """A fraction of some rows (n,), in their order, at least one of them where there are any."""
     return np.sort(rng.choice(rows, int(np.ceil(fraction * len(rows))), replace=False))
@@ -293,9 +308,7 @@ class Loader:
         self.reader = None  # nothing else refers to it: it joins its processes
 
 
-def ahead(
-    batches: Iterable[dict[str, Tensor]], device: torch.device
-) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
+def ahead(batches: Iterable[dict[str, Tensor]], device: torch.device) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
     """Batches on the device, each with its spots on the host (B,). A batch is copied while the one before is used."""
     before = None
     for batch in batches:

@@ -103,7 +103,9 @@ class StepFigures:
 
         waiting, self.waiting = self.waiting, []
         if waiting:
-            values = torch.stack([value.float() for _, figures, _ in waiting for value in figures.values()]).cpu().tolist()
+            values = (
+                torch.stack([value.float() for _, figures, _ in waiting for value in figures.values()]).cpu().tolist()
+            )
         for step, figures, known in waiting:
             found, values = dict(zip(figures, values, strict=False)), values[len(figures) :]
             stop_if_not_finite(found["loss"], self.epoch, step)
@@ -125,18 +127,28 @@ class EpochOrder:
 
     An incomplete last batch is dropped. `accumulate` batches make a step, or all where an epoch has fewer; batches that
     make no whole step are dropped. `first` is the batch to begin at.
+
+    Parameters
+    ----------
+    near : (n_spots, k), the nearest spots of each; half of every batch are then spots in the order of the epoch, each
+        followed by one of its nearest, drawn. None: all are in that order
     """
 
-    def __init__(self, n_spots: int, batch_size: int, seed: int, accumulate: int = 1):
+    def __init__(self, n_spots: int, batch_size: int, seed: int, accumulate: int = 1, near: np.ndarray | None = None):
         self.n_spots, self.batch_size, self.seed = n_spots, batch_size, seed
         self.n_batches, self.epoch, self.first = n_spots // batch_size, 0, 0
         self.accumulate = max(min(accumulate, self.n_batches), 1)
+        self.near = near
 
     def __len__(self) -> int:
         return self.n_batches // self.accumulate * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_spots)
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.n_spots)
+        if self.near is not None:
+            neighbour = self.near[order, rng.integers(self.near.shape[1], size=self.n_spots)]
+            order = np.column_stack([order, neighbour]).ravel()
         n_own = self.batch_size // distributed.n_processes()
         for i in range(self.first, len(self)):
             start = i * self.batch_size + distributed.rank() * n_own

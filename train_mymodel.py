@@ -183,7 +183,6 @@ def losses_of(
 
     from utils.training.augment import augment
 
-    device = trainer.accelerator.device
     tiles = augment(batch["tiles"], spots, settings.seed, trainer.epoch, settings.image_size)
     return replica(
         tiles,

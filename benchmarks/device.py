@@ -32,13 +32,14 @@ from torch import Tensor
 
 from benchmarks import device_count
 from benchmarks.device_count import Card
-from benchmarks.device_work import PARTS, SMALL, Sizes, Work, batch_of, of_batch, stage_one, stage_one_model
+from benchmarks.device_work import PARTS, RATES, SMALL, Sizes, Work, batch_of, of_batch, stage_one, stage_one_model
 from model import performer
 from model.stage_one import StageOne
 from utils import distributed
 from utils import settings as shared_settings
 from utils.evaluation.gallery import top_k
 from utils.files.atomic import write_record
+from utils.training import loop
 from utils.training.augment import augment
 
 FOLDER = Path(__file__).parent
@@ -127,7 +128,7 @@ def check_favor(device: torch.device) -> dict[str, Check]:
     drawn = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 200, 64, generator=drawn) for _ in range(3))
     projection = performer.orthogonal_projection(performer.N_FEATURES, 64, drawn)
-    found = [x.to(device).requires_grad_() for x in (q, k, v)]
+    found = [x.clone().to(device).requires_grad_() for x in (q, k, v)]
     expected = [x.double().requires_grad_() for x in (q, k, v)]
     out = performer.favor_attention(*found, projection.to(device))
     plain = plain_favor(*expected, projection.double())
@@ -164,16 +165,13 @@ def check_parts(device: torch.device) -> dict[str, Check]:
 
 
 def check_scaler(sizes: Sizes) -> dict[str, Check]:
-    """fp16 with the scaler of gradients, as the scripts set it up: three steps leave finite, changed weights."""
+    """fp16 with the scaler of gradients, as the scripts set it up: ten steps leave finite, changed weights."""
     accelerator = distributed.start("cuda", "fp16")
     model = stage_one_model(sizes).to(accelerator.device)
     before = model.image_encoder.to_vector.weight.detach().clone()
-    from benchmarks.device_work import RATES
-    from utils.training import loop
-
     optimizer: Any = accelerator.prepare(loop.make_optimizer(model.parameters(), RATES))
     batch, draws = batch_of(sizes, accelerator.device), torch.Generator()
-    for _ in range(3):
+    for _ in range(10):  # the first ones may but lower the scale
         with accelerator.autocast():
             loss = model(**batch, alpha=0.0, generator=draws).loss
         accelerator.backward(loss)

@@ -75,6 +75,11 @@ class Cost(TorchDispatchMode):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if name in READ:
             return True
+        if func._overloadpacket not in flop_counter.flop_registry and func.namespace == "aten":
+            with self:  # an operator made of others is counted by them
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
         out = func(*args, **kwargs)
         if func.namespace == "magic":
             self._inside(name, args)

@@ -20,8 +20,9 @@ from utils import distributed, settings
 from utils.features import dataset
 from utils.files.atomic import write_record, write_whole
 from utils.files.exclusive import exclusive_folder
-from utils.report.tables import GALLERIES, RETRIEVAL_METHODS, retrieval_lines
+from utils.report.tables import GALLERIES, RETRIEVAL_METHODS, leak_note, retrieval_lines
 from utils.training import checkpoint, split
+from utils.words import count_of
 
 if TYPE_CHECKING:
     import torch
@@ -162,6 +163,7 @@ def fit_reranking(model: StageOne, slices: list[SliceData], accelerator: Acceler
     for slice_ in slices:
         rows = slice_.rows_of("val")
         if len(rows):
+            print(f"{slice_.name}: re-ranking fitted on {count_of(len(rows), 'validation spot')}", flush=True)
             encoded = encode(model, slice_, rows, slice_.bins(), accelerator, args)
             galleries.append(retrieval.neighbour_candidates(slice_.xy_fullres_px[rows], args.neighbours, args.seed))
             similarity.append(contrastive_scores(model, encoded, galleries[-1].candidates))
@@ -207,6 +209,7 @@ def score_slice(
     from utils.evaluation import bootstrap, retrieval
 
     rows, bins = slice_.rows_of(args.part), slice_.bins()
+    print(f"{slice_.name}: retrieval of {count_of(len(rows), 'spot')}", flush=True)
     encoded = encode(model, slice_, rows, bins, accelerator, args)
     image, gene = encoded.vectors()
     xy, log_depth = slice_.xy_fullres_px[rows], np.log(slice_.total_counts[rows])
@@ -270,7 +273,7 @@ def write_page(
 
     examples = [retrieval_examples(slice_, s, args.seed) for slice_, s in zip(slices, scored, strict=True)]
     report = page.Report(
-        title=f"Retrieval: {args.part} slices",
+        title=f"Retrieval: {args.part} slices{leak_note(metrics)}",
         tables=page_parts.retrieval_tables(metrics),
         examples=[example for of_slice in examples for example in of_slice],
         examples_note=page_parts.EXAMPLES_NOTE.format(seed=args.seed, n=SHOWN),
@@ -343,13 +346,14 @@ def main(args: Settings) -> None:
     metrics["per_slice"] = {
         slice_.name: compute_metrics([s], args.seed) for slice_, s in zip(slices, scored, strict=True)
     }
+    metrics["leak"] = split.leaked_slices(slices, state)
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
     write_spots(out, slices, scored, state["genes"], weight)
     draw_recall(out / "retrieval_curve.png", scored)
     write_page(out / "report.html", metrics, slices, scored, state, args)
     write_record(out / "metrics.json", metrics)
-    print("\n".join([f"{metrics['n_spots']} spots", *retrieval_lines([metrics])]))
+    print("\n".join([count_of(metrics["n_spots"], "spot"), *retrieval_lines([metrics])]))
     print(f"reranked: matching weighs {weight:g}, fitted on the validation spots")
     print(f"results in {out}")
 

@@ -48,29 +48,33 @@ def parse_args(argv: list[str] | None = None) -> StageOneSettings:
     flags.add_memory(parser)
     group = flags.add_encoders(parser)
     group.add_argument(
-        "--tune", type=tuning.choice, default="all", help="trained of the image trunk: all, last:N, norm, none"
+        "--tune",
+        type=tuning.choice,
+        default="all",
+        metavar="WHAT",
+        help="what of the image encoder trains: all, last:N, norm, none",
     )
     group.add_argument(
         "--layer_decay",
         type=flags.fraction_above_zero,
         default=1.0,
-        help="learning rate of each lower layer, as a fraction of the next one's",
+        help="factor of the learning rate from a layer of the image encoder to the one below; 1: none",
     )
     gene_weights.add_flags(parser)
     group = parser.add_argument_group("method")
-    group.add_argument("--width", type=flags.count, default=512, help="shared width of images and expression profiles")
-    group.add_argument("--fusion_blocks", type=flags.count, default=3, help="depth of the matching module")
+    group.add_argument("--width", type=flags.count, default=512, help="width of the space of images and profiles")
+    group.add_argument("--fusion_blocks", type=flags.count, default=3, help="blocks of the fusion module")
     group.add_argument(
-        "--queue_size", type=flags.count_or_zero, default=4096, help="earlier spots that are negatives too"
+        "--queue_size", type=flags.count_or_zero, default=4096, help="earlier spots that are kept as negatives; 0: none"
     )
     group.add_argument(
         "--alpha", type=flags.fraction, default=0.4, help="weight of the momentum encoders' soft targets; 0: none"
     )
     group.add_argument(
-        "--expression_weight", type=flags.not_negative, default=5.0, help="weight of the expression loss"
+        "--expression_weight", type=flags.not_negative, default=5.0, help="weight of the expression loss; 0: none"
     )
     group.add_argument(
-        "--components", type=flags.count, default=10, help="principal components of expression in that loss"
+        "--components", type=flags.count, default=10, help="principal components that this loss predicts"
     )
     group.add_argument("--matching_weight", type=flags.not_negative, default=1.0, help="weight of the matching loss")
     group.add_argument(
@@ -79,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> StageOneSettings:
         default=8,
         help="half of a batch are spots at random, each with one of so many nearest spots; 0: all at random",
     )
-    group.add_argument("--accumulate", type=flags.count, default=1, help="batches whose gradients make one step")
+    group.add_argument("--accumulate", type=flags.count, default=1, help="batches per step of the optimiser")
     return StageOneSettings(**flags.parse_training(parser, argv))
 
 
@@ -90,7 +94,7 @@ def check(settings: StageOneSettings) -> None:
     gene_weights.check(settings)
     if settings.expression_weight and settings.components > settings.width:
         raise ValueError(
-            f"--components {settings.components}: expected at most --width {settings.width}; raise the width"
+            f"--components: expected at most --width {settings.width}, found {settings.components}; lower it"
         )
 
 

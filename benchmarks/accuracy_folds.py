@@ -18,9 +18,7 @@ from utils.slices import splits
 from utils.slices.splits import SliceRow
 
 RULES = 7  # raised whenever a method or figure is computed differently, so that earlier runs are repeated
-LAST_CHANGE = (
-    "tiles are stored without loss, and stage one has other batches, negatives and losses"  # what raised it last
-)
+LAST_CHANGE = "tiles have no JPEG loss, and stage one has other batches, negatives and losses"  # what raised it last
 # flags of each script; those of a later table follow those of an earlier one and win
 FULL = {
     "image_tilling": "--tile_um 310",

@@ -4,7 +4,7 @@
     python -m benchmarks.parts --out results/parts.json --seeds 0 1 2            # goes on with what is missing
     python -m benchmarks.parts --out results/quick.json --quick                  # five minutes: does it run?
     python -m benchmarks.parts --out results/one.json --train 1 --methods none full     # a point of a learning curve
-    python -m benchmarks.parts --table results/parts.json [MORE.json ...] [--figure docs/parts.png]    # nothing is run
+    python -m benchmarks.parts --table benchmarks/runs/parts*.json --keep         # docs/parts.md and parts.png, no run
 
 All methods have the same patients, steps and seeds, and are evaluated on patients in no other part. Each has a twin
 NAME_mismatched, in which the expression profiles of 30 % of the train spots of each slice are exchanged: pairs that
@@ -17,7 +17,6 @@ patient are averaged first, and intervals (95 %) are those of a bootstrap over p
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -30,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import parts_table
 from benchmarks.parts_run import MISMATCHED, PARTS, Cohort, Run, patients_told_apart
-from benchmarks.speed import machine_name
+from benchmarks.speed import machine_name, put_into
 from utils import settings as shared_settings
 from utils.files.atomic import write_whole
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 METHODS = (*PARTS, *(name + MISMATCHED for name in PARTS))
 QUICK: dict[str, Any] = {
     "patients": 6,
@@ -62,7 +62,7 @@ class Settings:
     flags: str
     quick: bool
     table: Sequence[Path] | None
-    figure: Path | None
+    keep: bool
     debug: bool
 
     def cohort(self) -> Cohort:
@@ -76,7 +76,7 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared_settings.Parser(__doc__)
     count, count_or_zero = shared_settings.count, shared_settings.count_or_zero
     parser.add_argument("--out", type=Path, help="the JSON; slices and runs go into a folder of its name, 1 GB")
     parser.add_argument("--patients", type=count, default=26, help="simulated, a slice each (26)")
@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--flags", default="", help="further flags of train_mymodel.py, in one quoted word")
     parser.add_argument("--quick", action="store_true", help="few, small and short: five minutes, no result")
     parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="run nothing: the table of these files")
-    parser.add_argument("--figure", type=Path, help="with --table: the learning curve over train patients, a PNG")
+    parser.add_argument("--keep", action="store_true", help="with --table: put it into docs/parts.md, and the curve")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     settings = Settings(**vars(parser.parse_args(argv)))
     return replace(settings, **QUICK) if settings.quick else settings
@@ -102,6 +102,8 @@ def parse_args(argv: list[str] | None = None) -> Settings:
 def check(settings: Settings) -> None:
     if settings.table is None and settings.out is None:
         raise ValueError("--out: expected the file to write, found none; name it, or use --table")
+    if settings.keep and settings.table is None:
+        raise ValueError("--keep: expected --table with the files to keep, found none; name them")
     if settings.train + settings.val >= settings.patients:
         raise ValueError(
             f"--patients {settings.patients}: expected more than --train {settings.train} and --val {settings.val} "
@@ -127,7 +129,7 @@ def run_all(settings: Settings) -> dict[str, Any]:
 
 def describe(settings: Settings, run: Run) -> dict[str, Any]:
     """What the figures depend on, and chance."""
-    about = {key: value for key, value in asdict(settings).items() if key not in ("out", "table", "figure", "debug")}
+    about = {key: value for key, value in asdict(settings).items() if key not in ("out", "table", "keep", "debug")}
     chance = {"neighbours": 1 / 9, "recall_at_10": min(10 / settings.spots, 1.0)}
     told_apart = patients_told_apart(run.encoder, run.cohort.flags())
     made = {"date": date.today().isoformat(), "machine": machine_name("cpu")}
@@ -137,9 +139,12 @@ def describe(settings: Settings, run: Run) -> dict[str, Any]:
 def main(settings: Settings) -> None:
     check(settings)
     results = [json.loads(path.read_text()) for path in settings.table] if settings.table else [run_all(settings)]
-    print("\n\n".join(parts_table.markdown(result) for result in results))
-    if settings.figure:
-        parts_table.draw_curve(results, settings.figure)
+    text = "\n\n".join(parts_table.markdown(result) for result in results)
+    print(text)
+    if settings.keep:
+        put_into(DOCS / "parts.md", "parts", text)
+        if len(results) > 1:
+            parts_table.draw_curve(results, DOCS / "parts.png")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def check_retrieval(metrics, n_spots):
 def test_retrieval_figures(done):
     metrics = read_json(done.out / "results" / "retrieval" / "metrics.json")
     check_retrieval(metrics, 70)
-    assert set(metrics) == {"n_spots", "neighbours", "random10", "slice", "per_slice"}
+    assert set(metrics) == {"n_spots", "neighbours", "random10", "slice", "per_slice", "leak"} and metrics["leak"] == []
     assert set(metrics["per_slice"]) == {"P03_1"}
     check_retrieval(metrics["per_slice"]["P03_1"], 70)
     assert all(isinstance(n, int | float) for n in numbers(metrics))

@@ -72,5 +72,5 @@ def test_a_quick_benchmark_has_the_stated_keys_and_is_not_repeated(tmp_path, cap
     assert "full - none" in result["differences"] and "| full |" in printed
     parts.main(settings)
     assert "full_seed0" not in capsys.readouterr().out and json.loads(out.read_text()) == result
-    parts.main(parts.parse_args(["--table", str(out), "--figure", str(tmp_path / "parts.png")]))
+    parts_table.draw_curve([result, result | {"settings": result["settings"] | {"train": 4}}], tmp_path / "parts.png")
     assert (tmp_path / "parts.png").stat().st_size > 1000

@@ -73,7 +73,7 @@ def test_a_slice_holds_what_its_panels_hold(work):
 
 def test_spots_without_a_tile_are_refused(work):
     barcodes = repack(work.tiles / "P01_1", np.r_[0:4, 5:9, 10:70])
-    assert barcodes[4] in refused("expected a tile for each of 70 spots, 2 have none", load, work)
+    assert barcodes[4] in refused("expected a tile for each of 70 spots, found none for 2", load, work)
 
 
 def test_spots_outside_the_image_are_left_out_and_said(work, capsys):
@@ -83,7 +83,7 @@ def test_spots_outside_the_image_are_left_out_and_said(work, capsys):
         tiles.read_record(work.tiles / "P01_1") | {"outside": barcodes[4:6].tolist()},
     )
     one = load(work)
-    assert "P01_1: 2 spots outside the image are left out" in capsys.readouterr().out
+    assert "P01_1: 2 spots outside the image left out" in capsys.readouterr().out
     assert len(one.barcodes) == len(one.total_counts) == len(one.part) == len(one.bins()) == 68
     assert set(one.barcodes).isdisjoint(barcodes[4:6])
     np.testing.assert_array_equal(one.pack.read(one.tile_rows[[40]])[0], square(work, "P01_1", one.barcodes[40]))
@@ -92,7 +92,7 @@ def test_spots_outside_the_image_are_left_out_and_said(work, capsys):
 def test_panels_of_other_spots_are_refused(work):
     path = gene_panels.panel_path(work.data, work.panels, "P01_1", "target")
     shutil.copy(gene_panels.panel_path(work.data, work.panels, "P02_1", "target"), path)
-    refused("filtered_feature_bc_matrix_decoder.h5ad: expected the spots of", load, work)
+    refused("filtered_feature_bc_matrix_decoder.h5ad: expected the .* spots of", load, work)
 
 
 def test_slices_of_another_panel_or_another_tile_scale_are_refused(work):
@@ -107,7 +107,9 @@ def test_slices_of_another_panel_or_another_tile_scale_are_refused(work):
             gene_panels.panel_path(other.data, other.panels, "P02_1", role),
             gene_panels.panel_path(work.data, work.panels, "P02_1", role),
         )
-    refused("its target genes differ from those of P01_1", dataset.load_slices, rows, data_flags(work), ROLES, False)
+    refused(
+        "expected the target genes of P01_1, found others", dataset.load_slices, rows, data_flags(work), ROLES, False
+    )
     refused("tiles of", dataset.load_slices, rows, data_flags(work), ("input",), False)
 
 

@@ -147,15 +147,15 @@ def check(out: Path, n_patients: int, slices_per_patient: int, n_spots: int, n_g
     """Refuse in one line what cannot be simulated, and a folder that holds anything."""
     least = {
         "patients": (n_patients, 1),
-        "slices per patient": (slices_per_patient, 1),
+        "slices_per_patient": (slices_per_patient, 1),
         "spots": (n_spots, 20),
         "genes": (n_genes, 2),
     }
-    for what, (found, needed) in least.items():
+    for flag, (found, needed) in least.items():
         if found < needed:
-            raise ValueError(f"a simulation needs at least {needed} {what}, found {found}")
+            raise ValueError(f"--{flag}: expected at least {needed}, found {found}; raise it")
     if not 0.25 <= um_per_px <= 4:
-        raise ValueError(f"expected 0.25 to 4 um per pixel (nuclei measure 6 to 12 um), found {um_per_px:g}")
+        raise ValueError(f"--um_per_px: expected 0.25 to 4 (nuclei measure 6 to 12 um), found {um_per_px:g}; change it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or an empty folder, found something in it; name another")
 

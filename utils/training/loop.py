@@ -117,8 +117,8 @@ class StepFigures:
 def stop_if_not_finite(loss: float, epoch: int, step: int) -> None:
     if not math.isfinite(loss):
         raise ValueError(
-            f"the loss is {loss} at epoch {epoch}, step {step}: stopped, the last epoch's weights are kept; "
-            "try a lower --Init_lr or --precision fp32"
+            f"training: expected a finite loss, found {loss} at epoch {epoch}, step {step}; try a lower --Init_lr or "
+            "--precision fp32 (the last epoch's weights are kept)"
         )
 
 

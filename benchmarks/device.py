@@ -11,7 +11,6 @@ benchmarks/device.json (--out).
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import statistics
@@ -78,7 +77,7 @@ class Check:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared_settings.Parser(__doc__)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--count", action="store_true", help="count, and write the table into docs/speed.md")
     parser.add_argument("--check", action="store_true", help="fail where something is wrong, or slower than counted")

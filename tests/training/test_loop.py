@@ -127,13 +127,13 @@ def test_figures_that_are_read_late_add_up_to_the_same(every, monkeypatch):
 def test_a_bad_loss_is_found_by_the_next_reading_with_its_step(every, steps, monkeypatch):
     losses = [1.0, 1.0, 1.0, 1.0, math.nan, 1.0, math.inf, 1.0]
     figures_of(losses[: steps - 1], every, monkeypatch)
-    line = refused(r"loss is nan at epoch 3, step 4", figures_of, losses[:steps], every, monkeypatch)
+    line = refused(r"found nan at epoch 3, step 4", figures_of, losses[:steps], every, monkeypatch)
     assert "last epoch's weights are kept" in line
 
 
 def test_a_bad_loss_is_found_at_the_end_of_an_epoch(monkeypatch):
     figures = figures_of([1.0, math.inf], 20, monkeypatch)
-    refused(r"loss is inf at epoch 3, step 1", figures.read)
+    refused(r"found inf at epoch 3, step 1", figures.read)
 
 
 # ---- the log

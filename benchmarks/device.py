@@ -81,9 +81,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--count", action="store_true", help="count, and write the table into docs/speed.md")
     parser.add_argument("--check", action="store_true", help="fail where something is wrong, or slower than counted")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, neither compiled nor counted: does it run?"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, neither compiled nor counted: does it run?")
     parser.add_argument("--batch_size", type=shared_settings.count, default=64, help="of what is timed")
     parser.add_argument("--out", type=Path, default=FOLDER / "device.json", help="where the figures go")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -150,7 +150,8 @@ def train_one_epoch(
     from utils.training import loop
 
     model.train()
-    epoch, total, accelerator = trainer.epoch, trainer.sums.get("loss", 0.0), trainer.accelerator
+    epoch, accelerator = trainer.epoch, trainer.accelerator
+    figures = loop.StepFigures(epoch, trainer.sums, accelerator.device)
     order.epoch, order.first = epoch, trainer.n_steps
     bar = tqdm(order, desc=f"epoch {epoch}", unit="step", initial=order.first, disable=None)
     for step, numbers in enumerate(bar, start=order.first):
@@ -158,13 +159,13 @@ def train_one_epoch(
         spots = data.train_spots[numbers]
         with distributed.decoder_autocast(accelerator, settings.precision):
             predicted = model.decoder(**data.bank.batch(spots))
-        loss = losses.expression_loss(predicted, torch.from_numpy(data.target[spots]).to(accelerator.device))
-        loop.stop_if_not_finite(loss.item(), epoch, step)
+        target = distributed.to_device(torch.from_numpy(data.target[spots]), accelerator.device)
+        loss = losses.expression_loss(predicted, target)
+        figures.add(step, {"loss": loss})
         trainer.backward(loss)
         trainer.step()
-        total += loss.item()
-        trainer.after_step(step + 1, {"loss": total})
-    return total / len(order)
+        trainer.after_step(step + 1, figures)
+    return trainer.means(figures, len(order))["loss"]
 
 
 def validate(model: StageTwo, data: Data, accelerator: Accelerator, settings: StageTwoSettings) -> np.ndarray:

@@ -29,7 +29,7 @@ from utils.training import checkpoint, gene_weights, split, targets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import nn
+    from torch import Tensor, nn
 
     from model.stage_one import StageOne, StepOutput
     from utils.training.loop import EpochOrder
@@ -173,16 +173,21 @@ def initialise(
 
 
 def losses_of(
-    trainer: Trainer, replica: nn.Module, batch: dict, number: int, alpha: float, settings: StageOneSettings
+    trainer: Trainer,
+    replica: nn.Module,
+    batch: dict,
+    spots: np.ndarray,
+    number: int,
+    alpha: float,
+    settings: StageOneSettings,
 ) -> StepOutput:
-    """Forward pass on this process' part of the run's batch of that number, which seeds its draws."""
+    """Forward pass on this process' part of the run's batch of that number, which seeds its draws; `spots` are the
+    batch's, on the host."""
     import torch
 
     from utils.training.augment import augment
 
-    device = trainer.accelerator.device
-    batch = {name: rows.to(device, non_blocking=True) for name, rows in batch.items()}
-    tiles = augment(batch["tiles"], batch["spot"].cpu().numpy(), settings.seed, trainer.epoch, settings.image_size)
+    tiles = augment(batch["tiles"], spots, settings.seed, trainer.epoch, settings.image_size)
     return replica(
         tiles,
         batch["bins"],
@@ -195,16 +200,14 @@ def losses_of(
     )
 
 
-def log_row(out: StepOutput, contrast_chance: float) -> Row:
-    """Every loss of a batch beside its chance level."""
+def figures_of(out: StepOutput) -> dict[str, Tensor]:
+    """Every loss of a batch, on the device."""
     return {
-        "loss": out.loss.item(),
-        "contrast_loss": out.contrast.item(),
-        "contrast_chance": contrast_chance,
-        "matching_loss": out.matching.item(),
-        "matching_chance": MATCHING_CHANCE,
-        "matching_auc": out.matching_auc.item(),
-        "expression_loss": out.expression.item(),
+        "loss": out.loss,
+        "contrast_loss": out.contrast,
+        "matching_loss": out.matching,
+        "matching_auc": out.matching_auc,
+        "expression_loss": out.expression,
     }
 
 
@@ -220,31 +223,34 @@ def train_one_epoch(
     from utils.training import loop
 
     model.train()
-    epoch, sums, pairs_m = trainer.epoch, trainer.sums, []
+    epoch, pairs_m, device = trainer.epoch, [], trainer.accelerator.device
+    figures = loop.StepFigures(epoch, trainer.sums, device)
     order.epoch, order.first = epoch, trainer.n_steps
-    with tqdm(loader, desc=f"epoch {epoch}", unit="step", initial=order.first, disable=None) as bar:
-        for i, batch in enumerate(bar, start=order.first):
+    batches = dataset.ahead(loader, device)
+    with tqdm(batches, f"epoch {epoch}", len(order), unit="step", initial=order.first, disable=None) as bar:
+        for i, (batch, spots) in enumerate(bar, start=order.first):
             distributed.seed_everything(settings.seed, epoch, i, distributed.rank())
             number = (epoch - settings.Init_Epoch) * len(order) + i
             alpha = settings.alpha * min((number + 1) / len(order), 1.0)
-            chance = model.contrast_chance(settings.batch_size)
+            chances = {
+                "contrast_chance": model.contrast_chance(settings.batch_size),
+                "matching_chance": MATCHING_CHANCE,
+            }
             last = (i + 1) % order.accumulate == 0
             with nullcontext() if last else trainer.accelerator.no_sync(replica):
-                out = losses_of(trainer, replica, batch, number, alpha, settings)
-                loop.stop_if_not_finite(out.loss.item(), epoch, i)
+                out = losses_of(trainer, replica, batch, spots, number, alpha, settings)
+                figures.add(i, figures_of(out), chances)
                 trainer.backward(out.loss / order.accumulate)
             pairs_m.append(out.pair_m)
-            row = log_row(out, chance)
-            sums = {name: sums.get(name, 0.0) + value for name, value in row.items()}
-            bar.set_postfix_str(
-                f"contrast {row['contrast_loss']:.3f} (chance {row['contrast_chance']:.3f})", refresh=False
-            )
+            if figures.last:
+                contrast, chance = (figures.last[name] for name in ("contrast_loss", "contrast_chance"))
+                bar.set_postfix_str(f"contrast {contrast:.3f} (chance {chance:.3f})", refresh=False)
             if last:
                 trainer.step()
                 model.after_step(*pairs_m)
                 pairs_m = []
-                trainer.after_step(i + 1, sums)
-    return distributed.mean({name: value / len(order) for name, value in sums.items()})
+                trainer.after_step(i + 1, figures)
+    return trainer.means(figures, len(order))
 
 
 def validate(
@@ -353,7 +359,7 @@ def train(
     ):
         replica = accelerator.prepare(model)
         if settings.compile:
-            model.compile_encoders()
+            model.compile_encoders(settings.batch_size)
         if distributed.is_main():
             splits.write_table(rows, settings.out / "slices.csv")
         if not settings.resume:

@@ -53,16 +53,17 @@ def train_one_epoch(
 ) -> None:
     model.train()
     distributed.seed_everything(settings.seed, epoch)
-    for step, batch in enumerate(loader):
-        tiles, spots = batch["tiles"].to(accelerator.device), batch["spot"].numpy()
+    figures = loop.StepFigures(epoch, {}, accelerator.device)
+    for step, (batch, spots) in enumerate(dataset.ahead(loader, accelerator.device)):
         with accelerator.autocast():
-            predicted = model(augment(tiles, spots, settings.seed, epoch, settings.image_size))
-        loss = losses.expression_loss(predicted, batch["target"].to(accelerator.device))
-        loop.stop_if_not_finite(loss.item(), epoch, step)
+            predicted = model(augment(batch["tiles"], spots, settings.seed, epoch, settings.image_size))
+        loss = losses.expression_loss(predicted, batch["target"])
+        figures.add(step, {"loss": loss})
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
+    figures.read()
 
 
 def predict(

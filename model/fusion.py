@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers import CrossBlock
+from utils import distributed
 
 N_NEGATIVES = 1  # wrong profiles, and as many wrong images, to each pair
 PRIOR_LOGIT = -math.log(2 * N_NEGATIVES)  # log odds of a pair among these
@@ -66,5 +67,5 @@ def draw_negatives(spots: Tensor, n: int, generator: torch.Generator) -> Tensor:
     ALBEF draws them, negatives leave a fusion without pretrained weights at chance (docs/parts.md).
     """
     same = spots[:, None] == spots[None, :]
-    keys = torch.rand(n, *same.shape, generator=generator).to(spots.device)
+    keys = distributed.to_device(torch.rand(n, *same.shape, generator=generator), spots.device)
     return keys.masked_fill(same, -1).argmax(-1).T

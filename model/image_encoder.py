@@ -177,6 +177,18 @@ def download(model_plan: Plan, image_size: int) -> tuple[Any, WeightsReport]:
     return trunk, WeightsReport(f"timm/{model_plan.name}", len(trunk.state_dict()), (), resized)
 
 
+def to_float(tiles: Tensor, size: int) -> Tensor:
+    """uint8 (B, Z, Z, 3) -> float32 (B, 3, size, size) in 0..1, resized with antialiasing where Z differs."""
+    return resized(tiles.permute(0, 3, 1, 2).float().div_(255), size)
+
+
+def resized(tiles: Tensor, size: int) -> Tensor:
+    """Bicubic with antialiasing: (B, 3, Z, Z) -> (B, 3, size, size), both in 0..1."""
+    if tiles.shape[-1] == size:
+        return tiles
+    return F.interpolate(tiles, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
+
+
 def pool_grid(tokens: Tensor, n_prefix: int, side: int) -> Tensor:
     """Average the square grid of tokens after `n_prefix` class tokens down to side x side; a smaller grid stays.
 

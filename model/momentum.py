@@ -7,6 +7,8 @@ B batch, Q capacity, D width.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +42,23 @@ def update_momentum(module_m: nn.Module, module: nn.Module, momentum: float) -> 
         buffer_m.copy_(buffer)
 
 
-class FeatureQueue(nn.Module):
+class HostNumbers(nn.Module):
+    """A module whose buffers named in `ON_HOST` stay on the CPU wherever it is moved: whole numbers that the host
+    computes with, whose reading must not wait for a GPU."""
+
+    ON_HOST: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        numbers = {name: self._buffers[name] for name in self.ON_HOST}
+        super()._apply(fn, recurse)
+        self._buffers.update(numbers)
+        return self
+
+
+class FeatureQueue(HostNumbers):
     """The latest features of the momentum encoders and the spots they came from: a ring of `capacity` rows."""
+
+    ON_HOST = ("state",)
 
     def __init__(self, capacity: int, width: int):
         super().__init__()
@@ -55,10 +72,15 @@ class FeatureQueue(nn.Module):
         self.register_buffer("spot", torch.full((capacity,), -1))
         self.register_buffer("state", torch.zeros(2, dtype=torch.long))
 
+    @property
+    def n_filled(self) -> int:
+        """Rows filled so far."""
+        return int(self.state[0])
+
     def filled(self) -> tuple[Tensor, Tensor, Tensor]:
         """Features of images and genes (n, D) and spot ids (n,) of the n rows filled so far, copied: the ring may be
         written before the backward pass reads them."""
-        n = int(self.state[0])
+        n = self.n_filled
         return self.image[:n].clone(), self.gene[:n].clone(), self.spot[:n].clone()
 
     @torch.no_grad()

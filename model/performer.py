@@ -62,31 +62,76 @@ def _half_square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(x.shape[-1] ** -0.5 / 2)
 
 
-class FavorAttention(torch.autograd.Function):
+@torch.library.custom_op(
+    "magic::favor",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor projection, bool fast) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def favor(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, fast: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Linear attention with softmax kernels, a few heads at a time; backward computes the features again.
 
-    q, k, v (B, H, N, E), projection (M, E) -> (B, H, N, E). The features are M / E = 4 times the size of q and k: kept
-    for all heads they would be most of the memory of a step, and writing them most of its time. A column of ones beside
-    v gives numerator and denominator of attention in one product. EPSILON is added to the products, not to every
-    feature: (phi + EPSILON) C equals phi C plus EPSILON times the sum of C's rows.
+    q, k, v (B, H, N, E), projection (M, E) -> attention (B, H, N, E), and what backward reads: largest (B, 1, 1, 1),
+    context (B, H, M, E + 1), denominator (B, H, N, 1). The features are M / E = 4 times the size of q and k: kept for
+    all heads they would be most of the memory of a step, and writing them most of its time. A column of ones beside v
+    gives numerator and denominator of attention in one product. EPSILON is added to the products, not to every feature:
+    (phi + EPSILON) C equals phi C plus EPSILON times the sum of C's rows. `fast` is explained at `_products`. One
+    operator of torch's, which torch.compile takes as it is.
     """
+    with _products(q.device.type, fast):
+        largest, context = _key_context(k, v, projection)
+        out, denominator = _attend(q, context, projection)
+    return out, largest, context, denominator
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
-        ctx.fast = torch.is_autocast_enabled(q.device.type)
-        with _products(q.device.type, ctx.fast):
-            largest, context = _key_context(k, v, projection)
-            out, denominator = _attend(q, context, projection)
-        ctx.save_for_backward(q, k, v, projection, largest, context, out, denominator)
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, projection, largest, context, out, denominator = ctx.saved_tensors
-        with _products(q.device.type, ctx.fast):
-            dq, d_context = _backward_queries(gradients[0], q, context, out, denominator, projection)
-            dk, dv = _backward_keys(d_context, k, v, largest, projection)
-        return dq, dk, dv, None
+@torch.library.custom_op(
+    "magic::favor_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor projection, Tensor largest, Tensor context, "
+    "Tensor out, Tensor denominator, bool fast) -> (Tensor, Tensor, Tensor)",
+)
+def favor_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    largest: Tensor,
+    context: Tensor,
+    out: Tensor,
+    denominator: Tensor,
+    fast: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v (B, H, N, E) from that of the attention, and from all that `favor` took and gave."""
+    with _products(q.device.type, fast):
+        dq, d_context = _backward_queries(gradient, q, context, out, denominator, projection)
+        dk, dv = _backward_keys(d_context, k, v, largest, projection)
+    return dq, dk, dv
+
+
+@favor.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, fast: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, n_tokens, width = q.shape
+    shapes = (batch, 1, 1, 1), (batch, heads, len(projection), width + 1), (batch, heads, n_tokens, 1)
+    return torch.empty_like(q), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@favor_backward.register_fake
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.fast = inputs
+    out, largest, context, denominator = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, largest, context, out, denominator)
+
+
+def _gradients(ctx: Any, gradient: Tensor, *of_the_others: None) -> tuple[Tensor | None, ...]:
+    return *favor_backward(gradient, *ctx.saved_tensors, ctx.fast), None, None
+
+
+favor.register_autograd(_gradients, setup_context=_keep)
 
 
 @contextmanager
@@ -215,7 +260,7 @@ def _with_ones(v: Tensor, out: Tensor) -> Tensor:
 
 def favor_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
     """q, k, v (B, H, N, E), projection (M, E) -> (B, H, N, E), of q's type and layout."""
-    return FavorAttention.apply(q, k, v, projection)
+    return favor(q, k, v, projection, torch.is_autocast_enabled(q.device.type))[0]
 
 
 class PerformerBlock(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from model.contrastive import ContrastiveHead, Pair
 from model.fusion import N_NEGATIVES, Fusion, draw_negatives
 from model.gene_encoder import GeneEncoder
 from model.image_encoder import ImageEncoder, Weights
-from model.momentum import FeatureQueue, momentum_at, momentum_encoder, update_momentum
+from model.momentum import FeatureQueue, HostNumbers, momentum_at, momentum_encoder, update_momentum
 from utils import distributed
 
 
@@ -71,12 +71,14 @@ def with_vector(tokens: Tensor, vector: Tensor) -> Tensor:
     return torch.cat([tokens, unit[:, None].to(tokens.dtype)], dim=1)
 
 
-class StageOne(nn.Module):
+class StageOne(HostNumbers):
     """Paired encoders with momentum distillation and matching.
 
     `forward` gives the losses of a batch; after the optimiser's step `after_step` updates the momentum encoders and the
     queue.
     """
+
+    ON_HOST = ("n_steps",)
 
     def __init__(self, sizes: StageOneSizes, image_weights: Weights = None):
         super().__init__()
@@ -93,6 +95,7 @@ class StageOne(nn.Module):
         self.fusion = Fusion(s.width, s.fusion_blocks)
         self.to_expression = nn.Linear(s.width, s.n_components) if s.n_components else None
         self.queue = FeatureQueue(s.queue_size, s.width)
+        self.n_rows: int | None = None  # that compiled encoders take
         self.n_steps: Tensor
         self.register_buffer("n_steps", torch.zeros((), dtype=torch.long))
         self.image_encoder_m: nn.Module | None = None
@@ -111,10 +114,14 @@ class StageOne(nn.Module):
         pairs = [(self.image_encoder_m, self.image_encoder), (self.gene_encoder_m, self.gene_encoder)]
         return [(encoder_m, encoder) for encoder_m, encoder in pairs if encoder_m is not None]
 
-    def compile_encoders(self) -> None:
-        """torch.compile for all encoders; names of parameters stay as they are."""
+    def compile_encoders(self, batch_size: int, **options: Any) -> None:
+        """torch.compile, with its options, for all encoders; names of parameters stay as they are. `encode_images` and
+        `encode_genes` then fill smaller batches up to `batch_size`, for which alone they are compiled."""
+        self.n_rows = batch_size
+        for block in self.gene_encoder.blocks[: self.gene_encoder.n_frozen]:  # run once for both gene encoders
+            block.compile(**options)
         for encoder in (self.image_encoder, self.gene_encoder, *(encoder_m for encoder_m, _ in self.momentum_pairs())):
-            encoder.compile()
+            encoder.compile(**options)
 
     def train(self, mode: bool = True) -> StageOne:
         super().train(mode)
@@ -124,14 +131,19 @@ class StageOne(nn.Module):
 
     def encode_images(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """Tiles (B, 3, Z, Z) in 0..1 -> unit vectors (B, D), tokens for the fusion (B, P + 1, D), P <= image_tokens."""
-        vector, raw = self.image_encoder(tiles)
+        vector, raw = (rows[: len(tiles)] for rows in self.image_encoder(self._filled(tiles)))
         tokens = self.image_encoder.project_tokens(raw, self.sizes.image_tokens)
         return F.normalize(vector.float(), dim=1), with_vector(tokens, vector)
 
     def encode_genes(self, bins: Tensor) -> tuple[Tensor, Tensor]:
         """Bins (B, G) -> unit vectors (B, D), tokens for the fusion (B, K + 1, D)."""
-        vector, tokens = self.gene_encoder(bins)
+        vector, tokens = (rows[: len(bins)] for rows in self.gene_encoder(self._filled(bins)))
         return F.normalize(vector.float(), dim=1), with_vector(tokens, vector)
+
+    def _filled(self, rows: Tensor) -> Tensor:
+        """Rows (B, ...) with the first one repeated, as many as a compiled encoder takes."""
+        missing = (self.n_rows or 0) - len(rows)
+        return rows if missing <= 0 else torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])])
 
     @torch.no_grad()
     def encode_m(self, tiles: Tensor, bins: Tensor, spots: Tensor, frozen: Tensor | None) -> Pair | None:
@@ -219,7 +231,7 @@ class StageOne(nn.Module):
     def contrast_chance(self, batch_size: int) -> float:
         """The contrastive loss of a guess, at the queue's present length."""
         within = math.log(batch_size)
-        momentum = math.log(batch_size + int(self.queue.state[0]))
+        momentum = math.log(batch_size + self.queue.n_filled)
         return (within + momentum) / 2 if self.sizes.momentum_encoders else within
 
     @torch.no_grad()

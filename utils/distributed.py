@@ -189,6 +189,17 @@ def conditions(accelerator: Accelerator, workers: int | None, compiled: bool) ->
     }
 
 
+def to_device(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows of the host on the device. The copy to a GPU is queued behind the work that it has, from memory that the
+    system cannot move, so that the host waits for neither."""
+    return (pinned(rows) if device.type == "cuda" else rows).to(device, non_blocking=True)
+
+
+def pinned(rows: Tensor) -> Tensor:
+    """The rows in page-locked memory, which is kept until no copy reads it any more."""
+    return rows.pin_memory()
+
+
 def rank() -> int:
     """Number of this process, 0 the first; also before torch is imported."""
     return int(os.environ.get("RANK", 0))

@@ -14,6 +14,7 @@ from utils.training.augment import (
     SHIFT,
     STAINS,
     augment,
+    log_light,
     move,
     restain,
     stain_change,
@@ -67,7 +68,7 @@ def moved(tiles, draws):
 def restained(values, draws):
     """uint8 (B, 3, n), (B, 6) -> (B, 3, n) float32."""
     out = torch.empty(values.shape)
-    restain(values, *stain_change(draws), out=out)
+    restain(values, *stain_change(draws), log_light(values.device), out=out)
     return out
 
 

@@ -45,7 +45,7 @@ def test_compiled_encoders_train_alike():
         return [out.loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     expected, names = slopes(), list(model.state_dict())
-    model.compile_encoders()
+    model.compile_encoders(len(batch["bins"]))
     for ours, plain in zip(slopes(), expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)
     assert list(model.state_dict()) == names

@@ -102,6 +102,40 @@ def test_a_bad_loss_stops_with_advice(loss):
     loop.stop_if_not_finite(1e30, 3, 14)
 
 
+def figures_of(losses, every, monkeypatch, sums=None):
+    monkeypatch.setitem(loop.READ_EVERY, "cpu", every)
+    figures = loop.StepFigures(3, sums or {}, torch.device("cpu"))
+    for step, loss in enumerate(losses):
+        figures.add(step, {"loss": torch.tensor(loss), "part": torch.tensor(loss / 3)}, {"chance": 0.1})
+    return figures
+
+
+@pytest.mark.parametrize("every", [2, 3, 7, 100])
+def test_figures_that_are_read_late_add_up_to_the_same(every, monkeypatch):
+    losses = torch.rand(7).tolist()
+    at_once = figures_of(losses, 1, monkeypatch, {"loss": 0.1, "part": 2.0, "chance": 0.3}).sums
+    late = figures_of(losses, every, monkeypatch, {"loss": 0.1, "part": 2.0, "chance": 0.3})
+    assert late.read() == at_once == late.read()
+    by_hand = 0.1
+    for loss in losses:
+        by_hand += torch.tensor(loss).item()
+    assert at_once["loss"] == by_hand and list(at_once) == ["loss", "part", "chance"]
+    assert late.last["loss"] == torch.tensor(losses[-1]).item()
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, 5), (3, 6), (8, 8)])
+def test_a_bad_loss_is_found_by_the_next_reading_with_its_step(every, steps, monkeypatch):
+    losses = [1.0, 1.0, 1.0, 1.0, math.nan, 1.0, math.inf, 1.0]
+    figures_of(losses[: steps - 1], every, monkeypatch)
+    line = refused(r"found nan at epoch 3, step 4", figures_of, losses[:steps], every, monkeypatch)
+    assert "last epoch's weights are kept" in line
+
+
+def test_a_bad_loss_is_found_at_the_end_of_an_epoch(monkeypatch):
+    figures = figures_of([1.0, math.inf], 20, monkeypatch)
+    refused(r"found inf at epoch 3, step 1", figures.read)
+
+
 # ---- the log
 
 

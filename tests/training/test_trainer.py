@@ -196,6 +196,38 @@ def test_the_order_does_not_depend_on_the_readers(broken, trained, unbroken, wor
     assert all(name.endswith("/conditions/workers") for name in changed) and len(changed) == (2 if workers else 0)
 
 
+# ---- figures that are read after several steps, as on a GPU
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_run_that_reads_its_losses_late_ends_alike(script, unbroken, broken, trained, monkeypatch):
+    monkeypatch.setitem(loop.READ_EVERY, "cpu", 3)
+    flags = flags_of(script, trained)[:-2]  # without a save at every step
+    with monkeypatch.context() as patch:
+        after_steps(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert broken.exit_code(script, *flags) == 143
+    broken.run(script, *flags, "--resume")
+    assert not different(progress(broken, script), progress(unbroken(script), script))
+
+
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_a_bad_loss_that_is_found_late_is_not_saved(save_every, broken, trained, monkeypatch, capsys):
+    """The loss of the second epoch's second step is not finite; it is found before a save, or at the epoch's end."""
+    monkeypatch.setitem(loop.READ_EVERY, "cpu", 20)
+    steps, figures_of = [], train_mymodel.figures_of
+
+    def bad(out):
+        steps.append(1)
+        return figures_of(out) | ({"loss": out.loss * float("nan")} if len(steps) == 6 else {})
+
+    monkeypatch.setattr(train_mymodel, "figures_of", bad)
+    assert broken.exit_code("train_mymodel", "--Epoch", 3, "--save_every", save_every) == 2
+    stderr_line(capsys, "found nan at epoch 1, step 1; .*the last epoch's weights are kept")
+    assert len(steps) == (6 if save_every else 8)
+    last = state(broken, "train_mymodel", LAST)
+    assert (last["next_epoch"], last["step"]) == (1, 0)
+
+
 # ---- accumulated gradients
 
 

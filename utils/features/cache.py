@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model.image_encoder import ImageEncoder
+from model.image_encoder import ImageEncoder, to_float
 from utils import distributed
 from utils.features import dataset
 from utils.files import tensors
@@ -34,18 +33,6 @@ if TYPE_CHECKING:
     from model.stage_one import StageOne
 
 Encode = Callable[[Tensor], Tensor]  # tiles (B, 3, Z, Z) in 0..1 -> features (B, ...)
-
-
-def to_float(tiles: Tensor, size: int) -> Tensor:
-    """uint8 (B, Z, Z, 3) -> float32 (B, 3, size, size) in 0..1, resized with antialiasing where Z differs."""
-    return resized(tiles.permute(0, 3, 1, 2).float().div_(255), size)
-
-
-def resized(tiles: Tensor, size: int) -> Tensor:
-    """Bicubic with antialiasing: (B, 3, Z, Z) -> (B, 3, size, size), both in 0..1."""
-    if tiles.shape[-1] == size:
-        return tiles
-    return F.interpolate(tiles, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
 
 
 def read_image_weights(text: str, flag: str) -> Any:
@@ -110,9 +97,10 @@ def encode_pairs(
 
     def encoded() -> Iterator[tuple[Tensor, ...]]:
         for batch in dataset.loader(batches, distributed.own_batches(order), inference.workers):
+            tiles, bins_ = (distributed.to_device(batch[name], device) for name in ("tiles", "bins"))
             with autocast():
-                image, image_tokens = model.encode_images(to_float(batch["tiles"].to(device), model.sizes.image_size))
-                gene, gene_tokens = model.encode_genes(batch["bins"].to(device))
+                image, image_tokens = model.encode_images(to_float(tiles, model.sizes.image_size))
+                gene, gene_tokens = model.encode_genes(bins_)
             yield (image, gene) if store is None else (image, gene, image_tokens, gene_tokens)
 
     kept: list[Tensor] = []
@@ -151,7 +139,8 @@ def encode_slice(encoder: TileEncoder, slice_: dataset.SliceData) -> Iterator[np
 
     def encoded() -> Iterator[tuple[Tensor, ...]]:
         for batch in dataset.loader(batches, distributed.own_batches(order), encoder.workers):
-            yield (encode(to_float(batch["tiles"].to(encoder.device), encoder.size)).float(),)
+            tiles = distributed.to_device(batch["tiles"], encoder.device)
+            yield (encode(to_float(tiles, encoder.size)).float(),)
 
     with tqdm(total=len(batches), desc=f"{slice_.name}: features", unit="spot", disable=None) as bar:
         for (features,) in distributed.in_order(encoded(), order):

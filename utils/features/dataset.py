@@ -5,7 +5,7 @@ Letters: S spots of a slice, G input genes, T target genes, B batch, Z tile side
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from utils.words import count_of
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
+    import torch
     from torch import Tensor
 
 
@@ -318,6 +319,18 @@ class Loader:
 
     def __exit__(self, *error: object) -> None:
         self.reader = None  # nothing else refers to it: it joins its processes
+
+
+def ahead(batches: Iterable[dict[str, Tensor]], device: torch.device) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
+    """Batches on the device, each with its spots on the host (B,). A batch is copied while the one before is used."""
+    before = None
+    for batch in batches:
+        copied = {name: distributed.to_device(rows, device) for name, rows in batch.items()}, batch["spot"].numpy()
+        if before is not None:
+            yield before
+        before = copied
+    if before is not None:
+        yield before
 
 
 def reading_context() -> BaseContext:

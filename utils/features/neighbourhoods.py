@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils import distributed
 from utils.features import dataset
 from utils.files.arrays import ArrayStore
 from utils.memory import WithinMemory
@@ -160,7 +161,7 @@ class Rows:
     def take(self, numbers: np.ndarray) -> Tensor:
         """Numbers of any shape (...,) -> float16 (..., *row) on the device."""
         if self.whole is not None:
-            return self.whole[torch.from_numpy(numbers).to(self.device)]
+            return self.whole[distributed.to_device(torch.from_numpy(numbers), self.device)]
         unique, place = np.unique(numbers, return_inverse=True)
         ends = np.searchsorted(unique, self.first)
         rows = np.empty((len(unique), *self.arrays[0].shape[1:]), np.float16)
@@ -168,7 +169,7 @@ class Rows:
             if high > low:
                 rows[low:high] = array[unique[low:high] - start]
                 release(array)
-        return torch.from_numpy(rows[place.reshape(numbers.shape)]).to(self.device)
+        return distributed.to_device(torch.from_numpy(rows[place.reshape(numbers.shape)]), self.device)
 
 
 class FeatureBank:
@@ -234,13 +235,14 @@ class FeatureBank:
         return [start + slice_.rows_of(part) for slice_, start in zip(slices, self.first, strict=False)]
 
     def _put(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return distributed.to_device(torch.from_numpy(np.ascontiguousarray(array)), self.device)
 
     def batch(self, spots: np.ndarray) -> dict[str, Tensor]:
         """Spot numbers (B,) -> what GeneDecoder takes: vector, tokens, context, offsets, present, smoothed."""
         slices = np.searchsorted(self.first, spots, side="right") - 1
         rows = np.column_stack([spots, self.index[spots] + self.first[slices][:, None]])
-        mean, sd, n = self.mean[slices], self.sd[slices], self.n_vectors
+        of_slice = self._put(slices)
+        mean, sd, n = self.mean[of_slice], self.sd[of_slice], self.n_vectors
         vectors = ((self.vectors.take(rows).float() - mean[:, None, :n]) / sd[:, None, :n]).flatten(2)
         present = self._put(self.present[spots])
         return {

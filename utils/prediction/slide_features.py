@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils import distributed
 from utils.features import cache
 from utils.features.cache import TileEncoder, to_float
 from utils.files.hashing import content_hash
@@ -86,6 +87,6 @@ def encode_stream(how: TileEncoder, batches: Iterable[np.ndarray], n_spots: int,
     encode = WithinMemory(how.encode, name)
     with tqdm(total=n_spots, desc=f"{name}: features", unit="spot", disable=None) as bar:
         for batch in batches:
-            float_tiles = to_float(torch.from_numpy(batch).to(how.device), how.size)
+            float_tiles = to_float(distributed.to_device(torch.from_numpy(batch), how.device), how.size)
             yield encode(float_tiles).float().cpu().numpy()
             bar.update(len(batch))

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.features.cache import resized
+from model.image_encoder import resized
+from utils import distributed
 
 # optical density of haematoxylin, eosin and DAB in red, green, blue (Ruifrok and Johnston 2001)
 STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], dtype=torch.float64)
 SHIFT = 0.05  # of the tile's side, at most
 JITTER = 0.15  # of a stain's strength (factor 1 +- JITTER) and, a third of it, of its offset
-LOG_LIGHT = (torch.arange(256).clamp(min=1) / 255).log()  # minus the optical density of each 8-bit value
 CACHED_PX = 2 * 224 * 224  # pixels at once on a CPU: what is computed in between stays in a core's cache
 
 
@@ -76,10 +76,15 @@ def move(tiles: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return pixels.gather(2, source[:, None].expand(-1, 3, -1))
 
 
-def restain(tiles: Tensor, matrix: Tensor, offset: Tensor, out: Tensor) -> None:
-    """uint8 (B, 3, Z * Z) -> `out`, float32 of the same shape in 0..1."""
-    log_light = LOG_LIGHT.to(tiles.device).index_select(0, tiles.flatten().int()).view(tiles.shape)
-    torch.bmm(matrix, log_light, out=out).sub_(offset).exp_().clamp_(max=1)
+def log_light(device: torch.device) -> Tensor:
+    """Minus the optical density of each 8-bit value: (256,)."""
+    return (torch.arange(256, device=device).clamp(min=1) / 255).log()
+
+
+def restain(tiles: Tensor, matrix: Tensor, offset: Tensor, table: Tensor, out: Tensor) -> None:
+    """uint8 (B, 3, Z * Z) -> `out`, float32 of the same shape in 0..1; `table` is that of `log_light`."""
+    density = table.index_select(0, tiles.flatten().int()).view(tiles.shape)
+    torch.bmm(matrix, density, out=out).sub_(offset).exp_().clamp_(max=1)
 
 
 def augment(tiles: Tensor, spots: np.ndarray, seed: int, epoch: int, size: int) -> Tensor:
@@ -89,11 +94,12 @@ def augment(tiles: Tensor, spots: np.ndarray, seed: int, epoch: int, size: int) 
     """
     n, side = tiles.shape[:2]
     draws = torch.from_numpy(uniforms(seed, epoch, spots, 10))
-    plan = [x.to(tiles.device) for x in (*turns_and_shifts(draws[:, :4], side), *stain_change(draws[:, 4:]))]
+    plan = (*turns_and_shifts(draws[:, :4], side), *stain_change(draws[:, 4:]))
+    plan, table = [distributed.to_device(x, tiles.device) for x in plan], log_light(tiles.device)
     done = torch.empty((n, 3, side * side), device=tiles.device)
     at_once = max(CACHED_PX // side**2, 1) if tiles.device.type == "cpu" else n
     for start in range(0, n, at_once):
         first, second, matrix, offset = (x[start : start + at_once] for x in plan)
         moved = move(tiles[start : start + at_once], first, second)
-        restain(moved, matrix, offset, out=done[start : start + at_once])
+        restain(moved, matrix, offset, table, out=done[start : start + at_once])
     return resized(done.view(n, 3, side, side), size)

@@ -14,6 +14,8 @@ from utils.settings import OptimizerSettings
 if TYPE_CHECKING:
     import torch
 
+READ_EVERY = {"cpu": 1, "cuda": 20}  # steps; a loss that is not finite is found so many later, at most
+
 
 def rate_at(step: int, n_steps: int, kind: str, lowest: float) -> float:
     """Learning rate at a step as a fraction of the highest: 3 % linear warm-up, then a decay to `lowest`.
@@ -65,7 +67,51 @@ def make_optimizer(
             {"params": [p for p in same if p.ndim > 1], "weight_decay": rates.weight_decay, "lr": rate},
             {"params": [p for p in same if p.ndim <= 1], "weight_decay": 0.0, "lr": rate},
         ]
-    return torch.optim.AdamW(groups, lr=rates.Init_lr, betas=(rates.momentum, 0.999))
+    fused = True if all(p.device.type == "cuda" for p in trained) else None  # one kernel for all parameters
+    return torch.optim.AdamW(groups, lr=rates.Init_lr, betas=(rates.momentum, 0.999), fused=fused)
+
+
+class StepFigures:
+    """Figures of an epoch's steps, added up on the host in double precision.
+
+    They stay on the device until READ_EVERY steps are done, or `read` is called; all are then copied at once, and
+    checked. On a CPU that is after every step, on a GPU less often: each time the host waits for the device.
+
+    Parameters
+    ----------
+    epoch : for the error of a loss that is not finite
+    sums : of the steps that were done before
+    device : that the figures lie on
+    """
+
+    def __init__(self, epoch: int, sums: Mapping[str, float], device: torch.device):
+        self.epoch, self.sums = epoch, dict(sums)
+        self.every = READ_EVERY.get(device.type, 1)
+        self.last: dict[str, float] = {}  # figures of the last step that was read
+        self.waiting: list[tuple[int, dict[str, torch.Tensor], dict[str, float]]] = []
+
+    def add(self, step: int, on_device: dict[str, torch.Tensor], known: dict[str, float] | None = None) -> None:
+        """Figures of a step, `loss` first, scalars on the device, and others that the host knows. Raises ValueError
+        where they are read, and the loss of a step was not finite."""
+        self.waiting.append((step, {name: value.detach() for name, value in on_device.items()}, known or {}))
+        if (step + 1) % self.every == 0:
+            self.read()
+
+    def read(self) -> dict[str, float]:
+        """The sums of all steps so far."""
+        import torch
+
+        waiting, self.waiting = self.waiting, []
+        if waiting:
+            values = (
+                torch.stack([value.float() for _, figures, _ in waiting for value in figures.values()]).cpu().tolist()
+            )
+        for step, figures, known in waiting:
+            found, values = dict(zip(figures, values, strict=False)), values[len(figures) :]
+            stop_if_not_finite(found["loss"], self.epoch, step)
+            self.last = found | known
+            self.sums = {name: self.sums.get(name, 0.0) + value for name, value in self.last.items()}
+        return self.sums
 
 
 def stop_if_not_finite(loss: float, epoch: int, step: int) -> None:

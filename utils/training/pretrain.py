@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils import distributed
 from utils.features import dataset
 from utils.genes.panels import HIGHEST_BIN
 from utils.settings import OptimizerSettings, StageOneSettings
@@ -169,19 +170,19 @@ def train_one_epoch(
     order = rng.permutation(sum(len(spots.rows) for spots in train))
     batches = order[: len(order) // size * size].reshape(-1, size)
     draws = torch.Generator(accelerator.device).manual_seed(int(rng.integers(2**62)))
-    total = 0.0
+    figures = loop.StepFigures(epoch, {}, accelerator.device)
     with tqdm(batches, desc=f"pretraining {epoch}", unit="step", disable=None) as bar:
         for step, chosen in enumerate(bar):
-            bins, measured = (torch.from_numpy(x).to(accelerator.device) for x in batch_of(train, chosen))
+            rows = map(torch.from_numpy, batch_of(train, chosen))
+            bins, measured = (distributed.to_device(x, accelerator.device) for x in rows)
             with autocast(accelerator, settings):
                 loss = masked.loss(bins, measured, FRACTION, draws)
-            loop.stop_if_not_finite(loss.item(), epoch, step)
+            figures.add(step, {"loss": loss})
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.item()
-    return total / len(batches)
+    return figures.read().get("loss", 0.0) / len(batches)
 
 
 def score(

@@ -32,6 +32,8 @@ from utils.training import checkpoint
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from utils.training.loop import StepFigures
+
 SIGNALS = (*distributed.END_SIGNALS, signal.SIGINT)
 COPIES_S = 1.0  # in which a launcher and the queue hand on the same signal
 Row = dict[str, float]  # figures of an epoch by name
@@ -202,15 +204,20 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
 
-    def after_step(self, step: int, sums: Row) -> None:
+    def after_step(self, step: int, figures: StepFigures) -> None:
         """`step` steps of the epoch are done. Leaves the run, once it is saved, where it was asked to."""
-        self.n_steps, self.sums = step, sums
-        reason = self._reason_to_stop()
+        self.n_steps = step
+        reason = self._reason_to_stop() if distributed.n_processes() == 1 or step % figures.every == 0 else None
         if reason or (self.flags.save_every and step % self.flags.save_every == 0):
-            self.sums = distributed.mean(sums)
+            self.sums = distributed.mean(figures.read())
             self._save()
         if reason:
             self._leave(reason)
+
+    def means(self, figures: StepFigures, n_steps: int) -> Row:
+        """Of all figures over the epoch's steps, which are done."""
+        self.sums = figures.read()
+        return distributed.mean({name: value / n_steps for name, value in self.sums.items()})
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

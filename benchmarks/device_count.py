@@ -1,0 +1,211 @@
+"""Operations, bytes and memory of a step, counted by running it on tensors without values: `device.py --count`.
+
+Each operator that torch runs is noted: its floating-point operations by the formulas of torch's FlopCounterMode, the
+bytes of what it reads and writes, and the memory that is held then. An operator takes max(operations / rate, bytes /
+bandwidth). What a compiler fuses is not taken into account; `matrix_s`, the time of the matrix products and attentions
+alone, is what it cannot go below.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.device_work import PARTS, Sizes
+from model import performer
+
+SPOTS, EPOCHS = 75_760, 100  # of the published training
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # of a host; FlopCounterMode has those of a GPU
+READ = ("_local_scalar_dense", "item", "is_nonzero")  # by the host
+UNWRITTEN = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card does at most, and the fractions of it that an operator is taken to reach."""
+
+    name: str = "H100 SXM, 80 GB"
+    matrix: float = 989e12  # operations a second in bf16
+    tf32: float = 494.5e12
+    fp32: float = 67e12
+    bandwidth: float = 3.35e12  # bytes a second
+    of_matrix: float = 0.6
+    of_bandwidth: float = 0.7
+
+    def seconds(self, operations: float, nbytes: float, rate: float) -> float:
+        return max(operations / (self.of_matrix * rate), nbytes / (self.of_bandwidth * self.bandwidth))
+
+
+H100 = Card()
+
+
+def tensors_in(values: object) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def size_of(x: Tensor) -> int:
+    """Bytes that reading it touches: an expanded tensor is as large as what lies behind it."""
+    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+
+
+class Cost(TorchDispatchMode):
+    """Adds up what the operators within it cost on a card; `held` are bytes that exist before."""
+
+    def __init__(self, card: Card = H100, held: int = 0, tf32: bool = False):
+        super().__init__()
+        self.card, self.tf32 = card, tf32
+        self.operations, self.nbytes, self.seconds, self.matrix_s = 0, 0, 0.0, 0.0
+        self.live = self.peak = held
+        self.by_name: Counter[str] = Counter()  # seconds
+        self.storages: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if name in READ:
+            return True
+        if func._overloadpacket not in flop_counter.flop_registry and func.namespace == "aten":
+            with self:  # an operator made of others is counted by them
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        out = func(*args, **kwargs)
+        if func.namespace == "magic":
+            self._inside(name, args)
+        elif name not in UNWRITTEN:
+            self._note(func, name, args, kwargs, out)
+        self._hold(tensors_in(out))
+        return out
+
+    def _note(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        read, results = tensors_in((args, kwargs)), tensors_in(out)
+        known = {x.untyped_storage()._cdata for x in read}
+        fresh = [x for x in results if x.untyped_storage()._cdata not in known]
+        schema = func._schema.arguments
+        given = [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
+        changed = [x for a, value in given if a.alias_info and a.alias_info.is_write for x in tensors_in(value)]
+        if not fresh and not changed:  # a view
+            return
+        nbytes = sum(map(size_of, (*read, *fresh, *changed)))
+        formula = flop_counter.flop_registry.get(func._overloadpacket)
+        operations = formula(*args, **kwargs, out_val=out) if formula else 0
+        low = any(x.dtype in (torch.bfloat16, torch.float16) for x in read)
+        rate = self.card.matrix if low else self.card.tf32 if self.tf32 else self.card.fp32
+        self._add(name, operations, nbytes, self.card.seconds(operations, nbytes, rate))
+
+    def _add(self, name: str, operations: int, nbytes: int, seconds: float, matrix_s: float | None = None) -> None:
+        self.operations += operations
+        self.nbytes += nbytes
+        self.seconds += seconds
+        self.matrix_s += (seconds if operations else 0.0) if matrix_s is None else matrix_s
+        self.by_name[name] += seconds  # type: ignore[assignment]
+
+    def _inside(self, name: str, args: Any) -> None:
+        """The operators of FAVOR+, which is one operator to what calls it."""
+        inner = Cost(self.card, tf32=bool(args[-1]))
+        with inner:
+            getattr(performer, name)._init_fn(*args)
+        self._add(name, inner.operations, inner.nbytes, inner.seconds, inner.matrix_s)
+        self.peak = max(self.peak, self.live + inner.peak)
+
+    def _hold(self, results: list[Tensor]) -> None:
+        for x in results:
+            storage = x.untyped_storage()
+            if storage not in self.storages:
+                self.storages[storage] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+
+    def _free(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+@contextmanager
+def counting() -> Iterator[None]:
+    """Tensors without values on a host, attention and FAVOR+ as on a GPU."""
+    registry = dict(flop_counter.flop_registry)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    registry[ATTENTION] = registry[torch.ops.aten._scaled_dot_product_flash_attention]
+    registry[backward] = registry[torch.ops.aten._scaled_dot_product_flash_attention_backward]
+    with (
+        mock.patch.dict(flop_counter.flop_registry, registry),
+        mock.patch.dict(performer.BYTES_AT_ONCE, {"cpu": performer.BYTES_AT_ONCE["cuda"]}),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        yield
+
+
+def without_values(model: Any) -> Any:
+    """A model of the meta device as one of tensors without values on the host; its numbers have values."""
+    numbers = {
+        (module, name): torch.zeros(module._buffers[name].shape, dtype=torch.long)
+        for module in model.modules()
+        for name in getattr(module, "ON_HOST", ())
+    }
+    with counting():
+        model.to_empty(device="cpu")
+    for (module, name), number in numbers.items():
+        module._buffers[name] = number
+        if name == "state":
+            number[0] = module.capacity  # a full queue
+    return model
+
+
+def count(part: str, sizes: Sizes, card: Card = H100) -> Cost:
+    """What one batch of a part costs."""
+    build, work_of = PARTS[part]
+    with torch.device("meta"):
+        model = build(sizes)
+    model = without_values(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = sum(x.numel() * x.element_size() for x in {*model.parameters(), *model.buffers()}) + 8 * trained
+    with counting():
+        device = torch.device("cpu")
+        work = work_of(model, sizes, device, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+        with Cost(card, held) as cost:
+            work.run()
+    return cost
+
+
+def hours(seconds: float, batch_size: int) -> float:
+    """Of the published training, at so many seconds a step."""
+    return SPOTS // batch_size * EPOCHS * seconds / 3600
+
+
+def rows(batch_sizes: tuple[int, ...] = (32, 64, 256)) -> Iterator[str]:
+    for name, tune in (("deit_base_patch16_224.fb_in1k", "all"), ("vit_large_patch16_224", "last:4")):
+        for distil in (True, False):
+            for batch_size in batch_sizes:
+                cost = count("stage_one", Sizes(name, tune=tune, distil=distil, batch_size=batch_size))
+                favor = sum(seconds for op, seconds in cost.by_name.items() if op.startswith("favor"))
+                cells = [
+                    f"{name.split('.')[0]}, --tune {tune}",
+                    "on" if distil else "off",
+                    f"{batch_size}",
+                    f"{cost.operations / 1e12:.1f}",
+                    f"{cost.nbytes / 1e9:.0f}",
+                    f"{cost.peak / 2**30:.1f}",
+                    f"{1000 * cost.seconds:.0f}",
+                    f"{favor / cost.seconds:.0%}",
+                    f"{hours(cost.seconds, batch_size):.2f}",
+                    f"{hours(cost.matrix_s, batch_size):.2f}",
+                ]
+                yield f"| {' | '.join(cells)} |"
+
+
+def table() -> Iterator[str]:
+    yield "| encoder | distillation | batch | TFLOP | GB moved | peak, GiB | ms a step | FAVOR+ | hours | at least |"
+    yield f"| {' | '.join(['---'] * 10)} |"
+    yield from rows()

@@ -1,0 +1,88 @@
+"""benchmarks/device.py: its count against torch's, and all of it at tiny sizes on a CPU; on a GPU if there is one."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import device, device_count
+from benchmarks.device_work import SMALL
+from model.performer import favor_attention
+
+
+def test_operations_are_those_of_torchs_counter_and_bytes_those_read_and_written():
+    a, b = torch.randn(6, 4), torch.randn(4, 5)
+    with FlopCounterMode(display=False) as expected:
+        (a @ b).relu().sum()
+    with device_count.Cost() as cost:
+        (a @ b).relu().sum()
+    assert cost.operations == expected.get_total_flops() == 2 * 6 * 4 * 5
+    product, relu, total = 24 + 20 + 30, 30 + 30, 30 + 1
+    assert cost.nbytes == 4 * (product + relu + total)
+    with device_count.Cost() as views:
+        _ = a[:2].view(-1, 2).T
+    assert views.nbytes == 0
+    with device_count.Cost() as in_place:
+        a.mul_(2.0)
+    assert in_place.nbytes == 4 * (24 + 24)
+
+
+def test_memory_is_what_is_held_at_once():
+    with device_count.Cost(held=100) as cost:
+        for _ in range(3):
+            torch.zeros(1000) + 1  # two of 4,000 bytes at a time
+    assert 8_100 <= cost.peak <= 12_100 and cost.live == 100
+
+
+def test_the_operators_of_favor_are_counted():
+    q = torch.randn(1, 2, 8, 64)
+    with device_count.Cost() as cost:
+        favor_attention(q, q, q, torch.randn(10, 64))
+    exponents, sums = 2 * 2 * (2 * 8 * 64 * 10), 2 * 2 * (2 * 8 * 10 * 65)
+    assert cost.operations == exponents + sums
+    assert set(cost.by_name) == {"favor"}
+
+
+def test_an_operator_takes_the_longer_of_its_two_times():
+    card = device_count.H100
+    assert card.seconds(0.6 * 989e12, 1, card.matrix) == pytest.approx(1)
+    assert card.seconds(1, 0.7 * 3.35e12, card.matrix) == pytest.approx(1)
+    assert device_count.hours(0.1, 256) == pytest.approx(295 * 100 * 0.1 / 3600)
+
+
+def test_a_step_is_counted_without_values():
+    few, many = (device_count.count("stage_two", device.of_batch(SMALL, n)) for n in (4, 8))
+    assert 0 < few.matrix_s < few.seconds < many.seconds and few.peak < many.peak
+    n_parameters = sum(p.numel() for p in device.PARTS["stage_two"][0](SMALL).parameters())
+    assert few.peak > 4 * n_parameters
+    figures = device.beside_count({"eager_s": 3.0, "compiled_s": 2.0}, "stage_two", SMALL, device_count.H100)
+    assert figures["ratio"] == pytest.approx(2.0 / few.seconds)
+
+
+def test_what_failed_and_what_is_slow_is_named():
+    checks = {"loss": {"value": 0.2, "passed": False}, "gradients": {"value": 0.0, "passed": True}}
+    parts = {"stage_one": {"ratio": 1.4}, "stage_two": {"ratio": 1.6}}
+    results = {"checks": checks, "parts": parts}
+    assert device.failures(results, timed=True) == ["loss 0.2", "stage_two 1.60 x its count"]
+    assert device.failures(results, timed=False) == ["loss 0.2"]
+    assert not device.Check(float("nan"), 1.0).passed
+
+
+def run(tmp_path, *flags):
+    device.main(device.parse_args(["--check", "--out", str(tmp_path / "device.json"), *flags]))
+    return json.loads((tmp_path / "device.json").read_text())
+
+
+def test_it_runs_at_tiny_sizes(tmp_path):
+    results = run(tmp_path, "--quick", "--device", "cpu")
+    assert all(check["passed"] for check in results["checks"].values())
+    assert {"loss, bf16", "gradients, fp32", "FAVOR+, gradient of k", "augmentation"} < results["checks"].keys()
+    assert set(results["parts"]) == set(device.PARTS)
+    assert all(part["eager_s"] > 0 and part["peak_gib"] is None for part in results["parts"].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_right_and_as_fast_as_counted(tmp_path):
+    assert run(tmp_path)["checks"]

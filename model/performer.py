@@ -111,8 +111,10 @@ def favor_backward(
 @favor.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, fast: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, n_tokens, width = q.shape
-    shapes = (batch, 1, 1, 1), (batch, heads, len(projection), width + 1), (batch, heads, n_tokens, 1)
-    return torch.empty_like(q), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    largest = q.new_empty((batch, 1, 1, 1), dtype=torch.float32)
+    context = q.new_empty((batch, heads, len(projection), width + 1), dtype=torch.float32)
+    denominator = q.new_empty((batch, heads, n_tokens, 1), dtype=torch.float32)
+    return torch.empty_like(q), largest, context, denominator
 
 
 @favor_backward.register_fake

@@ -108,7 +108,7 @@ def test_values_of_flags(kind, good, bad):
     for text, value in good.items():
         assert kind(text) == value and type(kind(text)) is type(value)
     for text in bad:
-        with pytest.raises(argparse.ArgumentTypeError, match=r"expected a .*number.*, found"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"expected (a .*number|I/N).*, found"):
             kind(text)
 
 

@@ -31,7 +31,7 @@ def test_a_full_disk_is_named_before_anything_is_mapped(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"expected 3\.0 GiB of disk .* --memory .*No space left"):
+    with pytest.raises(OSError, match=r"expected 3\.0 GiB of disk .* --memory, found too little \(No space left"):
         ArrayStore(gib=1, folder=tmp_path).empty((3 * 2**30,), np.uint8)
 
 

@@ -94,8 +94,8 @@ def augment(tiles: Tensor, spots: np.ndarray, seed: int, epoch: int, size: int) 
     """
     n, side = tiles.shape[:2]
     draws = torch.from_numpy(uniforms(seed, epoch, spots, 10))
-    plan = (*turns_and_shifts(draws[:, :4], side), *stain_change(draws[:, 4:]))
-    plan, table = [distributed.to_device(x, tiles.device) for x in plan], log_light(tiles.device)
+    changes = (*turns_and_shifts(draws[:, :4], side), *stain_change(draws[:, 4:]))
+    plan, table = [distributed.to_device(x, tiles.device) for x in changes], log_light(tiles.device)
     done = torch.empty((n, 3, side * side), device=tiles.device)
     at_once = max(CACHED_PX // side**2, 1) if tiles.device.type == "cpu" else n
     for start in range(0, n, at_once):

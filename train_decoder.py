@@ -139,8 +139,8 @@ def all_features(
 
     size, folder = model.sizes.image_size, settings.out / "features"
     encoder = cache.TileEncoder(encode, size, accelerator.device, settings.batch_size, settings.workers)
-    key = f"{checkpoint.model_hash(settings.encoder)} {accelerator.mixed_precision} pooled, tta {settings.tta}, "
-    key += f"{domain.CONTENT}"
+    key = f"{checkpoint.model_hash(settings.encoder)} {accelerator.mixed_precision} pooled, tta {settings.tta}"
+    key = f"{key}, {domain.CONTENT},"
     kept = [
         cache.kept_features(
             folder, f"{key} {slice_.pack.content}", slice_, partial(cache.encode_slice, encoder, slice_)

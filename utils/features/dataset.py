@@ -201,7 +201,7 @@ def um_per_source_px(slice_: SliceData) -> float | None:
 def um_per_fullres_px(slice_: SliceData) -> float | None:
     """Micrometres per full-resolution pixel, by the tiles' record; None where the spot pitch is not known."""
     per_source_px = um_per_source_px(slice_)
-    return None if per_source_px is None else per_source_px * slice_.pack.record["scale"]  # type: ignore[index]
+    return None if per_source_px is None else per_source_px * slice_.pack.record["scale"]
 
 
 def grid_kind(slice_: Spots) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model import domain
+from utils.features import neighbourhoods
 from utils.features.dataset import SliceData
 
 QUANTILE = 0.99  # of the calibration spots' distances: the limit of a spot
@@ -39,9 +40,13 @@ def with_statistics(features: Tensor, tiles: Tensor) -> Tensor:
 
 def split_statistics(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What `with_statistics` put together: features (S, ..., N, D), and statistics (S, K) float32."""
-    n = n_rows(kept.shape[-1])
-    rows = np.asarray(kept[..., -n:, :], np.float32).reshape(len(kept), -1, n * kept.shape[-1])
-    return kept[..., :-n, :], rows[:, 0, : domain.N_STATISTICS]
+    n, statistics = n_rows(kept.shape[-1]), np.empty((len(kept), domain.N_STATISTICS), np.float32)
+    first_view = kept[:, 0] if kept.ndim == 4 else kept
+    for block in neighbourhoods.blocks(len(kept)):
+        rows = first_view[block, -n:].reshape(block.stop - block.start, -1)
+        statistics[block] = rows[:, : domain.N_STATISTICS]
+        neighbourhoods.release(kept)
+    return kept[..., :-n, :], statistics
 
 
 def fit(slices: Sequence[SliceData], statistics: Sequence[np.ndarray], seed: int) -> tuple[Domain, str]:

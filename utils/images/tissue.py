@@ -190,3 +190,19 @@ def on_tissue(centres_px: np.ndarray, mask: np.ndarray, scale: float, radius_px:
         inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
         hits[inside] += mask[y[inside], x[inside]]
     return 2 * hits >= len(offsets)
+
+
+def tissue_fraction(centres_px: np.ndarray, mask: np.ndarray, scale: float, side_px: float) -> np.ndarray:
+    """Fraction (S,) of the square around each centre that is tissue; what lies off the slide is none.
+
+    Parameters
+    ----------
+    centres_px, side_px : (S, 2) and of all squares, level-0 pixels
+    mask, scale : ndarray (h, w) bool, and its pixels per level-0 pixel
+    """
+    summed = np.pad(np.cumsum(np.cumsum(mask, 0), 1), ((1, 0), (1, 0)))
+    low = np.floor((centres_px - side_px / 2) * scale).astype(int)
+    high = np.maximum(np.ceil((centres_px + side_px / 2) * scale).astype(int), low + 1)
+    (left, top), (right, bottom) = (np.clip(ends, 0, mask.shape[::-1]).T for ends in (low, high))
+    inside = summed[bottom, right] - summed[top, right] - summed[bottom, left] + summed[top, left]
+    return inside / (high - low).prod(1)

@@ -17,13 +17,14 @@ import pandas as pd
 from utils.evaluation import plotting
 from utils.evaluation.metrics import PREDICTABLE_PCC, UNITS
 from utils.files.atomic import whole_file
-from utils.prediction import geojson
+from utils.prediction import geojson, trust
 from utils.prediction.layout import SlideSpots
 from utils.prediction.slides import file_name
 from utils.report import anndata_files, page, page_parts
 from utils.report.spot_maps import spot_maps
 from utils.report.spots import DISC, SpotsOnImage
 
+PREDICTABLE = f"val_pcc_above_{PREDICTABLE_PCC}"
 REPORT_VALUES = 5_000_000  # spots times genes on one page: 13 MB
 
 
@@ -36,15 +37,34 @@ class Prediction:
     target: str
     predicted: np.ndarray  # (S, G)
     prediction_std: np.ndarray | None  # (S, G)
-    domain_score: np.ndarray  # (S,)
-    domain_limit: float  # validation 0.99 quantile of the score
+    interval: tuple[np.ndarray, np.ndarray]  # (G,) low and high end relative to the prediction
+    domain_score: np.ndarray  # (S,) above 1 out of domain
     val_pcc: np.ndarray  # (G,)
     image: np.ndarray  # (height, width, 3), small
     image_scale: float  # its pixels per full-resolution pixel
     measured: np.ndarray | None = None  # (S, G) in the scale of the target, NaN for a gene that the slice lacks
     counts: np.ndarray | None = None  # (S, G)
     total_counts: np.ndarray | None = None  # (S,)
+    left_out_pcc: np.ndarray | None = None  # (G,)
     about: dict[str, Any] = field(default_factory=dict)  # plain values, kept in uns["magic"]
+
+    @property
+    def out_of_domain(self) -> np.ndarray:
+        """(S,) bool"""
+        return trust.out_of_domain(self.domain_score, self.spots.tissue_fraction)
+
+    @property
+    def predictable(self) -> pd.arrays.BooleanArray:
+        """Genes (G,) with a validation PCC of PREDICTABLE_PCC; missing where validation shares a patient."""
+        reason = self.about.get("genes", {}).get(PREDICTABLE, "")
+        return trust.predictable(self.val_pcc, known=not reason.startswith("not known"))
+
+    @property
+    def interval_ends(self) -> dict[str, np.ndarray]:
+        """Ends of the interval of the measured value, (S, G) each; counts are not below 0."""
+        least = -np.inf if self.target == "residuals" else 0.0
+        ends = zip(("interval_low", "interval_high"), self.interval, strict=True)
+        return {name: np.maximum(self.predicted + offset, least) for name, offset in ends}
 
     @property
     def unit(self) -> str:
@@ -75,17 +95,21 @@ def as_anndata(prediction: Prediction) -> anndata.AnnData:
         "array_row": prediction.spots.array[:, 0],
         "array_col": prediction.spots.array[:, 1],
         "domain_score": prediction.domain_score,
-        "out_of_domain": prediction.domain_score > prediction.domain_limit,
+        "out_of_domain": prediction.out_of_domain,
+        "tissue_fraction": prediction.spots.tissue_fraction,
     }
     if prediction.total_counts is not None:
         obs["total_counts"] = prediction.total_counts
-    val_pcc = prediction.val_pcc
-    var = pd.DataFrame({"val_pcc": val_pcc, "reliable": val_pcc >= PREDICTABLE_PCC}, index=prediction.genes)
+    var = pd.DataFrame({"val_pcc": prediction.val_pcc, PREDICTABLE: prediction.predictable}, index=prediction.genes)
+    if prediction.left_out_pcc is not None:
+        var["left_out_pcc"] = prediction.left_out_pcc
     adata = anndata_files.spots_anndata([prediction.spots_on_image], prediction.predicted, var, obs)
     for name in ("prediction_std", "measured", "counts"):
         values = getattr(prediction, name)
         if values is not None:
             adata.layers[name] = np.asarray(values, np.float32)
+    for name, values in prediction.interval_ends.items():
+        adata.layers[name] = values.astype(np.float32)
     adata.uns["magic"] = {"X": f"predicted, {prediction.unit}", "target": prediction.target, **prediction.about}
     return adata
 
@@ -131,8 +155,8 @@ def write_maps(folder: Path, prediction: Prediction, n_maps: int) -> None:
         title = f"{spots.name}: {name}, validation PCC {prediction.val_pcc[gene]:.2f}"
         figure = spot_maps(spots, panels, title, prediction.unit, None if std is None else std[:, gene])
         plotting.save(figure, folder / f"{file_name(name)}.png")
-    title = f"{spots.name}: out-of-domain score, 99 % of validation spots lie below {prediction.domain_limit:.2f}"
-    figure = spot_maps(spots, {"out of domain": prediction.domain_score}, title, "distance to train tissue")
+    title = f"{spots.name}: out-of-domain score, above 1 a spot is unlike those of training"
+    figure = spot_maps(spots, {"out of domain": prediction.domain_score}, title, "distance to train spots / limit")
     plotting.save(figure, folder / "domain_score.png")
 
 
@@ -142,21 +166,29 @@ def write_report(path: Path, prediction: Prediction, metrics: dict[str, Any] | N
     chosen = np.sort(prediction.best_genes(n_genes))
     maps = {name: getattr(prediction, name) for name in ("predicted", "measured", "prediction_std")}
     maps = {name: None if values is None else values[:, chosen] for name, values in maps.items()}
-    domain: list[list[str | float | int | None]] = [
-        ["median score of the spots", float(np.median(prediction.domain_score))],
-        ["score that 99 % of the validation spots lie below", prediction.domain_limit],
-        ["fraction of the spots above it", float((prediction.domain_score > prediction.domain_limit).mean())],
+    domain = prediction.about["domain"]
+    rows: list[list[str | float | int | None]] = [
+        ["fraction of the spots that are out of domain", domain["flagged"]],
+        ["spots on bare glass", domain["bare_glass"]],
+        ["median score of the spots (limit 1)", domain["median_score"]],
+        ["score of the slide (limit 1)", domain["slide_score"]],
+        ["limits calibrated on", domain["calibrated_on"]],
     ]
     all_genes = len(prediction.genes)
     note = f"{len(chosen)} of {all_genes} genes are on this page" if len(chosen) < all_genes else ""
-    tables = [page.Table("Out of domain", ["", "value"], domain, note)]
+    tables = [page.Table("Out of domain", ["", "value"], rows, note)]
+    columns = {"mean predicted": prediction.predicted[:, chosen].mean(0)}
+    if prediction.left_out_pcc is not None:
+        columns["PCC on left-out patients"] = prediction.left_out_pcc[chosen]
     report = page.Report(
         title=f"Predicted expression: {prediction.spots.name}",
         unit=prediction.unit,
         genes=[prediction.genes[i] for i in chosen],
         slices=[page.SliceMaps(**vars(prediction.spots_on_image), **maps, domain_score=prediction.domain_score)],
-        gene_columns={"mean predicted": prediction.predicted[:, chosen].mean(0)},
+        gene_columns=columns,
         val_pcc=prediction.val_pcc[chosen],
+        greys=not prediction.predictable.isna().all(),
+        banner=domain["verdict"] if domain["warned"] else "",
         tables=[*tables, *(page_parts.similarity_tables(metrics) if metrics else [])],
         settings=settings,
     )

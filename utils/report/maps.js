@@ -36,7 +36,7 @@ function rangeOf(kind) {
   return [low, high > low ? high : low + 1];
 }
 
-const unitOf = (kind) => (kind === "domain" ? "score, about 1 is within" : report.unit);
+const unitOf = (kind) => (kind === "domain" ? "score, above 1 is out of domain" : report.unit);
 
 function spotWords(i) {
   const words = [slice().barcodes[i]];

@@ -120,18 +120,24 @@ def check_unseen(
     patients, trained = {row["patient"] for row in used}, {row["slice"] for row in used if row["part"] == "train"}
     contents = {state["counts_hashes"].get(row["slice"]) for row in used} - {None}
     contents |= set(state["pretrain_hashes"].values())
-    seen = [
-        row.slice
-        for row in rows
-        if (row.part == "test" and (row.patient in patients or (hashes or {}).get(row.slice) in contents))
-        or (row.part == "val" and row.slice in trained)
-    ]
-    if seen and not (allow_leak or state["settings"]["allow_leak"]):
-        raise ValueError(
-            f"{flag}: {', '.join(seen)} held out here, but seen in its training; use its split (slices.csv)"
+    slices = {row["slice"] for row in used}
+
+    def leak(row: splits.SliceRow) -> str | None:
+        if row.part == "test" and (row.slice in slices or (hashes or {}).get(row.slice) in contents):
+            return f"{row.slice} held out here, but used in its training"
+        if row.part == "test" and row.patient in patients:
+            return f"{row.slice} held out here, but another slice of a patient in training ({row.patient})"
+        return (
+            f"{row.slice} held out here, but used in its training"
+            if row.part == "val" and row.slice in trained
+            else None
         )
+
+    seen = [text for row in rows if (text := leak(row))]
+    if seen and not (allow_leak or state["settings"]["allow_leak"]):
+        raise ValueError(f"{flag}: {'; '.join(seen)}; use its split (slices.csv)")
     if seen:
-        print(f"warning: {flag}: {', '.join(seen)} held out here, but seen in its training")
+        print(f"warning: {flag}: {'; '.join(seen)}")
 
 
 def check_genes(panel: gene_panels.Panel, role: str, name: str, flag: str) -> None:

@@ -230,8 +230,8 @@ class Trainer:
         return row
 
     def after_epoch(self, score: float, **validated: Any) -> None:
-        """An epoch is trained, validated and logged: its row and `validated` (val_pcc, interval) go into the last checkpoint, and
-        into the best one if it has the highest score."""
+        """An epoch is trained, validated and logged: its row and `validated` (val_pcc, interval) go into the last
+        checkpoint, and into the best one if it has the highest score."""
         self._keep(score, {"row": self.run_log.rows[-1], **validated})
         self.epoch, self.n_steps, self.sums = self.epoch + 1, 0, {}
         self._save()

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_runs import data_flags, row
 
-from utils.features import dataset, neighbourhoods
+from utils.features import neighbourhoods
 from utils.files.arrays import ArrayStore
 
 PITCH_PX = 20.0

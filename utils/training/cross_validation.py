@@ -19,7 +19,6 @@ from utils.features.neighbourhoods import FeatureBank
 from utils.training import targets
 from utils.training.decoder_initialisation import LANDMARKS, warm_start_decoder
 
-
 Predict = Callable[[StageTwo, np.ndarray], np.ndarray]  # model, spot numbers (n,) -> (n, G) in the target's units
 
 

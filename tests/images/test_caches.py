@@ -124,7 +124,7 @@ def stage_two(data, monkeypatch, *flags, precision="no", tta=1):
     model = SimpleNamespace(encode=encode, sizes=SimpleNamespace(image_size=8))
     args = SimpleNamespace(out=data.parent, encoder=data.parent / "encoder.pth", batch_size=6, workers=0, tta=tta)
     accelerator = SimpleNamespace(**vars(CPU) | {"mixed_precision": precision})
-    found = train_decoder.all_features(model, [one], accelerator, args)
+    found, _ = train_decoder.all_features(model, [one], accelerator, args)
     return np.array(found[0]), computed
 
 

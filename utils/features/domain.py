@@ -35,7 +35,7 @@ def with_statistics(features: Tensor, tiles: Tensor) -> Tensor:
     rows = torch.nn.functional.pad(rows, (0, n_rows(width) * width - rows.shape[1])).unflatten(1, (-1, width))
     between = features.shape[1:-2]
     rows = rows.reshape(len(rows), *(1 for _ in between), *rows.shape[1:]).expand(-1, *between, -1, -1)
-    return torch.cat([features, rows.to(features.dtype)], dim=-2)
+    return torch.cat([features.float(), rows], dim=-2)  # half a float of bf16 would be too coarse for statistics
 
 
 def split_statistics(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

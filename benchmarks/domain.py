@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,6 @@ class Settings:
     data: Path | None
     out: Path
     part: str
-    small: bool
     seed: int
     tile_px: int
     decoder: Path
@@ -63,7 +62,6 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--data", type=Path, help="folder of four slices or more of one patient; simulated ones alone")
     parser.add_argument("--out", type=Path, default=Path("results/domain"))
     parser.add_argument("--part", choices=["scores", "intervals"], default="scores")
-    parser.add_argument("--small", action="store_true", help="one crop of simulated slices, tiles of 64 px")
     parser.add_argument("--seed", type=shared_settings.count_or_zero, default=0)
     parser.add_argument("--tile_px", type=shared_settings.count, default=TILE_PX, help="side of the tiles, pixels")
     parser.add_argument("--decoder", type=Path, default=Path("decoder_model/best_epoch_weights.pth"))
@@ -235,8 +233,7 @@ def simulated_sections(settings: Settings) -> list[Section]:
 
     folder = settings.out / "simulated"
     if not (folder / "slices.csv").exists():
-        sizes = dict(SIMULATED, n_spots=CROP + 10) if settings.small else SIMULATED
-        write_slices(folder, **sizes, seed=settings.seed)
+        write_slices(folder, **SIMULATED, seed=settings.seed)
     return sections_of(folder)
 
 
@@ -412,7 +409,6 @@ def check(settings: Settings) -> None:
 
 def main(settings: Settings) -> None:
     check(settings)
-    settings = replace(settings, tile_px=64) if settings.small else settings
     about = {"date": date.today().isoformat(), "machine": machine_name("cpu"), "seed": settings.seed}
     settings.out.mkdir(parents=True, exist_ok=True)
     if settings.part == "scores":

@@ -282,10 +282,12 @@ def score_table(lines: list[dict[str, Any]]) -> str:
     rows = []
     for line in lines:
         low, high = line["flagged_interval"]
-        auroc_ = f"{line['auroc']:.2f} [{line['auroc_interval'][0]:.2f}, {line['auroc_interval'][1]:.2f}]"
+        separated = "-"
+        if "auroc" in line:
+            separated = f"{line['auroc']:.2f} [{line['auroc_interval'][0]:.2f}, {line['auroc_interval'][1]:.2f}]"
         cells = [kinds.LABELS.get(line["kind"], line["kind"]), line["model"], str(line["n_units"])]
         cells += [f"{line['flagged']:.0%} [{low:.0%}, {high:.0%}]"]
-        cells += [auroc_ if "auroc" in line else "-", str(line["warned"])]
+        cells += [separated, str(line["warned"])]
         rows.append(cells)
     return markdown([head, ["---"] * len(head), *rows])
 

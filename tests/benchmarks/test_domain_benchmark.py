@@ -68,7 +68,8 @@ def test_spoilt_simulated_slices_are_flagged_and_the_slice_itself_is_not(simulat
 def test_coverage_and_width_are_those_of_the_layers(rng):
     measured, predicted = rng.normal(size=(2, 80, 5))
     adata = anndata.AnnData(predicted)
-    adata.layers |= {"measured": measured, "interval_low": predicted - 1, "interval_high": predicted + 1}
+    for name, values in (("measured", measured), ("interval_low", predicted - 1), ("interval_high", predicted + 1)):
+        adata.layers[name] = values
     adata.obsm["spatial"] = np.stack(np.meshgrid(np.arange(8), np.arange(10)), -1).reshape(-1, 2) * 100.0
     ends = {"measured_low": np.full(5, -2.0), "measured_high": np.full(5, 2.0)}
     line = domain.interval_line(adata, ends, "a", 0)

@@ -28,7 +28,7 @@ def slice_of(patient, counts):
     part = np.full(n, "val" if patient == "V" else "train")
     places = (np.arange(n).astype(str), np.zeros((n, 2)), 1.0)
     rest = {"pack": None, "tile_rows": np.arange(n), "panels": {"target": panel}, "root": None}
-    return SliceData(patient, patient, *places, part, counts.sum(1) + 500, **rest)
+    return SliceData(patient, patient, *places, part, counts.sum(1) + 50_000, **rest)
 
 
 @pytest.fixture

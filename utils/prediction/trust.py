@@ -34,7 +34,7 @@ def domain_of(
     glass = f", {bare} of them on bare glass" if bare else ""
     verdict = (
         f"{'unlike' if warned else 'like'} the slides that the model was trained on: {flagged:.0%} of the spots are "
-        f"out of domain{glass} (expected about 1 %), the slide's score is {slide_score:.2f} (limit 1)"
+        f"out of domain{glass} (expected about 1 %), the score of the slide is {slide_score:.2f} (limit 1)"
     )
     return {
         "flagged": flagged,

@@ -161,7 +161,7 @@ def test_a_missing_tensor_is_named(tensors, depth):
 
 
 def test_a_deeper_encoder_than_the_file_is_refused(tensors):
-    words = r"87 of scBERT's 101 tensors found, missing .*layers\.6.* and 13 more.*--gene_depth \(7\)"
+    words = r"expected scBERT's 101 tensors, found 87, without .*layers\.6.* and 13 more.*--gene_depth \(7\)"
     refused(words, load_scbert, gene_encoder(depth=7), tensors)
 
 
@@ -171,9 +171,9 @@ def test_a_deeper_encoder_than_the_file_is_refused(tensors):
         (
             "performer.net.layers.3.1.fn.fn.w1.weight",
             torch.zeros(400, WIDTH),
-            r"layers\.3\.1\.fn\.fn\.w1\.weight has shape \(400, 200\), expected \(800, 200\) by --gene_width 200",
+            r"layers\.3\.1\.fn\.fn\.w1\.weight of shape \(800, 200\) by --gene_width 200 .*, found \(400, 200\)",
         ),
-        ("norm.weight", torch.full((WIDTH,), torch.nan), "norm.weight holds NaN or infinity"),
+        ("norm.weight", torch.full((WIDTH,), torch.nan), "norm.weight: expected numbers, found NaN or infinity"),
     ],
     ids=["shape", "NaN"],
 )
@@ -185,8 +185,12 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_copied(tensors, name
 
 
 def test_other_heads_or_width_than_the_files_are_named(tensors):
-    refused(r"to_q.weight has shape \(640, 200\), .*--gene_heads 8", load_scbert, gene_encoder(1, heads=8), tensors)
-    refused(r"token_emb.* has shape \(7, 200\), .*--gene_width 64", load_scbert, gene_encoder(1, width=64), tensors)
+    refused(
+        r"to_q.weight of shape .*--gene_heads 8, found \(640, 200\)", load_scbert, gene_encoder(1, heads=8), tensors
+    )
+    refused(
+        r"token_emb.* of shape .*--gene_width 64 .*found \(7, 200\)", load_scbert, gene_encoder(1, width=64), tensors
+    )
 
 
 class Code:
@@ -202,12 +206,12 @@ class Code:
 def wrong_files(folder, tensors):
     """What may be given in place of the released file, and what is said of it."""
     torch.save({"layer.weight": torch.zeros(3)}, folder / "another.pth")
-    yield "another.pth", r"0 of scBERT's 87 tensors found, missing .* and 86 more"
+    yield "another.pth", r"expected scBERT's 87 tensors, found 0, without .* and 86 more"
     write_released(folder / "corrupt.pth", tensors)
     (folder / "corrupt.pth").write_bytes((folder / "corrupt.pth").read_bytes()[:100_000])
     yield "corrupt.pth", "corrupt.pth is corrupt"
     torch.save({"model_state_dict": tensors, "losses": Code(folder / "ran")}, folder / "code.pth")
-    yield "code.pth", "holds more than tensors and plain values"
+    yield "code.pth", "expected tensors and plain values, found code"
     torch.save({"epoch": 3, "model_state_dict": {}}, folder / "empty.pth")
     yield "empty.pth", "expected named tensors in .*, found none"
     write_released(folder / "no_positions.pth", {n: t for n, t in tensors.items() if n != scbert.POSITIONS})

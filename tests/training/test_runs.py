@@ -77,7 +77,9 @@ def test_augmentation_is_that_of_the_spot_and_the_epoch(trained, tmp_path, monke
         return augment_batch(tiles, spots, seed, epoch, *size)
 
     monkeypatch.setattr(augment, "augment", recorded)
-    Work(trained.data, trained.tiles, trained.panels, tmp_path).run("train_mymodel", "--Epoch", 2, "--seed", 4)
+    Work(trained.data, trained.tiles, trained.panels, tmp_path).run(
+        "train_mymodel", "--Epoch", 2, "--seed", 4, "--batch_neighbours", 0
+    )
     assert {(seed, epoch) for seed, epoch, _ in seen} == {(4, 0), (4, 1)} and len(seen) == len(set(seen)) == 128
 
 

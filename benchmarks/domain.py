@@ -13,7 +13,6 @@ docs/prediction.md, and with --keep puts them there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -58,7 +57,7 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared_settings.Parser(__doc__)
     parser.add_argument("--data", type=Path, help="folder of four slices or more of one patient; simulated ones alone")
     parser.add_argument("--out", type=Path, default=Path("results/domain"))
     parser.add_argument("--part", choices=["scores", "intervals"], default="scores")

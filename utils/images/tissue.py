@@ -19,6 +19,7 @@ UNSTAINED, STAINED = 0.06, 0.12
 # Eosin that has bled onto the glass reaches a saturation of 0.2 without any texture. Local deviation of the darkest
 # channel, in grey levels of 255, on five real sections: glass, tinted or not, under 3; under spots on tissue above 5
 PALE, SMOOTH = 0.22, 4
+LEAST_WINDOW = 2  # pixels, of the weights of that deviation: a small thumbnail shows texture between neighbours only
 SMALL = 1 / 100  # holes and specks smaller than a square with this fraction of the longest side
 BLUR = 1 / 500  # of the longest side: gaps in loose tissue that are narrower than a spot
 # Ink, in grey levels of 255. Dense haematoxylin (99.9 % of the pixels of six real sections) stays below both of COLOUR,
@@ -45,7 +46,7 @@ def tissue_mask(thumbnail: np.ndarray) -> np.ndarray:
     if not clean.any():
         return clean
     area = (SMALL * longest) ** 2
-    tinted = (saturation < PALE) & (_local_deviation(low, BLUR * longest) < SMOOTH)
+    tinted = (saturation < PALE) & (_local_deviation(low, max(BLUR * longest, LEAST_WINDOW)) < SMOOTH)
     stained = clean & (saturation > _threshold(saturation[clean])) & ~tinted
     filled = ~_without_specks(~stained, area) & clean
     return _without_specks(filled, area)

@@ -25,6 +25,7 @@ from utils.report.spot_maps import spot_maps
 from utils.report.spots import DISC, SpotsOnImage
 
 PREDICTABLE = f"val_pcc_above_{PREDICTABLE_PCC}"
+LEFT_OUT = "PCC on left-out patients"
 REPORT_VALUES = 5_000_000  # spots times genes on one page: 13 MB
 
 
@@ -46,6 +47,9 @@ class Prediction:
     counts: np.ndarray | None = None  # (S, G)
     total_counts: np.ndarray | None = None  # (S,)
     left_out_pcc: np.ndarray | None = None  # (G,)
+    gene_table: pd.DataFrame | None = None  # genes.csv, of a slice with counts
+    lognorm: np.ndarray | None = None  # (S, G) predicted, as log1p counts per 10,000
+    model_hash: str = ""  # of the decoders' files, separated by spaces
     about: dict[str, Any] = field(default_factory=dict)  # plain values, kept in uns["magic"]
 
     @property
@@ -103,14 +107,17 @@ def as_anndata(prediction: Prediction) -> anndata.AnnData:
     var = pd.DataFrame({"val_pcc": prediction.val_pcc, PREDICTABLE: prediction.predictable}, index=prediction.genes)
     if prediction.left_out_pcc is not None:
         var["left_out_pcc"] = prediction.left_out_pcc
+    if prediction.gene_table is not None:
+        var["test_pcc"] = prediction.gene_table["pcc_residuals_model"].to_numpy()
     adata = anndata_files.spots_anndata([prediction.spots_on_image], prediction.predicted, var, obs)
-    for name in ("prediction_std", "measured", "counts"):
+    for name in ("lognorm", "prediction_std", "measured", "counts"):
         values = getattr(prediction, name)
         if values is not None:
             adata.layers[name] = np.asarray(values, np.float32)
     for name, values in prediction.interval_ends.items():
         adata.layers[name] = values.astype(np.float32)
-    adata.uns["magic"] = {"X": f"predicted, {prediction.unit}", "target": prediction.target, **prediction.about}
+    described = anndata_files.describe_values(adata, prediction.target, prediction.model_hash)
+    adata.uns["magic"] = described | prediction.about
     return adata
 
 
@@ -160,6 +167,20 @@ def write_maps(folder: Path, prediction: Prediction, n_maps: int) -> None:
     plotting.save(figure, folder / "domain_score.png")
 
 
+def gene_columns(prediction: Prediction) -> dict[str, np.ndarray]:
+    """Columns (G,) of the report's table of genes; of a slice with counts those of genes.csv."""
+    left_out = {} if prediction.left_out_pcc is None else {LEFT_OUT: prediction.left_out_pcc}
+    if prediction.gene_table is None:
+        return {"validation PCC": prediction.val_pcc, **left_out, "mean predicted": prediction.predicted.mean(0)}
+    of_table = {
+        "PCC, residuals": "pcc_residuals_model",
+        "PCC, lognorm": "pcc_lognorm_model",
+        "validation PCC": "val_pcc",
+        "mean counts per 10,000": "counts_per_10k",
+    }
+    return {name: prediction.gene_table[column].to_numpy() for name, column in of_table.items()} | left_out
+
+
 def write_report(path: Path, prediction: Prediction, metrics: dict[str, Any] | None, settings: dict[str, Any]) -> None:
     """report.html: all genes, the best by validation PCC where spots are so many that the page would not open."""
     n_genes = max(1, REPORT_VALUES // len(prediction.spots.barcodes))
@@ -177,15 +198,12 @@ def write_report(path: Path, prediction: Prediction, metrics: dict[str, Any] | N
     all_genes = len(prediction.genes)
     note = f"{len(chosen)} of {all_genes} genes are on this page" if len(chosen) < all_genes else ""
     tables = [page.Table("Out of domain", ["", "value"], rows, note)]
-    columns = {"mean predicted": prediction.predicted[:, chosen].mean(0)}
-    if prediction.left_out_pcc is not None:
-        columns["PCC on left-out patients"] = prediction.left_out_pcc[chosen]
     report = page.Report(
         title=f"Predicted expression: {prediction.spots.name}",
         unit=prediction.unit,
         genes=[prediction.genes[i] for i in chosen],
         slices=[page.SliceMaps(**vars(prediction.spots_on_image), **maps, domain_score=prediction.domain_score)],
-        gene_columns=columns,
+        gene_columns={name: values[chosen] for name, values in gene_columns(prediction).items()},
         val_pcc=prediction.val_pcc[chosen],
         greys=not prediction.predictable.isna().all(),
         banner=domain["verdict"] if domain["warned"] else "",

@@ -186,6 +186,7 @@ def write_page(
 ) -> None:
     """report.html: maps of every gene in the unit of the target, correlations beside mean expression, all methods."""
     from utils.evaluation.metrics import UNITS
+    from utils.prediction import trust
     from utils.report import page, page_parts
 
     maps = [
@@ -209,6 +210,7 @@ def write_page(
         slices=maps,
         gene_columns={title: table[column].to_numpy() for title, column in columns.items()},
         val_pcc=table["val_pcc"].to_numpy(),
+        greys=not trust.shared_patients(state),
         tables=page_parts.similarity_tables(metrics),
         settings=vars(args) | {f"training: {key}": value for key, value in state["settings"].items()},
     )

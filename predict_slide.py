@@ -49,7 +49,7 @@ class Settings:
     mask: Path | None
     spot_pitch_um: float | None
     huge: bool
-    grid: str
+    grid: str | None
     decoder: list[Path]
     prediction_std: bool
     batch_size: int
@@ -72,10 +72,10 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group.add_argument("--positions", type=Path, help="Space Ranger positions of the spots, in place of a grid")
     group.add_argument("--mask", type=Path, help="image of any size; pixels above zero are tissue")
     group.add_argument(
-        "--spot_pitch_um", type=settings.positive, help="um between spots (default: 100, or that of the slice)"
+        "--spot_pitch_um", type=settings.positive, help="um between spots (default: the model's, or that of the slice)"
     )
     group.add_argument("--huge", action="store_true", help="accept large images that are decoded as a whole")
-    group.add_argument("--grid", choices=["hexagonal", "square"], default="hexagonal", help="of the spots")
+    group.add_argument("--grid", choices=["hexagonal", "square"], help="of the spots (default: the model's)")
     group = parser.add_argument_group("prediction")
     decoder = [Path("decoder_model/best_epoch_weights.pth")]
     group.add_argument(
@@ -88,7 +88,8 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group.add_argument(
         "--prediction_std",
         action="store_true",
-        help="standard deviation over 8 flipped and rotated tiles; 9 x the time",
+        help="standard deviation over 8 flipped and rotated tiles; 9 x the time. It is no error bar: the layers "
+        "interval_low and interval_high, which are always written, hold the measured value at a stated rate",
     )
     group.add_argument("--batch_size", type=settings.count, default=32, help="spots encoded at a time")
     group.add_argument(
@@ -172,10 +173,12 @@ def evaluate(
 
 
 def describe(
-    planned: Plan, spots: SlideSpots, image: TissueImage, prediction: SlidePrediction, decoders: list[Path]
+    planned: Plan, spots: SlideSpots, image: TissueImage, prediction: SlidePrediction, run: Run, decoders: list[Path]
 ) -> dict[str, Any]:
     """Plain values that go with the results."""
-    score, limit = prediction.domain_score, prediction.domain_limit
+    from utils.prediction import trust
+
+    states = [member.state for member in run.members]
     return {
         "slide": str(planned.request.slide),
         "image": str(planned.source.path),
@@ -184,17 +187,15 @@ def describe(
         "spot_pitch_fullres_px": spots.pitch_fullres_px,
         "n_spots": len(spots.barcodes),
         "decoders": [str(path) for path in decoders],
-        "domain_limit": limit,
-        "domain_median": float(np.median(score)),
-        "fraction_out_of_domain": float((score > limit).mean()),
-        "unlike_training": bool(np.median(score) > limit),
+        "domain": trust.domain_of(prediction.domain_score, prediction.slide_score, spots.tissue_fraction, states),
+        "genes": trust.genes_of(states),
     }
 
 
 def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) -> None:
     """One slide, from its image to all its files; the record that marks it as done comes last."""
     from utils.images.image import open_image
-    from utils.prediction import layout, outputs, predict
+    from utils.prediction import layout, outputs, predict, trust
     from utils.report import anndata_files
 
     out, request, state = planned.request.out, planned.request, run.members[0].state
@@ -202,16 +203,14 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
         for note in image.notes:
             print(f"{request.name}: {planned.source.path.name}: {note}")
         thumbnail, scale = image.thumbnail()
-        spots = layout.place_spots(planned, image, thumbnail, scale, args.grid)
+        tile_um = run.members[0].tile_px * run.members[0].um_per_px
+        spots = layout.place_spots(planned, image, thumbnail, scale, args.grid or state["grid"], tile_um)
+        layout.warn_of_pitch(spots, state["spot_pitch_um"])
         predicted = predict.predict_slide(run, image, spots, out / FEATURES)
-        about = describe(planned, spots, image, predicted, args.decoder)
+        about = describe(planned, spots, image, predicted, run, args.decoder)
         about["leak"] = [leak for member in run.members for leak in split.leaks_of_table(member.state)]
-    if about["unlike_training"]:
-        print(
-            f"warning: {spots.name}: unlike anything the model was trained on: do not rely on its prediction "
-            f"(out-of-domain score: median {about['domain_median']:.2f}, of validation spots 99 % lie below "
-            f"{predicted.domain_limit:.2f})"
-        )
+    if about["domain"]["warned"]:
+        print(f"warning: {spots.name}: {about['domain']['verdict']}")
     (out / SETTINGS).unlink(missing_ok=True)  # results of two runs never stand under one record
     metrics: dict | None = None
     extra: dict[str, Any] = {}
@@ -231,8 +230,9 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
         about=about,
         predicted=predicted.predicted,
         prediction_std=predicted.prediction_std,
+        interval=predicted.interval,
         domain_score=predicted.domain_score,
-        domain_limit=predicted.domain_limit,
+        left_out_pcc=trust.left_out_pcc(run.members),
         lognorm=anndata_files.predicted_lognorm([member.state for member in run.members], predicted.predicted),
         model_hash=run.model_hash,
         **extra,
@@ -249,7 +249,7 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
 def predict_request(request: slide_list.Request, run: Run, args: Settings) -> None:
     from utils.prediction import layout
 
-    planned = layout.plan(request)
+    planned = layout.plan(request, run.members[0].state["spot_pitch_um"])
     key = result_key(planned, run, args)
     if is_done(request.out, key):
         print(f"{request.name}: done already, in {request.out}")

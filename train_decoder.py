@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from model.stage_two import StageTwo
     from utils.features.neighbourhoods import FeatureBank, Moments
+    from utils.training.cross_validation import Predict
     from utils.training.loop import EpochOrder
     from utils.training.trainer import Row, Trainer
 
@@ -69,6 +70,11 @@ def parse_args(argv: list[str] | None = None) -> StageTwoSettings:
         default=1,
         help="test-time augmentation: average features over rotations and flips",
     )
+    group.add_argument(
+        "--cross_validate",
+        action="store_true",
+        help="also refit the initialisation without each train patient in turn: PCC per gene on left-out patients",
+    )
     return StageTwoSettings(**flags.parse_training(parser, argv))
 
 
@@ -100,6 +106,16 @@ def load_slices(
     return slices, rows
 
 
+def check_patients(slices: list[dataset.SliceData], settings: StageTwoSettings) -> None:
+    """--cross_validate needs patients to leave out."""
+    least, patients = 3, {slice_.patient for slice_ in slices if len(slice_.rows_of("train"))}
+    if settings.cross_validate and len(patients) < least:
+        raise ValueError(
+            f"--cross_validate: expected {least} train patients at least, found {len(patients)} "
+            f"({', '.join(sorted(patients))}); leave the flag out, or name the patients in slices.csv"
+        )
+
+
 def build_model(encoder: dict[str, Any], n_genes: int, n_train_spots: int, settings: StageTwoSettings) -> StageTwo:
     """Stage two around the image encoder of a stage-one checkpoint."""
     from model.stage_two import StageTwo, StageTwoSizes
@@ -121,23 +137,28 @@ def build_model(encoder: dict[str, Any], n_genes: int, n_train_spots: int, setti
 
 def all_features(
     model: StageTwo, slices: list[dataset.SliceData], accelerator: Accelerator, settings: StageTwoSettings
-) -> list[np.ndarray]:
-    """Per slice features (S, V + T, D) memory-mapped from --out/features, computed where they are not there already."""
-    from utils.features import cache
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Per slice features (S, V + T, D) memory-mapped from --out/features, computed where they are not there already,
+    and statistics of the tiles (S, K)."""
+    from utils.features import cache, domain
 
     def encode(tiles: Tensor) -> Tensor:
         with accelerator.autocast():
-            return model.encode(tiles)
+            features = model.encode(tiles)
+        return domain.with_statistics(features, tiles)
 
     size, folder = model.sizes.image_size, settings.out / "features"
     encoder = cache.TileEncoder(encode, size, accelerator.device, settings.batch_size, settings.workers)
     key = f"{checkpoint.model_hash(settings.encoder)} {accelerator.mixed_precision} pooled, tta {settings.tta}"
-    return [
+    key = f"{key}, {domain.CONTENT},"
+    kept = [
         cache.kept_features(
             folder, f"{key} {slice_.pack.content}", slice_, partial(cache.encode_slice, encoder, slice_)
         )
         for slice_ in slices
     ]
+    features, statistics = zip(*map(domain.split_statistics, kept), strict=True)
+    return list(features), list(statistics)
 
 
 def train_one_epoch(
@@ -168,20 +189,47 @@ def train_one_epoch(
     return trainer.means(figures, len(order))["loss"]
 
 
-def validate(model: StageTwo, data: Data, accelerator: Accelerator, settings: StageTwoSettings) -> np.ndarray:
-    """PCC per gene against residuals on validation spots, mean over slices: (G,); an undefined one counts as 0."""
-    from utils.evaluation import metrics
+def predictor(data: Data, accelerator: Accelerator, settings: StageTwoSettings) -> Predict:
+    """Predicts spots (n,) of the bank by a model: (n, G) in the units of the target."""
     from utils.features.neighbourhoods import predict
 
-    model.eval()
     autocast = partial(distributed.decoder_autocast, accelerator, settings.precision)
-    per_slice = []
+    return lambda model, spots: predict(model, data.bank, spots, autocast, settings.batch_size)
+
+
+def validate(model: StageTwo, data: Data, predict: Predict) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """PCC per gene against residuals on validation spots, mean over slices, (G,), an undefined one counting as 0; and
+    what intervals of the measured values are made of (`intervals_of`)."""
+    from utils.evaluation import metrics
+
+    model.eval()
+    per_slice, predictions, numbers = [], [], []
     for spots, true in zip(data.bank.spots_of(data.slices, "val"), data.truth, strict=True):
         if len(spots):
-            predicted = predict(model, data.bank, spots, autocast, settings.batch_size)
-            pcc = metrics.scored_pearson_per_gene(predicted, np.nan_to_num(true))
+            predictions.append(predict(model, spots))
+            numbers.append(spots)
+            pcc = metrics.scored_pearson_per_gene(predictions[-1], np.nan_to_num(true))
             per_slice.append(np.where(np.isfinite(true).all(0), pcc, np.nan))
-    return np.nansum(per_slice, axis=0) / np.maximum(np.isfinite(per_slice).sum(0), 1)
+    pcc = np.nansum(per_slice, axis=0) / np.maximum(np.isfinite(per_slice).sum(0), 1)
+    mean, sd = model.target_mean.cpu().numpy(), model.target_sd.cpu().numpy()
+    measured = data.target[np.concatenate(numbers)] * sd + mean
+    return pcc, intervals_of(measured, np.concatenate(predictions))
+
+
+def intervals_of(measured: np.ndarray, predicted: np.ndarray) -> dict[str, Tensor]:
+    """Of all validation spots (n, G), in the units of the target: ends of the interval relative to a prediction, and
+    ends of the interval that uses no prediction, (G,) each."""
+    import torch
+
+    from utils.evaluation import intervals
+
+    low, high = intervals.conformal_offsets(measured - predicted)
+    measured_low, measured_high = intervals.conformal_offsets(measured)
+    ends = {"low": low, "high": high, "measured_low": measured_low, "measured_high": measured_high}
+    return {name: torch.from_numpy(values) for name, values in ends.items()} | {
+        "level": torch.tensor(intervals.LEVEL),
+        "n_spots": torch.tensor(len(measured)),
+    }
 
 
 def report(row: Row) -> str:
@@ -189,21 +237,6 @@ def report(row: Row) -> str:
         f"epoch {row['epoch']}: loss {row['loss']:.4f} (mean profile 1), validation PCC per gene against residuals "
         f"{row['val_pcc_residuals']:.4f} (chance 0), {row['seconds']:.1f} s"
     )
-
-
-def describe_domain(
-    slices: list[dataset.SliceData], features: list[np.ndarray], n_vectors: int, seed: int
-) -> dict[str, Any]:
-    """Mean and covariance of the train features, and validation quantiles of the out-of-domain score."""
-    import torch
-
-    from model.stage_two import domain_score, fit_domain
-    from utils.features.neighbourhoods import domain_vectors
-
-    mean, covariance = fit_domain(domain_vectors(slices, features, n_vectors, "train", seed))
-    score = domain_score(domain_vectors(slices, features, n_vectors, "val", seed), mean, covariance)
-    levels = torch.tensor([0.5, 0.9, 0.95, 0.99])
-    return {"mean": mean, "covariance": covariance, "levels": levels, "quantiles": torch.quantile(score, levels)}
 
 
 def describe(
@@ -214,7 +247,7 @@ def describe(
     moments: Moments,
     settings: StageTwoSettings,
 ) -> dict[str, Any]:
-    """All that the model needs to be used elsewhere, beside its weights and domain."""
+    """All that the model needs to be used elsewhere, beside its weights, domain and intervals."""
     import torch
 
     depth, fraction = targets.train_depth(slices)
@@ -232,10 +265,23 @@ def describe(
         "encoder_settings": encoder["settings"],
         "encoder_table": encoder["table"],
         "feature_moments": {"mean": torch.from_numpy(moments.mean), "sd": torch.from_numpy(moments.sd)},
+        **layout_of(slices),
     }
 
 
-def begin(trainer: Trainer, model: StageTwo, data: Data, accelerator: Accelerator, settings: StageTwoSettings) -> None:
+def layout_of(slices: list[dataset.SliceData]) -> dict[str, Any]:
+    """How the train slices lie and were scanned: pitch of the spots in um and kind of their grid (of the first one),
+    and um per pixel of the coarsest image that tiles were cut from; None where a slice has no scale."""
+    train = [slice_ for slice_ in slices if len(slice_.rows_of("train"))]
+    first, um_per_px = train[0], dataset.um_per_fullres_px(train[0])
+    return {
+        "spot_pitch_um": um_per_px and round(first.pitch_fullres_px * um_per_px, 3),
+        "grid": dataset.grid_kind(first),
+        "scan_um_per_px": max((dataset.um_per_source_px(slice_) or 0 for slice_ in train), default=0) or None,
+    }
+
+
+def begin(trainer: Trainer, model: StageTwo, data: Data, predict: Predict, settings: StageTwoSettings) -> None:
     """Start the decoder at a kernel ridge, and validate that, the first candidate for the best epoch."""
     import torch
 
@@ -243,9 +289,21 @@ def begin(trainer: Trainer, model: StageTwo, data: Data, accelerator: Accelerato
 
     size, seed = settings.batch_size, settings.seed
     print(warm_start_decoder(model, data.bank, data.slices, data.target, data.truth, size, seed))
-    val_pcc = validate(model, data, accelerator, settings)
+    val_pcc, interval = validate(model, data, predict)
     row = {"epoch": settings.Init_Epoch - 1, "val_pcc_residuals": float(val_pcc.mean())}
-    trainer.begin(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc))
+    trainer.begin(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc), interval=interval)
+
+
+def cross_validate(model: StageTwo, data: Data, predict: Predict, settings: StageTwoSettings) -> dict[str, Tensor]:
+    """What --cross_validate adds to the checkpoint: each gene's PCC on left-out patients (G,)."""
+    import torch
+
+    from utils.training import cross_validation
+
+    if not settings.cross_validate:
+        return {}
+    parts = (model, data.bank, data.slices, data.target, predict, settings.batch_size, settings.seed)
+    return {"left_out_pcc": torch.from_numpy(cross_validation.left_out_pcc(*parts))}
 
 
 def make_trainer(
@@ -272,7 +330,7 @@ def train(
     import torch
 
     from utils.evaluation import plotting
-    from utils.features import neighbourhoods
+    from utils.features import domain, neighbourhoods
     from utils.training import loop
 
     distributed.seed_everything(settings.seed)
@@ -281,7 +339,7 @@ def train(
     places = dataset.spots_of(slices, "train")
     model = build_model(encoder, len(mean), len(places), settings).to(accelerator.device)
     model.set_target_scale(torch.from_numpy(mean), torch.from_numpy(sd))
-    features = all_features(model, slices, accelerator, settings)
+    features, statistics = all_features(model, slices, accelerator, settings)
     if not distributed.go_on_alone():  # on kept features one process trains
         return
     moments = neighbourhoods.moments(features, model.n_vectors, [slice_.rows_of("train") for slice_ in slices])
@@ -292,20 +350,22 @@ def train(
 
     order = loop.EpochOrder(len(train_spots), settings.batch_size, settings.seed)
     about = describe(model, encoder, slices, rows, moments, settings)
-    about["domain"] = describe_domain(slices, features, moments.n_vectors, settings.seed)
+    about["domain"], about["domain_calibration"] = domain.fit(slices, statistics, settings.seed)
+    predict = predictor(data, accelerator, settings)
+    about |= cross_validate(model, data, predict, settings)
     with make_trainer(model, order, about, accelerator, settings) as trainer:
         if settings.compile:
             model.decoder.compile()
         splits.write_table(rows, settings.out / "slices.csv")
         if not settings.resume:
-            begin(trainer, model, data, accelerator, settings)
+            begin(trainer, model, data, predict, settings)
         for _ in trainer.epochs():
             loss = train_one_epoch(trainer, model, data, order, settings)
             with trainer.interruptible():
-                val_pcc = validate(model, data, accelerator, settings)
+                val_pcc, interval = validate(model, data, predict)
             row = trainer.log({"loss": loss, "val_pcc_residuals": float(val_pcc.mean())})
             print(report(row), flush=True)
-            trainer.after_epoch(row["val_pcc_residuals"], val_pcc=torch.from_numpy(val_pcc))
+            trainer.after_epoch(row["val_pcc_residuals"], val_pcc=torch.from_numpy(val_pcc), interval=interval)
     log = trainer.run_log
     plotting.save(plotting.loss_curves(log.rows, {"loss": 1.0}, "Stage two"), log.folder / "epoch_loss.png")
     print(f"{settings.out / checkpoint.BEST}: validation PCC per gene {trainer.best:.4f}; log in {log.folder}")
@@ -317,6 +377,7 @@ def main(settings: StageTwoSettings) -> None:
     checkpoint.require_checkpoint(settings.encoder, "--encoder", "run train_mymodel.py first")
     encoder = checkpoint.load(settings.encoder, "stage_one", "--encoder")
     slices, rows = load_slices(encoder, settings)
+    check_patients(slices, settings)
     with distributed.running(settings.device, settings.precision) as accelerator:
         train(encoder, slices, rows, accelerator, settings)
     if settings.export is not None and distributed.is_main():

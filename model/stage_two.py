@@ -105,23 +105,3 @@ class StageTwo(nn.Module):
         grid = torch.rot90(tokens.unflatten(1, (side, side)), -quarters, (1, 2))
         grid = grid.flip(2) if flipped else grid
         return torch.cat([vectors, grid.flatten(1, 2)], dim=1)
-
-
-@torch.no_grad()
-def fit_domain(vectors: Tensor, shrinkage: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) of train features (S, D) before standardisation. The covariance is shrunk towards
-    the mean variance, so that it can be inverted with fewer spots than dimensions."""
-    mean = vectors.double().mean(0)
-    centred = vectors.double() - mean
-    covariance = centred.T @ centred / max(len(vectors) - 1, 1)
-    variance = covariance.diagonal().mean().clamp(min=1e-12)
-    spherical = torch.eye(len(mean), dtype=torch.double, device=mean.device) * variance
-    return mean.float(), ((1 - shrinkage) * covariance + shrinkage * spherical).float()
-
-
-@torch.no_grad()
-def domain_score(vectors: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
-    """Out-of-domain score: Mahalanobis distance to the train features over sqrt(D), about 1 within: (S, D) -> (S,)."""
-    factor = torch.linalg.cholesky(covariance.double())
-    white = torch.linalg.solve_triangular(factor, (vectors.double() - mean.double()).T, upper=False)
-    return (white.square().mean(0).sqrt()).float()

@@ -122,11 +122,8 @@ def test_no_validation_slice(damaged, refused, script):
 
 @pytest.mark.parametrize("script", EVALUATION)
 def test_a_slice_that_was_seen_in_training(damaged, refused, script):
-    refused(
-        script,
-        split_flag(damaged, "P02_1,B,train\nP01_1,A,test\n"),
-        "not trained on P01_1, held out here, found that it was",
-    )
+    flag = split_flag(damaged, "P02_1,B,train\nP01_1,A,test\n")
+    refused(script, flag, r"P01_1, held out here, found that it was trained on P01_1 \(the slice itself\)")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tiny_runs import BEST, LAST, PREVIOUS, Work, snapshot
 
+from model.domain import N_STATISTICS
 from model.image_encoder import ImageEncoder
 from utils import distributed
 from utils.features import cache
@@ -94,9 +95,12 @@ def test_a_checkpoint_holds_what_is_needed_elsewhere(done):
         assert state["counts_hashes"]["P01_1"] == panel.counts_hash and state["settings"]["seed"] == 0
     assert two["val_pcc"].shape == (20,) and two["target"] == "lognorm"
     assert {"mean", "sd"} == set(two["feature_moments"]) and two["sizes"]["decoder_width"] == 16
-    assert two["domain"]["mean"].shape == (64,) and two["domain"]["covariance"].shape == (64, 64)
-    quantiles = two["domain"]["quantiles"]
-    assert (quantiles.diff() >= 0).all() and quantiles.isfinite().all()
+    assert two["domain"]["bank"].shape == (70, N_STATISTICS) and two["domain_calibration"] == "validation slices"
+    assert two["domain"]["limit"] > 0 and two["domain"]["slide_limit"] > 0
+    interval = two["interval"]
+    assert interval["n_spots"] == 70 and (interval["low"] < interval["high"]).all()
+    assert (two["spot_pitch_um"], two["grid"]) == (100.0, "hexagonal")
+    assert two["scan_um_per_px"] == pytest.approx(1, rel=0.01)
     prefix = "image_encoder."
     shared = {name for name in one["model"] if name.startswith(prefix)}
     assert shared and all(torch.equal(one["model"][name], two["model"][name]) for name in shared), "frozen"

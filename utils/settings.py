@@ -113,6 +113,7 @@ class StageTwoSettings(TrainingSettings):
     decoder_layers: int
     decoder_width: int
     tta: int
+    cross_validate: bool
 
 
 @dataclass(kw_only=True)

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_runs import data_flags, row
 
-from utils.features import dataset, neighbourhoods
+from utils.features import neighbourhoods
 from utils.files.arrays import ArrayStore
 
 PITCH_PX = 20.0
@@ -268,32 +267,7 @@ def test_a_spot_alone_has_the_mean_of_its_slice_around(made, tmp_path):
     assert not found["smoothed"][0].any() and found["smoothed"][1].all()
 
 
-# ---- the score out of the domain, predictions
-
-
-@pytest.fixture(scope="module")
-def tiled(prepared):
-    return dataset.load_slice(row("P01_1"), data_flags(prepared), ("target",), val_strip=True)
-
-
-def test_vectors_for_the_out_of_domain_score_are_not_standardised(tiled, rng):
-    made = rng.random((70, 5, 4)).astype(np.float16)
-    found = neighbourhoods.domain_vectors([tiled, tiled], [made, made + 1], 1, "val", 0)
-    rows = tiled.rows_of("val")
-    np.testing.assert_array_equal(found.numpy(), np.concatenate([made[rows, 0], (made + 1)[rows, 0]]).astype("f4"))
-
-
-def test_of_many_spots_some_tell_the_domain(tiled, rng, monkeypatch):
-    monkeypatch.setattr(neighbourhoods, "DOMAIN_SPOTS", 30)
-    made = np.arange(70 * 5, dtype=np.float16).reshape(70, 5, 1)
-    found, again, other = (
-        neighbourhoods.domain_vectors([tiled, tiled], [made, -made - 1], 1, "train", seed) for seed in (0, 0, 1)
-    )
-    rows = tiled.rows_of("train")
-    assert torch.equal(found, again) and not torch.equal(found, other)
-    assert len(found) == len(set(found[:, 0].tolist())) == 30
-    assert set(found[:, 0].tolist()) < {*made[rows, 0, 0].tolist(), *(-made[rows, 0, 0] - 1).tolist()}
-    assert 5 < (found > 0).sum() < 25, "of both slices"
+# ---- predictions
 
 
 def test_predictions_do_not_depend_on_the_batch(bank):

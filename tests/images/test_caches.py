@@ -124,7 +124,7 @@ def stage_two(data, monkeypatch, *flags, precision="no", tta=1):
     model = SimpleNamespace(encode=encode, sizes=SimpleNamespace(image_size=8))
     args = SimpleNamespace(out=data.parent, encoder=data.parent / "encoder.pth", batch_size=6, workers=0, tta=tta)
     accelerator = SimpleNamespace(**vars(CPU) | {"mixed_precision": precision})
-    found = train_decoder.all_features(model, [one], accelerator, args)
+    found, _ = train_decoder.all_features(model, [one], accelerator, args)
     return np.array(found[0]), computed
 
 
@@ -172,14 +172,16 @@ def test_stage_twos_features_are_computed_anew_under_other_settings(slices, monk
 def slide_features(path, out, xy, um_per_px=1.0, tile=(8, 1.0), encoder="e", precision="no"):
     """Features of spots on an image as predict_slide.py keeps them, and whether they were computed."""
     model = SimpleNamespace(encode=encode, sizes=SimpleNamespace(image_size=8, tta=1))
-    member = members.Member(model, {"encoder_hash": encoder * 64, "tile_scale": tile}, "file")
+    member = members.Member(model, {"encoder_hash": encoder * 64, "tile_scale": tile, "scan_um_per_px": None}, "file")
     accelerator = SimpleNamespace(**vars(CPU) | {"mixed_precision": precision})
     run = members.Run([member], accelerator, "fp32", 4, 1, 1.0, False)
     names = np.array([f"s{i}" for i in range(len(xy))])
-    spots = layout.SlideSpots("slide", names, xy, np.zeros((len(xy), 2), int), 50.0, 30.0, um_per_px, 1.0)
+    spots = layout.SlideSpots(
+        "slide", names, xy, np.zeros((len(xy), 2), int), 50.0, 30.0, um_per_px, 1.0, np.ones(len(xy))
+    )
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.npy")}
     with open_image(path) as image:
-        kept = np.array(kept_features(run, member, image, spots, out))
+        kept = np.array(kept_features(run, member, image, spots, out)[0])
     return kept, before != {file: file.stat().st_mtime_ns for file in out.rglob("*.npy")}
 
 

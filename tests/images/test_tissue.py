@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image, ImageDraw
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_dilation, gaussian_filter
 from scipy.spatial import KDTree
 
 from utils.images.image import open_image
@@ -84,6 +84,30 @@ def test_tissue_alone_is_all_tissue(rng):
     image = np.where(dense[..., None], PURPLE, PINK).repeat(10, 0).repeat(10, 1) + rng.normal(0, 5, (400, 300, 3))
     assert tissue_mask(image.astype(np.uint8)).mean() > 0.99
     assert tissue_mask(np.full((50, 60, 3), PINK, np.uint8)).all()
+
+
+def test_eosin_that_bled_onto_the_glass_is_no_tissue(rng):
+    """Glass around the tissue as pink as pale tissue, without its texture."""
+    image, truth = drawn(rng)
+    tinted = image.copy()
+    glass = ~binary_dilation(np.asarray(truth), iterations=4)
+    tinted[glass] = np.clip(image[glass].astype(float) * (0.97, 0.83, 0.94), 0, 255)
+    saturation = 1 - tinted[900, 500].min() / tinted[900, 500].max()
+    assert 0.12 < saturation < 0.2
+    assert shared(tissue_mask(tinted)[:, 200:], np.asarray(truth)[:, 200:]) > 0.93
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name", ["B4", "C5"])
+def test_a_grid_on_a_real_section_has_no_spot_on_bare_glass(name, real_data):
+    """Glass is smooth: no other spot has a deviation of the darkest channel below 4 grey levels."""
+    with open_image(next((real_data / "Breast_cancer" / name).glob("*.jpg"))) as slide:
+        thumbnail, scale = slide.thumbnail()
+        centres, _ = grid(slide.width, slide.height, 145)
+    centres = centres[on_tissue(centres, tissue_mask(thumbnail), scale, 40)] * scale
+    dark = thumbnail.min(2)
+    deviation = [dark[int(y) - 8 : int(y) + 9, int(x) - 8 : int(x) + 9].std() for x, y in centres]
+    assert len(centres) > 800 and np.quantile(deviation, 0.002) > 4
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (3, 2)])

@@ -2,13 +2,12 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from model import losses
-from model.stage_two import GRID_SIDE, StageTwo, StageTwoSizes, domain_score, fit_domain
+from model.stage_two import GRID_SIDE, StageTwo, StageTwoSizes
 
 WIDTH, GENES, CONTEXT = 16, 7, 4
 VECTORS = 4  # rows of WIDTH that test_vit's 64 pooled features fill
@@ -149,48 +148,6 @@ def test_the_decoder_learns_one_batch():
         seen.append(loss.item())
     assert seen[0] > 0.8
     assert seen[-1] < 0.2
-
-
-def gaussian(n, width=20, seed=0):
-    """Correlated features with a mean: (n, D)."""
-    mix = np.random.default_rng(7).normal(size=(width, width))
-    rows = np.random.default_rng(seed).normal(size=(n, width)) @ mix + np.arange(width)
-    return torch.from_numpy(rows).float()
-
-
-def test_domain_is_the_mean_and_the_shrunk_covariance():
-    train = gaussian(500)
-    mean, covariance = fit_domain(train, shrinkage=0.2)
-    expected = np.cov(train.numpy(), rowvar=False)
-    expected = 0.8 * expected + 0.2 * np.eye(20) * np.trace(expected) / 20
-    np.testing.assert_allclose(mean, train.numpy().mean(0), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(covariance, expected, rtol=1e-4, atol=1e-4)
-    assert mean.dtype == covariance.dtype == torch.float32
-
-
-def test_domain_score_is_the_mahalanobis_distance():
-    train, new = gaussian(500), gaussian(6, seed=1)
-    mean, covariance = fit_domain(train)
-    off = (new - mean).double().numpy()
-    expected = np.sqrt(np.einsum("sd,de,se->s", off, np.linalg.inv(covariance.double().numpy()), off) / 20)
-    np.testing.assert_allclose(domain_score(new, mean, covariance), expected, rtol=1e-4)
-    assert domain_score(mean[None], mean, covariance).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_domain_score_is_about_one_inside_and_larger_outside():
-    mean, covariance = fit_domain(gaussian(4000), shrinkage=0.001)
-    inside = domain_score(gaussian(500, seed=1), mean, covariance)
-    assert inside.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
-    shifted = domain_score(gaussian(500, seed=2) + 20, mean, covariance)
-    stretched = domain_score(mean + 3 * (gaussian(500, seed=3) - mean), mean, covariance)
-    assert shifted.min() > inside.max()
-    assert stretched.median() > 2.5
-
-
-def test_domain_of_fewer_spots_than_dimensions_or_flat_features_is_finite():
-    for train in (gaussian(8), torch.ones(8, 20), gaussian(1)):
-        mean, covariance = fit_domain(train)
-        assert torch.isfinite(domain_score(gaussian(3, seed=1), mean, covariance)).all()
 
 
 @pytest.mark.slow

@@ -39,14 +39,14 @@ def folder(simulated, tmp_path):
 
 
 def laid(request, slide, pixels, scale=1.0, kind="hexagonal"):
-    return layout.place_spots(layout.plan(request), slide, pixels, scale, kind)
+    return layout.place_spots(layout.plan(request), slide, pixels, scale, kind, 112)
 
 
 def laid_folder(request):
     """The spots of a slice folder, on its own image."""
     planned = layout.plan(request)
     with open_image(planned.source.path, planned.um_per_image_px) as image:
-        return layout.place_spots(planned, image, *image.thumbnail(), "hexagonal")
+        return layout.place_spots(planned, image, *image.thumbnail(), "hexagonal", 112)
 
 
 @pytest.fixture

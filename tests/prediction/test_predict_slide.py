@@ -21,6 +21,7 @@ from utils.evaluation import metrics
 from utils.files.arrays import ArrayStore
 from utils.images import tiles
 from utils.prediction import outputs, slide_features
+from utils.prediction.members import Member
 from utils.prediction.predict import RunningMoments
 from utils.training import checkpoint
 
@@ -274,7 +275,9 @@ def by_hand(adata):
     from utils.prediction.layout import SlideSpots
 
     place = adata.obs[["array_row", "array_col"]].to_numpy()
-    spots = SlideSpots("P03_1", adata.obs_names.to_numpy(str), adata.obsm["spatial"], place, 100, 55, 1, 1)
+    spots = SlideSpots(
+        "P03_1", adata.obs_names.to_numpy(str), adata.obsm["spatial"], place, 100, 55, 1, 1, np.ones(adata.n_obs)
+    )
     library = adata.uns["spatial"]["P03_1"]
     scale = library["scalefactors"]["tissue_hires_scalef"]
     return outputs.Prediction(
@@ -284,7 +287,7 @@ def by_hand(adata):
         predicted=adata.X,
         prediction_std=None,
         domain_score=adata.obs["domain_score"].to_numpy(),
-        domain_limit=2.0,
+        interval=(np.full(adata.n_vars, -1.0), np.ones(adata.n_vars)),
         val_pcc=adata.var["val_pcc"].to_numpy(),
         image=library["images"]["hires"],
         image_scale=scale,
@@ -316,13 +319,18 @@ def test_a_slide_unlike_anything_is_warned_of(trained, tmp_path, rng, capsys):
     flags = ("--um_per_px", 1, "--mask", tmp_path / "mask.png", "--grid", "square")
     out = predict(tmp_path / "noise.png", trained.decoder, tmp_path / "out", *flags)
     said = capsys.readouterr().out
-    assert "unlike anything the model was trained on" in said and "under 64" in said
-    assert record(out)["unlike_training"] and read(out).obs["out_of_domain"].mean() > 0.5
+    assert "warning: noise: unlike the slides that the model was trained on: 100% of the spots" in said
+    assert "under 64" in said and (read(out).obs["out_of_domain"]).all()
+    verdict = record(out)["domain"]["verdict"]
+    assert verdict in (out / "report.html").read_text() and verdict == read(out).uns["magic"]["domain"]["verdict"]
 
 
 def test_the_models_own_kind_of_slide_is_not_warned_of(measured, unmeasured):
     for out in (measured, unmeasured):
-        assert not record(out)["unlike_training"] and record(out)["fraction_out_of_domain"] < 0.5
+        domain, adata = record(out)["domain"], read(out)
+        assert domain["flagged"] == adata.obs["out_of_domain"].mean() < 0.3
+        assert domain["calibrated_on"] == "validation slices" and domain["slide_score"] < 2
+        assert (adata.obs["tissue_fraction"] > 0.3).mean() > 0.9 and domain["bare_glass"] < 4
 
 
 def test_a_coarser_image_is_enlarged_with_a_warning(trained, section, unmeasured, tmp_path, capsys):
@@ -330,9 +338,53 @@ def test_a_coarser_image_is_enlarged_with_a_warning(trained, section, unmeasured
     small = image.resize([side // 7 for side in image.size], Image.Resampling.LANCZOS)
     small.save(tmp_path / "small.png")
     out = predict(tmp_path / "small.png", trained.decoder, tmp_path / "out", "--um_per_px", 7)
-    assert "7 um per px, the model's tiles have 3.5: they are enlarged 2.0 times" in capsys.readouterr().out
+    assert (
+        "7 um per px, the model was trained on 3.5 (tiles of 3.5 from scans of 1): 2.0 times" in capsys.readouterr().out
+    )
     assert abs(read(out).n_obs - read(unmeasured).n_obs) < 12
     assert record(out)["spot_pitch_fullres_px"] == pytest.approx(100 / 7)
+
+
+def test_intervals_lie_around_the_prediction_and_are_those_of_the_checkpoint(trained, measured):
+    adata, ends = read(measured), checkpoint.load(trained.decoder, "stage_two", "--decoder")["interval"]
+    low, high = adata.layers["interval_low"], adata.layers["interval_high"]
+    np.testing.assert_allclose(high, adata.X + ends["high"].numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(low, np.maximum(adata.X + ends["low"].numpy(), 0), rtol=1e-4, atol=1e-4)
+    inside = (adata.layers["measured"] >= low) & (adata.layers["measured"] <= high)
+    assert inside.mean() > 0.7
+
+
+def test_a_gene_is_predictable_by_validation_on_other_patients(trained, section, measured, tmp_path):
+    adata = read(measured)
+    assert adata.var["val_pcc_above_0.1"].tolist() == (adata.var["val_pcc"] >= 0.1).tolist()
+    state = checkpoint.load(trained.decoder, "stage_two", "--decoder")
+    state["table"] = [line | {"patient": "P01"} for line in state["table"]]
+    state.pop("format"), state.pop("kind")
+    checkpoint.save(tmp_path / "shared.pth", "stage_two", **state, left_out_pcc=torch.full((20,), 0.2))
+    adata = read(predict(section[0], tmp_path / "shared.pth", tmp_path / "out"))
+    assert adata.var["val_pcc_above_0.1"].isna().all() and adata.var["left_out_pcc"].eq(np.float32(0.2)).all()
+    assert "shares P01" in adata.uns["magic"]["genes"]["val_pcc_above_0.1"]
+    assert '"weak":null' in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_spots_of_another_pitch_than_the_models_are_warned_of(capsys):
+    from utils.prediction.layout import SlideSpots, warn_of_pitch
+
+    places = (np.array(["a"]), np.zeros((1, 2)), np.zeros((1, 2), int))
+    for pitch_um, warned in ((100, True), (170, False), (200, False), (260, True)):
+        warn_of_pitch(SlideSpots("slide", *places, pitch_um / 0.5, 50, 0.5, 1, np.ones(1)), 200.0)
+        assert ("200 um apart, whose neighbours it reads" in capsys.readouterr().out) is warned
+
+
+def test_the_detail_of_an_image_is_compared_with_the_scans_of_training(capsys):
+    def said(scan, um_per_px):
+        state = {"tile_scale": [224, 1.0], "scan_um_per_px": scan}
+        slide_features.warn_of_detail(Member(None, state, ""), "slide", um_per_px)
+        return capsys.readouterr().out
+
+    assert "2.0 times coarser" in said(0.5, 2.0) and not said(0.5, 1.0) and not said(0.5, 0.25)
+    assert not said(3.0, 3.0), "the train tiles were enlarged as much"
+    assert "2.0 times coarser" in said(3.0, 6.0) and "6.0 times finer" in said(3.0, 0.5)
 
 
 def test_a_slice_that_the_model_was_trained_on_is_warned_of(trained, tmp_path, capsys):

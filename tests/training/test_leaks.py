@@ -108,7 +108,7 @@ def test_what_was_seen_is_not_held_out(held_out, seen, capsys):
         )
     else:
         split.check_unseen([held_out], state, "--encoder", False)
-    assert split.seen_in_training([held_out], state) == ([held_out.slice] if seen else [])
+    assert list(split.seen_in_training([held_out], state)) == ([held_out.slice] if seen else [])
     split.check_unseen([held_out], state, "--encoder", allow_leak=True)
     assert ("warning: --encoder" in capsys.readouterr().out) == seen
 

@@ -201,13 +201,25 @@ def load_slices(
     return slices
 
 
+def um_per_source_px(slice_: SliceData) -> float | None:
+    """Micrometres per pixel of the image that the tiles were cut from; None where the spot pitch is not known."""
+    record = slice_.pack.record or {}
+    return None if record.get("um_per_px") is None else record["um_per_px"] * record["size"] / record["crop"]
+
+
 def um_per_fullres_px(slice_: SliceData) -> float | None:
     """Micrometres per full-resolution pixel, by the tiles' record; None where the spot pitch is not known."""
-    record = slice_.pack.record or {}
-    if record.get("um_per_px") is None:
-        return None
-    per_source_px = record["um_per_px"] * record["size"] / record["crop"]
-    return per_source_px * record["scale"]
+    per_source_px = um_per_source_px(slice_)
+    return None if per_source_px is None else per_source_px * slice_.pack.record["scale"]
+
+
+def grid_kind(slice_: Spots) -> str:
+    """Either hexagonal or square: on a square grid no spot has more than four others within 1.2 pitches."""
+    from scipy.spatial import KDTree
+
+    tree = KDTree(slice_.xy_fullres_px)
+    within = tree.query_ball_point(slice_.xy_fullres_px, 1.2 * slice_.pitch_fullres_px, return_length=True)
+    return "hexagonal" if np.quantile(within - 1, 0.9) > 4 else "square"
 
 
 def tile_scale(slice_: SliceData) -> tuple[int, float | None]:

@@ -32,7 +32,6 @@ MIN_SD = 1e-3
 CONTEXT_PITCHES = 2.6
 FARTHEST = 2.5  # in bandwidths: a weight of 0.04
 ROWS_AT_ONCE = 256  # 18 MB of the published features in float64
-DOMAIN_SPOTS = 20_000  # their D x D covariance is known well enough
 
 
 @dataclass(frozen=True)
@@ -253,18 +252,6 @@ class FeatureBank:
             "present": present,
             "smoothed": self._put(self.around[spots]).float().flatten(2),
         }
-
-
-def domain_vectors(
-    slices: list[dataset.SliceData], features: list[np.ndarray], n_vectors: int, part: str, seed: int
-) -> Tensor:
-    """Vectors before standardisation of the spots of a part: (n, V D) float32; of more than DOMAIN_SPOTS so many, drawn
-    by the seed."""
-    places = dataset.spots_of(slices, part)
-    if len(places) > DOMAIN_SPOTS:
-        places = places[np.sort(np.random.default_rng(seed).choice(len(places), DOMAIN_SPOTS, replace=False))]
-    rows = [f[places[places[:, 0] == i, 1], :n_vectors].astype(np.float32) for i, f in enumerate(features)]
-    return torch.from_numpy(np.concatenate(rows)).flatten(1)
 
 
 @torch.no_grad()

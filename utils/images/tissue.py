@@ -16,6 +16,10 @@ from utils.images.checks import reading
 
 # Saturation, (max - min) / max of red, green, blue: clear glass is below 0.05, pale connective tissue from 0.12
 UNSTAINED, STAINED = 0.06, 0.12
+# Eosin that has bled onto the glass reaches a saturation of 0.2 without any texture. Local deviation of the darkest
+# channel, in grey levels of 255, on five real sections: glass, tinted or not, under 3; under spots on tissue above 5
+PALE, SMOOTH = 0.22, 4
+LEAST_WINDOW = 2  # pixels, of the weights of that deviation: a small thumbnail shows texture between neighbours only
 SMALL = 1 / 100  # holes and specks smaller than a square with this fraction of the longest side
 BLUR = 1 / 500  # of the longest side: gaps in loose tissue that are narrower than a spot
 # Ink, in grey levels of 255. Dense haematoxylin (99.9 % of the pixels of six real sections) stays below both of COLOUR,
@@ -28,8 +32,9 @@ MOST_SPOTS = 10_000_000
 def tissue_mask(thumbnail: np.ndarray) -> np.ndarray:
     """Stained tissue on a thumbnail (h, w, 3) uint8: (h, w) bool.
 
-    Otsu's threshold on saturation, pen marks left out; small holes are filled, small specks removed. Where there are
-    not two kinds of pixels, all are tissue if they are stained, else none is.
+    Otsu's threshold on saturation, pen marks and pale areas without texture (tinted glass) left out; small holes are
+    filled, small specks removed. Where there are not two kinds of pixels, all are tissue if they are stained, else none
+    is.
     """
     from scipy import ndimage
 
@@ -42,9 +47,19 @@ def tissue_mask(thumbnail: np.ndarray) -> np.ndarray:
     if not clean.any():
         return clean
     area = (SMALL * longest) ** 2
-    stained = clean & (saturation > _threshold(saturation[clean]))
+    tinted = (saturation < PALE) & (_local_deviation(low, max(BLUR * longest, LEAST_WINDOW)) < SMOOTH)
+    stained = clean & (saturation > _threshold(saturation[clean])) & ~tinted
     filled = ~_without_specks(~stained, area) & clean
     return _without_specks(filled, area)
+
+
+def _local_deviation(values: np.ndarray, sigma: float) -> np.ndarray:
+    """Standard deviation around each pixel, with Gaussian weights: (h, w) -> (h, w)."""
+    from scipy import ndimage
+
+    values = values.astype(np.float64)
+    mean, square = (ndimage.gaussian_filter(v, sigma) for v in (values, values**2))
+    return np.sqrt(np.maximum(square - mean**2, 0))
 
 
 def _threshold(saturation: np.ndarray) -> float:
@@ -177,3 +192,19 @@ def on_tissue(centres_px: np.ndarray, mask: np.ndarray, scale: float, radius_px:
         inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
         hits[inside] += mask[y[inside], x[inside]]
     return 2 * hits >= len(offsets)
+
+
+def tissue_fraction(centres_px: np.ndarray, mask: np.ndarray, scale: float, side_px: float) -> np.ndarray:
+    """Fraction (S,) of the square around each centre that is tissue; what lies off the slide is none.
+
+    Parameters
+    ----------
+    centres_px, side_px : (S, 2) and of all squares, level-0 pixels
+    mask, scale : ndarray (h, w) bool, and its pixels per level-0 pixel
+    """
+    summed = np.pad(np.cumsum(np.cumsum(mask, 0), 1), ((1, 0), (1, 0)))
+    low = np.floor((centres_px - side_px / 2) * scale).astype(int)
+    high = np.maximum(np.ceil((centres_px + side_px / 2) * scale).astype(int), low + 1)
+    (left, top), (right, bottom) = (np.clip(ends, 0, mask.shape[::-1]).T for ends in (low, high))
+    inside = summed[bottom, right] - summed[top, right] - summed[bottom, left] + summed[top, left]
+    return inside / (high - low).prod(1)

@@ -21,6 +21,7 @@ from utils.slices.visium import SourceImage
 from utils.words import count_of
 
 SPOT_DIAMETER = 0.55  # of a Visium spot, in pitches
+OTHER_PITCH = 1.25  # a pitch that differs by more from the train slices' is warned of
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Plan:
     slice_ : Slice or None, where the slide is a slice folder
     spots : DataFrame (S, 4) or None, the spots asked for, as Slice.spots; None for a grid
     lattice : Lattice or None, of the positions; None for a grid or a single position
+    grid_pitch_um : of a grid for which no pitch is asked, that of the model
     """
 
     request: Request
@@ -41,12 +43,13 @@ class Plan:
     slice_: visium.Slice | None
     spots: pd.DataFrame | None
     lattice: Lattice | None
+    grid_pitch_um: float = visium.VISIUM_PITCH_UM
 
     @property
     def pitch_um(self) -> float | None:
         """Between neighbouring spots: as given, else of the array or the bin size; None where it is not known."""
         if self.request.spot_pitch_um is not None or self.spots is None:
-            return self.request.spot_pitch_um or visium.VISIUM_PITCH_UM
+            return self.request.spot_pitch_um or self.grid_pitch_um
         if self.lattice is not None and self.lattice.staggered:
             return visium.VISIUM_PITCH_UM
         return None if self.slice_ is None else self.slice_.scalefactors.get("bin_size_um")
@@ -85,14 +88,16 @@ class SlideSpots:
     diameter_fullres_px: float
     um_per_fullres_px: float
     image_scale: float  # pixels of the image per full-resolution pixel
+    tissue_fraction: np.ndarray  # (S,) of the tile
 
     @property
     def xy_image_px(self) -> np.ndarray:
         return self.xy_fullres_px * self.image_scale
 
 
-def plan(request: Request) -> Plan:
-    """Find image, positions and scale of a slide. Raises ValueError where they do not fit."""
+def plan(request: Request, grid_pitch_um: float | None = None) -> Plan:
+    """Find image, positions and scale of a slide; `grid_pitch_um` is the model's (None: not known, that of Visium).
+    Raises ValueError where they do not fit."""
     slice_, source = None, SourceImage("fullres", request.slide, 1.0)
     if request.slide.is_dir():
         slice_ = visium.open_slice(request.slide, request.name or None)
@@ -102,7 +107,7 @@ def plan(request: Request) -> Plan:
         return Plan(request, source, slice_, spots, lattice)
     if slice_ is not None:
         return Plan(request, source, slice_, slice_.spots, slice_.lattice)
-    return Plan(request, source, None, None, None)
+    return Plan(request, source, None, None, None, grid_pitch_um or visium.VISIUM_PITCH_UM)
 
 
 def _given_spots(path: Path) -> tuple[pd.DataFrame, Lattice | None]:
@@ -119,7 +124,7 @@ def _given_spots(path: Path) -> tuple[pd.DataFrame, Lattice | None]:
 
 
 def place_spots(
-    planned: Plan, image: TissueImage, thumbnail: np.ndarray, thumbnail_scale: float, kind: str
+    planned: Plan, image: TissueImage, thumbnail: np.ndarray, thumbnail_scale: float, kind: str, tile_um: float
 ) -> SlideSpots:
     """The spots of a slide whose image is open.
 
@@ -127,11 +132,16 @@ def place_spots(
     ----------
     thumbnail : (height, width, 3) uint8, of `thumbnail_scale` of its pixels to one of the image
     kind : "hexagonal" or "square", of the grid where there are no positions
+    tile_um : side of a tile
     """
     request, scale = planned.request, planned.source.scale
     um_per_px = _um_per_fullres_px(planned, image)
+    if request.mask is None:
+        mask = tissue.tissue_mask(thumbnail)
+    else:
+        mask = tissue.read_mask(request.mask, thumbnail.shape[:2])
     if planned.spots is None:
-        barcodes, xy, array, pitch = _grid(planned, image, um_per_px, thumbnail, thumbnail_scale, kind)
+        barcodes, xy, array, pitch = _grid(planned, image, um_per_px, mask, thumbnail_scale, kind)
         diameter, kept = SPOT_DIAMETER * pitch, np.ones(len(xy), bool)
     else:
         barcodes = planned.spots.index.to_numpy(str)
@@ -143,14 +153,24 @@ def place_spots(
         diameter = SPOT_DIAMETER * pitch if given else planned.slice_.scalefactors["spot_diameter_fullres"]  # type: ignore[union-attr]
         kept = _spots_on_image(planned, image, xy * scale, diameter / 2 * scale, (thumbnail, thumbnail_scale))
         if request.mask is not None:
-            mask = tissue.read_mask(request.mask, thumbnail.shape[:2])
             kept &= tissue.on_tissue(xy * scale, mask, thumbnail_scale, diameter / 2 * scale)
     if not kept.any():
         raise ValueError(
             f"{request.slide}: expected spots on the image and its tissue, found none of {len(xy)}; give positions in "
             "pixels of this image"
         )
-    return SlideSpots(request.name, barcodes[kept], xy[kept], array[kept], pitch, diameter, um_per_px, scale)
+    fraction = tissue.tissue_fraction(xy[kept] * scale, mask, thumbnail_scale, tile_um / um_per_px * scale)
+    return SlideSpots(request.name, barcodes[kept], xy[kept], array[kept], pitch, diameter, um_per_px, scale, fraction)
+
+
+def warn_of_pitch(spots: SlideSpots, trained_um: float | None) -> None:
+    """The model reads the spots around a spot: at another pitch it reads other tissue than in training."""
+    pitch_um = spots.pitch_fullres_px * spots.um_per_fullres_px
+    if trained_um and not 1 / OTHER_PITCH < pitch_um / trained_um < OTHER_PITCH:
+        print(
+            f"warning: {spots.name}: spots {pitch_um:.4g} um apart, the model was trained on spots {trained_um:.4g} um "
+            "apart, whose neighbours it reads: expect worse predictions"
+        )
 
 
 def _um_per_fullres_px(planned: Plan, image: TissueImage) -> float:
@@ -194,17 +214,14 @@ def _spots_on_image(
 
 
 def _grid(
-    planned: Plan, image: TissueImage, um_per_px: float, thumbnail: np.ndarray, thumbnail_scale: float, kind: str
+    planned: Plan, image: TissueImage, um_per_px: float, mask: np.ndarray, thumbnail_scale: float, kind: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Places `<row>x<column>` of a grid over the tissue: names (S,), centres (S, 2), array (S, 2), pitch in pixels."""
     pitch = (planned.pitch_um or visium.VISIUM_PITCH_UM) / um_per_px
     xy, array = tissue.grid(image.width, image.height, pitch, kind)
-    if planned.request.mask is None:
-        mask, remedy = tissue.tissue_mask(thumbnail), "draw it and give it as --mask"
-    else:
-        mask, remedy = tissue.read_mask(planned.request.mask, thumbnail.shape[:2]), "check --mask"
     kept = tissue.on_tissue(xy, mask, thumbnail_scale, SPOT_DIAMETER / 2 * pitch)
     if not kept.any():
+        remedy = "draw it and give it as --mask" if planned.request.mask is None else "check --mask"
         raise ValueError(
             f"{planned.request.slide}: expected tissue under a grid of {pitch:.1f} px, found none under its {len(xy)} "
             f"spots; {remedy}"

@@ -17,13 +17,15 @@ import pandas as pd
 from utils.evaluation import plotting
 from utils.evaluation.metrics import PREDICTABLE_PCC, UNITS
 from utils.files.atomic import whole_file
-from utils.prediction import geojson
+from utils.prediction import geojson, trust
 from utils.prediction.layout import SlideSpots
 from utils.prediction.slides import file_name
 from utils.report import anndata_files, page, page_parts
 from utils.report.spot_maps import spot_maps
 from utils.report.spots import DISC, SpotsOnImage
 
+PREDICTABLE = f"val_pcc_above_{PREDICTABLE_PCC}"
+LEFT_OUT = "PCC on left-out patients"
 REPORT_VALUES = 5_000_000  # spots times genes on one page: 13 MB
 
 
@@ -36,18 +38,37 @@ class Prediction:
     target: str
     predicted: np.ndarray  # (S, G)
     prediction_std: np.ndarray | None  # (S, G)
-    domain_score: np.ndarray  # (S,)
-    domain_limit: float  # validation 0.99 quantile of the score
+    interval: tuple[np.ndarray, np.ndarray]  # (G,) low and high end relative to the prediction
+    domain_score: np.ndarray  # (S,) above 1 out of domain
     val_pcc: np.ndarray  # (G,)
     image: np.ndarray  # (height, width, 3), small
     image_scale: float  # its pixels per full-resolution pixel
     measured: np.ndarray | None = None  # (S, G) in the scale of the target, NaN for a gene that the slice lacks
     counts: np.ndarray | None = None  # (S, G)
     total_counts: np.ndarray | None = None  # (S,)
+    left_out_pcc: np.ndarray | None = None  # (G,)
     gene_table: pd.DataFrame | None = None  # genes.csv, of a slice with counts
     lognorm: np.ndarray | None = None  # (S, G) predicted, as log1p counts per 10,000
     model_hash: str = ""  # of the decoders' files, separated by spaces
     about: dict[str, Any] = field(default_factory=dict)  # plain values, kept in uns["magic"]
+
+    @property
+    def out_of_domain(self) -> np.ndarray:
+        """(S,) bool"""
+        return trust.out_of_domain(self.domain_score, self.spots.tissue_fraction)
+
+    @property
+    def predictable(self) -> pd.arrays.BooleanArray:
+        """Genes (G,) with a validation PCC of PREDICTABLE_PCC; missing where validation shares a patient."""
+        reason = self.about.get("genes", {}).get(PREDICTABLE, "")
+        return trust.predictable(self.val_pcc, known=not reason.startswith("not known"))
+
+    @property
+    def interval_ends(self) -> dict[str, np.ndarray]:
+        """Ends of the interval of the measured value, (S, G) each; counts are not below 0."""
+        least = -np.inf if self.target == "residuals" else 0.0
+        ends = zip(("interval_low", "interval_high"), self.interval, strict=True)
+        return {name: np.maximum(self.predicted + offset, least) for name, offset in ends}
 
     @property
     def unit(self) -> str:
@@ -78,12 +99,14 @@ def as_anndata(prediction: Prediction) -> anndata.AnnData:
         "array_row": prediction.spots.array[:, 0],
         "array_col": prediction.spots.array[:, 1],
         "domain_score": prediction.domain_score,
-        "out_of_domain": prediction.domain_score > prediction.domain_limit,
+        "out_of_domain": prediction.out_of_domain,
+        "tissue_fraction": prediction.spots.tissue_fraction,
     }
     if prediction.total_counts is not None:
         obs["total_counts"] = prediction.total_counts
-    val_pcc = prediction.val_pcc
-    var = pd.DataFrame({"val_pcc": val_pcc, "reliable": val_pcc >= PREDICTABLE_PCC}, index=prediction.genes)
+    var = pd.DataFrame({"val_pcc": prediction.val_pcc, PREDICTABLE: prediction.predictable}, index=prediction.genes)
+    if prediction.left_out_pcc is not None:
+        var["left_out_pcc"] = prediction.left_out_pcc
     if prediction.gene_table is not None:
         var["test_pcc"] = prediction.gene_table["pcc_residuals_model"].to_numpy()
     adata = anndata_files.spots_anndata([prediction.spots_on_image], prediction.predicted, var, obs)
@@ -91,6 +114,8 @@ def as_anndata(prediction: Prediction) -> anndata.AnnData:
         values = getattr(prediction, name)
         if values is not None:
             adata.layers[name] = np.asarray(values, np.float32)
+    for name, values in prediction.interval_ends.items():
+        adata.layers[name] = values.astype(np.float32)
     described = anndata_files.describe_values(adata, prediction.target, prediction.model_hash)
     adata.uns["magic"] = described | prediction.about
     return adata
@@ -137,22 +162,23 @@ def write_maps(folder: Path, prediction: Prediction, n_maps: int) -> None:
         title = f"{spots.name}: {name}, validation PCC {prediction.val_pcc[gene]:.2f}"
         figure = spot_maps(spots, panels, title, prediction.unit, None if std is None else std[:, gene])
         plotting.save(figure, folder / f"{file_name(name)}.png")
-    title = f"{spots.name}: out-of-domain score, 99 % of validation spots lie below {prediction.domain_limit:.2f}"
-    figure = spot_maps(spots, {"out of domain": prediction.domain_score}, title, "distance to train tissue")
+    title = f"{spots.name}: out-of-domain score, above 1 a spot is unlike those of training"
+    figure = spot_maps(spots, {"out of domain": prediction.domain_score}, title, "distance to train spots / limit")
     plotting.save(figure, folder / "domain_score.png")
 
 
 def gene_columns(prediction: Prediction) -> dict[str, np.ndarray]:
     """Columns (G,) of the report's table of genes; of a slice with counts those of genes.csv."""
+    left_out = {} if prediction.left_out_pcc is None else {LEFT_OUT: prediction.left_out_pcc}
     if prediction.gene_table is None:
-        return {"validation PCC": prediction.val_pcc, "mean predicted": prediction.predicted.mean(0)}
+        return {"validation PCC": prediction.val_pcc, **left_out, "mean predicted": prediction.predicted.mean(0)}
     of_table = {
         "PCC, residuals": "pcc_residuals_model",
         "PCC, lognorm": "pcc_lognorm_model",
         "validation PCC": "val_pcc",
         "mean counts per 10,000": "counts_per_10k",
     }
-    return {name: prediction.gene_table[column].to_numpy() for name, column in of_table.items()}
+    return {name: prediction.gene_table[column].to_numpy() for name, column in of_table.items()} | left_out
 
 
 def write_report(path: Path, prediction: Prediction, metrics: dict[str, Any] | None, settings: dict[str, Any]) -> None:
@@ -161,14 +187,17 @@ def write_report(path: Path, prediction: Prediction, metrics: dict[str, Any] | N
     chosen = np.sort(prediction.best_genes(n_genes))
     maps = {name: getattr(prediction, name) for name in ("predicted", "measured", "prediction_std")}
     maps = {name: None if values is None else values[:, chosen] for name, values in maps.items()}
-    domain: list[list[str | float | int | None]] = [
-        ["median score of the spots", float(np.median(prediction.domain_score))],
-        ["score that 99 % of the validation spots lie below", prediction.domain_limit],
-        ["fraction of the spots above it", float((prediction.domain_score > prediction.domain_limit).mean())],
+    domain = prediction.about["domain"]
+    rows: list[list[str | float | int | None]] = [
+        ["fraction of the spots that are out of domain", domain["flagged"]],
+        ["spots on bare glass", domain["bare_glass"]],
+        ["median score of the spots (limit 1)", domain["median_score"]],
+        ["score of the slide (limit 1)", domain["slide_score"]],
+        ["limits calibrated on", domain["calibrated_on"]],
     ]
     all_genes = len(prediction.genes)
     note = f"{len(chosen)} of {all_genes} genes are on this page" if len(chosen) < all_genes else ""
-    tables = [page.Table("Out of domain", ["", "value"], domain, note)]
+    tables = [page.Table("Out of domain", ["", "value"], rows, note)]
     report = page.Report(
         title=f"Predicted expression: {prediction.spots.name}",
         unit=prediction.unit,
@@ -176,6 +205,8 @@ def write_report(path: Path, prediction: Prediction, metrics: dict[str, Any] | N
         slices=[page.SliceMaps(**vars(prediction.spots_on_image), **maps, domain_score=prediction.domain_score)],
         gene_columns={name: values[chosen] for name, values in gene_columns(prediction).items()},
         val_pcc=prediction.val_pcc[chosen],
+        greys=not prediction.predictable.isna().all(),
+        banner=domain["verdict"] if domain["warned"] else "",
         tables=[*tables, *(page_parts.similarity_tables(metrics) if metrics else [])],
         settings=settings,
     )

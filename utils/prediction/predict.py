@@ -1,4 +1,4 @@
-"""Prediction of one slide by one model or several: expression, its deviation, out-of-domain score.
+"""Prediction of one slide by one model or several: expression, its deviation, intervals, out-of-domain score.
 
 Shapes: S spots, R views of a tile, V vectors and T tokens of a view, D feature width, G genes.
 """
@@ -10,19 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from model.stage_two import domain_score
 from utils import distributed
-from utils.features import neighbourhoods
+from utils.features import domain, neighbourhoods
 from utils.files.arrays import ArrayStore
 from utils.images.image import TissueImage
 from utils.prediction import slide_features
 from utils.prediction.layout import SlideSpots
 from utils.prediction.members import Member, Run
-
-SPOTS_AT_ONCE = 2048  # vectors in double precision: 17 MB of the published ones
 
 
 @dataclass(frozen=True)
@@ -31,8 +26,9 @@ class SlidePrediction:
 
     predicted: np.ndarray  # (S, G), mean over members
     prediction_std: np.ndarray | None  # (S, G), deviation over members or over flipped and rotated tiles
-    domain_score: np.ndarray  # (S,)
-    domain_limit: float  # 99 % of the validation spots lie below
+    interval: tuple[np.ndarray, np.ndarray]  # (G,) low and high end, relative to the prediction; means over members
+    domain_score: np.ndarray  # (S,) above 1 out of domain
+    slide_score: float  # above 1 the slide as a whole is
 
 
 class RunningMoments:
@@ -63,17 +59,19 @@ def predict_slide(run: Run, image: TissueImage, spots: SlideSpots, folder: Path)
     `run.prediction_std` over the eight flipped and rotated tiles."""
     memory = ArrayStore(run.memory, folder)
     over_members, over_turns = RunningMoments(memory), RunningMoments(memory)
-    score, limit, n = np.zeros(len(spots.barcodes)), 0.0, len(run.members)
+    score, slide_score, n = np.zeros(len(spots.barcodes)), 0.0, len(run.members)
     for member in run.members:
-        features = slide_features.kept_features(run, member, image, spots, folder)
+        features, statistics = slide_features.kept_features(run, member, image, spots, folder)
         for view in range(features.shape[1]):
             predicted = predict_view(run, member, features[:, view], spots, memory)
             (over_turns if view else over_members).add(predicted)
-        domain = member.state["domain"]
-        score += domain_scores(features, domain, member.model.n_vectors) / n
-        limit += float(domain["quantiles"][-1]) / n
+        of_spots, of_slide = domain.scores(statistics, member.state["domain"])
+        score += of_spots / n
+        slide_score += of_slide / n
     std = over_turns.std if run.prediction_std else over_members.std
-    return SlidePrediction(over_members.mean, std, score, limit)
+    intervals = [member.state["interval"] for member in run.members]
+    low, high = (np.mean([ends[end].numpy() for ends in intervals], axis=0) for end in ("low", "high"))
+    return SlidePrediction(over_members.mean, std, (low, high), score, slide_score)
 
 
 def predict_view(run: Run, member: Member, features: np.ndarray, spots: SlideSpots, memory: ArrayStore) -> np.ndarray:
@@ -84,12 +82,3 @@ def predict_view(run: Run, member: Member, features: np.ndarray, spots: SlideSpo
     bank = neighbourhoods.FeatureBank([spots], [features], moments, *around, run.accelerator.device, budget)
     autocast = partial(distributed.decoder_autocast, run.accelerator, run.precision)
     return neighbourhoods.predict(model, bank, np.arange(len(spots.barcodes)), autocast, run.batch_size)
-
-
-def domain_scores(features: np.ndarray, domain: dict[str, Tensor], n_vectors: int) -> np.ndarray:
-    """Out-of-domain score of each spot, on features before standardisation: (S, R, V + T, D) -> (S,)."""
-    scores = []
-    for start in range(0, len(features), SPOTS_AT_ONCE):
-        vectors = features[start : start + SPOTS_AT_ONCE, 0, :n_vectors].astype(np.float32)
-        scores.append(domain_score(torch.from_numpy(vectors).flatten(1), domain["mean"], domain["covariance"]).numpy())
-    return np.concatenate(scores)

@@ -11,6 +11,8 @@ EXPLAINED = {
     "PCC, residuals": "Pearson correlation over spots of the prediction with the gene's measured Pearson residuals, "
     "from which sequencing depth is taken out; mean over slices. The figure to compare genes by. 0 is chance.",
     "PCC, lognorm": "The same with log1p counts per 10,000, which also carry sequencing depth.",
+    "PCC on left-out patients": "PCC against residuals on train patients that were left out one after the other, the "
+    "decoder's initialisation refitted without them; their images and counts trained the encoder",
     "validation PCC": "PCC against residuals on the validation slices, measured when the model was trained: the only "
     "figure of a gene that is known before anything is measured on a slide. A gene below 0.1 is greyed.",
     "ridge PCC": "PCC against residuals of a linear baseline (ridge) on the pretrained encoder's features.",

@@ -52,7 +52,7 @@ function scaleOf(kind, gene) {
   return report.diverging && isExpression(kind) ? DIVERGING : VIRIDIS;
 }
 
-const unitOf = (kind) => (kind === "domain" ? "score, about 1 is within" : report.unit);
+const unitOf = (kind) => (kind === "domain" ? "score, above 1 is out of domain" : report.unit);
 
 function spotWords(i) {
   const words = [slice().barcodes[i]];

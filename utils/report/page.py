@@ -43,7 +43,7 @@ class SliceMaps(SpotsOnImage):
     predicted, measured, prediction_std : (S, G)
         In one unit. NaN where it is not known.
     domain_score : (S,)
-        Out-of-domain score of the image, about 1 for what the model was trained on.
+        Out-of-domain score of the image: above 1 a spot is unlike those that the model was trained on.
     """
 
     predicted: np.ndarray
@@ -80,6 +80,8 @@ class Report:
     gene_columns : name -> (G,), further columns of the table of genes
     val_pcc : (G,) or None
         Genes below PREDICTABLE_PCC, or with NaN, are greyed.
+    greys : whether they are: not where validation shares a patient with training
+    banner : a warning that stands on top of the page
     settings : shown as a list, of absolute paths the last part; versions of packages are added
     """
 
@@ -93,6 +95,8 @@ class Report:
     examples: Sequence[RetrievalExample] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     examples_note: str = ""
+    greys: bool = True
+    banner: str = ""
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -102,7 +106,7 @@ def write_report(path: Path, report: Report) -> None:
     """
     _check_shapes(report)
     blocks: dict[str, str] = {}
-    columns = dict(report.gene_columns)
+    columns, greys = dict(report.gene_columns), report.greys and report.val_pcc is not None
     if report.val_pcc is not None:
         columns.setdefault("validation PCC", report.val_pcc)
     content = {
@@ -111,7 +115,8 @@ def write_report(path: Path, report: Report) -> None:
         "diverging": report.unit == UNITS["residuals"],
         "genes": [str(gene) for gene in report.genes],
         "leastPcc": PREDICTABLE_PCC,
-        "weak": None if report.val_pcc is None else (~(np.asarray(report.val_pcc) >= PREDICTABLE_PCC)).tolist(),
+        "weak": (~(np.asarray(report.val_pcc) >= PREDICTABLE_PCC)).tolist() if greys else None,
+        "banner": report.banner,
         "columns": {name: numbers(values) for name, values in columns.items()},
         "slices": [_slice_content(slice_, i, blocks) for i, slice_ in enumerate(report.slices)],
         "geneNotes": explanations(columns),

@@ -119,8 +119,9 @@ def check_panel_origin(slices: list[dataset.SliceData], train: list[str]) -> Non
 
 def seen_in_training(
     rows: list[splits.SliceRow], state: dict[str, Any], hashes: dict[str, str] | None = None
-) -> list[str]:
-    """Held-out slices that a checkpoint was trained on: test slices of its patients, val slices that it has as train.
+) -> dict[str, str]:
+    """Held-out slices that a checkpoint was trained on, and how: test slices of its patients, val slices that it has as
+    train.
 
     Parameters
     ----------
@@ -132,20 +133,23 @@ def seen_in_training(
     patients, trained = {row["patient"] for row in used}, {row["slice"] for row in used if row["part"] == "train"}
     contents = {state["counts_hashes"].get(row["slice"]) for row in used} - {None}
     contents |= set(state["pretrain_hashes"].values())
-    return [
-        row.slice
-        for row in rows
-        if (row.part == "test" and (row.patient in patients or (hashes or {}).get(row.slice) in contents))
-        or (row.part == "val" and row.slice in trained)
-    ]
+    slices = {row["slice"] for row in used}
+
+    def reason(row: splits.SliceRow) -> str | None:
+        same = row.slice in slices or (hashes or {}).get(row.slice) in contents
+        if (row.part == "test" and same) or (row.part == "val" and row.slice in trained):
+            return "the slice itself"
+        return f"another slice of patient {row.patient}" if row.part == "test" and row.patient in patients else None
+
+    return {row.slice: text for row in rows if (text := reason(row))}
 
 
 def leaked_slices(slices: list[dataset.SliceData], state: dict[str, Any]) -> list[str]:
-    """Names of evaluated slices that the model was trained on, for metrics.json; only --allow_leak lets there be "
-    "any."""
+    """Names of evaluated slices that the model was trained on, for metrics.json; there are some with --allow_leak
+    only."""
     parts = ["train" if "train" in slice_.part else slice_.part[0] for slice_ in slices]  # of strips that of the slice
     rows = [splits.SliceRow(s.name, s.patient, part, None, None) for s, part in zip(slices, parts, strict=True)]
-    return seen_in_training(rows, state, dataset.counts_hashes(slices))
+    return list(seen_in_training(rows, state, dataset.counts_hashes(slices)))
 
 
 def leaks_of_table(state: dict[str, Any]) -> list[str]:
@@ -164,13 +168,14 @@ def check_unseen(
 ) -> None:
     """Stop, or warn, where a checkpoint was trained on held-out slices, see `seen_in_training`."""
     seen = seen_in_training(rows, state, hashes)
+    reasons = ", ".join(f"{name} ({reason})" for name, reason in seen.items())
     if seen and not (allow_leak or state["settings"]["allow_leak"]):
         raise ValueError(
-            f"{flag}: expected a model that was not trained on {', '.join(seen)}, held out here, found that it was; "
-            "use its split (the slices.csv beside it), or --allow_leak"
+            f"{flag}: expected a model that was not trained on {', '.join(seen)}, held out here, found that it was "
+            f"trained on {reasons}; use its split (the slices.csv beside it), or --allow_leak"
         )
     if seen:
-        print(f"warning: {flag}: {', '.join(seen)} held out here, but seen in its training: recorded as a leak")
+        print(f"warning: {flag}: held out here, but in its training: {reasons}: recorded as a leak")
 
 
 def check_genes(panel: gene_panels.Panel, role: str, name: str, flag: str) -> None:

@@ -165,7 +165,7 @@ class Trainer:
                 f"--resume: expected the parameters of before, found {changed}; use those of before"
             ) from error
         self.epoch, self.n_steps, self.sums, self.best = (state[key] for key in ("next_epoch", "step", "sums", "best"))
-        self.validated = {key: state[key] for key in ("row", "val_pcc") if key in state}
+        self.validated = {key: state[key] for key in ("row", "val_pcc", "interval") if key in state}
         print(f"going on at epoch {self.epoch}, step {self.n_steps}")
         return self
 
@@ -241,8 +241,8 @@ class Trainer:
         return row
 
     def after_epoch(self, score: float, **validated: Any) -> None:
-        """An epoch is trained, validated and logged: its row and `validated` (val_pcc) go into the last checkpoint, and
-        into the best one if it has the highest score."""
+        """An epoch is trained, validated and logged: its row and `validated` (val_pcc, interval) go into the last
+        checkpoint, and into the best one if it has the highest score."""
         self._keep(score, {"row": self.run_log.rows[-1], **validated})
         self.epoch, self.n_steps, self.sums = self.epoch + 1, 0, {}
         self._save()

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "prediction.md"
 TILE_UM, TILE_PX = 310.0, 224
 CROP = 60  # spots of a unit
-SIMULATED = {"n_patients": 5, "n_spots": 90, "n_genes": 60, "slices_per_patient": 2}
+SIMULATED: dict[str, Any] = {"n_patients": 5, "n_spots": 90, "n_genes": 60, "slices_per_patient": 2}
 DRAWS = 2000
 
 
@@ -96,7 +96,7 @@ def section(folder: Path, row: splits.SliceRow) -> Section:
     image = slice_.source_image()
     xy = slice_.spots[list(visium.POSITIONS_PX)].to_numpy(float) * image.scale
     pitch_um = row.spot_pitch_um or visium.VISIUM_PITCH_UM
-    return Section(row.slice, row.patient, image.path, xy, pitch_um / (slice_.lattice.pitch_px * image.scale))
+    return Section(row.slice, row.patient, image.path, xy, pitch_um / (slice_.pitch_px * image.scale))
 
 
 def crop_of(section_: Section, seed: int, n: int = CROP) -> np.ndarray:
@@ -381,7 +381,7 @@ def draw_error(path: Path, points: dict[str, tuple[np.ndarray, np.ndarray]]) -> 
         dots = axes.scatter(score, error, s=6, alpha=0.35, linewidths=0)
         tenths = np.array_split(np.argsort(score), 10)
         medians = [(np.median(score[t]), np.median(error[t])) for t in tenths if len(t)]
-        axes.plot(*zip(*medians, strict=True), "o-", color=dots.get_facecolor()[0, :3], label=name)
+        axes.plot(*zip(*medians, strict=True), "o-", color=np.asarray(dots.get_facecolor())[0, :3], label=name)
     axes.axvline(1, color="grey", linestyle=":", label="limit")
     axes.set(xscale="log", xlabel="out-of-domain score", ylabel="error of the spot (deviations of the gene)")
     axes.legend()

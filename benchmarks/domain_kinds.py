@@ -28,7 +28,7 @@ GLASS_TISSUE = 0.02  # of a tile, at most, that is called glass
 class Pixels:
     """An image in memory as the file and the only level that TissueImage reads."""
 
-    um_per_px = None
+    um_per_px: float | None = None
     notes: tuple[str, ...] = ()
 
     def __init__(self, pixels: np.ndarray):

@@ -36,9 +36,9 @@ def test_memory_is_what_is_held_at_once():
 
 
 def test_the_operators_of_favor_are_counted():
-    q = torch.randn(1, 2, 8, 64)
+    q, projection = torch.randn(1, 2, 8, 64), torch.randn(10, 64)
     with device_count.Cost() as cost:
-        favor_attention(q, q, q, torch.randn(10, 64))
+        favor_attention(q, q, q, projection)
     exponents, sums = 2 * 2 * (2 * 8 * 64 * 10), 2 * 2 * (2 * 8 * 10 * 65)
     assert cost.operations == exponents + sums
     assert set(cost.by_name) == {"favor"}

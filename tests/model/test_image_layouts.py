@@ -176,8 +176,8 @@ def test_torn_empty_and_foreign_files_are_named_in_one_line(tmp_path):
         path, whole = tmp_path / f"w.{suffix}", (tmp_path / f"whole.{suffix}").read_bytes()
         for content, expected in (
             (b"", "found an empty file"),
-            (whole[:1000], "is corrupt"),
-            (whole[:-50], "is corrupt"),
+            (whole[:1000], "found a corrupt"),
+            (whole[:-50], "found a corrupt"),
         ):
             path.write_bytes(content)
             one_line(path, expected)

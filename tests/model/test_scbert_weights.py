@@ -156,7 +156,7 @@ def test_the_outcome_of_every_tensor_is_reported(tensors):
 @pytest.mark.parametrize("depth", [6, 2])
 def test_a_missing_tensor_is_named(tensors, depth):
     others = {name: tensor for name, tensor in tensors.items() if name != "performer.net.layers.1.0.fn.to_k.weight"}
-    words = rf"{depth * 14 + 2} of .* {depth * 14 + 3} .* missing .*1\.0\.fn\.to_k\.weight; give panglao_pretrain"
+    words = rf"expected scBERT's {depth * 14 + 3} tensors, found {depth * 14 + 2}, without .*1\.0\.fn\.to_k\.weight; give panglao_pretrain"
     refused(words, load_scbert, gene_encoder(depth=depth), others)
 
 
@@ -209,7 +209,7 @@ def wrong_files(folder, tensors):
     yield "another.pth", r"expected scBERT's 87 tensors, found 0, without .* and 86 more"
     write_released(folder / "corrupt.pth", tensors)
     (folder / "corrupt.pth").write_bytes((folder / "corrupt.pth").read_bytes()[:100_000])
-    yield "corrupt.pth", "corrupt.pth is corrupt"
+    yield "corrupt.pth", "corrupt.pth: expected weights, found a corrupt"
     torch.save({"model_state_dict": tensors, "losses": Code(folder / "ran")}, folder / "code.pth")
     yield "code.pth", "expected tensors and plain values, found code"
     torch.save({"epoch": 3, "model_state_dict": {}}, folder / "empty.pth")

@@ -132,6 +132,25 @@ def refused(damaged, control, capsys):
     return run
 
 
+@pytest.fixture(scope="session")
+def scbert_tensors():
+    """Tensors of scBERT's released file, values drawn. Read-only."""
+    from plain_scbert import released_tensors
+
+    return released_tensors()
+
+
+@pytest.fixture(scope="session")
+def scbert_files(scbert_tensors, tmp_path_factory) -> Path:
+    """A folder with the released file and its vocabulary. Read-only."""
+    from plain_scbert import write_released, write_vocabulary
+
+    folder = tmp_path_factory.mktemp("scbert")
+    write_released(folder / "panglao_pretrain.pth", scbert_tensors)
+    write_vocabulary(folder / "genes.tsv")
+    return folder
+
+
 @pytest.fixture
 def another_precision():
     """accelerate keeps the first precision of a process; before and after it is free to choose."""

@@ -12,28 +12,12 @@ import torch
 from PIL import Image
 from slide_runs import predict, read, record, strict
 from test_geojson import check_qupath
-from tiny_runs import snapshot
 
 from utils.files.arrays import ArrayStore
 from utils.images import tiles
 from utils.prediction import outputs, slide_features
 from utils.prediction.predict import RunningMoments
 from utils.training import checkpoint
-
-
-@pytest.fixture(scope="module")
-def section(trained):
-    """The slice that the tiny model was not trained on, and its image."""
-    return trained.data / "P03_1", trained.data / "P03_1" / "P03_1_he.jpg"
-
-
-@pytest.fixture(scope="module")
-def measured(trained, section, tmp_path_factory):
-    """Results of a slice folder with counts."""
-    before = snapshot(section[0])
-    out = predict(section[0], trained.decoder, tmp_path_factory.mktemp("measured") / "deep" / "out")
-    assert snapshot(section[0]) == before
-    return out
 
 
 @pytest.fixture(scope="module")

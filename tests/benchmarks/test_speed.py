@@ -83,7 +83,7 @@ def test_the_table_of_growth_has_a_line_per_part_and_size():
     assert lines[-2:] == ["| tiling | 10 | 10,000 | 5 | 0.5 | 123 |", "| loading | 10 | 10,000 | 0.5 | 0.0781 | 99 |"]
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=300):
     """Wait for what another thread sees, however busy the machine is."""
     end = time.monotonic() + seconds
     while not condition():

@@ -74,7 +74,7 @@ def test_reading_goes_ahead_but_not_far(batch_size):
     next(stream)
     most = batch_size * (2 + -(-2 * 2 * AT_A_TIME // batch_size))  # the consumer's, and what is under way
     with slide.read_one:
-        assert slide.read_one.wait_for(lambda: slide.n_read >= most, timeout=60)
+        assert slide.read_one.wait_for(lambda: slide.n_read >= most, timeout=300)
     stream.close()  # waits for the threads
     assert slide.n_read == most and not reader_threads()
 

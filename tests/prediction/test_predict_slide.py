@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import anndata
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -30,21 +29,17 @@ def unmeasured(trained, section, tmp_path_factory):
 # ---- what is predicted
 
 
-def similarity(work, out):
-    work.run("decoder_similarity", "--part", "test", "--out", out)
-    return anndata.read_h5ad(out / "predictions.h5ad")
-
-
-def test_a_slice_is_predicted_as_decoder_similarity_does(trained, measured, tmp_path):
+def test_a_slice_is_predicted_as_decoder_similarity_does(evaluated, measured):
     """Of the same pixels: what is left are features kept as half floats."""
-    ours, theirs = read(measured), similarity(trained, tmp_path)
+    similarity = evaluated.out / "results" / "similarity"
+    ours, theirs = read(measured), read(similarity)
     theirs = theirs[ours.obs_names]
     np.testing.assert_allclose(ours.X, theirs.X, atol=2e-3)
     np.testing.assert_array_equal(ours.layers["counts"], theirs.layers["counts"])
     np.testing.assert_array_equal(ours.obsm["spatial"], theirs.obsm["spatial"])
     assert ours.obs["total_counts"].tolist() == theirs.obs["total_counts"].tolist()
     np.testing.assert_array_equal(ours.var["val_pcc"], theirs.var["val_pcc"])
-    found, expected = (json.loads((out / "metrics.json").read_text()) for out in (measured, tmp_path))
+    found, expected = (json.loads((out / "metrics.json").read_text()) for out in (measured, similarity))
     for figure in ("pcc_gene_mean", "pcc_spot_mean", "mse", "sd_ratio"):
         assert found["lognorm"]["model"][figure] == pytest.approx(expected["lognorm"]["model"][figure], abs=2e-3)
 

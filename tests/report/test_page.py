@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -225,16 +226,14 @@ def test_examples_of_a_small_slice_stand_once_each(n_spots):
 
 
 @pytest.fixture(scope="module")
-def pages(trained, tmp_path_factory):
+def pages(evaluated, tmp_path_factory):
     """Both evaluations of the tiny models, with their pages, and the joined one."""
-    out = tmp_path_factory.mktemp("pages")
-    trained.run("get_accuracy_image", "--out", out / "retrieval")
-    trained.run("decoder_similarity", "--out", out / "similarity")
+    out = shutil.copytree(evaluated.out / "results", tmp_path_factory.mktemp("pages") / "results")
     report_command.main([str(out), "--html", str(out / "report.html")])
     return out
 
 
-def test_the_expression_page_shows_the_part(pages, trained):
+def test_the_expression_page_shows_the_part(pages):
     content, blocks = (read(pages / "similarity" / "report.html") for read in (content_of, blocks_of))
     metrics = json.loads((pages / "similarity" / "metrics.json").read_text())
     (one,) = content["slices"]

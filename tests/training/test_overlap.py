@@ -104,13 +104,13 @@ def other_panel(work, role, keep):
     return kept
 
 
-def test_stage_two_is_evaluated_on_the_overlap(trained, work, tmp_path, capsys):
+def test_stage_two_is_evaluated_on_the_overlap(evaluated, work, tmp_path, capsys):
     """What is shared gets the figures it has with the whole panel; what is not, has none."""
     kept = other_panel(work, "target", 13)
-    work.run("decoder_similarity", "--decoder", trained.decoder, "--out", tmp_path / "part")
+    work.run("decoder_similarity", "--decoder", evaluated.decoder, "--out", tmp_path / "part")
     assert "P03_1: evaluated on 13 of the model's 20 genes; the slice's panel lacks 7\n" in capsys.readouterr().out
-    trained.run("decoder_similarity", "--out", tmp_path / "whole")
-    part, whole = (pd.read_csv(tmp_path / one / "genes.csv", index_col="gene") for one in ("part", "whole"))
+    folders = tmp_path / "part", evaluated.out / "results" / "similarity"
+    part, whole = (pd.read_csv(folder / "genes.csv", index_col="gene") for folder in folders)
     assert part.index.tolist() == whole.index.tolist()
     assert (part.n_slices == part.index.isin(kept)).all()
     columns = [name for name in part if name.startswith("pcc_")]
@@ -120,7 +120,7 @@ def test_stage_two_is_evaluated_on_the_overlap(trained, work, tmp_path, capsys):
     assert metrics["n_genes"] == 13
     expected = part.loc[kept, "pcc_residuals_model"].mean()
     assert metrics["residuals"]["model"]["pcc_gene_mean"] == pytest.approx(expected, rel=1e-9)
-    predicted = [anndata.read_h5ad(tmp_path / one / "predictions.h5ad") for one in ("part", "whole")]
+    predicted = [anndata.read_h5ad(folder / "predictions.h5ad") for folder in folders]
     assert np.array_equal(predicted[0].X, predicted[1].X), "all of the model's genes are predicted"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import parallel_run
 import pytest
 import torch
-from tiny_runs import BEST, STAGES, Work
+from tiny_runs import BEST, EVALUATION, STAGES, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,24 +76,18 @@ def test_loss_gradients_and_queue_of_three_processes_are_those_of_one(tmp_path):
 
 # ---- whole scripts
 
-EVALUATIONS = {"get_accuracy_image": "retrieval", "decoder_similarity": "similarity"}
-
-
-def evaluation_flags(trained, script) -> tuple:
-    """70 spots in batches of 16: five batches for two processes, the last one of six spots."""
-    flag = "--encoder" if script == "get_accuracy_image" else "--decoder"
-    return flag, getattr(trained, flag[2:]), "--batch_size", 16
-
 
 @pytest.fixture(scope="module")
 def by_two(trained, tmp_path_factory):
-    """Where two processes trained both stages as `trained` was, and evaluated it; what they printed."""
+    """Where two processes trained both stages as `trained` was, and evaluated it; what they printed. The evaluations
+    read 70 spots in batches of 16: five batches for two processes, the last one of six spots."""
     work = Work(trained.data, trained.tiles, trained.panels, tmp_path_factory.mktemp("by_two"))
     epoch = ("--Epoch", 1, "--Init_lr", 1e-3)
     words = ["train_mymodel", *work.argv("train_mymodel", *epoch)]
     words += ["then", "train_decoder", *work.argv("train_decoder", "--encoder", trained.encoder, *epoch)]
-    for script in EVALUATIONS:
-        words += ["then", script, *work.argv(script, *evaluation_flags(trained, script))]
+    for script in EVALUATION:
+        models = ("--encoder", trained.encoder) if script == "get_accuracy_image" else ("--decoder", trained.decoder)
+        words += ["then", script, *work.argv(script, *models, "--batch_size", 16)]
     return work, launch(2, *words)
 
 
@@ -107,13 +101,12 @@ def test_training_by_two_processes_ends_near_that_of_one(trained, by_two, folder
     assert len(list((work.out / "logs").rglob("log.jsonl"))) == 2, "one writer for each stage"
 
 
-@pytest.mark.parametrize(("script", "folder"), EVALUATIONS.items())
-def test_evaluation_by_two_processes_is_that_of_one(trained, by_two, tmp_path, script, folder):
+@pytest.mark.parametrize("folder", ["retrieval", "similarity"])
+def test_evaluation_by_two_processes_is_that_of_one(evaluated, by_two, folder):
     work, printed = by_two
     assert printed.count("results in") == 2, "one writer for each evaluation"
-    one = Work(trained.data, trained.tiles, trained.panels, tmp_path)
-    one.run(script, *evaluation_flags(trained, script))
-    expected, found = (json.loads((w.out / "results" / folder / "metrics.json").read_text()) for w in (one, work))
+    paths = [one.out / "results" / folder / "metrics.json" for one in (evaluated, work)]
+    expected, found = (json.loads(path.read_text()) for path in paths)
     assert_near(found, expected)
 
 

@@ -179,13 +179,11 @@ def test_all_spots_and_all_counts_of_the_real_sections(real_data, tmp_path):
 
 
 @pytest.mark.realdata
-def test_scripts_and_results_are_as_agreed(real_data, trained, tmp_path):
+def test_scripts_and_results_are_as_agreed(real_data, evaluated):
     contract = real_data.parent / "checks" / "contract.py"
     if not contract.exists():
         pytest.skip("no contract beside the real sections")
-    for script in ("get_accuracy_image", "decoder_similarity"):
-        trained.run(script, "--out", tmp_path / script)
-    results = [str(tmp_path / script / "metrics.json") for script in ("get_accuracy_image", "decoder_similarity")]
+    results = [str(evaluated.out / "results" / kind / "metrics.json") for kind in ("retrieval", "similarity")]
     for argv in ([], results):
         found = subprocess.run(
             [sys.executable, str(contract), *argv], cwd=Path(__file__).parents[2], capture_output=True, text=True

@@ -19,8 +19,9 @@ import numpy as np
 from utils import distributed, settings
 from utils.files.atomic import write_record, write_whole
 from utils.files.exclusive import exclusive_folder
-from utils.report.tables import expression_lines
+from utils.report.tables import expression_lines, leak_note
 from utils.training import checkpoint, split
+from utils.words import count_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +53,7 @@ class Measured:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = settings.shared(__doc__, part="test")
+    parser = settings.shared(__doc__, part="test", unused=("seed",))
     group = settings.add_evaluation(parser, out="results/similarity")
     settings.add_memory(parser)
     group.add_argument(
@@ -119,6 +120,8 @@ def predict_baselines(
             rows = slice_.rows_of(part)
             if len(rows):
                 images.append(cache.as_images(slice_, of_slice, part) | {"target": target[rows]})
+    n_spots = sum(len(image["target"]) for image in parts["train"])
+    print(f"baselines: fitted on {count_of(n_spots, 'train spot')}", flush=True)
     fitted = baselines.fit_baselines(parts["train"], parts["val"])
     evaluated = zip(slices, features[len(trained_on) :], strict=True)
     images = [cache.as_images(slice_, of_slice, args.part) for slice_, of_slice in evaluated]
@@ -200,7 +203,7 @@ def write_page(
         "mean counts per 10,000": "counts_per_10k",
     }
     report = page.Report(
-        title=f"Expression from the image: {args.part} slices",
+        title=f"Expression from the image: {args.part} slices{leak_note(metrics)}",
         unit=UNITS[state["target"]],
         genes=state["genes"],
         slices=maps,
@@ -241,6 +244,7 @@ def main(args: Settings) -> None:
             return
     measured = [read_measured(slice_, args.part, state["target"]) for slice_ in slices]
     metrics, table = evaluate(predictions, measured, state)
+    metrics["leak"] = split.leaked_slices(slices, state)
     out, unit = args.out, UNITS[state["target"]]
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "genes.csv", table.to_csv(index=False).encode())
@@ -248,7 +252,8 @@ def main(args: Settings) -> None:
     draw_figures(out, predictions, measured, table, unit)
     write_page(out / "report.html", predictions, measured, metrics, table, state, args)
     write_record(out / "metrics.json", metrics)
-    print("\n".join([f"{metrics['n_spots']} spots, {metrics['n_genes']} genes", *expression_lines([metrics])]))
+    print(f"{count_of(metrics['n_spots'], 'spot')}, {count_of(metrics['n_genes'], 'gene')}")
+    print("\n".join(expression_lines([metrics])))
     print(f"results in {out}")
 
 

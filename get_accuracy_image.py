@@ -20,8 +20,9 @@ from utils import distributed, settings
 from utils.features import dataset
 from utils.files.atomic import write_record, write_whole
 from utils.files.exclusive import exclusive_folder
-from utils.report.tables import GALLERIES, RETRIEVAL_METHODS, retrieval_lines
+from utils.report.tables import GALLERIES, RETRIEVAL_METHODS, leak_note, retrieval_lines
 from utils.training import checkpoint, split
+from utils.words import count_of
 
 if TYPE_CHECKING:
     import torch
@@ -112,30 +113,62 @@ def nearest_profiles(encoded: EncodedPairs, device: torch.device) -> np.ndarray:
     return np.pad(rows, ((0, 0), (0, NEAREST - rows.shape[1])), constant_values=-1)
 
 
+def contrastive_scores(model: StageOne, encoded: EncodedPairs, candidates: np.ndarray) -> np.ndarray:
+    """Similarity s of each spot's image to each candidate's profile: (S, K)."""
+    image, gene = encoded.vectors()
+    scale = model.contrast.logit_scale.exp().item()
+    return np.stack([np.einsum("sd,sd->s", image, gene[column]) for column in candidates.T], axis=1) * scale
+
+
 def gallery_scores(
     model: StageOne,
     encoded: EncodedPairs,
     predicted_depth: np.ndarray,
     log_depth: np.ndarray,
     candidates: np.ndarray,
+    weight: float,
     accelerator: Accelerator,
 ) -> dict[str, np.ndarray]:
-    """Scores (S, K) of all methods. `reranked` adds the log odds of matching to the log softmax of the similarity."""
+    """Scores (S, K) of all methods. `reranked` is the log softmax of the similarity plus `weight` times the matching
+    logit."""
     from utils.evaluation import retrieval
 
-    image, gene = encoded.vectors()
-    scale = model.contrast.logit_scale.exp().item()
-    similarity = np.stack([np.einsum("sd,sd->s", image, gene[column]) for column in candidates.T], axis=1) * scale
+    similarity = contrastive_scores(model, encoded, candidates)
     matching = match_scores(model, encoded, candidates, accelerator)
-    present = np.where(candidates >= 0, similarity, -np.inf)
-    top = present.max(1, keepdims=True)
-    log_softmax = similarity - top - np.log(np.exp(present - top).sum(1, keepdims=True))
     return {
         "depth": retrieval.depth_scores(predicted_depth, log_depth[candidates]),
         "contrastive": similarity,
         "matching": matching,
-        "reranked": matching + log_softmax,
+        "reranked": retrieval.log_softmax(similarity, candidates) + weight * matching,
     }
+
+
+def encode(
+    model: StageOne, slice_: SliceData, rows: np.ndarray, bins: np.ndarray, accelerator: Accelerator, args: Settings
+) -> EncodedPairs:
+    """Vectors and tokens of some spots (n,) of a slice, whose bins are (S, G)."""
+    from utils.features import cache
+    from utils.files.arrays import ArrayStore
+
+    store, inference = ArrayStore(args.memory, args.out), cache.Inference(accelerator, args.batch_size, args.workers)
+    return cache.encode_pairs(model, slice_, bins, rows, inference, store)
+
+
+def fit_reranking(model: StageOne, slices: list[SliceData], accelerator: Accelerator, args: Settings) -> float:
+    """Weight of matching in `reranked`: of the highest likelihood of the own profile among neighbours, on the
+    validation spots."""
+    from utils.evaluation import retrieval
+
+    similarity, matching, galleries = [], [], []
+    for slice_ in slices:
+        rows = slice_.rows_of("val")
+        if len(rows):
+            print(f"{slice_.name}: re-ranking fitted on {count_of(len(rows), 'validation spot')}", flush=True)
+            encoded = encode(model, slice_, rows, slice_.bins(), accelerator, args)
+            galleries.append(retrieval.neighbour_candidates(slice_.xy_fullres_px[rows], args.neighbours, args.seed))
+            similarity.append(contrastive_scores(model, encoded, galleries[-1].candidates))
+            matching.append(match_scores(model, encoded, galleries[-1].candidates, accelerator))
+    return retrieval.reranking_weight(similarity, matching, galleries)
 
 
 def predict_depths(
@@ -166,22 +199,25 @@ def predict_depths(
 
 
 def score_slice(
-    model: StageOne, slice_: SliceData, predicted_depth: np.ndarray, accelerator: Accelerator, args: Settings
+    model: StageOne,
+    slice_: SliceData,
+    predicted_depth: np.ndarray,
+    weight: float,
+    accelerator: Accelerator,
+    args: Settings,
 ) -> ScoredSlice:
     from utils.evaluation import bootstrap, retrieval
-    from utils.features import cache
-    from utils.files.arrays import ArrayStore
 
     rows, bins = slice_.rows_of(args.part), slice_.bins()
-    store, inference = ArrayStore(args.memory, args.out), cache.Inference(accelerator, args.batch_size, args.workers)
-    encoded = cache.encode_pairs(model, slice_, bins, rows, inference, store)
+    print(f"{slice_.name}: retrieval of {count_of(len(rows), 'spot')}", flush=True)
+    encoded = encode(model, slice_, rows, bins, accelerator, args)
     image, gene = encoded.vectors()
     xy, log_depth = slice_.xy_fullres_px[rows], np.log(slice_.total_counts[rows])
     log_depth = log_depth - log_depth.mean()
     neighbours = retrieval.neighbour_candidates(xy, args.neighbours, args.seed)
     galleries = dict(zip(GALLERIES, (neighbours, retrieval.random_candidates(len(rows), 9, args.seed)), strict=True))
     scores = {
-        name: gallery_scores(model, encoded, predicted_depth, log_depth, gallery.candidates, accelerator)
+        name: gallery_scores(model, encoded, predicted_depth, log_depth, gallery.candidates, weight, accelerator)
         for name, gallery in galleries.items()
     }
     return ScoredSlice(
@@ -237,7 +273,7 @@ def write_page(
 
     examples = [retrieval_examples(slice_, s, args.seed) for slice_, s in zip(slices, scored, strict=True)]
     report = page.Report(
-        title=f"Retrieval: {args.part} slices",
+        title=f"Retrieval: {args.part} slices{leak_note(metrics)}",
         tables=page_parts.retrieval_tables(metrics),
         examples=[example for of_slice in examples for example in of_slice],
         examples_note=page_parts.EXAMPLES_NOTE.format(seed=args.seed, n=SHOWN),
@@ -246,7 +282,7 @@ def write_page(
     page.write_report(path, report)
 
 
-def write_spots(out: Path, slices: list[SliceData], scored: list[ScoredSlice], genes: list[str]) -> None:
+def write_spots(out: Path, slices: list[SliceData], scored: list[ScoredSlice], genes: list[str], weight: float) -> None:
     """predictions.h5ad, and its table of spots as spots.csv: hits of every method, ranks, vectors, nearest profiles."""
     import pandas as pd
 
@@ -272,6 +308,7 @@ def write_spots(out: Path, slices: list[SliceData], scored: list[ScoredSlice], g
     )
     adata.uns["magic"] = {
         "X": "bins of log2(1 + counts per 10,000), as the gene encoder reads them",
+        "reranking_weight": weight,
         "nearest_profiles": "rows of this file whose profiles are most similar to the image, within the slice",
     }
     anndata_files.write_anndata(out / "predictions.h5ad", adata)
@@ -298,20 +335,26 @@ def main(args: Settings) -> None:
     with distributed.running(args.device, args.precision) as accelerator:
         model = load_model(args.encoder, state, accelerator.device)
         depths = predict_depths(state, slices, trained_on, accelerator, args)
-        scored = [score_slice(model, s, depth, accelerator, args) for s, depth in zip(slices, depths, strict=True)]
+        weight = fit_reranking(model, trained_on, accelerator, args)
+        scored = [
+            score_slice(model, slice_, depth, weight, accelerator, args)
+            for slice_, depth in zip(slices, depths, strict=True)
+        ]
         if not distributed.go_on_alone():
             return
     metrics = compute_metrics(scored, args.seed)
     metrics["per_slice"] = {
         slice_.name: compute_metrics([s], args.seed) for slice_, s in zip(slices, scored, strict=True)
     }
+    metrics["leak"] = split.leaked_slices(slices, state)
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
-    write_spots(out, slices, scored, state["genes"])
+    write_spots(out, slices, scored, state["genes"], weight)
     draw_recall(out / "retrieval_curve.png", scored)
     write_page(out / "report.html", metrics, slices, scored, state, args)
     write_record(out / "metrics.json", metrics)
-    print("\n".join([f"{metrics['n_spots']} spots", *retrieval_lines([metrics])]))
+    print("\n".join([count_of(metrics["n_spots"], "spot"), *retrieval_lines([metrics])]))
+    print(f"reranked: matching weighs {weight:g}, fitted on the validation spots")
     print(f"results in {out}")
 
 

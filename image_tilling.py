@@ -24,6 +24,7 @@ from utils.files.hashing import content_hash
 from utils.images import tiles
 from utils.images.image import TissueImage, open_image
 from utils.slices import checks, splits, visium
+from utils.words import count_of
 
 BATCH = 64  # tiles cut at a time
 
@@ -41,26 +42,35 @@ class Settings(settings.SharedSettings):
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = settings.shared(__doc__, part="all")
+    parser = settings.shared(__doc__, part="all", unused=("panels", "device", "seed"))
     group = parser.add_argument_group("tiles")
     group.add_argument(
-        "--source", choices=["auto", "fullres", "hires"], default="auto", help="image: fullres if there, else hires"
+        "--source",
+        choices=["auto", "fullres", "hires"],
+        default="auto",
+        help="image that tiles are cut from; auto: the full-resolution one if there, else hires",
     )
     group.add_argument(
         "--tile_um",
         type=settings.positive,
         default=112.0,
-        help="side of the tissue square, um; more shows the surroundings: 310 in the benchmark of few spots",
+        help="side of the tissue square, um; more includes the surroundings: 310 in the benchmark of few spots",
     )
     group.add_argument("--tile_px", type=settings.count, default=224, help="side of the tile, pixels")
-    group.add_argument("--crop_size", type=settings.count, help="instead: a square of so many source pixels, unscaled")
+    group.add_argument(
+        "--crop_size",
+        type=settings.count,
+        help="side in pixels of the source, cut unscaled; replaces --tile_um and --tile_px",
+    )
     group.add_argument(
         "--spot_pitch_um",
         type=settings.positive,
         help="centre to centre, um, on square arrays (200 on legacy ST); slices.csv may state it slice by slice",
     )
-    group.add_argument("--jpeg", action="store_true", help="a JPEG per tile too, to look at; nothing reads them")
-    group.add_argument("--huge", action="store_true", help="allow large images that are decoded as a whole")
+    group.add_argument("--jpeg", action="store_true", help="also a JPEG per tile, for inspection; no script reads them")
+    group.add_argument(
+        "--huge", action="store_true", help="accept large images that have to be decoded as a whole, in memory"
+    )
     return Settings(**vars(parser.parse_args(argv)))
 
 
@@ -92,7 +102,7 @@ def tile_slice(row: splits.SliceRow, args: Settings) -> int:
     number = len(slice_.spots) - len(outside)
     notes = [f"{n} {reason}" for reason, n in slice_.unmatched.items() if n]
     notes += [f"{len(outside)} outside the image"] if outside else []
-    print(f"{row.slice}: {number} tiles {action}" + "".join(f", {note}" for note in notes))
+    print(f"{row.slice}: {count_of(number, 'tile')} {action}" + "".join(f", {note}" for note in notes))
     return number
 
 
@@ -147,11 +157,12 @@ def with_bar(
 
 @exclusive_folder("tiles")
 def main(args: Settings) -> None:
-    rows, warnings = splits.read_table(args.data, args.slices, split=args.part != "all")
+    split = {"split": args.part != "all", "val_strip": args.val_strip, "allow_leak": args.allow_leak}
+    rows, warnings = splits.read_table(args.data, args.slices, **split)
     settings.warn(warnings)
     rows = settings.chosen(rows, args.part)
     number = sum(tile_slice(row, args) for row in rows)
-    print(f"{number} tiles of {len(rows)} slices in {args.tiles}")
+    print(f"{count_of(number, 'tile')} of {count_of(len(rows), 'slice')} in {args.tiles}")
 
 
 if __name__ == "__main__":

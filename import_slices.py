@@ -12,7 +12,6 @@ Each slice is read back and compared before its folder gets its name. `part` of 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from utils import settings
 from utils.files.exclusive import exclusive_folder
+from utils.words import count_of
 
 if TYPE_CHECKING:
     from utils.importers.source import Source
@@ -42,23 +42,21 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = settings.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = settings.Parser(__doc__)
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help="what to import; docs/own_data.md says what it holds"
     )
     group = parser.add_argument_group("import")
     group.add_argument("--format", choices=FORMATS, required=True, help="what SOURCE is")
     group.add_argument("--out", type=Path, required=True, help="folder of slices, new or not; later given as --data")
-    group.add_argument(
-        "--image", type=Path, help="full-resolution H&E of the only slice, where SOURCE does not hold it"
-    )
+    group.add_argument("--image", type=Path, help="full-resolution H&E of the only slice, if SOURCE does not hold it")
     group.add_argument("--bin", type=settings.count, help="Visium HD: bin size in um (default: 16)")
     group.add_argument(
         "--library_key", metavar="COLUMN", help="column of obs that tells joined sections apart: a slice for each value"
     )
-    group.add_argument("--spot_pitch_um", type=settings.positive, help="um centre to centre, where it is not known")
+    group.add_argument(
+        "--spot_pitch_um", type=settings.positive, help="um between neighbouring spots, if it is not known"
+    )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     settings.add_memory(parser)
     return Settings(**vars(parser.parse_args(argv)))
@@ -99,7 +97,10 @@ def main(args: Settings) -> None:
     for source in read_sources(args):
         print("\n".join(base.import_slice(source, args.out, args.memory * 2**30)), flush=True)
         number += 1
-    print(f"{number} slices in {args.out}; fill in the column part of {args.out / 'slices.csv'} (train, val, test)")
+    print(
+        f"{count_of(number, 'slice')} in {args.out}; fill in the column part of {args.out / 'slices.csv'} (train, val, "
+        "test)"
+    )
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@
 Reads the counts of each slice twice, to choose the panels and to write them; a matrix that --memory does not hold is
 read by spans of spots. Writes per slice `filtered_feature_bc_matrix_one.h5ad` (input genes of stage one) and
 `filtered_feature_bc_matrix_decoder.h5ad` (target genes of stage two), raw counts, beside the counts or under --panels.
-
-Letters: S spots and G genes of a slice, P genes of a panel.
 """
+# S spots and G genes of a slice, P genes of a panel
 
 from __future__ import annotations
 
@@ -28,6 +27,7 @@ from utils.genes import lists as gene_lists
 from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
 from utils.slices import content, matrix, splits, visium
+from utils.words import count_of
 
 if TYPE_CHECKING:
     import anndata
@@ -57,14 +57,24 @@ class Settings(flags.SharedSettings):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Settings:
-    parser = flags.shared(__doc__, part="all")
+    parser = flags.shared(__doc__, part="all", unused=("tiles", "device", "seed", "workers"))
     group = parser.add_argument_group("panels")
-    group.add_argument("--n_top_genes", type=flags.count, default=300, help="target genes: highest expressed, common")
-    group.add_argument("--n_input_genes", type=flags.count, default=2000, help="input genes: highly variable, common")
-    group.add_argument("--target_genes", type=Path, help="file with the target genes instead, e.g. one per line")
-    group.add_argument("--input_genes", type=Path, help="file with the input genes instead, a list or an h5ad")
     group.add_argument(
-        "--full_vocabulary", action="store_true", help="half of --input_genes may be in no train slice, reading as zero"
+        "--n_top_genes", type=flags.count, default=300, help="target genes: the highest expressed of all train slices"
+    )
+    group.add_argument(
+        "--n_input_genes", type=flags.count, default=2000, help="input genes: the most variable of all train slices"
+    )
+    group.add_argument(
+        "--target_genes", type=Path, help="file of target genes, e.g. one per line; replaces --n_top_genes"
+    )
+    group.add_argument(
+        "--input_genes", type=Path, help="file of input genes, a list or an h5ad; replaces --n_input_genes"
+    )
+    group.add_argument(
+        "--full_vocabulary",
+        action="store_true",
+        help="up to half of --input_genes may be in no train slice; they are read as zero",
     )
     group.add_argument(
         "--gene_aliases", type=Path, help="other names of genes: a table laid out as HGNC's complete set"
@@ -132,12 +142,16 @@ def report(
     """Print a line about a slice. Raises ValueError where no spot is left."""
     summed, controls = len(slice_.genes) - n_genes, matrix.count_controls(slice_.root)
     notes = [f"{n} {what}" for what, n in slice_.unmatched.items() if n]
-    notes += [f"{summed} duplicate gene names summed"] if summed else []
-    notes += [f"{controls} control features left out"] if controls else []
-    notes += [f"{(~kept).sum()} spots below {least} counts dropped"] if not kept.all() else []
-    print(", ".join([f"{row.slice}: {kept.sum()} spots", f"{n_genes} genes", f"{total.sum()} counts", *notes]))
+    notes += [f"{count_of(summed, 'duplicate gene name')} summed"] if summed else []
+    notes += [f"{count_of(controls, 'control feature')} left out"] if controls else []
+    notes += [f"{count_of((~kept).sum(), 'spot')} below {count_of(least, 'count')} dropped"] if not kept.all() else []
+    size = [count_of(n, what) for n, what in ((kept.sum(), "spot"), (n_genes, "gene"), (total.sum(), "count"))]
+    print(f"{row.slice}: {', '.join([*size, *notes])}")
     if not kept.any():
-        raise ValueError(f"{slice_.root}: expected spots with counts, found none of at least {least}")
+        raise ValueError(
+            f"{slice_.root}: expected spots of at least {count_of(least, 'count')}, found none; lower --min_counts, "
+            "or leave the slice out of slices.csv"
+        )
 
 
 def read_choice(path: Path, train: list[Survey], known: gene_names.KnownNames, whole: bool) -> Choice:
@@ -157,7 +171,8 @@ def read_choice(path: Path, train: list[Survey], known: gene_names.KnownNames, w
         hint = gene_lists.hint(unknown, (name for surveyed in train for name in surveyed.profile.names))
         remedy = hint or "remove them" + ("" if known.approved else ", or name a table of aliases with --gene_aliases")
         raise ValueError(
-            f"{path}: {len(unknown)} of {len(panel)} genes are in no train slice ({unknown[0]}, ...); {remedy}"
+            f"{path}: expected genes of the train slices, found {len(unknown)} of {len(panel)} in none ({unknown[0]}, "
+            f"...); {remedy}"
         )
     if whole:
         gene_names.require_half(len(how), len(panel), f"--input_genes {path}", unknown, train[0].profile.names.tolist())
@@ -177,7 +192,10 @@ def choose(role: str, train: list[Survey], known: gene_names.KnownNames, setting
     rule = gene_panels.highest_expressed if role == "target" else gene_panels.highly_variable
     panel = rule([surveyed.profile for surveyed in train], wanted)
     if not panel:
-        raise ValueError(f"{settings.data}: the train slices have no gene name in common; are they of one species?")
+        raise ValueError(
+            f"{settings.data}: expected gene names that all train slices share, found none; train on slices of one "
+            "species, whose files name genes alike"
+        )
     if len(panel) < wanted:
         print(f"warning: {wanted} {role} genes asked for, the train slices have {len(panel)} in common: all are taken")
     return Choice(panel, f"{len(panel)} genes by {rule.__name__} on train spots")
@@ -257,7 +275,7 @@ def main(settings: Settings) -> None:
     for surveyed in tqdm(wanted, desc="slices", unit="slice", disable=None):
         write_panels(surveyed, choices, train, slice_names, known, settings)
     for role, choice in choices.items():
-        print(f"{role} panel: {choice.how} of {len(train)} slices: {', '.join(choice.genes[:5])}, ...")
+        print(f"{role} panel: {choice.how} of {count_of(len(train), 'slice')}: {', '.join(choice.genes[:5])}, ...")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ that has it is not predicted again. Of a slice with counts metrics.json and gene
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -26,7 +25,8 @@ from utils import distributed, settings
 from utils.files import atomic, exclusive
 from utils.files.atomic import write_record, write_whole
 from utils.prediction import slides as slide_list
-from utils.training import checkpoint
+from utils.training import checkpoint, split
+from utils.words import count_of
 
 if TYPE_CHECKING:
     from utils.images.image import TissueImage
@@ -63,18 +63,17 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = settings.Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = settings.Parser(__doc__)
     parser.add_argument("slides", nargs="+", type=Path, metavar="SLIDE", help="images, slice folders, tables (.csv)")
     group = parser.add_argument_group("slides")
-    group.add_argument("--um_per_px", type=settings.positive, help="of the full-resolution image, where it lacks it")
+    group.add_argument("--um_per_px", type=settings.positive, help="um per pixel of the image, if it lacks it")
     group.add_argument("--positions", type=Path, help="Space Ranger positions of the spots, in place of a grid")
-    group.add_argument("--mask", type=Path, help="image of any size, above zero where there is tissue")
+    group.add_argument("--mask", type=Path, help="image of any size; pixels above zero are tissue")
     group.add_argument(
-        "--spot_pitch_um", type=settings.positive, help="um between spots (default: 100; that of a slice)"
+        "--spot_pitch_um", type=settings.positive, help="um between spots (default: 100, or that of the slice)"
     )
-    group.add_argument("--huge", action="store_true", help="allow large images that are decoded as a whole")
-    group.add_argument("--grid", choices=["hexagonal", "square"], default="hexagonal", help="of the spots (hexagonal)")
+    group.add_argument("--huge", action="store_true", help="accept large images that are decoded as a whole")
+    group.add_argument("--grid", choices=["hexagonal", "square"], default="hexagonal", help="of the spots")
     group = parser.add_argument_group("prediction")
     decoder = [Path("decoder_model/best_epoch_weights.pth")]
     group.add_argument(
@@ -85,17 +84,28 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         help="checkpoint of stage two; of several the mean and the deviation are predicted",
     )
     group.add_argument(
-        "--prediction_std", action="store_true", help="deviation over 8 flipped and rotated tiles: 9 x the time"
+        "--prediction_std",
+        action="store_true",
+        help="standard deviation over 8 flipped and rotated tiles; 9 x the time",
     )
     group.add_argument("--batch_size", type=settings.count, default=32, help="spots encoded at a time")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="auto: bf16 if the hardware has it",
+    )
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, required=True, help="one slide: its folder; several: a folder each below it")
-    group.add_argument("--maps", type=settings.count_or_zero, default=12, help="genes drawn, best by validation PCC")
-    group.add_argument("--spatialdata", action="store_true", help="predictions.zarr too (needs spatialdata)")
+    group.add_argument("--maps", type=settings.count_or_zero, default=12, help="genes to draw, best by validation PCC")
+    group.add_argument("--spatialdata", action="store_true", help="also predictions.zarr; needs spatialdata")
     group = parser.add_argument_group("machine")
-    group.add_argument("--shard", type=slide_list.shard, default=(0, 1), help="I/N: every N-th slide from the I-th on")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    group.add_argument(
+        "--shard", type=slide_list.shard, default=(0, 1), help="I/N: every N-th slide from the I-th on (default: all)"
+    )
+    group.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA if there is a device"
+    )
     group.add_argument("--workers", type=settings.count_or_zero, help="threads that cut tiles (default: up to 4)")
     settings.add_memory(parser)
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -192,6 +202,7 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
         spots = layout.place_spots(planned, image, thumbnail, scale, args.grid)
         predicted = predict.predict_slide(run, image, spots, out / FEATURES)
         about = describe(planned, spots, image, predicted, args.decoder)
+        about["leak"] = [leak for member in run.members for leak in split.leaks_of_table(member.state)]
     if about["unlike_training"]:
         print(
             f"warning: {spots.name}: unlike anything the model was trained on: do not rely on its prediction "
@@ -226,7 +237,7 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
         outputs.write_spatialdata(out / "predictions.zarr", prediction)
     write_record(out / SETTINGS, {"key": key, "settings": flags, **about})
     shutil.rmtree(out / FEATURES)
-    print(f"{spots.name}: {len(spots.barcodes)} spots, {len(prediction.genes)} genes in {out}")
+    print(f"{spots.name}: {count_of(len(spots.barcodes), 'spot')}, {count_of(len(prediction.genes), 'gene')} in {out}")
 
 
 def predict_request(request: slide_list.Request, run: Run, args: Settings) -> None:
@@ -269,6 +280,7 @@ def main(args: Settings) -> None:
     from utils.prediction import members
 
     states = members.read_checkpoints(args.decoder)
+    settings.warn(members.leak_warnings(args.decoder, states))
     with distributed.running(args.device, args.precision) as accelerator:
         loaded = members.load_members(args.decoder, states, accelerator.device)
         del states  # the weights are on the device

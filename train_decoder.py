@@ -45,13 +45,23 @@ def parse_args(argv: list[str] | None = None) -> StageTwoSettings:
         "--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="checkpoint of stage one"
     )
     group.add_argument(
-        "--target", choices=["lognorm", "residuals", "counts"], default="residuals", help="what is predicted"
+        "--target",
+        choices=["lognorm", "residuals", "counts"],
+        default="residuals",
+        help="scale that is predicted: Pearson residuals, log1p of counts per 10,000, or counts per 10,000",
     )
-    group.add_argument("--context", type=flags.count_or_zero, default=18, help="nearest spots in the decoder's memory")
     group.add_argument(
-        "--decoder_layers", type=flags.count_or_zero, default=6, help="its blocks; 0: ridge and expansion alone"
+        "--context", type=flags.count_or_zero, default=18, help="nearest spots that the decoder attends to"
     )
-    group.add_argument("--decoder_width", type=flags.count, default=64, help="its width, a multiple of its 4 heads")
+    group.add_argument(
+        "--decoder_layers",
+        type=flags.count_or_zero,
+        default=6,
+        help="Transformer blocks; 0: ridge and linear expansion alone",
+    )
+    group.add_argument(
+        "--decoder_width", type=flags.count, default=64, help="width of the Transformer, a multiple of 4"
+    )
     group.add_argument(
         "--tta",
         type=int,

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from utils.training.loop import EpochOrder
     from utils.training.trainer import Row, Trainer
 
+MATCHING_CHANCE = math.log(3) - 2 / 3 * math.log(2)  # one pair to two non-pairs, scored by their rate
 MEASURED_SPOTS = 20_000  # are enough for mean and deviation of each gene's bins
-MATCHING_CHANCE = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)  # one pair to two non-pairs, scored by their rate
 SIZES = (  # of the model, by the name of their flag
     "image_encoder image_size crop_scales gene_depth gene_width gene_heads gene_tokens fusion_blocks image_tokens width"
 ).split()
@@ -48,32 +48,42 @@ def parse_args(argv: list[str] | None = None) -> StageOneSettings:
     flags.add_memory(parser)
     group = flags.add_encoders(parser)
     group.add_argument(
-        "--tune", type=tuning.choice, default="all", help="trained of the image trunk: all, last:N, norm, none"
+        "--tune",
+        type=tuning.choice,
+        default="all",
+        metavar="WHAT",
+        help="what of the image encoder trains: all, last:N, norm, none",
     )
     group.add_argument(
         "--layer_decay",
         type=flags.fraction_above_zero,
         default=1.0,
-        help="learning rate of each lower layer, as a fraction of the next one's",
+        help="factor of the learning rate from a layer of the image encoder to the one below; 1: none",
     )
     gene_weights.add_flags(parser)
     group = parser.add_argument_group("method")
-    group.add_argument("--width", type=flags.count, default=512, help="shared width of images and expression profiles")
-    group.add_argument("--fusion_blocks", type=flags.count, default=3, help="depth of the matching module")
+    group.add_argument("--width", type=flags.count, default=512, help="width of the space of images and profiles")
+    group.add_argument("--fusion_blocks", type=flags.count, default=3, help="blocks of the fusion module")
     group.add_argument(
-        "--queue_size", type=flags.count_or_zero, default=4096, help="earlier spots that are negatives too"
+        "--queue_size", type=flags.count_or_zero, default=4096, help="earlier spots that are kept as negatives; 0: none"
     )
     group.add_argument(
         "--alpha", type=flags.fraction, default=0.4, help="weight of the momentum encoders' soft targets; 0: none"
     )
     group.add_argument(
-        "--expression_weight", type=flags.not_negative, default=5.0, help="weight of the expression loss"
+        "--expression_weight", type=flags.not_negative, default=5.0, help="weight of the expression loss; 0: none"
     )
     group.add_argument(
-        "--components", type=flags.count, default=10, help="principal components of expression in that loss"
+        "--components", type=flags.count, default=10, help="principal components that this loss predicts"
     )
     group.add_argument("--matching_weight", type=flags.not_negative, default=1.0, help="weight of the matching loss")
-    group.add_argument("--accumulate", type=flags.count, default=1, help="batches whose gradients make one step")
+    group.add_argument(
+        "--batch_neighbours",
+        type=flags.count_or_zero,
+        default=8,
+        help="half of a batch are spots at random, each with one of so many nearest spots; 0: all at random",
+    )
+    group.add_argument("--accumulate", type=flags.count, default=1, help="batches per step of the optimiser")
     return StageOneSettings(**flags.parse_training(parser, argv))
 
 
@@ -84,7 +94,7 @@ def check(settings: StageOneSettings) -> None:
     gene_weights.check(settings)
     if settings.expression_weight and settings.components > settings.width:
         raise ValueError(
-            f"--components {settings.components}: expected at most --width {settings.width}; raise the width"
+            f"--components: expected at most --width {settings.width}, found {settings.components}; lower it"
         )
 
 
@@ -178,22 +188,22 @@ def losses_of(
         batch["bins"],
         batch["spot"],
         alpha,
-        torch.Generator(device).manual_seed(settings.seed * 1_000_003 + number),
+        torch.Generator().manual_seed(settings.seed * 1_000_003 + number),
         batch.get("expression"),
         settings.expression_weight,
         settings.matching_weight,
     )
 
 
-def log_row(out: StepOutput, candidates: int) -> Row:
+def log_row(out: StepOutput, contrast_chance: float) -> Row:
     """Every loss of a batch beside its chance level."""
     return {
         "loss": out.loss.item(),
         "contrast_loss": out.contrast.item(),
-        "contrast_chance": math.log(candidates),
+        "contrast_chance": contrast_chance,
         "matching_loss": out.matching.item(),
         "matching_chance": MATCHING_CHANCE,
-        "matching_accuracy": out.matching_accuracy.item(),
+        "matching_auc": out.matching_auc.item(),
         "expression_loss": out.expression.item(),
     }
 
@@ -217,14 +227,14 @@ def train_one_epoch(
             distributed.seed_everything(settings.seed, epoch, i, distributed.rank())
             number = (epoch - settings.Init_Epoch) * len(order) + i
             alpha = settings.alpha * min((number + 1) / len(order), 1.0)
-            candidates = settings.batch_size + int(model.queue.state[0])
+            chance = model.contrast_chance(settings.batch_size)
             last = (i + 1) % order.accumulate == 0
             with nullcontext() if last else trainer.accelerator.no_sync(replica):
                 out = losses_of(trainer, replica, batch, number, alpha, settings)
                 loop.stop_if_not_finite(out.loss.item(), epoch, i)
                 trainer.backward(out.loss / order.accumulate)
             pairs_m.append(out.pair_m)
-            row = log_row(out, candidates)
+            row = log_row(out, chance)
             sums = {name: sums.get(name, 0.0) + value for name, value in row.items()}
             bar.set_postfix_str(
                 f"contrast {row['contrast_loss']:.3f} (chance {row['contrast_chance']:.3f})", refresh=False
@@ -265,8 +275,8 @@ def validate(
 def report(row: Row) -> str:
     return (
         f"epoch {row['epoch']}: contrast {row['contrast_loss']:.3f} (chance {row['contrast_chance']:.3f}), "
-        f"matching {row['matching_loss']:.3f} (chance {row['matching_chance']:.3f}), accuracy "
-        f"{row['matching_accuracy']:.3f} (chance 0.5), R@5 {row['val_R@5']:.3f} (chance {row['val_R@5_chance']:.3f}), "
+        f"matching {row['matching_loss']:.3f} (chance {row['matching_chance']:.3f}), AUC "
+        f"{row['matching_auc']:.3f} (chance 0.5), R@5 {row['val_R@5']:.3f} (chance {row['val_R@5_chance']:.3f}), "
         f"{row['seconds']:.0f} s"
     )
 
@@ -333,7 +343,8 @@ def train(
         initialise(model, slices, bins, tables, expression, accelerator, settings)
 
     spots = dataset.spots_of(slices, "train")
-    order = loop.EpochOrder(len(spots), settings.batch_size, settings.seed, settings.accumulate)
+    near = dataset.nearest_spots(slices, spots, settings.batch_neighbours) if settings.batch_neighbours else None
+    order = loop.EpochOrder(len(spots), settings.batch_size, settings.seed, settings.accumulate, near)
     pretrain_hashes = {table.name: table.counts_hash for table in tables}
     about = {"table": [asdict(row) for row in rows], "pretrain_hashes": pretrain_hashes}
     with (

@@ -1,1 +1,1 @@
-"""Programs that measure: accuracy.py, speed.py, ceiling.py, and what they need. Their figures are in RESULTS.md."""
+"""Programs that measure: accuracy.py, parts.py, speed.py, ceiling.py, and what they need. Figures: RESULTS.md, docs."""

@@ -15,7 +15,6 @@ puts the table into benchmarks/RESULTS.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -41,7 +40,7 @@ def absolute(text: str) -> Path:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared_settings.Parser(__doc__)
     parser.add_argument("--data", type=absolute, help="folder of slices")
     parser.add_argument("--out", type=absolute, default="results/accuracy", help="tiles, models, results; gigabytes")
     parser.add_argument("--runs", type=absolute, default=str(ROOT / "benchmarks/runs"), help="a JSON per finished run")

@@ -17,8 +17,8 @@ from utils.report.anndata_files import write_anndata
 from utils.slices import splits
 from utils.slices.splits import SliceRow
 
-RULES = 6  # raised whenever a method or figure is computed differently, so that earlier runs are repeated
-LAST_CHANGE = "tiles are stored without loss, no longer as JPEGs"  # what raised it last
+RULES = 7  # raised whenever a method or figure is computed differently, so that earlier runs are repeated
+LAST_CHANGE = "tiles have no JPEG loss, and stage one has other batches, negatives and losses"  # what raised it last
 # flags of each script; those of a later table follow those of an earlier one and win
 FULL = {
     "image_tilling": "--tile_um 310",
@@ -118,8 +118,8 @@ def script_flags(script: str, ablation: str, small: bool) -> list[str]:
     return [flag for flags in tables for flag in flags.get(script, "").split()]
 
 
-def shuffle_panels(panels: Path, names: Sequence[str]) -> None:
-    """Permute the counts of each slice's panel files, with their totals, over the spots of the slice.
+def shuffle_panels(panels: Path, names: Sequence[str], fraction: float = 1.0) -> None:
+    """Permute the counts of each slice's panel files, with their totals, over a fraction of the spots of the slice.
 
     One permutation per slice, drawn from its name, serves both files. Barcodes, positions and the rest stay.
     """
@@ -129,7 +129,10 @@ def shuffle_panels(panels: Path, names: Sequence[str]) -> None:
         for role in gene_panels.FILES:
             path = gene_panels.panel_path(panels, None, name, role)
             adata = anndata.read_h5ad(path)
-            order = np.random.default_rng(zlib.crc32(name.encode())).permutation(adata.n_obs)
+            rng = np.random.default_rng(zlib.crc32(name.encode()))
+            order, drawn = np.arange(adata.n_obs), rng.permutation(adata.n_obs)
+            drawn = drawn[: round(fraction * adata.n_obs)]
+            order[np.sort(drawn)] = drawn
             adata.X = adata.X[order]
             adata.obs["total_counts"] = adata.obs["total_counts"].to_numpy()[order]
             write_anndata(path, adata)

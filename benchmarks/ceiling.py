@@ -14,7 +14,6 @@ benchmarks/RESULTS.md.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from datetime import date
@@ -46,7 +45,7 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared_settings.Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of slices")
     parser.add_argument("--n_top_genes", type=shared_settings.count, default=300, help="genes, highest count first")
     parser.add_argument("--seed", type=shared_settings.count_or_zero, default=0)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import losses
-from model.fusion import hard_negatives
+from model.fusion import draw_negatives
 from model.gene_encoder import GeneEncoder
 from model.performer import EPSILON, PerformerBlock
 from model.stage_one import StageOne
@@ -87,8 +87,7 @@ def stage_one_loss(model: StageOne, tiles: Tensor, bins: Tensor, generator: torc
     logits = image @ gene.T * model.contrast.logit_scale.exp()
     spots = torch.arange(len(tiles), device=tiles.device)
     contrast = (F.cross_entropy(logits, spots) + F.cross_entropy(logits.T, spots)) / 2
-    wrong_gene = hard_negatives(logits.detach(), spots, generator)
-    wrong_image = hard_negatives(logits.detach().T, spots, generator)
+    wrong_gene, wrong_image = (draw_negatives(spots, 1, generator)[:, 0] for _ in range(2))
     pairs = model.fusion(
         torch.cat([gene_tokens, gene_tokens[wrong_gene], gene_tokens]),
         torch.cat([image_tokens, image_tokens, image_tokens[wrong_image]]),

@@ -12,7 +12,6 @@ benchmarks/RESULTS.md; growth writes its own table there.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import multiprocessing
 import platform
@@ -60,7 +59,7 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared_settings.Parser(__doc__)
     count, count_or_zero = shared_settings.count, shared_settings.count_or_zero
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--batch_size", type=count, default=8, help="of the encoders and of training")

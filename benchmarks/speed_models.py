@@ -124,7 +124,7 @@ def score_all(model: StageOne, tiles: Tensor, bins: Tensor, candidates: np.ndarr
     image, gene, image_tokens, gene_tokens = (x.cpu() for x in encode_all(model, tiles, bins, machine))
     encoded = EncodedPairs(image.numpy(), gene.numpy(), image_tokens, gene_tokens)
     depth = np.zeros(len(tiles))
-    get_accuracy_image.gallery_scores(model, encoded, depth, depth, candidates, machine.accelerator)
+    get_accuracy_image.gallery_scores(model, encoded, depth, depth, candidates, 1.0, machine.accelerator)
 
 
 def stage_two_model(setting: Setting, machine: Machine, n: int) -> tuple[StageTwo, dict[str, Tensor]]:

@@ -40,28 +40,36 @@ class ContrastiveHead(nn.Module):
         with torch.autocast(queries.device.type, enabled=False):
             return queries.float() @ keys.float().T * self.logit_scale.exp()
 
-    def forward(self, pair: Pair, pair_m: Pair, queue: tuple[Tensor, Tensor, Tensor], alpha: float) -> Tensor:
-        """Mean cross entropy of both directions.
+    def forward(self, pair: Pair, pair_m: Pair | None, queue: tuple[Tensor, Tensor, Tensor], alpha: float) -> Tensor:
+        """Mean cross entropy of both directions: within the batch, and, where there are momentum encoders, the mean of
+        that and of the loss against their keys.
 
         Parameters
         ----------
-        pair : features of the batch; they are queries, and the batch's keys
-        pair_m : features of the momentum encoders, both sides of the soft target's similarity
+        pair : features of the batch; they are queries, and keys with a gradient
+        pair_m : features of the momentum encoders, keys beside those in the queue, and both sides of the soft target's
+            similarity; None without such encoders
         queue : earlier features of the momentum encoders, images and genes (Q, D), and their spots (Q,)
-        alpha : weight of the soft target, 0 for the plain contrastive loss
+        alpha : weight of the soft target, 0 for onehot targets
         """
-        queue_image, queue_gene, queue_spot = queue
+        onehot = losses.same_spot_onehot(pair.spot, pair.spot)
+        to_gene, to_image = self.similarity(pair.image, pair.gene), self.similarity(pair.gene, pair.image)
+        within = (losses.soft_cross_entropy(to_gene, onehot) + losses.soft_cross_entropy(to_image, onehot)) / 2
+        return within if pair_m is None else (within + self.against_momentum(pair, pair_m, queue, alpha)) / 2
+
+    def against_momentum(self, pair: Pair, pair_m: Pair, queue: tuple[Tensor, Tensor, Tensor], alpha: float) -> Tensor:
+        """ALBEF's loss: all keys, of the batch and of the queue, are of momentum encoders. Keys of both kinds in one
+        softmax would be told apart by their age instead of their content (docs/parts.md). Parameters: see `forward`."""
+        pair_m, (queue_image, queue_gene, queue_spot) = pair_m.detached(), queue
         onehot = losses.same_spot_onehot(pair.spot, torch.cat([pair.spot, queue_spot]))
         total: Tensor = pair.image.new_zeros(())
-        for query, key, query_m, key_m, queue_keys in (
-            (pair.image, pair.gene, pair_m.image, pair_m.gene, queue_gene),
-            (pair.gene, pair.image, pair_m.gene, pair_m.image, queue_image),
+        for query, query_m, keys_m in (
+            (pair.image, pair_m.image, torch.cat([pair_m.gene, queue_gene.to(pair_m.gene.dtype)])),
+            (pair.gene, pair_m.gene, torch.cat([pair_m.image, queue_image.to(pair_m.image.dtype)])),
         ):
             with torch.no_grad():
-                logits_m = self.similarity(query_m, torch.cat([key_m, queue_keys.to(key_m.dtype)]))
-                target = losses.distilled_target(logits_m, onehot, alpha)
-            logits = self.similarity(query, torch.cat([key, queue_keys.to(key.dtype)]))
-            total = total + losses.soft_cross_entropy(logits, target) / 2
+                target = losses.distilled_target(self.similarity(query_m, keys_m), onehot, alpha)
+            total = total + losses.soft_cross_entropy(self.similarity(query, keys_m), target) / 2
         return total
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Image-gene matching: fusion blocks, matching head, hard negatives.
+"""Image-gene matching: fusion blocks, matching head, negatives.
 
 Li et al. 2021 (ALBEF), arXiv 2107.07651, section 3.2, equation 4. Both sides are sequences: attention over a single
 token would be a linear map. Letters: B batch, C candidates per image, K gene tokens, P image tokens, D width.
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from model.layers import CrossBlock
 
-PRIOR_LOGIT = math.log(1 / 2)  # log odds of a pair before training: the loss has two non-pairs to each pair
+N_NEGATIVES = 1  # wrong profiles, and as many wrong images, to each pair
+PRIOR_LOGIT = -math.log(2 * N_NEGATIVES)  # log odds of a pair among these
 
 
 class Fusion(nn.Module):
     """Gene tokens attend to themselves and to image tokens; the mean token gives one logit per pair.
 
-    Shapes: gene_tokens (B, K, D), image_tokens (B, P, D) -> log odds of a pair (B,). They are odds **among pairs with
-    similar vectors**, because non-pairs are drawn with weight softmax(s): at the optimum of the contrast s separates
-    them no further. Where pairs share a side, `precompute_genes` and `precompute_images` run once per side, and `score`
+    Shapes: gene_tokens (B, K, D), image_tokens (B, P, D) -> log odds (B,) of a pair against combinations of two spots
+    drawn at random. Where pairs share a side, `precompute_genes` and `precompute_images` run once per side, and `score`
     once per pair.
     """
 
@@ -32,7 +32,6 @@ class Fusion(nn.Module):
         self.blocks: Any = nn.ModuleList(CrossBlock(width, heads, hidden) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.to_logit = nn.Linear(width, 1)
-        nn.init.zeros_(self.to_logit.weight)
         nn.init.constant_(self.to_logit.bias, PRIOR_LOGIT)
 
     def precompute_genes(self, gene_tokens: Tensor) -> Tensor:
@@ -60,11 +59,12 @@ class Fusion(nn.Module):
 
 
 @torch.no_grad()
-def hard_negatives(similarity: Tensor, spots: Tensor, generator: torch.Generator) -> Tensor:
-    """For each query one candidate of another spot, drawn with weight softmax(similarity): (B, B), (B,) -> (B,).
+def draw_negatives(spots: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """For each row of a batch n rows of other spots, uniformly, with replacement: ids (B,) -> (B, n).
 
-    The batch must hold at least two spots.
+    `generator` is of the CPU. The batch must hold at least two spots. Drawn by similarity from the first step on, as
+    ALBEF draws them, negatives leave a fusion without pretrained weights at chance (docs/parts.md).
     """
     same = spots[:, None] == spots[None, :]
-    weights = similarity.float().masked_fill(same, -torch.inf).softmax(1)
-    return torch.multinomial(weights, 1, generator=generator).squeeze(1)
+    keys = torch.rand(n, *same.shape, generator=generator).to(spots.device)
+    return keys.masked_fill(same, -1).argmax(-1).T

@@ -104,7 +104,10 @@ class GeneEncoder(nn.Module):
     def freeze_trunk(self, tuned_block: int) -> None:
         """Freeze all but block `tuned_block` (counted from 0), the final norm and the gathering head."""
         if not 0 <= tuned_block < len(self.blocks):
-            raise ValueError(f"--tune_block {tuned_block}: expected 0..{len(self.blocks) - 1} (--gene_depth less one)")
+            raise ValueError(
+                f"--tune_block: expected 0 to {len(self.blocks) - 1}, --gene_depth less one, found {tuned_block}; "
+                "correct it"
+            )
         for part in (self.token_embedding, self.gene_embedding, *self.blocks):
             part.requires_grad_(False)
         self.blocks[tuned_block].requires_grad_(True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model import image_weights
 from model.image_weights import WeightsReport
+from utils import words
 
 Weights = dict[str, Any] | str | None  # content of a file, tensors at any depth; "timm" for the hub's; None for random
 
@@ -69,12 +70,17 @@ def plan(name: str, image_size: int) -> Plan:
     if name.startswith(image_weights.HUB):
         return of_the_hub(name, name.split(":", 1)[1], image_size)
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        hint = f"; of the hub: hf-hub:{name}" if "/" in name else ""
+        near = words.nearest(name.split(".")[0], timm.list_models(), most=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models() or docs/encoders.md"
+        hint = f"for a model of the hub give hf-hub:{name}" if "/" in name else hint
+        raise ValueError(f"--image_encoder: expected a model that timm knows, found {name}; {hint}")
+    try:
+        return Plan(name, name, size_of(name, image_size))
+    except RuntimeError as error:  # of weights that timm does not have of the model, named after its dot
+        known = timm.list_pretrained(f"{name.split('.')[0]}.*")
         raise ValueError(
-            f"--image_encoder {name}: expected a name that timm knows, found none (near it: {near or '-'}{hint})"
-        )
-    return Plan(name, name, size_of(name, image_size))
+            f"--image_encoder: expected weights that timm knows, found {name}; use one of {', '.join(known) or 'none'}"
+        ) from error
 
 
 def size_of(architecture: str, image_size: int) -> dict[str, Any]:
@@ -93,15 +99,16 @@ def of_the_hub(name: str, hub: str, image_size: int) -> Plan:
         arguments = known.arguments | mlp | size_of(known.architecture, image_size)
         return Plan(name, known.architecture, arguments, dict(zip(("mean", "std"), known.mean_sd, strict=True)), hub)
     try:
-        hub_config, architecture, arguments = timm.models.load_model_config_from_hf(hub)
+        with image_weights.asking_the_hub(hub):
+            hub_config, architecture, arguments = timm.models.load_model_config_from_hf(hub)
     except (OSError, ValueError) as error:
         raise image_weights.hub_failure(error, name, hub) from error
     except KeyError:
         architecture = ""
     if not timm.is_model(architecture):
         raise ValueError(
-            f"--image_encoder {name}: its config.json names no model of timm's; give the architecture's name instead, "
-            "and its file as --image_weights FILE"
+            f"--image_encoder {name}: expected a config.json that names a timm model, found "
+            f"{architecture or 'no name'}; give the timm model's name instead, and the file as --image_weights FILE"
         )
     arguments = {k: v for k, v in arguments.items() if k not in ("num_classes", "img_size") and v != ""}
     config = {k: hub_config[k] for k in ("mean", "std", "interpolation", "input_size") if k in hub_config}
@@ -123,7 +130,8 @@ def build_trunk(name: str, image_size: int, weights: Weights) -> tuple[Any, Weig
     if not model_plan.hub:
         return download(model_plan, image_size)
     try:
-        tensors = timm.models.load_state_dict_from_hf(model_plan.hub)
+        with image_weights.asking_the_hub(model_plan.hub):
+            tensors = timm.models.load_state_dict_from_hf(model_plan.hub)
     except OSError as error:
         raise image_weights.hub_failure(error, name, model_plan.hub) from error
     return fill(model_plan, tensors, model_plan.hub)
@@ -138,13 +146,13 @@ def fill(model_plan: Plan, content: dict[str, Any], source: str) -> tuple[Any, W
         source += f" ({chosen.where})" if chosen.where else ""
         kept, skipped = image_weights.select(chosen, shapes)
         if not kept:
-            raise ValueError(f"none of its {len(chosen.tensors)} tensors belongs to a trunk")
+            raise ValueError(f"{len(chosen.tensors)} tensors, none of a trunk")
         trunk = model_plan.load(kept)
         resized = image_weights.resized(kept, shapes)
     except Exception as error:  # timm's conversions raise anything on another model's tensors
         raise ValueError(
-            f"--image_weights do not fit {model_plan.name}: in {source}: {image_weights.misfit(error)}; "
-            "give the --image_encoder that the file was saved from"
+            f"--image_weights: expected weights of {model_plan.name}, found in {source}: "
+            f"{image_weights.misfit(error)}; give the --image_encoder that the file was saved from"
         ) from error
     return trunk, WeightsReport(source, len(shapes), skipped, resized)
 
@@ -154,9 +162,13 @@ def download(model_plan: Plan, image_size: int) -> tuple[Any, WeightsReport]:
     import timm
 
     try:  # with the classifier in place timm loads strictly; without it, it would skip what does not fit
-        trunk: Any = timm.create_model(model_plan.architecture, pretrained=True, **model_plan.arguments)
+        with image_weights.asking_the_hub(f"timm/{model_plan.name}"):
+            trunk: Any = timm.create_model(model_plan.architecture, pretrained=True, **model_plan.arguments)
     except RuntimeError as error:
-        raise ValueError(f"--image_weights timm: {' '.join(str(error).split())[:200]}; give a file, or none") from error
+        raise ValueError(
+            f"--image_weights timm: expected weights of {model_plan.name}, found none ({words.cut(error)}); give a "
+            "file, or none"
+        ) from error
     except OSError as error:  # raised by the hub's client without a network
         raise image_weights.hub_failure(error, model_plan.name, f"timm/{model_plan.name}") from error
     trunk.reset_classifier(0)
@@ -265,7 +277,10 @@ class ImageEncoder(nn.Module):
     def project_tokens(self, tokens: Tensor, at_most: int) -> Tensor:
         """Raw tokens (B, P, C) -> (B, P' <= at_most, D), class tokens kept, the grid pooled to a smaller square."""
         if at_most <= self.n_prefix:
-            raise ValueError(f"--image_tokens {at_most}: expected more than the encoder's {self.n_prefix} class tokens")
+            raise ValueError(
+                f"--image_tokens: expected more than the encoder's {self.n_prefix} class and register tokens, found "
+                f"{at_most}; raise it"
+            )
         side = math.isqrt(at_most - self.n_prefix)
         return self.to_token(pool_grid(tokens, self.n_prefix, side))
 

@@ -5,14 +5,18 @@ timm itself resamples position embeddings.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from utils import words
 
 Shapes = Mapping[str, tuple[int, ...]]
 HUB = ("hf-hub:", "hf_hub:")
@@ -248,7 +252,20 @@ def misfit(error: Exception) -> str:
     sizes = re.findall(r"size mismatch for (\S+): copying a param with shape [\w.]+\(([^)]*)\).*?\(([^)]*)\)", text)
     sizes = [f"{name} {old}, not {new}" for name, old, new in sizes]
     parts += [f"{len(sizes)} of another shape{in_brackets(sizes, 2)}"] if sizes else []
-    return ", ".join(parts) or text[:200]
+    return ", ".join(parts) or words.cut(text)
+
+
+@contextmanager
+def asking_the_hub(name: str) -> Iterator[None]:
+    """Say what is downloaded; the hub's own lines about each attempt are left out, its error says the last one."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    print(f"image weights: asking the hub for {name}", flush=True)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def hub_failure(error: Exception, name: str, hub: str) -> ValueError:
@@ -259,12 +276,15 @@ def hub_failure(error: Exception, name: str, hub: str) -> ValueError:
     file = "give it as --image_weights FILE"
     if isinstance(error, errors.GatedRepoError) or status in (401, 403):
         return ValueError(
-            f"--image_encoder {name} is gated, or there is no such model: accept its licence at "
-            f"https://huggingface.co/{hub}, then `hf auth login` (or set HF_TOKEN); or download its file and {file}"
+            f"--image_encoder {name}: expected a model that may be downloaded, found one that is gated or does not "
+            f"exist; accept its licence at https://huggingface.co/{hub}, then `hf auth login` (or set HF_TOKEN), or "
+            f"download its file and {file}"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return ValueError(f"--image_encoder {name}: expected a model at https://huggingface.co/{hub}, found none")
-    reason = " ".join(str(error).split())[:160]
+        return ValueError(
+            f"--image_encoder {name}: expected a model at https://huggingface.co/{hub}, found none; correct it"
+        )
     return ValueError(
-        f"--image_weights timm: {name} cannot be downloaded ({reason}); give a .pth or .safetensors file, or none"
+        f"--image_weights timm: expected the hub's weights of {name}, found no way to download them "
+        f"({words.cut(error)}); give a .pth or .safetensors file, or none"
     )

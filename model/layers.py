@@ -41,7 +41,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         if width % heads:
-            raise ValueError(f"attention: width {width} is not a multiple of its {heads} heads")
+            raise ValueError(
+                f"attention: expected a width that is a multiple of its {heads} heads, found {width}; change it"
+            )
         self.heads = heads
         self.to_q = nn.Linear(width, width)
         self.to_kv = nn.Linear(width, 2 * width)

@@ -35,6 +35,12 @@ def matching_loss(logits: Tensor, is_pair: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), is_pair.float())
 
 
+def pair_auc(pairs: Tensor, others: Tensor) -> Tensor:
+    """Area under the ROC curve, how often a pair's logit is above a non-pair's, ties half: (B,), (N,) -> scalar."""
+    difference = pairs.detach()[:, None] - others.detach()[None, :]
+    return (difference.sign().mean() + 1) / 2
+
+
 def expression_loss(predicted: Tensor, measured: Tensor) -> Tensor:
     """Mean squared error over the entries that were measured (NaN marks the others): (B, G), (B, G) -> scalar."""
     known = torch.isfinite(measured)

@@ -73,7 +73,8 @@ def _check_trunk(encoder: GeneEncoder, tensors: dict[str, Tensor], names: dict[s
     missing = [theirs for theirs in names.values() if theirs not in tensors]
     if missing:
         raise ValueError(
-            f"--gene_weights: {len(names) - len(missing)} of scBERT's {len(names)} tensors found, missing {missing[0]}"
+            f"--gene_weights: expected scBERT's {len(names)} tensors, found {len(names) - len(missing)}, without "
+            f"{missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + f"; give panglao_pretrain.pth, or the file's number of layers as --gene_depth ({len(encoder.blocks)})"
         )
@@ -82,11 +83,11 @@ def _check_trunk(encoder: GeneEncoder, tensors: dict[str, Tensor], names: dict[s
         expected, found = tuple(state[ours].shape), tuple(tensors[theirs].shape)
         if expected != found:
             raise ValueError(
-                f"--gene_weights: {theirs} has shape {found}, expected {expected} by --gene_width {width} and "
-                f"--gene_heads {heads}; use those that the file was trained with"
+                f"--gene_weights: expected {theirs} of shape {expected} by --gene_width {width} and --gene_heads "
+                f"{heads}, found {found}; use the sizes that the file was trained with"
             )
         if not torch.isfinite(tensors[theirs]).all():
-            raise ValueError(f"--gene_weights: {theirs} holds NaN or infinity, expected numbers; fetch the file again")
+            raise ValueError(f"--gene_weights: {theirs}: expected numbers, found NaN or infinity; fetch the file again")
 
 
 def loading_table(outcome: Outcome, shown: int = 3) -> str:
@@ -119,15 +120,22 @@ def set_gene_positions(encoder: GeneEncoder, table: Tensor, vocabulary: dict[str
     """
     width = encoder.gene_embedding.weight.shape[1]
     if table.ndim != 2 or table.shape[1] != width:
-        raise ValueError(f"gene2vec: expected rows of {width} numbers (--gene_width), found shape {tuple(table.shape)}")
+        raise ValueError(
+            f"gene2vec: expected rows of {width} numbers (--gene_width), found shape {tuple(table.shape)}; "
+            "give the width of the file as --gene_width"
+        )
     if len(vocabulary) > len(table):
         raise ValueError(
-            f"gene2vec has {len(table)} rows, --gene_vocab has {len(vocabulary)} genes: not of one vocabulary"
+            f"--gene_vocab: expected at most {len(table)} genes, the rows of gene2vec, found {len(vocabulary)}; give "
+            "the vocabulary that belongs to it"
         )
     found = [(row, vocabulary[gene]) for row, gene in enumerate(genes) if gene in vocabulary]
     if not found:
         example = next(iter(vocabulary), "-")
-        raise ValueError(f"--gene_vocab ({example}, ...) holds none of the {len(genes)} panel genes ({genes[0]}, ...)")
+        raise ValueError(
+            f"--gene_vocab: expected some of the {len(genes)} panel genes ({genes[0]}, ...), found none of them "
+            f"({example}, ...); give a vocabulary of the same species and kind of names"
+        )
     rows, sources = map(list, zip(*found, strict=True))
     with torch.no_grad():
         encoder.gene_embedding.weight.zero_()

@@ -6,6 +6,7 @@ tokens, Z tile side in pixels, R components of expression. The suffix _m marks m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from model import losses
 from model.contrastive import ContrastiveHead, Pair
-from model.fusion import Fusion, hard_negatives
+from model.fusion import N_NEGATIVES, Fusion, draw_negatives
 from model.gene_encoder import GeneEncoder
 from model.image_encoder import ImageEncoder, Weights
 from model.momentum import FeatureQueue, momentum_at, momentum_encoder, update_momentum
@@ -51,7 +52,7 @@ class StepOutput(NamedTuple):
     contrast: Tensor
     matching: Tensor
     expression: Tensor
-    matching_accuracy: Tensor
+    matching_auc: Tensor
     pair_m: Pair
 
 
@@ -59,6 +60,15 @@ def gather_pair(image: Tensor, gene: Tensor, spots: Tensor) -> Pair:
     """Vectors (B, D) as unit vectors, with spot ids (B,), of all processes, with this one's gradients."""
     image, gene = (F.normalize(vector.float(), dim=1) for vector in (image, gene))
     return Pair(*(distributed.gather(tensor) for tensor in (image, gene, spots)))
+
+
+def with_vector(tokens: Tensor, vector: Tensor) -> Tensor:
+    """Tokens (B, N, D) of one side, and one more: its vector (B, D) scaled to a token's length -> (B, N + 1, D).
+
+    The fusion then has what the contrast compares and need not learn it from the tokens.
+    """
+    unit = F.normalize(vector.float(), dim=1) * vector.shape[1] ** 0.5
+    return torch.cat([tokens, unit[:, None].to(tokens.dtype)], dim=1)
 
 
 class StageOne(nn.Module):
@@ -113,14 +123,15 @@ class StageOne(nn.Module):
         return self
 
     def encode_images(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Tiles (B, 3, Z, Z) in 0..1 -> unit vectors (B, D), tokens for the fusion (B, P <= image_tokens, D)."""
+        """Tiles (B, 3, Z, Z) in 0..1 -> unit vectors (B, D), tokens for the fusion (B, P + 1, D), P <= image_tokens."""
         vector, raw = self.image_encoder(tiles)
-        return F.normalize(vector.float(), dim=1), self.image_encoder.project_tokens(raw, self.sizes.image_tokens)
+        tokens = self.image_encoder.project_tokens(raw, self.sizes.image_tokens)
+        return F.normalize(vector.float(), dim=1), with_vector(tokens, vector)
 
     def encode_genes(self, bins: Tensor) -> tuple[Tensor, Tensor]:
-        """Bins (B, G) -> unit vectors (B, D), gene tokens (B, K, D)."""
+        """Bins (B, G) -> unit vectors (B, D), tokens for the fusion (B, K + 1, D)."""
         vector, tokens = self.gene_encoder(bins)
-        return F.normalize(vector.float(), dim=1), tokens
+        return F.normalize(vector.float(), dim=1), with_vector(tokens, vector)
 
     @torch.no_grad()
     def encode_m(self, tiles: Tensor, bins: Tensor, spots: Tensor, frozen: Tensor | None) -> Pair | None:
@@ -130,32 +141,33 @@ class StageOne(nn.Module):
         return gather_pair(self.image_encoder_m(tiles)[0], self.gene_encoder_m(bins, frozen)[0], spots)
 
     def match(
-        self, gene_tokens: Tensor, image_tokens: Tensor, pair: Pair, generator: torch.Generator
+        self, gene_tokens: Tensor, image_tokens: Tensor, spots: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy of true pairs against hard negatives of the whole batch; pairs and non-pairs weigh alike
-        in the accuracy.
+        """Loss of true pairs against wrong profiles and wrong images of the whole batch, and the area under its ROC
+        curve.
 
         Parameters
         ----------
-        gene_tokens, image_tokens : of this process' spots, (B, K, D), (B, P, D)
-        pair : features of all processes' spots
-        generator : in the same state on all processes
+        gene_tokens, image_tokens : of this process' spots, each side's vector among them, (B, K, D), (B, P, D)
+        spots : ids of all processes' spots
+        generator : draws the negatives, in the same state on all processes
         """
         n = len(gene_tokens)
         local = slice(distributed.rank() * n, (distributed.rank() + 1) * n)
-        similarity = self.contrast.similarity(pair.image.detach(), pair.gene.detach())
-        wrong_gene = hard_negatives(similarity, pair.spot, generator)[local]
-        wrong_image = hard_negatives(similarity.T, pair.spot, generator)[local]
+        wrong_gene, wrong_image = (draw_negatives(spots, N_NEGATIVES, generator)[local] for _ in range(2))
         genes, images = self.fusion.precompute_genes(gene_tokens), self.fusion.precompute_images(image_tokens)
+        all_genes = distributed.gather(genes)
         all_images = [distributed.gather(keys_values, dim=1) for keys_values in images]
-        candidates = torch.stack([genes, distributed.gather(genes)[wrong_gene]], dim=1)  # (B, 2, K, D)
+        candidates = torch.cat([genes[:, None], all_genes[wrong_gene]], dim=1)  # (B, 1 + N, K, D)
         by_image = self.fusion.score(candidates, images)
-        by_gene = self.fusion.score(genes[:, None], [keys_values[:, wrong_image] for keys_values in all_images])
-        logits = torch.cat([by_image.T.flatten(), by_gene.flatten()])
-        is_pair = torch.arange(len(logits), device=logits.device) < n
-        right = ((logits > 0) == is_pair).float()
-        accuracy = (right[is_pair].mean() + right[~is_pair].mean()) / 2
-        return losses.matching_loss(logits, is_pair), accuracy
+        by_gene = [
+            self.fusion.score(genes[:, None], [keys_values[:, column] for keys_values in all_images])
+            for column in wrong_image.T
+        ]
+        pairs, others = by_image[:, 0], torch.cat([by_image[:, 1:], *by_gene], dim=1).flatten()
+        logits = torch.cat([pairs, others])
+        is_pair = torch.cat([torch.ones_like(pairs), torch.zeros_like(others)])
+        return losses.matching_loss(logits, is_pair), losses.pair_auc(pairs, others)
 
     def regress(self, vectors: tuple[Tensor, Tensor], expression: Tensor | None) -> Tensor:
         """Expression loss, the mean of both vectors' (B, D), against components (B, R); 0 without them."""
@@ -183,7 +195,7 @@ class StageOne(nn.Module):
         ----------
         tiles, bins, spots : tiles (B, 3, Z, Z) in 0..1, bins (B, G), spot ids (B,)
         alpha : weight of the momentum encoders' soft target
-        generator : draws the hard negatives; in the same state on all processes
+        generator : of the CPU, draws the negatives; in the same state on all processes
         expression : (B, R), NaN where not measured, or None
         expression_weight, matching_weight : of these losses beside the contrast
         """
@@ -192,16 +204,23 @@ class StageOne(nn.Module):
         gene_vector, gene_tokens = self.gene_encoder(bins, frozen)
         pair = gather_pair(vector, gene_vector, spots)
         pair_m = self.encode_m(tiles, bins, spots, frozen)
-        if pair_m is None:
-            if alpha > 0:
-                raise ValueError(f"alpha {alpha:g}: distillation needs a model with momentum_encoders")
-            pair_m = pair.detached()  # weighs 0 in the target
+        if pair_m is None and alpha > 0:
+            raise ValueError(f"alpha {alpha:g}: distillation needs a model with momentum_encoders")
         contrast = self.contrast(pair, pair_m, self.queue.filled(), alpha)
-        image_tokens = self.image_encoder.project_tokens(raw_tokens, self.sizes.image_tokens)
-        matching, accuracy = self.match(gene_tokens, image_tokens, pair, generator)
+        matching, auc = contrast.new_zeros(()), contrast.new_full((), 0.5)
+        if matching_weight:
+            image_tokens = self.image_encoder.project_tokens(raw_tokens, self.sizes.image_tokens)
+            sides = with_vector(gene_tokens, gene_vector), with_vector(image_tokens, vector)
+            matching, auc = self.match(*sides, pair.spot, generator)
         regression = self.regress((vector, gene_vector), expression)
         loss = contrast + matching_weight * matching + expression_weight * regression
-        return StepOutput(loss, contrast, matching, regression, accuracy, pair_m)
+        return StepOutput(loss, contrast, matching, regression, auc, pair_m or pair.detached())
+
+    def contrast_chance(self, batch_size: int) -> float:
+        """The contrastive loss of a guess, at the queue's present length."""
+        within = math.log(batch_size)
+        momentum = math.log(batch_size + int(self.queue.state[0]))
+        return (within + momentum) / 2 if self.sizes.momentum_encoders else within
 
     @torch.no_grad()
     def after_step(self, *pairs_m: Pair) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from itertools import chain
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,12 +27,16 @@ def choice(text: str) -> str:
 
 def layers(trunk: Any) -> tuple[dict[str, int], int]:
     """Layer of every parameter by name, 0 the stem, and the number of the first layer after the blocks."""
-    from timm.models._manipulate import group_with_matcher
+    from timm.models import group_parameters
 
     if not hasattr(trunk, "group_matcher"):
-        raise ValueError(f"--tune, --layer_decay: timm cannot tell the layers of {type(trunk).__name__} apart")
+        raise ValueError(
+            f"--tune, --layer_decay: expected a timm model with layers in order, found {type(trunk).__name__} without; "
+            "use --tune all, norm or none, and --layer_decay 1"
+        )
     named = chain(trunk.named_parameters(), [("/after", None)])  # a name that no block has
-    layer_of = group_with_matcher(named, trunk.group_matcher(coarse=False), reverse=True)
+    with_after: Any = SimpleNamespace(named_parameters=lambda: named)
+    layer_of: Any = group_parameters(with_after, trunk.group_matcher(coarse=False), reverse=True)
     return layer_of, layer_of.pop("/after")
 
 
@@ -47,14 +52,17 @@ def tune(encoder: ImageEncoder, what: str) -> None:
         layer_of, n_layers = layers(trunk)
         first = n_layers - int(what.removeprefix("last:"))
         if first < 1:
-            raise ValueError(f"--tune {what}: expected at most last:{n_layers - 1}, the blocks of this encoder; or all")
+            raise ValueError(
+                f"--tune: expected at most last:{n_layers - 1}, the blocks of this encoder, found {what}; lower it, or "
+                "use all"
+            )
         for name, parameter in trunk.named_parameters():
             parameter.requires_grad_(layer_of[name] >= first)
     if what == "norm":
         norms = [m for m in trunk.modules() if "norm" in type(m).__name__.lower()]
         affine = [p for norm in norms for p in norm.parameters(recurse=False)]
         if not affine:
-            raise ValueError("--tune norm: this encoder has no norm layers to train; use last:N, none or all")
+            raise ValueError("--tune norm: expected an encoder with norm layers, found none; use last:N, none or all")
         for parameter in affine:
             parameter.requires_grad_(True)
     encoder.train(encoder.training)  # frozen parts change to evaluation mode

@@ -124,6 +124,21 @@ def test_a_flag_that_is_none_gives_one_line(flags, capsys):
     assert "unrecognized arguments: " in parse_error(flags, capsys)
 
 
+@pytest.mark.parametrize(
+    ("flags", "meant"),
+    [
+        ("--batchsize 3", "--batch_size"),
+        ("--epoch=3 --batch-size 2", "--Epoch --batch_size"),
+        ("--datta x", "--data"),
+        ("--zzzzzz", None),
+        ("extra", None),
+    ],
+)
+def test_a_misspelt_flag_is_answered_by_the_one_that_is_near(flags, meant, capsys):
+    error = parse_error(flags, capsys)
+    assert (f"; did you mean {meant}? (see" in error) if meant else ("did you mean" not in error)
+
+
 def parse_error(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         train_mymodel.parse_args(flags.split())
@@ -137,14 +152,17 @@ def parse_error(flags, capsys):
     [
         (["--Min_lr", "1"], "--Min_lr: expected at most --Init_lr 0.0001, found 1"),
         (["--Init_Epoch", "100"], "--Init_Epoch: expected less than --Epoch 100, found 100"),
-        (["--batch_size", "1"], "--batch_size 1: expected at least 2"),
+        (["--batch_size", "1"], "--batch_size: expected at least 2 spots, found 1"),
         (["--resume", "--out", "nowhere"], "--resume: expected the file nowhere/last_epoch_weights.pth, found none"),
-        (["--gene2vec", __file__], "--gene_weights and --gene2vec need --gene_vocab"),
-        (["--gene_weights", __file__], "--gene_weights and --gene2vec need --gene_vocab"),
+        (["--gene2vec", __file__], "--gene_weights and --gene2vec: expected --gene_vocab"),
+        (["--gene_weights", __file__], "--gene_weights and --gene2vec: expected --gene_vocab"),
         (["--gene_vocab", "nowhere.txt"], "--gene_vocab: expected the file nowhere.txt"),
         (["--gene_weights", "nowhere.pth"], "--gene_weights: expected the file nowhere.pth"),
         (["--image_weights", "tim"], "--image_weights: expected the file tim, found none; or use timm or none"),
-        (["--gene_weights", __file__, "--gene_vocab", __file__, "--gene_depth", "4"], "--tune_block 4: expected less"),
+        (
+            ["--gene_weights", __file__, "--gene_vocab", __file__, "--gene_depth", "4"],
+            "--tune_block: expected less than --gene_depth 4, found 4",
+        ),
     ],
 )
 def test_checks_between_flags(flags, words):
@@ -161,7 +179,7 @@ def test_slices_of_a_part():
     rows = [SliceRow(name, name, part, None, None) for name, part in (("a", "train"), ("b", "test"), ("c", ""))]
     assert [row.slice for row in settings.chosen(rows, "all")] == ["a", "b", "c"]
     assert [row.slice for row in settings.chosen(rows, "test")] == ["b"]
-    refused("no slice has part val", settings.chosen, rows, "val")
+    refused("expected a slice of part val, found slices of part train, test; ", settings.chosen, rows, "val")
 
 
 @pytest.mark.parametrize(

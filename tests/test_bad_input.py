@@ -77,7 +77,7 @@ def test_counts_that_are_none(damaged, refused, value):
 
 def test_no_count_at_all(damaged, refused):
     rewrite_matrix(damaged.data / "P01_1", lambda counts, barcodes, names: (counts * 0, barcodes, names))
-    refused("make_decoder_data", [], "P01_1: expected spots with counts, found none")
+    refused("make_decoder_data", [], "P01_1: expected spots of at least 1 count, found none")
 
 
 # ---- images
@@ -117,7 +117,7 @@ def test_a_test_patient_in_train(damaged, refused, script):
 
 @pytest.mark.parametrize("script", TRAINING)
 def test_no_validation_slice(damaged, refused, script):
-    refused(script, split_flag(damaged, "P01_1,A,train\nP03_1,C,test\n"), "no slice has part val", "--val_strip")
+    refused(script, split_flag(damaged, "P01_1,A,train\nP03_1,C,test\n"), "expected a slice of part val", "--val_strip")
 
 
 @pytest.mark.parametrize("script", EVALUATION)

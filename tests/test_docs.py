@@ -6,10 +6,13 @@ The tutorial's commands are run, in their order, on simulated slices.
 import ast
 import contextlib
 import importlib
+import io
 import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -20,6 +23,7 @@ from tiny_runs import FLAGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
+FOLDERS = "--data t/data --tiles t/tiles --panels t/panels"
 NOT_OURS = "not run here"  # a block that says so downloads something, by other programs
 
 
@@ -42,7 +46,8 @@ def commands(text: str) -> list[list[str]]:
                 modules = [
                     i + 1 for i, word in enumerate(words[:-1]) if word == "-m" and words[i + 1].startswith("utils.")
                 ]
-                if any(word in ("python", "torchrun", "accelerate") for word in words[:1]) and (starts or modules):
+                first = Path(words[0]).name if words else ""
+                if (first in ("python", "torchrun", "accelerate") or words[:1] == ["run"]) and (starts or modules):
                     found.append(words[min(starts + modules) :])
     return found
 
@@ -61,8 +66,76 @@ def test_commands_are_found():
     )
     assert commands(text) == [["a.py", "--b", "1"], ["utils.d", "x"]]
     assert commands("```bash\n# not run here\npython a.py\n```\n") == []
+    assert commands("    .venv/bin/python a.py --b\n    run -m utils.c\n") == [["a.py", "--b"], ["utils.c"]]
     names = {words[0] for page in PAGES for words in commands(page.read_text())}
     assert {"train_mymodel.py", "train_decoder.py", "predict_slide.py", "utils.doctor"} <= names
+
+
+def tiny_run() -> list[list[str]]:
+    """The commands of .ci/tiny_run, its variables filled in."""
+    text = (ROOT / ".ci/tiny_run").read_text().replace("\\\n", " ").replace("$folders", FOLDERS).replace("$tiny", "t")
+    return commands("".join(f"    {line}\n" for line in text.splitlines()))
+
+
+def demo() -> list[list[str]]:
+    """The commands of `make demo`, its variables filled in."""
+    done = subprocess.run(["make", "-n", "-B", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return commands("".join(f"    {line}\n" for line in done.stdout.replace("\\\n", " ").splitlines()))
+
+
+@pytest.mark.parametrize("source", [tiny_run, demo])
+def test_the_commands_of_the_demo_and_of_the_tiny_run_have_flags_that_exist(source):
+    steps = source()
+    published = ["image_tilling", "make_decoder_data", "train_mymodel", "train_decoder", "get_accuracy_image"]
+    scripts = [words[0] for words in steps if words[0].endswith(".py")]
+    assert scripts[:6] == [f"{name}.py" for name in (*published, "decoder_similarity")]
+    assert steps[0][0] == "utils.simulation" and "utils.report" in [words[0] for words in steps]
+    with mock.patch.dict(os.environ):
+        for words in steps:
+            module_of(words[0]).parse_args(words[1:])
+
+
+@pytest.mark.slow
+def test_the_tiny_run_runs(tmp_path):
+    done = subprocess.run([ROOT / ".ci/tiny_run", sys.executable, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"all of it ran: {tmp_path}", done.stderr[-2000:]
+    assert (tmp_path / "report.html").exists() and (tmp_path / "predicted/report.html").exists()
+
+
+NEEDS = ("run by a test", "own data", "download", "GPU")
+PROGRAMS = r"(?m)^    (?:\S*/)?(?:python|pip|make|git|conda|hf|accelerate|torchrun|uv) "
+
+
+def test_the_index_says_of_each_page_what_its_commands_need():
+    rows = re.findall(r"(?m)^\| \[[^]]*\]\(([^)]*)\) \| [^|]* \| ([^|]*) \|$", (ROOT / "docs/README.md").read_text())
+    said = {(ROOT / "docs" / page).resolve().relative_to(ROOT): needs for page, needs in rows}
+    pages = {path.relative_to(ROOT) for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]}
+    assert pages - {Path("docs/README.md")} <= said.keys()
+    for page, needs in said.items():
+        text = (ROOT / page).read_text()
+        if commands(text) or re.search(PROGRAMS, text):
+            assert any(need in needs for need in NEEDS), page
+
+
+def help_of(script: str) -> str:
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown, mock.patch.dict(os.environ):
+        module_of(script).parse_args(["--help"])
+    return shown.getvalue()
+
+
+def test_flags_behind_a_scripts_name_in_running_text_exist():
+    named: dict[str, dict[str, str]] = {}
+    for page in PAGES:
+        for script, rest in re.findall(r"`(?:python )?(\w+\.py) ([^`]*)`", page.read_text()):
+            if (ROOT / script).exists():
+                flags = re.findall(r"--\w+", rest.split(".py")[0])
+                named.setdefault(script, {}).update(dict.fromkeys(flags, page.name))
+    assert len(named) > 3
+    for script, flags in named.items():
+        known = set(re.findall(r"--\w+", help_of(script)))
+        assert {flag: page for flag, page in flags.items() if flag not in known and page != "CHANGELOG.md"} == {}, (
+            script
+        )
 
 
 def module_of(what: str):

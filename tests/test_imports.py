@@ -19,17 +19,26 @@ LAYERS = (
     ("utils.training", "utils.evaluation", "utils.simulation"),
     ("utils.features", "utils.importers"),
     ("model", "utils.images", "utils.genes", "utils.slices"),
-    ("utils.files", "utils.distributed", "utils.memory", "utils.settings"),
+    ("utils.files", "utils.distributed", "utils.memory", "utils.settings", "utils.words"),
 )
 # What is stricter than the layers: tensors in and tensors out, arrays in and numbers out, images without slices.
 NARROWER = {
-    "model": ("model", "utils.distributed"),
+    "model": ("model", "utils.distributed", "utils.words"),
     "model.layers": (),
     "model.losses": (),
-    "utils.evaluation": ("utils.evaluation",),
-    "utils.images": ("utils.images", "utils.files"),
-    "utils.genes": ("utils.genes", "utils.files"),
-    "utils.simulation": ("utils.simulation", "utils.evaluation.metrics", "utils.files", "utils.slices"),
+    "utils.evaluation": ("utils.evaluation", "utils.words"),
+    "utils.images": ("utils.images", "utils.files", "utils.words"),
+    "utils.genes": ("utils.genes", "utils.files", "utils.words"),
+    "utils.simulation": (
+        *(
+            "utils.simulation",
+            "utils.evaluation.metrics",
+            "utils.files",
+            "utils.slices",
+            "utils.settings",
+            "utils.words",
+        ),
+    ),
 }
 
 

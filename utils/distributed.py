@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from utils import words
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +38,23 @@ def bf16_is_fast(device: torch.device) -> bool:
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return any(cpu_bf16().values())
+
+
+@cache
+def cpu_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, bool]:
+    """By which instructions the CPU multiplies in bf16, as the Linux kernel lists them; elsewhere by none."""
+    try:
+        listed = re.search(r"(?m)^flags\s*:(.*)$", cpuinfo.read_text())
+    except OSError:
+        listed = None
+    flags = listed[1].split() if listed else []
+    return {"AMX": "amx_bf16" in flags, "avx512_bf16": "avx512_bf16" in flags}
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_everything(*seed: int) -> None:
@@ -55,7 +75,9 @@ def pick_device(name: str) -> torch.device:
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: expected a CUDA device, torch finds none; use --device cpu")
+        raise ValueError(
+            "--device cuda: expected a CUDA device, found none (python -m utils.doctor says why); use --device cpu"
+        )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -81,7 +103,7 @@ def start(device: str, precision: str) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if bf16_is_fast(target) else "fp32"
     if precision == "fp16" and target.type == "cpu":
-        raise ValueError("--precision fp16 needs a CUDA device; use bf16 or fp32")
+        raise ValueError("--precision fp16: expected a CUDA device, found a CPU; use bf16 or fp32")
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     alike = DistributedDataParallelKwargs(
@@ -114,7 +136,7 @@ def running(device: str, precision: str) -> Iterator[Accelerator]:
             reason = str(error).split("] ", 1)[-1]  # behind gloo's own line of source
             raise ConnectionError(
                 f"process {rank()} of {n_processes()}: expected an answer of the others, found one of them gone, or "
-                f"silent for {TIMEOUT} ({' '.join(reason.split())[:80]}); fix: read what it says and start again, a "
+                f"silent for {TIMEOUT} ({words.cut(reason)}); fix: read what it says and start again, a "
                 "training with --resume"
             ) from error
         raise
@@ -178,7 +200,8 @@ def n_processes() -> int:
 def check_batch_size(batch_size: int) -> None:
     if batch_size % n_processes():
         raise ValueError(
-            f"--batch_size {batch_size}: expected a multiple of the {n_processes()} processes, each has an equal part"
+            f"--batch_size: expected a multiple of the {n_processes()} processes, which share a batch equally, found "
+            f"{batch_size}; use {-(-batch_size // n_processes()) * n_processes()}"
         )
 
 

@@ -6,12 +6,12 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from utils import distributed, memory
+from utils import distributed, memory, words
 
 PARTS = ("train", "val", "test")
 # flags of places, machine and time, which do not change what a script computes
@@ -98,6 +98,7 @@ class StageOneSettings(TrainingSettings):
     expression_weight: float
     components: int
     matching_weight: float
+    batch_neighbours: int
     accumulate: int
 
 
@@ -143,22 +144,38 @@ S = TypeVar("S", bound=HasDebug)
 R = TypeVar("R", bound=HasPart)
 
 
+UNUSED = "not used by this script; accepted so that the same flags fit all"
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it is, and the default of every flag that has one."""
+    """The script's docstring as it is, the kind of value that a flag takes, and the default of every flag that has "
+    "one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        said = action.help or ""
-        without = action.default is None or action.default is False or action.default == argparse.SUPPRESS
-        if without or "(default" in said:
+        said, default = action.help or "", action.default
+        without = default is None or default is False or default == argparse.SUPPRESS or action.required
+        if without or said == UNUSED or "(default" in said:
             return action.help
-        return f"{said} (default: %(default)s)".strip()
+        values = default if isinstance(default, list) else [default]
+        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+        return f"{said} (default: {shown.replace('%', '%%')})".strip()
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return METAVARS.get(action.type) or super()._get_default_metavar_for_optional(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """A wrong flag gives one line, not the usage page."""
+    """No abbreviated flags; a wrong flag gives one line, not the usage page, and the flag that may be meant."""
+
+    def __init__(self, description: str | None, prog: str | None = None):
+        super().__init__(description=description, prog=prog, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        given = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        meant = dict.fromkeys(flag for word in given for flag in words.nearest(word, self._option_string_actions))
+        hint = f"; did you mean {' '.join(meant)}?" if meant else ""
+        print(f"{self.prog}: {message}{hint} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -196,47 +213,82 @@ def not_negative(text: str) -> float:
     return _number(text, float, 0, sys.float_info.max, False, "a number of at least 0")
 
 
-def shared(description: str | None, part: str | None = None) -> Parser:
-    """A parser with the flags of every script; `part` is the default of --part, None where the script has none."""
-    parser = Parser(description=description, formatter_class=Help, allow_abbrev=False)
+METAVARS: dict[Any, str] = {Path: "PATH", int: "N", count: "N", count_or_zero: "N", float: "X"}
+METAVARS |= dict.fromkeys((positive, fraction, fraction_above_zero, not_negative), "X")
+
+
+def shared(description: str | None, part: str | None = None, unused: Collection[str] = ()) -> Parser:
+    """A parser with the flags of every script.
+
+    Parameters
+    ----------
+    part : default of --part, None where the script has no such flag
+    unused : names of flags that the script accepts and has no use for
+    """
+    parser = Parser(description)
     group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, default=Path("data/Breast_cancer"), help="folder of slices")
-    group.add_argument(
-        "--tiles", type=Path, default=Path("data/Breast_cancer_image_process"), help="tiles, a folder per slice"
-    )
-    group.add_argument("--panels", type=Path, help="gene files, a folder per slice (default: inside --data)")
+    tiles = UNUSED if "tiles" in unused else "folder of tiles, a folder per slice in it"
+    group.add_argument("--tiles", type=Path, default=Path("data/Breast_cancer_image_process"), help=tiles)
+    panels = UNUSED if "panels" in unused else "folder of gene files, a folder per slice in it (default: inside --data)"
+    group.add_argument("--panels", type=Path, help=panels)
     group.add_argument("--slices", type=Path, help="table of slices (default: slices.csv in --data, if there)")
     if part is not None:
         group.add_argument("--part", choices=[*PARTS, "all"], default=part, help="slices to use")
-    group.add_argument("--val_strip", action="store_true", help="a quarter of each train slice is the validation")
-    group.add_argument("--allow_leak", action="store_true", help="go on where a patient is in test and elsewhere too")
+    add_split(group)
     group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one"
-    )
-    group.add_argument("--seed", type=count_or_zero, default=0, help="fixes every draw")
-    group.add_argument(
-        "--workers", type=count_or_zero, help="that read or cut tiles (default: up to 4; none to read without a GPU)"
-    )
+    device = UNUSED if "device" in unused else "auto: CUDA if there is a device, else the CPU"
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=device)
+    seed = UNUSED if "seed" in unused else "of all random draws"
+    group.add_argument("--seed", type=count_or_zero, default=0, help=seed)
+    workers = "processes that read tiles, or threads that cut them (default: up to 4; none to read without a GPU)"
+    group.add_argument("--workers", type=count_or_zero, help=UNUSED if "workers" in unused else workers)
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def add_split(group: argparse._ArgumentGroup) -> None:
+    """How slices are split into parts, beside slices.csv."""
+    group.add_argument(
+        "--val_strip",
+        action="store_true",
+        help="validate on a contiguous quarter of each train slice; give it to every script",
+    )
+    group.add_argument(
+        "--allow_leak",
+        action="store_true",
+        help="continue although a patient is in test and in another part; recorded in metrics.json and the reports",
+    )
 
 
 def add_training(parser: Parser, out: str) -> None:
     """The published hyperparameters of both training scripts, names and defaults kept."""
     group = parser.add_argument_group("training")
-    group.add_argument("--out", type=Path, default=Path(out), help="checkpoints go here")
-    group.add_argument("--logs", type=Path, default=Path("logs"), help="log.jsonl, loss image, TensorBoard events")
+    group.add_argument("--out", type=Path, default=Path(out), help="folder of the checkpoints")
     group.add_argument(
-        "--batch_size", type=count, default=32, help="of all processes together; the negatives of stage one"
+        "--logs", type=Path, default=Path("logs"), help="folder of the logs: log.jsonl, loss curves, TensorBoard events"
+    )
+    group.add_argument(
+        "--batch_size", type=count, default=32, help="spots of a step, over all processes; the candidates of stage one"
     )
     group.add_argument("--Init_Epoch", type=count_or_zero, default=0, help="number of the first epoch")
-    group.add_argument("--Epoch", type=count, default=100, help="number of the epoch to stop before")
-    group.add_argument("--Init_lr", type=positive, default=1e-4, help="highest learning rate, not rescaled")
+    group.add_argument(
+        "--Epoch", type=count, default=100, help="number of epochs; with --Init_Epoch the number to stop before"
+    )
+    group.add_argument(
+        "--Init_lr", type=positive, default=1e-4, help="highest learning rate, not scaled with --batch_size"
+    )
     group.add_argument("--Min_lr", type=not_negative, help="last learning rate (default: Init_lr * 0.01)")
     group.add_argument("--momentum", type=fraction, default=0.9, help="first beta of AdamW")
-    group.add_argument("--weight_decay", type=not_negative, default=1e-2, help="of AdamW; norms and biases have none")
-    group.add_argument("--lr_decay_type", choices=["cos", "step"], default="cos", help="cosine, or ten steps")
+    group.add_argument(
+        "--weight_decay", type=not_negative, default=1e-2, help="of AdamW; not applied to norms and biases"
+    )
+    group.add_argument(
+        "--lr_decay_type",
+        choices=["cos", "step"],
+        default="cos",
+        help="cosine, or step decay in ten steps; both after a warm-up over 3 %% of the steps",
+    )
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16"],
@@ -244,9 +296,11 @@ def add_training(parser: Parser, out: str) -> None:
         help="auto: bf16 where the hardware multiplies in it, else fp32",
     )
     group.add_argument(
-        "--compile", action="store_true", help="compile the model first: takes minutes, then steps are faster"
+        "--compile",
+        action="store_true",
+        help="torch.compile the model first, which takes minutes; steps may then be faster",
     )
-    group.add_argument("--export", type=Path, help="write the best epoch to this new folder, to share it")
+    group.add_argument("--export", type=Path, help="new folder, to which the best epoch is written for sharing")
     group = parser.add_argument_group("interruptions")
     group.add_argument(
         "--resume", action="store_true", help="continue from last_epoch_weights.pth in --out, to the same end"
@@ -254,7 +308,7 @@ def add_training(parser: Parser, out: str) -> None:
     group.add_argument(
         "--save_every", type=count_or_zero, default=1000, help="steps between two saves; 0: only after an epoch"
     )
-    group.add_argument("--max_minutes", type=positive, help="save and stop then, for queues with a time limit")
+    group.add_argument("--max_minutes", type=positive, help="save and stop after so long, for queues with a time limit")
 
 
 def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
@@ -263,31 +317,42 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--image_encoder",
         default="deit_base_patch16_224.fb_in1k",
+        metavar="NAME",
         help="a timm model, or hf-hub:OWNER/MODEL (docs/encoders.md)",
     )
-    group.add_argument("--image_size", type=count, default=224, help="side of its input, pixels")
+    group.add_argument("--image_size", type=count, default=224, help="side of the encoder's input, pixels")
     group.add_argument(
         "--crop_scales",
         type=fraction_above_zero,
         nargs="+",
         default=[1.0],
-        help="squares around the tile's centre that the encoder sees, fractions of its side",
+        help="centred squares that the encoder sees, fractions of the tile's side; 1 0.5: the tile and its middle",
     )
-    group.add_argument("--image_weights", default="timm", help="timm (downloads), none, or a .pth/.safetensors file")
-    group.add_argument("--image_tokens", type=count, default=50, help="tokens of a tile for the fusion, at most")
+    group.add_argument(
+        "--image_weights",
+        default="timm",
+        metavar="WEIGHTS",
+        help="timm (downloads), none (random), or a file: .pth, .safetensors",
+    )
+    group.add_argument(
+        "--image_tokens", type=count, default=50, help="image tokens that the fusion module reads, at most"
+    )
     group = parser.add_argument_group("gene encoder")
     group.add_argument("--gene_depth", type=count, default=6, help="Performer blocks")
     group.add_argument("--gene_width", type=count, default=200, help="width of the Performer")
-    group.add_argument("--gene_heads", type=count, default=10, help="heads of the Performer, of width 64")
-    group.add_argument("--gene_tokens", type=count, default=64, help="tokens the genes are gathered into")
     group.add_argument(
-        "--downsample_counts", type=count, help="downsample each spot's counts to so many before binning"
+        "--gene_heads", type=count, default=10, help="attention heads of the Performer, each of width 64"
     )
+    group.add_argument("--gene_tokens", type=count, default=64, help="tokens that the genes are pooled into")
+    group.add_argument("--downsample_counts", type=count, help="counts that each spot is downsampled to before binning")
     group.add_argument(
         "--pretrain_genes", action="store_true", help="pretrain the gene encoder by masked-bin prediction"
     )
     group.add_argument(
-        "--pretrain_epochs", type=count, default=20, help="epochs of it; the best by held-out cross entropy is kept"
+        "--pretrain_epochs",
+        type=count,
+        default=20,
+        help="epochs of pretraining; the best by held-out cross entropy is kept",
     )
     group.add_argument("--pretrain_lr", type=positive, default=1e-3, help="highest learning rate of pretraining")
     group.add_argument("--pretrain_data", type=Path, help="folder of .h5ad files with raw counts, without images")
@@ -297,7 +362,9 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
 def add_evaluation(parser: Parser, out: str) -> argparse._ArgumentGroup:
     """The flags of both evaluation scripts; returns their group, for the script's own."""
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--image_weights", help="of the pretrained encoder (default: those stage one started from)")
+    group.add_argument(
+        "--image_weights", metavar="WEIGHTS", help="of the baselines' pretrained encoder (default: as stage one)"
+    )
     group.add_argument("--batch_size", type=count, default=32, help="spots encoded at a time")
     group.add_argument(
         "--precision",
@@ -305,7 +372,7 @@ def add_evaluation(parser: Parser, out: str) -> argparse._ArgumentGroup:
         default="auto",
         help="auto: bf16 where the hardware multiplies in it, else fp32",
     )
-    group.add_argument("--out", type=Path, default=Path(out), help="results go here")
+    group.add_argument("--out", type=Path, default=Path(out), help="folder of the results")
     return group
 
 
@@ -315,7 +382,8 @@ def add_memory(parser: Parser) -> None:
         "--memory",
         type=positive,
         default=4.0,
-        help="GiB for arrays that grow with the number of spots; the others are on disk",
+        metavar="GIB",
+        help="GiB of memory for arrays that grow with the number of spots; beyond it they are on disk",
     )
 
 
@@ -334,7 +402,7 @@ def check_training(flags: TrainingSettings) -> None:
         raise ValueError(f"--Init_Epoch: expected less than --Epoch {flags.Epoch}, found {flags.Init_Epoch}; lower it")
     distributed.check_batch_size(flags.batch_size)
     if flags.batch_size < 2:
-        raise ValueError(f"--batch_size {flags.batch_size}: expected at least 2, a contrast needs another spot")
+        raise ValueError(f"--batch_size: expected at least 2 spots, found {flags.batch_size}; raise it")
     saved = [flags.out / name for name in ("last_epoch_weights.pth", "previous_epoch_weights.pth")]
     if flags.resume and not any(path.is_file() for path in saved):
         raise ValueError(f"--resume: expected the file {saved[0]}, found none; run without --resume first")
@@ -370,7 +438,10 @@ def chosen(rows: list[R], part: str) -> list[R]:
     """Rows of the table of slices that belong to --part."""
     matching = [row for row in rows if part == "all" or row.part == part]
     if not matching:
-        raise ValueError(f"no slice has part {part}: expected one at least in slices.csv; see --part")
+        there = ", ".join(dict.fromkeys(row.part for row in rows if row.part)) or "none"
+        raise ValueError(
+            f"expected a slice of part {part}, found slices of part {there}; correct slices.csv, or give another --part"
+        )
     return matching
 
 
@@ -384,10 +455,16 @@ def line_of(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if memory.is_out_of_memory(error):
         return (
-            f"expected memory for the work, found too little ({text[:100]}); fix: lower --batch_size, --workers or "
-            "--memory, or take a machine with more"
+            f"expected memory for the work, found too little ({words.cut(text)}); fix: lower --batch_size, --workers "
+            "or --memory, or take a machine with more"
         )
     return text if isinstance(error, (ValueError, OSError)) else None
+
+
+def program() -> str:
+    """Name of the running script, or of the module after `python -m`."""
+    path = Path(sys.argv[0])
+    return f"utils.{path.parent.name}" if path.name == "__main__.py" else path.name
 
 
 def run(main: Callable[[S], object], args: S) -> NoReturn:
@@ -404,6 +481,6 @@ def run(main: Callable[[S], object], args: S) -> NoReturn:
         line = line_of(error)
         if args.debug or line is None:
             raise
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        print(f"{program()}: {line}", file=sys.stderr)
         code = 2
     raise SystemExit(code)  # out here, where nothing that the error refers to is left

@@ -213,6 +213,19 @@ def test_shuffling_moves_counts_with_their_totals_and_nothing_else(prepared, tmp
     assert (orders[0] != np.arange(len(orders[0]))).any() and (orders[0] != orders[1]).any()
 
 
+def test_a_fraction_of_the_spots_is_shuffled_in_both_files_alike(prepared, tmp_path):
+    name = min(path.name for path in prepared.panels.iterdir())
+    shutil.copytree(prepared.panels, tmp_path, dirs_exist_ok=True)
+    folds.shuffle_panels(tmp_path, [name], 0.3)
+    moved = []
+    for role in gene_panels.FILES:
+        old, new = (anndata.read_h5ad(gene_panels.panel_path(p, None, name, role)) for p in (prepared.panels, tmp_path))
+        moved.append((old.obs["total_counts"] != new.obs["total_counts"]).to_numpy())
+        assert sorted(old.obs["total_counts"]) == sorted(new.obs["total_counts"])
+    np.testing.assert_array_equal(*moved)
+    assert 0.2 < moved[0].mean() <= 0.3
+
+
 # ---- the table
 
 

@@ -38,7 +38,7 @@ def test_the_gene_encoder_and_its_gradients():
 
 def test_a_step_without_distillation():
     """With alpha 0 and no queue, the loss of stage one is the plain one."""
-    model, batch = stage_one(queue_size=0, n_components=0), batch_of()
+    model, batch = stage_one(queue_size=0, n_components=0, momentum_encoders=False), batch_of()
     draws = [torch.Generator().manual_seed(3) for _ in range(2)]
     found = model(batch["tiles"], batch["bins"], batch["spots"], 0.0, draws[0]).loss
     expected = plain.stage_one_loss(plain.plain_model(model), batch["tiles"], batch["bins"], draws[1])
@@ -64,7 +64,7 @@ def test_retrieval_with_each_candidate_encoded_anew():
         gene, gene_tokens = model.encode_genes(batch["bins"])
     encoded = EncodedPairs(image.numpy(), gene.numpy(), image_tokens, gene_tokens)
     here = SimpleNamespace(device=torch.device("cpu"), autocast=torch.no_grad)
-    found = get_accuracy_image.gallery_scores(model, encoded, np.zeros(6), np.zeros(6), candidates, here)
+    found = get_accuracy_image.gallery_scores(model, encoded, np.zeros(6), np.zeros(6), candidates, 1.0, here)
     expected = plain.retrieval_scores(
         plain.plain_model(model), batch["tiles"], batch["bins"], torch.from_numpy(candidates)
     )

@@ -14,7 +14,7 @@ from model.fusion import Fusion
 from utils.features.cache import EncodedPairs, Inference, encode_pairs, room_for
 from utils.files.arrays import ArrayStore
 
-SCALE = 7.0
+SCALE, WEIGHT = 7.0, 0.35
 ACCELERATOR = SimpleNamespace(autocast=contextlib.nullcontext, device="cpu")
 
 
@@ -35,7 +35,7 @@ def made(rng):
     model = SimpleNamespace(fusion=FUSION, contrast=SimpleNamespace(logit_scale=torch.tensor(SCALE).log()))
     encoded = EncodedPairs(random(5), random(5), *map(torch.from_numpy, (random(3, 8), random(2, 8))))
     depths = rng.normal(size=(2, 11))
-    found = get_accuracy_image.gallery_scores(model, encoded, depths[0], depths[1], candidates, ACCELERATOR)
+    found = get_accuracy_image.gallery_scores(model, encoded, depths[0], depths[1], candidates, WEIGHT, ACCELERATOR)
     return SimpleNamespace(encoded=encoded, candidates=candidates, depths=depths, found=found)
 
 
@@ -73,12 +73,14 @@ def test_padding_has_no_score(made):
     assert (found[made.candidates < 0] == 0).all() and (found[made.candidates >= 0] != 0).all()
 
 
-def test_the_re_ranker_adds_the_log_share_among_the_candidates(made):
+def test_the_re_ranker_adds_the_weighted_logit_to_the_log_share_among_the_candidates(made):
     """Padding takes no share."""
     for s, k, c in valid(made):
         shown = [similarity(made, s, other) for other in made.candidates[s] if other >= 0]
         share = np.exp(similarity(made, s, c)) / np.exp(shown).sum()
-        assert made.found["reranked"][s, k] == pytest.approx(logit(made, s, c) + np.log(share), rel=1e-3, abs=1e-3)
+        assert made.found["reranked"][s, k] == pytest.approx(
+            WEIGHT * logit(made, s, c) + np.log(share), rel=1e-3, abs=1e-3
+        )
 
 
 def test_depth_is_nearness_to_the_predicted_depth(made):

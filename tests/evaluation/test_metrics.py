@@ -143,7 +143,7 @@ def test_wrong_input_is_named():
     counts = np.ones((3, 2))
     with pytest.raises(ValueError, match="expected one of lognorm, residuals, counts, found 'log'"):
         metrics.to_scale("log", counts, np.full(3, 9))
-    with pytest.raises(ValueError, match="sums over all genes, 3 spots have less"):
+    with pytest.raises(ValueError, match="sums over all genes, found 3 spots with less"):
         metrics.counts_per_10k(counts, np.ones(3))
     with pytest.raises(ValueError, match="negative"):
         metrics.counts_per_10k(-counts, np.ones(3))

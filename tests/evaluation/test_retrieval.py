@@ -129,3 +129,23 @@ def test_random_scores_reach_chance_and_a_perfect_row_reaches_one():
     low, high = found["interval"]["contrastive"]
     assert low < 1 / 9 < high and low < found["contrastive"] < high
     assert found["matching"] == 1 and found["interval"]["matching"] == [1, 1]
+
+
+# ---- re-ranking
+
+
+def test_log_softmax_leaves_padding_out():
+    found = retrieval.log_softmax(np.array([[1.0, 2.0, 9.0]]), np.array([[4, 0, -1]]))
+    np.testing.assert_allclose(np.exp(found[0, :2]), np.exp([1.0, 2.0]) / np.exp([1.0, 2.0]).sum())
+
+
+def test_the_weight_of_matching_is_that_of_the_highest_likelihood(rng):
+    """Where candidates are drawn with odds softmax(s + 0.6 m), 0.6 is found; for a matching that is noise, 0."""
+    n, k = 20_000, 5
+    similarity, matching = rng.normal(size=(2, n, k))
+    odds = np.exp(similarity + 0.6 * matching)
+    truth = (rng.random(n)[:, None] > (odds / odds.sum(1, keepdims=True)).cumsum(1)).sum(1)
+    gallery = retrieval.Gallery(np.zeros((n, k), int), truth)
+    assert retrieval.reranking_weight([similarity], [matching], [gallery]) == pytest.approx(0.6, abs=0.051)
+    assert retrieval.reranking_weight([similarity], [rng.normal(size=(n, k)) * 9], [gallery]) == 0
+    assert retrieval.reranking_weight([], [], []) == 0

@@ -73,7 +73,7 @@ def test_a_slice_holds_what_its_panels_hold(work):
 
 def test_spots_without_a_tile_are_refused(work):
     barcodes = repack(work.tiles / "P01_1", np.r_[0:4, 5:9, 10:70])
-    assert barcodes[4] in refused("expected a tile for each of 70 spots, 2 have none", load, work)
+    assert barcodes[4] in refused("expected a tile for each of 70 spots, found none for 2", load, work)
 
 
 def test_spots_outside_the_image_are_left_out_and_said(work, capsys):
@@ -83,7 +83,7 @@ def test_spots_outside_the_image_are_left_out_and_said(work, capsys):
         tiles.read_record(work.tiles / "P01_1") | {"outside": barcodes[4:6].tolist()},
     )
     one = load(work)
-    assert "P01_1: 2 spots outside the image are left out" in capsys.readouterr().out
+    assert "P01_1: 2 spots outside the image left out" in capsys.readouterr().out
     assert len(one.barcodes) == len(one.total_counts) == len(one.part) == len(one.bins()) == 68
     assert set(one.barcodes).isdisjoint(barcodes[4:6])
     np.testing.assert_array_equal(one.pack.read(one.tile_rows[[40]])[0], square(work, "P01_1", one.barcodes[40]))
@@ -92,7 +92,7 @@ def test_spots_outside_the_image_are_left_out_and_said(work, capsys):
 def test_panels_of_other_spots_are_refused(work):
     path = gene_panels.panel_path(work.data, work.panels, "P01_1", "target")
     shutil.copy(gene_panels.panel_path(work.data, work.panels, "P02_1", "target"), path)
-    refused("filtered_feature_bc_matrix_decoder.h5ad: expected the spots of", load, work)
+    refused("filtered_feature_bc_matrix_decoder.h5ad: expected the .* spots of", load, work)
 
 
 def test_slices_of_another_panel_or_another_tile_scale_are_refused(work):
@@ -107,7 +107,9 @@ def test_slices_of_another_panel_or_another_tile_scale_are_refused(work):
             gene_panels.panel_path(other.data, other.panels, "P02_1", role),
             gene_panels.panel_path(work.data, work.panels, "P02_1", role),
         )
-    refused("its target genes differ from those of P01_1", dataset.load_slices, rows, data_flags(work), ROLES, False)
+    refused(
+        "expected the target genes of P01_1, found others", dataset.load_slices, rows, data_flags(work), ROLES, False
+    )
     refused("tiles of", dataset.load_slices, rows, data_flags(work), ("input",), False)
 
 
@@ -170,6 +172,38 @@ def test_the_order_is_that_of_seed_and_epoch():
     assert drawn(0, 3) != drawn(0, 4) != drawn(1, 3)
     missing = {tuple(set(range(70)) - {spot for batch in drawn(0, e) for spot in batch}) for e in range(5)}
     assert len(missing) > 1, "not always the same spots are dropped"
+
+
+@pytest.mark.parametrize("batch_size", [16, 5])
+def test_a_batch_with_neighbours_has_each_spot_beside_one_of_its_nearest(batch_size):
+    near = np.stack([np.arange(70) + 100, np.arange(70) + 200], axis=1)  # told apart from the spots themselves
+    order = loop.EpochOrder(70, batch_size, seed=0, near=near)
+    batches = list(order)
+    assert len(batches) == len(order) == 70 // batch_size and {len(batch) for batch in batches} == {batch_size}
+    flat = np.concatenate(batches)
+    spots, neighbours = flat[: len(flat) // 2 * 2].reshape(-1, 2).T
+    assert len(set(spots)) == len(spots) and (spots < 70).all()
+    assert (neighbours % 100 == spots).all() and set(neighbours // 100) == {1, 2}
+    order.first = 2
+    assert list(order) == batches[2:], "resumed, the batches are the same"
+
+
+def test_nearest_spots_are_of_the_same_slice_and_the_same_part(work):
+    slices = [load(work), load(work, "P02_1", "val"), load(work, "P03_1", "train")]
+    spots = dataset.spots_of(slices, "train")
+    near = dataset.nearest_spots(slices, spots, 3)
+    assert near.shape == (140, 3)
+    for i, (slice_, here) in enumerate(spots):
+        xy = slices[slice_].xy_fullres_px
+        distance = np.linalg.norm(xy - xy[here], axis=1)
+        assert (spots[near[i], 0] == slice_).all() and i not in near[i]
+        np.testing.assert_allclose(distance[spots[near[i], 1]], np.sort(distance)[1:4])
+
+
+def test_a_slice_of_few_spots_fills_up_with_the_spot_itself(work):
+    slice_ = load(work)
+    near = dataset.nearest_spots([slice_, slice_], np.array([[0, 4], [0, 9], [1, 5]]), 3)
+    assert near.tolist() == [[1, 0, 0], [0, 1, 1], [2, 2, 2]]
 
 
 def test_spots_in_turn():

@@ -93,7 +93,7 @@ def test_bins_of_two_depths_become_alike(rng):
 
 def test_a_total_below_the_panels_sum_is_refused():
     refused(
-        "panel genes sum to 30, above its total 25",
+        "found 25 below the 30 counts of its panel genes",
         downsample_counts,
         np.array([[10, 20]]),
         np.array([25]),

@@ -113,9 +113,9 @@ def test_a_vocabulary_keeps_its_order_and_its_16906_names(tmp_path):
         (b"# nothing\n\n  \n", "expected one gene per line, found none"),
         (b"gene\n", "expected one gene per line, found none"),
         (b",,,\n", "expected one gene per line, found none"),
-        (b"A\nB\nA\nC\nB\n", r"2 genes stand twice \(first: A\)"),
-        (b"A,B,A", r"1 genes stand twice \(first: A\)"),
-        (b"ENSG1.4\nENSG1.5\n", r"1 genes stand twice \(first: ENSG1\)"),
+        (b"A\nB\nA\nC\nB\n", r"found 2 genes twice \(first: A\)"),
+        (b"A,B,A", r"found 1 gene twice \(first: A\)"),
+        (b"ENSG1.4\nENSG1.5\n", r"found 1 gene twice \(first: ENSG1\)"),
         (b"\xff\xfe\x00A", "expected gene names in ASCII letters, found"),
         ("TGF\u03b2".encode(), "expected gene names in ASCII letters, found TGF\u03b2"),
         (b"A\x00\x01B", "expected UTF-8 text .*found other bytes"),
@@ -157,7 +157,7 @@ def test_a_vocabulary_may_be_the_genes_of_an_h5ad(tmp_path):
 def test_a_vocabulary_may_have_a_heading_and_must_have_genes_once(tmp_path):
     (tmp_path / "v.tsv").write_text("Gene\tindex\nB\t0\nA\t1\n")
     assert gene_lists.read_vocabulary(tmp_path / "v.tsv") == ["B", "A"]
-    for names, words in (([], "found none"), (["A", "B", "A"], r"1 genes stand twice \(first: A\)")):
+    for names, words in (([], "found none"), (["A", "B", "A"], r"found 1 gene twice \(first: A\)")):
         adata = anndata.AnnData(np.zeros((1, len(names)), np.float32))
         adata.var_names = names
         adata.write_h5ad(tmp_path / "v.h5ad")
@@ -219,8 +219,8 @@ def test_a_list_on_one_line_is_the_panel(work, flag):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("erbb2\nTP53", r"1 of 2 genes are in no train slice \(erbb2, ...\); erbb2: did you mean ERBB2\?"),
-        ("Erbb2\nTp53", r"2 of 2 genes .*Erbb2: did you mean ERBB2\?"),
+        ("erbb2\nTP53", r"found 1 of 2 in none \(erbb2, ...\); erbb2: did you mean ERBB2\?"),
+        ("Erbb2\nTp53", r"found 2 of 2 in none .*Erbb2: did you mean ERBB2\?"),
         ("HER2", "remove them, or name a table of aliases with --gene_aliases"),
     ],
 )
@@ -301,9 +301,9 @@ def save_archive(path):
         ("g.npy", lambda path: np.save(path, np.zeros((3, 2), int)), r"found int64 of shape \(3, 2\)"),
         ("g.txt", lambda path: path.write_text(""), "found no gene"),
         ("g.txt", lambda path: path.write_text("just\nnames\n"), "found just"),
-        ("g.txt", lambda path: path.write_text("A 1 2\nB 1\n"), "B has 1 numbers, A has 2"),
+        ("g.txt", lambda path: path.write_text("A 1 2\nB 1\n"), "B with 1 numbers, A with 2"),
         ("g.txt", lambda path: path.write_text("A 1 2\nB 1 x\n"), "could not convert string to float: 'x'"),
-        ("g.txt", lambda path: path.write_text("A 1 2\nA 1 3\n"), "A stands there twice"),
+        ("g.txt", lambda path: path.write_text("A 1 2\nA 1 3\n"), "found A twice"),
     ],
 )
 def test_a_wrong_gene2vec_is_refused(tmp_path, name, write, words):

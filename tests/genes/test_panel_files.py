@@ -80,7 +80,9 @@ def test_the_hash_of_a_panel_depends_on_its_order():
 def test_a_missing_torn_or_foreign_panel_file_is_refused(tmp_path, prepared):
     path = gene_panels.panel_path(prepared.data, prepared.panels, "P01_1", "target")
     assert len(gene_panels.read_panel(path).genes) == 20
-    refused("run make_decoder_data.py first", gene_panels.read_panel, tmp_path / "none.h5ad")
+    refused(
+        "run make_decoder_data.py, or give the folder with --panels", gene_panels.read_panel, tmp_path / "none.h5ad"
+    )
     (tmp_path / "corrupt.h5ad").write_bytes(path.read_bytes()[:3000])
     refused("corrupt.h5ad: expected a file of make_decoder_data.py", gene_panels.read_panel, tmp_path / "corrupt.h5ad")
     anndata.AnnData(np.zeros((1, 3), np.float32)).write_h5ad(tmp_path / "foreign.h5ad")

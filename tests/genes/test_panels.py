@@ -97,13 +97,19 @@ def test_lists_replace_the_rules(work, tmp_path, capsys):
     assert "input panel: the list list.txt of 2 slices" in capsys.readouterr().out
     (tmp_path / "list.txt").write_text("\n".join([*some, "NOSUCH", "NEITHER"]))
     for flag in ("--target_genes", "--input_genes"):
-        refused(r"list.txt: 2 of 5 genes are in no train slice \(NOSUCH", chosen, work, flag, tmp_path / "list.txt")
+        refused(
+            r"list.txt: expected genes of the train slices, found 2 of 5 in none \(NOSUCH",
+            chosen,
+            work,
+            flag,
+            tmp_path / "list.txt",
+        )
 
 
 def test_a_listed_gene_of_held_out_slices_alone_is_an_error(work, tmp_path):
     rewrite_matrix(work.data / "P03_1", lambda c, b, names: (c, b, ["ONLY_HERE", *names[1:]]))
     (tmp_path / "list.txt").write_text("ONLY_HERE")
-    refused("1 of 1 genes are in no train slice", chosen, work, "--target_genes", tmp_path / "list.txt")
+    refused("found 1 of 1 in none", chosen, work, "--target_genes", tmp_path / "list.txt")
 
 
 def test_more_genes_asked_for_than_there_are(work, capsys):
@@ -144,14 +150,14 @@ def test_stage_two_and_its_evaluation_take_a_panel_of_all_genes(trained, tmp_pat
 
 def test_train_slices_of_two_species_have_no_panel(work):
     rewrite_matrix(work.data / "P02_1", lambda c, b, names: (c, b, [f"mouse_{name}" for name in names]))
-    refused("no gene name in common", chosen, work)
+    refused("expected gene names that all train slices share, found none", chosen, work)
 
 
 def test_without_a_train_slice_there_is_no_panel(work):
     (work.data / "slices.csv").write_text(PARTS.replace("train", "val"))
-    refused("no slice has part train", chosen, work)
+    refused("expected a slice of part train", chosen, work)
     (work.data / "slices.csv").write_text(PARTS)
-    refused("no slice has part val", chosen, work, "--part", "val")
+    refused("expected a slice of part val", chosen, work, "--part", "val")
     assert not work.panels.exists()
 
 
@@ -216,7 +222,7 @@ def test_duplicate_names_are_summed_and_counted(work, capsys):
 
     rewrite_matrix(work.data / "P02_1", divide)
     work.run("make_decoder_data")
-    assert "P02_1: 70 spots, 60 genes, 10476 counts, 1 duplicate gene names summed" in capsys.readouterr().out
+    assert "P02_1: 70 spots, 60 genes, 10476 counts, 1 duplicate gene name summed" in capsys.readouterr().out
     np.testing.assert_array_equal(panel(work, "P02_1").read_counts(), before)
 
 
@@ -233,7 +239,7 @@ def thin(counts, barcodes, names):
 def test_a_spot_without_a_count_is_dropped_and_counted(work, capsys):
     rewrite_matrix(work.data / "P01_1", thin)
     work.run("make_decoder_data")
-    assert "P01_1: 69 spots, 60 genes" in (said := capsys.readouterr().out) and "1 spots below 1 counts dropped" in said
+    assert "P01_1: 69 spots, 60 genes" in (said := capsys.readouterr().out) and "1 spot below 1 count dropped" in said
     barcodes = visium.read_slice(work.data / "P01_1").spots.index
     assert panel(work, "P01_1").barcodes.tolist() == barcodes[1:].tolist()
     assert len(panel(work, "P02_1").barcodes) == 70, "no spot is dropped by default"
@@ -245,8 +251,8 @@ def test_min_counts(work, capsys):
     work.run("make_decoder_data", "--min_counts", least)
     kept = panel(work, "P02_1").total_counts
     assert kept.tolist() == total[total >= least].tolist() and len(kept) == 40
-    assert f"30 spots below {least} counts dropped" in capsys.readouterr().out
-    refused("P01_1: expected spots with counts, found none of at least 99", chosen, work, "--min_counts", 999999)
+    assert f"30 spots below {least} count" in capsys.readouterr().out
+    refused("P01_1: expected spots of at least 99 counts, found none", chosen, work, "--min_counts", 999999)
 
 
 def test_dropped_spots_do_not_choose(work):

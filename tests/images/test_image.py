@@ -144,7 +144,7 @@ def test_a_scanners_file_is_not_read_otherwise_where_openslide_is_missing(tmp_pa
     (tmp_path / "c.mrxs").write_bytes(b"\xff\xd8\xff an index that looks like JPEG")
     monkeypatch.setitem(sys.modules, "openslide", None)
     for path in (tmp_path / name, tmp_path / "c.mrxs"):
-        with pytest.raises(ValueError, match=r"whole-slide files need `pip install openslide-python openslide-bin`"):
+        with pytest.raises(ValueError, match=r"found none; pip install openslide-python openslide-bin"):
             open_image(path)
     open_image(tmp_path / "b.svs").close()
 
@@ -163,7 +163,7 @@ def test_a_missing_codec_names_its_remedy(tmp_path, monkeypatch):
 
     with open_image(tmp_path / "b.tif") as image:
         monkeypatch.setattr(tiff.Segmented, "_decode", without)
-        with pytest.raises(ValueError, match=r"b\.tif: this compression needs `pip install --upgrade imagecodecs`"):
+        with pytest.raises(ValueError, match=r"b\.tif: expected a compression that the installed imagecodecs knows"):
             image.region(0, 0, 10, 10)
 
 

@@ -181,7 +181,7 @@ def test_without_counts_every_position_in_tissue_has_a_tile(data):
 @pytest.mark.parametrize("barcode", ["a/b-1", "../up", ".hidden", "a\\b"])
 def test_barcodes_that_are_no_file_names_are_refused(data, barcode):
     write_spatial(data / "slice", [*grid_lines(INSIDE[:3]), f"{barcode},1,3,5,200,200"], scales=SCALES)
-    refused("cannot be a file name", cut, data)
+    refused("expected barcodes that can be file names, found", cut, data)
     assert not (data.parent / "tiles").exists(), "nothing half written"
 
 
@@ -327,7 +327,7 @@ def test_a_run_interrupted_while_it_replaces_leaves_no_record(data, monkeypatch)
     folder = cut(data, "--jpeg")
     stop_at(data, monkeypatch, "write_record", "--jpeg", "--tile_px", 14)
     assert not (folder / "tiles.json").exists() and not list(folder.glob("*.part"))
-    refused("run image_tilling.py first", tiles.TilePack, folder)
+    refused("run image_tilling.py, or give the folder of tiles with --tiles", tiles.TilePack, folder)
     cut(data)
     assert tiles.TilePack(folder).size == 28 and set(times(folder)) == {"tiles.h5", "tiles.json"}
 

@@ -104,7 +104,7 @@ def test_what_is_read_back_is_compared(source, tmp_path, monkeypatch, what):
 
 def test_what_a_killed_run_left_is_no_slice_and_is_replaced(source, root, tmp_path):
     (tmp_path / ".S1.part" / "spatial").mkdir(parents=True)
-    refused("found 0 other folders", splits.read_table, tmp_path)
+    refused("found no folder; give", splits.read_table, tmp_path)
     import_slice(source, tmp_path)
     assert_same_slice(tmp_path / "S1", root)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["S1", "slices.csv"]
@@ -116,7 +116,7 @@ def test_bad_sources_are_refused_before_anything_is_written(source, tmp_path):
     slashed = spots.set_index(pd.Index([f"a/{b}" for b in spots.index], name="barcode"))
     for changed, match in (
         ({"spots": repeated}, "each barcode once"),
-        ({"spots": slashed}, "cannot be a file name"),
+        ({"spots": slashed}, "expected barcodes that can be file names, found"),
         ({"spots": spots.assign(x_fullres_px=np.nan)}, "finite spot positions"),
         ({"spots": spots + 1e6}, "expected 70 spots on its 1150 x 1153 px, found 70 outside"),
         ({"image": None}, "found none; name it with --image"),

@@ -313,7 +313,7 @@ def test_folders_of_other_forms_are_named(simulated, tmp_path):
     for name, files, found in (
         ("store.zarr", ["x"], "a zarr store: --format spatialdata"),
         ("store", [".zgroup"], "a zarr store"),
-        ("several", ["a.h5ad", "b.h5ad"], "a.h5ad, b.h5ad: give one of them"),
+        ("several", ["a.h5ad", "b.h5ad"], "a.h5ad, b.h5ad; give one of them"),
         ("geo", ["GSM1_A_barcodes.tsv.gz", "GSM1_A_matrix.mtx.gz"], "files as GEO keeps them .GSM1_A_barcodes.tsv.gz"),
     ):
         (tmp_path / name).mkdir()

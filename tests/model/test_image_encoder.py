@@ -202,13 +202,17 @@ def test_a_file_without_a_classifier_loads(tmp_path):
     ids=["another ViT", "a network", "one missing", "other names", "one too many"],
 )
 def test_other_weights_are_refused(spoil):
-    with pytest.raises(ValueError, match="--image_weights do not fit test_vit"):
+    with pytest.raises(ValueError, match="--image_weights: expected weights of test_vit, found"):
         ImageEncoder("test_vit", SIDE, WIDTH, spoil(weights_of("test_vit", img_size=SIDE)))
 
 
 def test_an_unknown_name_is_refused_with_names_near_it():
-    with pytest.raises(ValueError, match=r"--image_encoder resnet_no: expected .*near it: .*resnet"):
+    with pytest.raises(ValueError, match=r"--image_encoder: expected a model .*, found resnet_no; did you mean resnet"):
         ImageEncoder("resnet_no", SIDE, WIDTH)
+    with pytest.raises(ValueError, match=r"found testvit; did you mean test_vit"):
+        ImageEncoder("testvit", SIDE, WIDTH)
+    with pytest.raises(ValueError, match=r"found test_vit.of_none; use one of test_vit.r160_in1k"):
+        ImageEncoder("test_vit.of_none", SIDE, WIDTH)
 
 
 def test_without_a_network_the_other_choices_are_named(monkeypatch):
@@ -216,7 +220,7 @@ def test_without_a_network_the_other_choices_are_named(monkeypatch):
         raise FileNotFoundError("cannot find the requested files")
 
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", unreachable)
-    with pytest.raises(ValueError, match=r"be downloaded .* or none"):
+    with pytest.raises(ValueError, match=r"no way to download .* or none"):
         ImageEncoder("test_vit.r160_in1k", SIDE, WIDTH, "timm")
 
 

@@ -77,7 +77,7 @@ def test_a_config_of_another_library_is_refused_with_a_way_out(hub):
     for content in ({"model_type": "dinov2"}, config() | {"architecture": "gigapath_tile_enc"}):
         (hub / "config.json").write_text(json.dumps(content))
         with pytest.raises(
-            ValueError, match=r"--image_encoder hf-hub:some/model: .*no model of timm's.*--image_weights"
+            ValueError, match=r"--image_encoder hf-hub:some/model: .*names a timm model, found .*--image_weights"
         ):
             ImageEncoder("hf-hub:some/model", 160, WIDTH)
 
@@ -91,12 +91,18 @@ FAILURES = {
         lambda: errors.GatedRepoError("403 Client Error.\nCannot access gated repo", response=answer(403)),
         r"is gated.*https://huggingface.co/(\S+), then `hf auth login` \(or set HF_TOKEN\).*--image_weights FILE",
     ),
-    "no token": (lambda: errors.HfHubHTTPError("401", response=answer(401)), "is gated, .*hf auth login"),
+    "no token": (
+        lambda: errors.HfHubHTTPError("401", response=answer(401)),
+        "one that is gated or does not exist; .*hf auth login",
+    ),
     "no such model": (
         lambda: errors.RepositoryNotFoundError("404 Client Error.", response=answer(404)),
         r"expected a model at https://huggingface.co/\S+, found none",
     ),
-    "no network": (lambda: errors.LocalEntryNotFoundError("cannot\nconnect"), r"cannot be downloaded \(cannot connect"),
+    "no network": (
+        lambda: errors.LocalEntryNotFoundError("cannot\nconnect"),
+        r"no way to download them \(cannot connect",
+    ),
 }
 
 
@@ -131,7 +137,7 @@ def test_a_model_for_which_timm_has_no_weights_says_so():
 
 
 def test_a_name_of_the_hub_without_its_prefix_is_understood():
-    with pytest.raises(ValueError, match="of the hub: hf-hub:MahmoodLab/UNI"):
+    with pytest.raises(ValueError, match="for a model of the hub give hf-hub:MahmoodLab/UNI"):
         ImageEncoder("MahmoodLab/UNI", 224, WIDTH)
 
 

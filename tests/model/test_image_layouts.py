@@ -136,7 +136,7 @@ WRONG = {
         lambda s: s | {"patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)},
         r"patch_embed.proj.weight \[64, 3, 8, 8\], not \[64, 3, 16, 16\]",
     ),
-    "a grid that is no square": ("w.pth", lambda s: s | {"pos_embed": torch.zeros(1, 14, 64)}, "do not fit"),
+    "a grid that is no square": ("w.pth", lambda s: s | {"pos_embed": torch.zeros(1, 14, 64)}, "expected weights of"),
     "other names": ("w.pth", lambda s: {f"{k}.raw": v for k, v in s.items()}, r"\d+ missing .*unknown"),
     "an optimizer alone": (
         "w.pth",
@@ -148,7 +148,7 @@ WRONG = {
         lambda s: {"a": dict(list(s.items())[::2]), "b": dict(list(s.items())[1::2])},
         r"in \S+w.pth \(a\): \d+ missing",
     ),
-    "heads alone": ("w.pth", lambda s: {"head.weight": ONES}, "none of its 1 tensors"),
+    "heads alone": ("w.pth", lambda s: {"head.weight": ONES}, "1 tensors, none of a trunk"),
     "no names": ("w.pth", lambda s: [ONES], "expected named tensors"),
     "no tensors": ("w.pth", lambda s: {"model": {}}, "expected named tensors"),
 }
@@ -175,23 +175,23 @@ def test_torn_empty_and_foreign_files_are_named_in_one_line(tmp_path):
     for suffix in ("pth", "safetensors"):
         path, whole = tmp_path / f"w.{suffix}", (tmp_path / f"whole.{suffix}").read_bytes()
         for content, expected in (
-            (b"", "corrupt: it is empty"),
+            (b"", "found an empty file"),
             (whole[:1000], "is corrupt"),
             (whole[:-50], "is corrupt"),
         ):
             path.write_bytes(content)
             one_line(path, expected)
         path.write_text("<html>not found</html>")
-        one_line(path, "is corrupt, or no file of weights")
+        one_line(path, "found a corrupt or another file")
 
 
 def test_code_in_a_file_is_named_and_never_run(tmp_path):
     state, path = build("class").state_dict(), tmp_path / "w.pth"
     torch.save({"model": state, "bomb": Bomb(tmp_path / "ran")}, path)
-    line = one_line(path, r"holds more than tensors and plain values \(posix.mkdir\)")
+    line = one_line(path, r"expected tensors and plain values, found code \(posix.mkdir\)")
     assert "save the tensors alone" in line and "weights_only" not in line, "torch's own advice is to run it"
     torch.save(timm.create_model("test_vit"), path)
-    one_line(path, r"holds more than tensors .*\(timm.models.vision_transformer.VisionTransformer\)")
+    one_line(path, r"expected tensors .* found code \(timm.models.vision_transformer.VisionTransformer\)")
     path.write_bytes(pickle.dumps({"model": Bomb(tmp_path / "ran")}))
-    one_line(path, "no file of weights|holds more")
+    one_line(path, "a corrupt or another file|found code")
     assert not (tmp_path / "ran").exists()

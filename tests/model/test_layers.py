@@ -38,7 +38,7 @@ def test_attention_equals_its_loops():
 
 
 def test_a_width_that_heads_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="width 10 is not a multiple of its 4 heads"):
+    with pytest.raises(ValueError, match="a multiple of its 4 heads, found 10"):
         Attention(10, 4)
 
 

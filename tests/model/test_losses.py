@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 
 from model import losses
 
@@ -55,6 +56,12 @@ def test_matching_loss_by_hand():
     logits = torch.tensor([math.log(3.0), 0.0])  # probabilities 3/4 and 1/2
     expected = -(math.log(3 / 4) + math.log(1 / 2)) / 2
     assert float(losses.matching_loss(logits, torch.tensor([True, False]))) == pytest.approx(expected)
+
+
+def test_pair_auc_is_that_of_scikit_learn_ties_too():
+    pairs, others = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([0.5, 0.5, -3.0, 2.5])
+    expected = roc_auc_score([1] * 3 + [0] * 4, torch.cat([pairs, others]))
+    assert losses.pair_auc(pairs, others).item() == pytest.approx(expected) == 0.5
 
 
 def test_expression_loss_is_the_mean_over_measured_entries():

@@ -150,7 +150,7 @@ def test_a_missing_tensor_is_named(scbert_tensors, depth):
 
 
 def test_a_deeper_encoder_than_the_file_is_refused(scbert_tensors):
-    words = r"87 of scBERT's 101 tensors found, missing .*layers\.6.* and 13 more.*--gene_depth \(7\)"
+    words = r"expected scBERT's 101 tensors, found 87, without .*layers\.6.* and 13 more.*--gene_depth \(7\)"
     refused(words, load_scbert, gene_encoder(depth=7), scbert_tensors)
 
 
@@ -160,9 +160,9 @@ def test_a_deeper_encoder_than_the_file_is_refused(scbert_tensors):
         (
             "performer.net.layers.3.1.fn.fn.w1.weight",
             torch.zeros(400, WIDTH),
-            r"layers\.3\.1\.fn\.fn\.w1\.weight has shape \(400, 200\), expected \(800, 200\) by --gene_width 200",
+            r"layers\.3\.1\.fn\.fn\.w1\.weight of shape \(800, 200\) by --gene_width 200 .*, found \(400, 200\)",
         ),
-        ("norm.weight", torch.full((WIDTH,), torch.nan), "norm.weight holds NaN or infinity"),
+        ("norm.weight", torch.full((WIDTH,), torch.nan), "norm.weight: expected numbers, found NaN or infinity"),
     ],
     ids=["shape", "NaN"],
 )
@@ -174,12 +174,11 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_copied(scbert_tensor
 
 
 def test_other_heads_or_width_than_the_files_are_named(scbert_tensors):
-    refused(
-        r"to_q.weight has shape \(640, 200\), .*--gene_heads 8", load_scbert, gene_encoder(1, heads=8), scbert_tensors
-    )
-    refused(
-        r"token_emb.* has shape \(7, 200\), .*--gene_width 64", load_scbert, gene_encoder(1, width=64), scbert_tensors
-    )
+    for changed, words in (
+        ({"heads": 8}, r"to_q.weight of shape .*--gene_heads 8, found \(640, 200\)"),
+        ({"width": 64}, r"token_emb.* of shape .*--gene_width 64 .*found \(7, 200\)"),
+    ):
+        refused(words, load_scbert, gene_encoder(1, **changed), scbert_tensors)
 
 
 class Code:
@@ -195,12 +194,12 @@ class Code:
 def wrong_files(folder, scbert_tensors):
     """What may be given in place of the released file, and what is said of it."""
     torch.save({"layer.weight": torch.zeros(3)}, folder / "another.pth")
-    yield "another.pth", r"0 of scBERT's 87 tensors found, missing .* and 86 more"
+    yield "another.pth", r"expected scBERT's 87 tensors, found 0, without .* and 86 more"
     write_released(folder / "corrupt.pth", scbert_tensors)
     (folder / "corrupt.pth").write_bytes((folder / "corrupt.pth").read_bytes()[:100_000])
     yield "corrupt.pth", "corrupt.pth is corrupt"
     torch.save({"model_state_dict": scbert_tensors, "losses": Code(folder / "ran")}, folder / "code.pth")
-    yield "code.pth", "holds more than tensors and plain values"
+    yield "code.pth", "expected tensors and plain values, found code"
     torch.save({"epoch": 3, "model_state_dict": {}}, folder / "empty.pth")
     yield "empty.pth", "expected named tensors in .*, found none"
     write_released(folder / "no_positions.pth", {n: t for n, t in scbert_tensors.items() if n != scbert.POSITIONS})

@@ -14,15 +14,15 @@ from model.stage_one import StageOne, StageOneSizes
 
 def test_losses_are_finite_scalars_that_add_up():
     found = step_of(stage_one(), batch_of(), expression_weight=0.5)
-    for part in (found.loss, found.contrast, found.matching, found.expression, found.matching_accuracy):
+    for part in (found.loss, found.contrast, found.matching, found.expression, found.matching_auc):
         assert part.shape == () and torch.isfinite(part)
     torch.testing.assert_close(found.loss, found.contrast + found.matching + 0.5 * found.expression)
     assert found.expression > 0.1
-    assert 0 <= found.matching_accuracy <= 1
+    assert 0 <= found.matching_auc <= 1
     torch.testing.assert_close(step_of(stage_one(), batch_of()).loss, found.contrast + found.matching)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3])
+@pytest.mark.parametrize("weight", [0.3, 2.0])
 def test_the_matching_counts_by_its_weight(weight):
     found = step_of(stage_one(), batch_of(), matching_weight=weight)
     torch.testing.assert_close(found.loss, found.contrast + weight * found.matching)
@@ -134,9 +134,11 @@ def test_momentum_features_enter_the_queue_after_the_step():
 
 def test_queue_rows_are_negatives_of_the_next_batch():
     model = stage_one()
-    alone = step_of(model, batch_of(), alpha=0.0).contrast
+    alone, chance = step_of(model, batch_of(), alpha=0.0).contrast, model.contrast_chance(BATCH)
     model.after_step(step_of(model, batch_of(seed=1)).pair_m)
     assert step_of(model, batch_of(), alpha=0.0).contrast > alone + 0.1
+    assert chance == pytest.approx(math.log(6))
+    assert model.contrast_chance(BATCH) == pytest.approx((math.log(6) + math.log(12)) / 2)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
@@ -168,12 +170,13 @@ def test_momentum_features_enter_target_and_queue(alpha, queue):
 
 
 def test_without_momentum_encoders_a_step_is_that_of_the_encoders_alone():
-    """Neither built, saved nor updated; the loss without distillation and queue is the same as with them."""
+    """Neither built, saved nor updated; the loss is that within the batch."""
     plain, full = (stage_one(queue_size=0, momentum_encoders=given) for given in (False, True))
     encoders = {name for name in full.state_dict() if "_encoder_m." not in name}
     assert set(plain.state_dict()) == encoders and encoders != set(full.state_dict())
     found = step_of(plain, batch_of(), alpha=0.0)
-    assert torch.equal(found.loss, step_of(full, batch_of(), alpha=0.0).loss)
+    pair, _ = pairs_of(full, batch_of())
+    torch.testing.assert_close(found.contrast, plain.contrast(pair, None, plain.queue.filled(), 0.0))
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     plain.reset_momentum_encoders()
     plain.eval().after_step(found.pair_m)
@@ -220,8 +223,10 @@ def test_features_have_unit_length_and_tokens_the_promised_number():
     gene, gene_tokens = model.encode_genes(batch["bins"])
     for vector in (image, gene):
         torch.testing.assert_close(vector.norm(dim=1), torch.ones(BATCH))
-    assert image_tokens.shape == (BATCH, 1 + 4, 32)
-    assert gene_tokens.shape == (BATCH, 4, 32)
+    assert image_tokens.shape == (BATCH, 1 + 4 + 1, 32)
+    assert gene_tokens.shape == (BATCH, 4 + 1, 32)
+    for vector, tokens in ((image, image_tokens), (gene, gene_tokens)):
+        torch.testing.assert_close(tokens[:, -1], vector * 32**0.5)
 
 
 def test_losses_fall_on_one_batch():

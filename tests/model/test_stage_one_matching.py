@@ -4,10 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from small_stage_one import BATCH, batch_of, stage_one, step_of
-
-from model.contrastive import Pair
 
 
 class Recorder(torch.nn.Module):
@@ -35,12 +32,11 @@ class Recorder(torch.nn.Module):
 
 
 def matched(answer, spots):
-    """Loss, accuracy and what the fusion saw, for tokens that carry the number of their spot."""
+    """Loss, AUC and what the fusion saw, for tokens that carry the number of their spot."""
     model = stage_one()
     model.fusion = Recorder(answer)
     tokens = spots.float()[:, None, None].expand(-1, 2, 32)
-    pair = Pair(F.normalize(torch.randn(len(spots), 32), dim=1), F.normalize(torch.randn(len(spots), 32), dim=1), spots)
-    return *model.match(tokens, tokens, pair, torch.Generator().manual_seed(0)), *model.fusion.given
+    return *model.match(tokens, tokens, spots, torch.Generator().manual_seed(0)), *model.fusion.given
 
 
 def test_matching_sees_each_pair_with_a_wrong_profile_and_a_wrong_image():
@@ -51,19 +47,6 @@ def test_matching_sees_each_pair_with_a_wrong_profile_and_a_wrong_image():
     assert images[n : 2 * n].tolist() == spots.tolist()
     assert genes[2 * n :].tolist() == spots.tolist()
     assert (genes[n:] != images[n:]).all()
-
-
-def test_wrong_profiles_follow_the_images_row_and_wrong_images_the_profiles():
-    model, n = stage_one(), 5
-    model.fusion = Recorder(lambda g, i: torch.zeros(g.shape))
-    spots = torch.arange(n)
-    image = torch.eye(n, 32)
-    gene = image.roll(1, dims=0)  # image i is most like profile i + 1, so profile i most like image i - 1
-    tokens = spots.float()[:, None, None].expand(-1, 2, 32)
-    model.match(tokens, tokens, Pair(image, gene, spots), torch.Generator().manual_seed(0))
-    genes, images = model.fusion.given
-    assert genes[n : 2 * n].tolist() == [1, 2, 3, 4, 0]
-    assert images[2 * n :].tolist() == [4, 0, 1, 2, 3]
 
 
 def test_a_step_matches_the_tokens_that_the_encoders_give():
@@ -82,7 +65,7 @@ def test_a_step_matches_the_tokens_that_the_encoders_give():
 
 
 @pytest.mark.parametrize(
-    ("answer", "accuracy", "loss"),
+    ("answer", "auc", "loss"),
     [
         (lambda g, i: 8.0 * (g == i) - 4.0, 1.0, math.log1p(math.exp(-4))),
         (lambda g, i: 4.0 - 8.0 * (g == i), 0.0, math.log1p(math.exp(4))),
@@ -91,13 +74,21 @@ def test_a_step_matches_the_tokens_that_the_encoders_give():
     ],
     ids=["knows", "errs", "always yes", "always no"],
 )
-def test_matching_accuracy_weighs_pairs_and_non_pairs_alike(answer, accuracy, loss):
-    loss_found, fraction, *_ = matched(answer, torch.tensor([3, 5, 6, 8]))
-    assert fraction.item() == pytest.approx(accuracy)
+def test_matching_auc_does_not_depend_on_a_cut(answer, auc, loss):
+    loss_found, found, *_ = matched(answer, torch.tensor([3, 5, 6, 8]))
+    assert found.item() == pytest.approx(auc)
     assert loss_found.item() == pytest.approx(loss, rel=1e-4)
 
 
-def test_hard_negatives_of_a_step_follow_its_generator():
+def test_without_its_weight_the_fusion_is_not_computed():
+    model, batch = stage_one(), batch_of()
+    model.fusion = Recorder(lambda g, i: torch.zeros(g.shape))
+    found = step_of(model, batch, matching_weight=0.0)
+    assert not model.fusion.calls and found.matching.item() == 0
+    assert found.loss.item() == found.contrast.item()
+
+
+def test_negatives_of_a_step_follow_its_generator():
     model, batch = stage_one(), batch_of()
     first, again, other = (step_of(model, batch, seed=s).matching for s in (1, 1, 2))
     assert torch.equal(first, again)

@@ -98,14 +98,14 @@ def test_norm_layers_alone(name):
 
 
 def test_a_network_without_norms_is_refused():
-    with pytest.raises(ValueError, match="--tune norm: this encoder has no norm layers"):
+    with pytest.raises(ValueError, match="--tune norm: expected an encoder with norm layers, found none"):
         tuning.tune(encoder_of("test_nfnet"), "norm")
 
 
 def test_a_network_whose_layers_are_unknown_is_refused():
     encoder = encoder_of()
     encoder.trunk = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="cannot tell the layers of Sequential apart"):
+    with pytest.raises(ValueError, match="expected a timm model with layers in order, found Sequential"):
         tuning.tune(encoder, "last:1")
 
 

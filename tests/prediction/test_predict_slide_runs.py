@@ -64,7 +64,7 @@ def test_help_and_checks_come_before_torch():
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ((), "P03_1_he.jpg: its scale is not known .*; give --um_per_px$"),
+        ((), "P03_1_he.jpg: expected a scale .*, found none; give --um_per_px$"),
         (("--um_per_px", 1, "--positions", "nothing.csv"), "--positions: expected the file nothing.csv"),
         (("--um_per_px", 1, "--mask", "nothing.png"), "--mask: expected the file nothing.png"),
         (("--um_per_px", 1, "--spot_pitch_um", 1e-3), "spot pitch"),
@@ -83,7 +83,7 @@ def test_a_model_of_tiles_without_scale_and_unlike_members_are_refused(trained, 
     checkpoint.save(tmp_path / "a.pth", "stage_two", **state | {"tile_scale": [32, None]})
     checkpoint.save(tmp_path / "b.pth", "stage_two", **state | {"genes": state["genes"][::-1]})
     assert exit_code(section[0], tmp_path / "a.pth", tmp_path / "out") == 2
-    stderr_line(capsys, "a.pth was trained on tiles without scale")
+    stderr_line(capsys, "a.pth: expected a model of tiles of a stated scale")
     assert exit_code(section[0], [trained.decoder, tmp_path / "b.pth"], tmp_path / "out") == 2
     stderr_line(capsys, "b.pth: expected the genes of .*, found others")
     assert exit_code(section[0], [trained.decoder, tmp_path / "b.pth"], tmp_path / "out", "--prediction_std") == 2

@@ -56,9 +56,9 @@ def test_bad_tables(slides, tmp_path, text, expected):
 
 def test_two_slides_of_one_name_and_one_file_for_several(slides, tmp_path):
     (tmp_path / "A.png").touch()
-    with pytest.raises(ValueError, match=r"a.svs and .*A.png would both go to"):
+    with pytest.raises(ValueError, match=r"a.svs and .*A.png would would go to"):
         listed([slides[0], tmp_path / "A.png"])
-    with pytest.raises(ValueError, match="both go to"):
+    with pytest.raises(ValueError, match="would go to"):
         listed([slides[0], slides[0]])
     (tmp_path / "m.png").touch()
     with pytest.raises(ValueError, match="--mask: expected one slide, found 3"):

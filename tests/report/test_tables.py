@@ -108,6 +108,17 @@ def test_missing_results_are_named_in_one_line(results, capsys, name):
     assert f"{name}/metrics.json: expected results, found none; run {script}" in error
 
 
+def test_a_leak_stands_below_the_tables(results, capsys):
+    report_command.main([str(results)])
+    assert "warning" not in capsys.readouterr().out
+    path = results / "similarity" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"leak": ["C5"]}))
+    report_command.main([str(results)])
+    assert "warning: C5 seen in training (--allow_leak)" in capsys.readouterr().out.splitlines()[-1]
+    assert tables.leak_note({"leak": ["C5", "B4"]}) == " (leak: C5, B4 seen in training)"
+    assert tables.leak_note({"leak": []}) == tables.leak_note({}) == ""
+
+
 def test_the_ceiling_of_real_slices_is_not_known(results, tmp_path, capsys):
     pd.DataFrame({"gene": ["a"]}).to_csv(results / "similarity" / "genes.csv", index=False)
     with pytest.raises(SystemExit) as stop:

@@ -15,9 +15,11 @@ from tiny_runs import Work, stderr_line
 
 from utils import settings
 from utils.sharing import __main__ as sharing
-from utils.sharing import export
+from utils.sharing import export, model_card
 from utils.training import checkpoint
 from utils.training.shared_folder import CARD, CONFIG, FILES, WEIGHTS
+
+SPLIT = {"P01_1": "train", "P01_2": "test"}
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +172,14 @@ def test_publishable_values(value, expected):
     assert export.publishable(value) == expected
 
 
+def test_a_leak_stands_in_the_card():
+    table = [
+        {"slice": s, "patient": "P01", "part": part, "spot_pitch_um": None, "image": None} for s, part in SPLIT.items()
+    ]
+    lines = model_card._slices({"table": table, "settings": {"val_strip": True}})
+    assert lines[0] == "- train: P01_1 (patient P01)" and "leak: P01 (test, train) in test" in lines[-1]
+
+
 def test_the_card(shared):
     for kind, folder in shared.items():
         card = huggingface_hub.ModelCard.load(folder / CARD)
@@ -177,6 +187,7 @@ def test_the_card(shared):
         assert card.data.license is None and "Whoever shares these weights states their licence" in card.text
         assert "- train: P01_1 (patient P01)" in card.text and "- val: P02_1 (patient P02)" in card.text
         assert "P03" not in card.text, "not trained on"
+        assert "leak" not in card.text
         assert "32 x 32 px, 3.5 um per px, 112 um" in card.text
         state = load(folder, kind)
         for name, value in state["row"].items():

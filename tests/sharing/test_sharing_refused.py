@@ -28,7 +28,7 @@ def test_only_a_new_folder_is_written_to(trained, own):
 
 def test_a_checkpoint_to_resume_from_is_not_shared(trained, tmp_path):
     path = trained.decoder.with_name(LAST)
-    refused("is there to resume from; fix: give best_epoch_weights.pth", export.export, path, tmp_path / "new")
+    refused("found those to resume from; give best_epoch_weights.pth", export.export, path, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -40,7 +40,7 @@ def damage(folder, kind, how):
     first = "model.image_encoder.to_vector.weight"
     if how.startswith("corrupt"):
         weights.write_bytes(whole[: int(len(whole) * float(how.split()[1]))])
-        return "model.safetensors is corrupt"
+        return "model.safetensors: expected weights, found an? (corrupt|empty)"
     if how == "no weights":
         weights.unlink()
         return "found no model.safetensors; give a folder that --export wrote"
@@ -49,7 +49,7 @@ def damage(folder, kind, how):
         return "found no config.json; give"
     if how == "a tensor missing":
         save_file({name: one for name, one in tensors.items() if name != first}, weights)
-        return r"is not the one of config.json: expected float32 \[32, ..\] for model.image_encoder.*, found none"
+        return r"expected float32 \[32, ..\] for model.image_encoder.*, found none"
     if how == "a tensor more":
         save_file(tensors | {"model.more": torch.ones(2)}, weights)
         return r"expected none for model.more, found float32 \[2\]"
@@ -61,10 +61,10 @@ def damage(folder, kind, how):
         return r"to_vector.weight, found bfloat16 \["
     if how == "another model":
         save_file(tensors | {first: tensors[first] + 1}, weights)
-        return "expected another sha256; fix: export"
+        return "expected the sha256 of config.json, found another; fix: export"
     if how == "code":
         weights.write_bytes(pickle.dumps(Bomb(folder / "ran")))
-        return "model.safetensors is corrupt, or"
+        return "model.safetensors: expected weights, found a corrupt or"
     if how == "broken JSON":
         config.write_text(config.read_text()[:-20])
         return "config.json: expected JSON, found .*; fix: export"
@@ -79,19 +79,19 @@ def damage(folder, kind, how):
         return "expected what --export wrote, found the config of something else"
     if how == "keys missing":
         config.write_text(json.dumps({k: v for k, v in known.items() if k not in ("genes", "settings")}))
-        return r"config.json lacks genes \(list\), settings \(dict\); fix: export"
+        return r"config.json: expected genes \(list\), settings \(dict\), found none; fix: export"
     if how == "no scale":
         config.write_text(json.dumps(known | {"tile_scale": {}}))
-        return "config.json lacks side_px of tile_scale"
+        return "config.json: expected side_px of tile_scale, found none"
     if how == "sizes of another model":
         config.write_text(json.dumps(known | {"sizes": known["sizes"] | {"width": 16}}))
-        return "do not fit this version"
+        return "weights that fit this version, found others"
     if how == "newer":
         config.write_text(json.dumps(known | {"format": checkpoint.FORMAT + 1}))
-        return rf"has format {checkpoint.FORMAT + 1}, this version reads .*; a newer Magic made it: update this one"
+        return rf"expected format .*, found {checkpoint.FORMAT + 1}; update this Magic, a newer one made it"
     if how == "older":
         config.write_text(json.dumps(known | {"format": 1}))
-        return rf"has format 1, this version reads .*; train it again with {checkpoint.SCRIPTS[kind]}"
+        return rf"expected format .*, found 1; train it again with {checkpoint.SCRIPTS[kind]}"
     assert how == "the other stage"
     other = next(one for one in KINDS if one != kind)
     config.write_text(json.dumps(known | {"kind": other}))
@@ -129,13 +129,13 @@ def test_a_folder_of_checkpoints_is_told_apart(trained, capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "says"), [(1, "train it again with train_decoder.py"), (99, "a newer Magic made it: update this one")]
+    ("number", "says"), [(1, "train it again with train_decoder.py"), (99, "update this Magic, a newer one made it")]
 )
 def test_files_of_other_formats_say_what_to_do(trained, tmp_path, number, says):
     state = torch.load(trained.decoder, weights_only=True)
     torch.save(state | {"format": number}, tmp_path / "other.pth")
-    refused(f"has format {number}, .*; {says}", load, tmp_path / "other.pth", "stage_two")
-    refused(f"has format {number}, .*; {says}", export.export, tmp_path / "other.pth", tmp_path / "new")
+    refused(f"expected format .*, found {number}; {says}", load, tmp_path / "other.pth", "stage_two")
+    refused(f"expected format .*, found {number}; {says}", export.export, tmp_path / "other.pth", tmp_path / "new")
 
 
 def test_either_stage_is_asked_for(tmp_path):

@@ -256,7 +256,7 @@ def test_command_line_prints_the_ceilings_and_writes_only_into_out(tmp_path, mon
     assert "mean ceiling of the top 20 genes: 0." in capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == ["P01_1", "slices.csv"]
     assert not any((tmp_path / "elsewhere").iterdir()) and {p.name for p in tmp_path.iterdir()} == {"deep", "elsewhere"}
-    with pytest.raises(SystemExit, match="expected a new or an empty folder"):
+    with pytest.raises(ValueError, match="expected a new or an empty folder"):
         command.main(command.parse_args(["--out", str(out), *flags]))
 
 

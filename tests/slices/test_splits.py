@@ -132,8 +132,10 @@ def test_bad_data_folders(data, tmp_path):
     (tmp_path / "file").write_text("")
     refused("found a file", splits.read_table, tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    refused("found 0 other folders", splits.read_table, tmp_path / "empty")
-    refused("give the folder above it", splits.read_table, data / "A1")
+    refused("found no folder; give", splits.read_table, tmp_path / "empty")
+    (tmp_path / "empty/notes").mkdir()
+    refused("found 1 folder without; give", splits.read_table, tmp_path / "empty")
+    refused("found a slice folder itself; give the folder above it", splits.read_table, data / "A1")
 
 
 def test_bins_of_one_hd_run_are_one_patient(data):

@@ -79,7 +79,7 @@ def test_total_counts_of_obs_go_before_sums_and_empty_spots_are_left_out(prepare
     (one,) = read(prepared, slices, folder)
     kept = np.delete(np.arange(8), 2)
     np.testing.assert_array_equal(one.bins, gene_panels.bin_tokens(counts[kept], total[kept]))
-    assert "1 spots without a count left out" in capsys.readouterr().out
+    assert "1 spot without a count left out" in capsys.readouterr().out
 
 
 def test_counts_are_thinned_to_a_common_depth_before_they_are_binned(prepared, slices, panel, folder):

@@ -44,7 +44,14 @@ def test_under_half_of_the_panel_is_refused(scbert_files):
 def test_a_vocabulary_of_another_length_would_shift_genes(scbert_files, tmp_path, n_names):
     (tmp_path / "genes.txt").write_text("\n".join(["first", *NAMES][:n_names]))
     args = flags(scbert_files, gene_vocab=tmp_path / "genes.txt")
-    refused(f"positions of 16906 genes, .*names {n_names}", gene_weights.load, gene_encoder(), args, PANEL, [])
+    refused(
+        f"expected 16906 genes, as .* has positions, found {n_names}",
+        gene_weights.load,
+        gene_encoder(),
+        args,
+        PANEL,
+        [],
+    )
     (tmp_path / "genes.txt").write_text("gene\n")
     refused("genes.txt: expected one gene per line", gene_weights.load, gene_encoder(), args, PANEL, [])
 
@@ -91,12 +98,15 @@ def test_without_flags_nothing_is_touched(capsys):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"gene_weights": __file__}, "--gene_weights and --gene2vec need --gene_vocab"),
-        ({"gene2vec": __file__}, "--gene_weights and --gene2vec need --gene_vocab"),
-        ({"gene_vocab": __file__}, "--gene_vocab and --gene_aliases need --gene_weights or --gene2vec"),
-        ({"gene_aliases": __file__}, "--gene_vocab and --gene_aliases need"),
+        ({"gene_weights": __file__}, "--gene_weights and --gene2vec: expected --gene_vocab"),
+        ({"gene2vec": __file__}, "--gene_weights and --gene2vec: expected --gene_vocab"),
+        ({"gene_vocab": __file__}, "--gene_vocab and --gene_aliases: expected --gene_weights or --gene2vec"),
+        ({"gene_aliases": __file__}, "--gene_vocab and --gene_aliases: expected"),
         ({"gene_aliases": "none.txt"}, "--gene_aliases: expected the file none.txt"),
-        ({"gene_weights": __file__, "gene_vocab": __file__, "gene_depth": 4}, "--tune_block 4: expected less than"),
+        (
+            {"gene_weights": __file__, "gene_vocab": __file__, "gene_depth": 4},
+            "--tune_block: expected less than --gene_depth 4, found 4",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(changed, words):
@@ -108,4 +118,8 @@ def test_a_gene2vec_that_names_its_genes_needs_no_vocabulary(tmp_path):
     (tmp_path / "gene2vec.txt").write_text("A 1 2\n")
     gene_weights.check(flags(gene2vec=tmp_path / "gene2vec.txt"))
     both = flags(gene2vec=tmp_path / "gene2vec.txt", gene_vocab=Path(__file__))
-    refused("--gene_vocab: the lines of --gene2vec .* name their genes; leave it out", gene_weights.check, both)
+    refused(
+        "--gene_vocab: expected none, since the lines of --gene2vec .* name their genes.*; leave it out",
+        gene_weights.check,
+        both,
+    )

@@ -2,7 +2,9 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from spaceranger_folders import refused
 from tiny_runs import data_flags, row
@@ -23,15 +25,15 @@ def training(work, rows, **changed):
 def test_training_needs_a_train_and_a_validation_part(work):
     rows = [row("P01_1"), row("P02_1", "val"), row("P03_1", "test")]
     assert [one.name for one in training(work, rows)] == ["P01_1", "P02_1"], "test slices are not even read"
-    refused("no slice has part val: .*or use --val_strip", training, work, [rows[0], rows[2]])
-    refused("no slice has part train: expected one at least in slices.csv$", training, work, rows[1:])
+    refused("expected a slice of part val, found none; .*or use --val_strip", training, work, [rows[0], rows[2]])
+    refused("expected a slice of part train, found none; name one in slices.csv$", training, work, rows[1:])
     assert len(training(work, rows[:1], val_strip=True)) == 1
-    refused("no slice has part train", training, work, rows[1:], val_strip=True)
+    refused("expected a slice of part train", training, work, rows[1:], val_strip=True)
 
 
 def test_a_panel_chosen_on_a_slice_outside_the_train_part_is_refused(work):
     refused(
-        r"its genes were chosen on P01_1, outside the train part \(P03_1\); run make_decoder_data.py",
+        r"expected genes chosen on the train part \(P03_1\), found some chosen on P01_1; run make_decoder_data.py",
         training,
         work,
         [row("P03_1"), row("P02_1", "val")],
@@ -41,10 +43,10 @@ def test_a_panel_chosen_on_a_slice_outside_the_train_part_is_refused(work):
 
 def test_a_batch_larger_than_the_train_set_is_refused(work):
     rows = [row("P01_1"), row("P02_1", "val")]
-    refused("--batch_size 71 is larger than the train set of 70 spots", training, work, rows, batch_size=71)
+    refused("--batch_size: expected at most the 70 train spots, found 71", training, work, rows, batch_size=71)
     assert training(work, rows, batch_size=70)
     n = len(training(work, rows, val_strip=True)[0].rows_of("train"))
-    refused(f"the train set of {n} spots", training, work, rows, batch_size=70, val_strip=True)
+    refused(f"the {n} train spots", training, work, rows, batch_size=70, val_strip=True)
 
 
 def test_the_same_counts_in_two_parts_are_refused(work, tmp_path, capsys):
@@ -96,9 +98,17 @@ TRAINED_ON = [row("P01_1"), row("P02_1", "val"), row("P03_1", "test")]
 def test_what_was_seen_is_not_held_out(held_out, seen, capsys):
     state = state_of(TRAINED_ON)
     if seen:
-        refused(f"--encoder: {held_out.slice} held out here", split.check_unseen, [held_out], state, "--encoder", False)
+        refused(
+            f"--encoder: .*not trained on {held_out.slice}, held out here",
+            split.check_unseen,
+            [held_out],
+            state,
+            "--encoder",
+            False,
+        )
     else:
         split.check_unseen([held_out], state, "--encoder", False)
+    assert split.seen_in_training([held_out], state) == ([held_out.slice] if seen else [])
     split.check_unseen([held_out], state, "--encoder", allow_leak=True)
     assert ("warning: --encoder" in capsys.readouterr().out) == seen
 
@@ -108,12 +118,36 @@ def test_a_slice_under_another_name_is_known_by_its_counts():
     split.check_unseen([renamed], state, "--encoder", False, {"X09_1": "hX09_1"})
     split.check_unseen([renamed], state, "--encoder", False, {"X09_1": "hP03_1"})
     for of in ("hP01_1", "hP02_1"):
-        refused("X09_1 held out here", split.check_unseen, [renamed], state, "--encoder", False, {"X09_1": of})
+        refused("X09_1, held out here", split.check_unseen, [renamed], state, "--encoder", False, {"X09_1": of})
 
 
 def test_what_taught_the_encoder_counts_too():
     state = state_of(TRAINED_ON, encoder_table=[dataclasses.asdict(row("P07_1"))])
-    refused("P07_2 held out here", split.check_unseen, [row("P07_2", "test")], state, "--decoder", False)
+    refused("P07_2, held out here", split.check_unseen, [row("P07_2", "test")], state, "--decoder", False)
+
+
+def test_a_leak_is_recorded_of_evaluated_slices_and_of_a_models_own_table():
+    leaky = [row("P01_1"), row("P02_1", "val"), row("P01_2", "test")]
+    parts = {"P01_2": ["test"], "P02_2": ["train", "val", "gap"], "P09_1": ["test"]}
+    slices = [
+        SimpleNamespace(
+            name=name, patient=name[:3], part=np.array(part), panels={"input": SimpleNamespace(counts_hash=name)}
+        )
+        for name, part in parts.items()
+    ]
+    assert split.leaked_slices(slices, state_of(TRAINED_ON)) == ["P01_2"]
+    assert split.leaks_of_table(state_of(TRAINED_ON)) == []
+    assert split.leaks_of_table(state_of(leaky)) == ["P01 (test, train)"]
+    encoder = [dataclasses.asdict(r) for r in (row("P02_1", "val"), row("P02_2", "test"))]
+    assert split.leaks_of_table(state_of(leaky, encoder_table=encoder)) == ["P01 (test, train)", "P02 (test, val)"]
+
+
+def test_a_validation_strip_is_stated_in_spots(work, capsys):
+    slice_ = training(work, [row("P01_1")], val_strip=True)[0]
+    numbers = [(slice_.part == part).sum() for part in ("train", "val", "gap")]
+    assert sum(numbers) == 70 and numbers[1] == 17
+    said = f"P01_1: {numbers[0]} train and 17 validation spots, {numbers[2]} left out between them"
+    assert said in capsys.readouterr().out.splitlines()
 
 
 def test_a_leak_that_training_allowed_is_only_said(capsys):
@@ -143,11 +177,17 @@ def test_an_evaluation_has_its_slices_and_those_that_taught(work, states, role):
 
 def test_an_evaluation_of_a_part_that_is_not_there_is_refused(work, states, tmp_path):
     (tmp_path / "slices.csv").write_text("slice,part\nP01_1,train\nP03_1,val\n")
-    refused("no slice has part test", evaluation, work, states, "input", slices=tmp_path / "slices.csv")
+    refused("expected a slice of part test", evaluation, work, states, "input", slices=tmp_path / "slices.csv")
 
 
 def test_an_evaluation_on_tiles_of_another_scale_is_refused(work, states):
     shutil.rmtree(work.tiles)
     work.run("image_tilling", "--tile_um", 56)
     for role in ROLES:
-        refused(r"trained on tiles of \(32, 3.5\).*are of \(32, 1.75\)", evaluation, work, states, role)
+        refused(
+            r"expected tiles of 32 px at 3.5 um per px, as --weights was trained on, found tiles of 32 px at 1.75",
+            evaluation,
+            work,
+            states,
+            role,
+        )

@@ -97,7 +97,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_bad_loss_stops_with_advice(loss):
-    line = refused(rf"loss is {loss} at epoch 3, step 14", loop.stop_if_not_finite, loss, 3, 14)
+    line = refused(rf"expected a finite loss, found {loss} at epoch 3, step 14", loop.stop_if_not_finite, loss, 3, 14)
     assert "last epoch's weights are kept" in line and "--Init_lr" in line
     loop.stop_if_not_finite(1e30, 3, 14)
 

@@ -78,7 +78,7 @@ def test_how_much_must_be_shared(capsys, role, n, measured, says):
     panel = panel_with(n, measured)
     if says is None:
         line = refused(
-            f"--w: trained on {n} {role} genes, of which p.h5ad has {measured}, ",
+            f"p.h5ad: expected at least .* of the {n} {role} genes of --w, found {measured};",
             split.check_genes,
             panel,
             role,

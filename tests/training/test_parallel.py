@@ -132,7 +132,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(trained, tmp_path):
     command += work.argv("train_mymodel", "--batch_size", 15, "--Epoch", 1)
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
     assert done.returncode != 0
-    assert "--batch_size 15: expected a multiple of the 2 processes" in done.stderr
+    assert "--batch_size: expected a multiple of the 2 processes, which share a batch equally, found 15" in done.stderr
 
 
 # ---- the end of a process is the end of the others

@@ -53,7 +53,7 @@ def test_order_and_augmentation_are_those_of_the_epoch_and_the_spot(script, trai
     monkeypatch.setattr(loop.EpochOrder, "__iter__", recorded_order)
     monkeypatch.setattr(augment, "augment", recorded_augment)
     work = Work(trained.data, trained.tiles, trained.panels, tmp_path)
-    flags = () if script == "train_mymodel" else ("--encoder", trained.encoder)
+    flags = ("--batch_neighbours", 0) if script == "train_mymodel" else ("--encoder", trained.encoder)
     work.run(script, *flags, "--Init_Epoch", 1, "--Epoch", 3, "--seed", 4)
     assert set(batches) == {1, 2} and batches[1] != batches[2]
     if script == "train_mymodel":

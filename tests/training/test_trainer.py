@@ -169,7 +169,7 @@ def test_other_conditions_are_said_at_resume(script, broken, trained, capsys, mo
 def test_other_parameters_at_resume_are_refused(broken, capsys):
     broken.run("train_mymodel", "--Epoch", 1)
     assert broken.exit_code("train_mymodel", "--Epoch", 2, "--tune", "none", "--resume") == 2
-    stderr_line(capsys, "--resume: the flags --Epoch 2, not 1, --tune none, not all train other parameters")
+    stderr_line(capsys, "--resume: expected the parameters of before, found --Epoch 2, not 1, --tune none, not all")
 
 
 def test_the_order_does_not_depend_on_the_readers(broken, trained, unbroken):

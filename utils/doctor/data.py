@@ -19,6 +19,7 @@ from utils.genes import panels as gene_panels
 from utils.images import tiles
 from utils.images.image import open_image
 from utils.slices import checks, splits, visium
+from utils.words import count_of
 
 TILE_BYTES = 151_000  # on the disk, of a tile of 224 px
 
@@ -112,7 +113,7 @@ def check_counts(checked: Checked, slice_: visium.Slice, memory: float, findings
     if visium.format_unmatched(counted.unmatched):
         findings.log(f"  left out: {visium.format_unmatched(counted.unmatched)}")
     if (totals == 0).any():
-        findings.note(f"{slice_.name}: {(totals == 0).sum()} spots have no count and will be dropped")
+        findings.note(f"{slice_.name}: {count_of((totals == 0).sum(), 'spot')} without any count will be dropped")
     if not totals.any():
         raise ValueError(f"{counted.root}: expected counts, found none above zero; export the matrix again")
     checked.content = visium.counts_hash(counted.counts, counted.spots.index.to_numpy(str), counted.genes, memory)
@@ -152,7 +153,7 @@ def check_tiles(checked: Checked, settings: Settings, findings: Findings) -> Non
     folder = settings.tiles / checked.name
     record = tiles.read_record(folder)
     if record is None and (folder / f"{tiles.PACK}.part").exists():
-        raise ValueError(f"{folder}: tiling was interrupted; run image_tilling.py again")
+        raise ValueError(f"{folder}: expected {tiles.PACK}, found one that was interrupted; run image_tilling.py again")
     if record is None:
         findings.log(f"  no tiles in {folder}: image_tilling.py cuts them")
         return
@@ -161,7 +162,8 @@ def check_tiles(checked: Checked, settings: Settings, findings: Findings) -> Non
     lacking = set(needed) - set(pack.barcodes.tolist())
     if lacking:
         raise ValueError(
-            f"{folder}: {len(lacking)} of {len(needed)} spots have no tile ({min(lacking)}); run image_tilling.py again"
+            f"{folder}: expected a tile for each of {len(needed)} spots, found none for {len(lacking)} (first: "
+            f"{min(lacking)}); run image_tilling.py again"
         )
     um_per_px = record.get("um_per_px")
     checked.tile_scale = (pack.size, round(um_per_px, 3) if um_per_px is not None and record.get("resampled") else None)
@@ -179,7 +181,10 @@ def check_panels(checked: Checked, settings: Settings, findings: Findings) -> No
     for role, path in paths.items():
         checked.panels[role] = panel = gene_panels.read_panel(path)
         if checked.content is not None and panel.counts_hash != checked.content:
-            raise ValueError(f"{panel.path}: made of other counts than those there now; run make_decoder_data.py again")
+            raise ValueError(
+                f"{panel.path}: expected genes of the counts in {checked.name}, found those of other counts; run "
+                "make_decoder_data.py again"
+            )
         lacks = f" ({(~panel.measured).sum()} not in this slice)" if not panel.measured.all() else ""
         findings.log(f"  {len(panel.genes)} {role} genes{lacks}, chosen on {', '.join(panel.train_slices)}")
 
@@ -217,7 +222,7 @@ def check_tile_scales(checked: list[Checked], findings: Findings) -> None:
         findings.problem(f"in the tiles: {found}", fix)
     without = [slice_.name for slice_ in checked if scales and slice_.tile_scale is None]
     if without:
-        found = f"in the tiles: {', '.join(without)} have none, other slices have"
+        found = f"in the tiles: none of {', '.join(without)}, but of other slices"
         findings.problem(found, "run image_tilling.py again")
 
 
@@ -228,7 +233,7 @@ def check_same_panel(checked: list[Checked], role: str, findings: Findings) -> N
     if len(hashes) > 1:
         findings.problem(f"in the {role} genes: {len(hashes)} different panels", "run make_decoder_data.py again")
     if without:
-        findings.problem(f"in the {role} genes: {', '.join(without)} have no file", "run make_decoder_data.py again")
+        findings.problem(f"in the {role} genes: no file of {', '.join(without)}", "run make_decoder_data.py again")
 
 
 def check_room(checked: list[Checked], settings: Settings, findings: Findings) -> None:

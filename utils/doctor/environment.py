@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils import distributed
 from utils.doctor.findings import GIB, Findings, existing
+from utils.words import count_of
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 LEAST_PYTHON = (3, 11)
@@ -77,13 +78,10 @@ def check_device(findings: Findings) -> None:
                 f"an NVIDIA driver {drivers[0]}, but torch {built} sees no device",
                 "install a torch that fits the driver (pytorch.org, Get started), or free the device",
             )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    amx, bf16 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    kinds = ", ".join(f"{kind} {'yes' if is_there else 'no'}" for kind, is_there in distributed.cpu_bf16().items())
     precision = "bf16" if distributed.bf16_is_fast(torch.device("cpu")) else "fp32"
-    findings.log(
-        f"CPU: {cores} cores, AMX {'yes' if amx else 'no'}, avx512_bf16 {'yes' if bf16 else 'no'}: "
-        f"--precision auto is {precision} on it"
-    )
+    cores = count_of(distributed.n_cores(), "core")
+    findings.log(f"CPU: {cores}, {kinds}: --precision auto is {precision} on it")
 
 
 def driver_versions() -> list[str]:

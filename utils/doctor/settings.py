@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +33,7 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = settings.Parser(prog="doctor", description=DESCRIPTION, formatter_class=form, allow_abbrev=False)
+    parser = settings.Parser(DESCRIPTION, prog="python -m utils.doctor")
     group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, help=f"folder of slices (default: {DATA}, where it is there)")
     group.add_argument(
@@ -43,8 +41,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     )
     group.add_argument("--panels", type=Path, help="gene files, a folder per slice (default: inside --data)")
     group.add_argument("--slices", type=Path, help="table of slices (default: slices.csv in --data, if there)")
-    group.add_argument("--val_strip", action="store_true", help="a quarter of each train slice is the validation")
-    group.add_argument("--allow_leak", action="store_true", help="accept a patient in test and in another part")
+    settings.add_split(group)
     group = parser.add_argument_group("machine")
     group.add_argument("--out", type=Path, nargs="+", default=OUTPUTS, help="output folders, whose disk is checked")
     settings.add_memory(parser)

@@ -180,5 +180,8 @@ def _counts(counts: np.ndarray, total_counts: np.ndarray) -> tuple[np.ndarray, n
         raise ValueError(f"expected raw counts, found a negative value: {np.nanmin(counts):g}")
     too_few = np.nansum(counts, axis=1) > total * (1 + 1e-6)
     if too_few.any():
-        raise ValueError(f"total_counts: expected sums over all genes, {too_few.sum()} spots have less than the panel")
+        raise ValueError(
+            f"total_counts: expected sums over all genes, found {too_few.sum()} spots with less than the sum of the "
+            "panel; sum over all genes of the slice"
+        )
     return counts, total

@@ -39,13 +39,13 @@ def loss_curves(
     keys = list(dict.fromkeys(key for row in rows for key in row if "loss" in key))
     for i, key in enumerate(keys):
         known = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-        _curve(axes, i, key, *np.reshape(known, (-1, 2)).T)
+        curve(axes, i, key, *np.reshape(known, (-1, 2)).T)
         if chance and key in chance:
             axes.axhline(chance[key], color=COLOURS[i % 7], lw=1, ls="--", label=f"chance: {chance[key]:.2f}")
     label(axes, "Epoch", f"Loss ({unit})", title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if keys:
-        _legend(axes)
+        legend(axes)
     return figure
 
 
@@ -94,12 +94,12 @@ def retrieval_curve(
     """
     figure, axes = new_figure(5.6, 4.0)
     for i, (direction, values) in enumerate(recall.items()):
-        _curve(axes, i, direction, k, values)
+        curve(axes, i, direction, k, values)
     axes.plot(k, chance, color=FAINT, lw=1.2, ls="--", label="chance")
     axes.set(xscale="log", ylim=(0, 1.02))
     axes.xaxis.set_major_formatter("{x:g}")
     label(axes, "First k candidates", "Recall (fraction of spots)", title)
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -121,7 +121,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     return figure, figure.subplots(rows, columns, sharex=rows > 1, sharey=rows > 1)
 
 
-def _curve(axes: "Axes", i: int, name: str, x: np.ndarray, y: np.ndarray) -> None:
+def curve(axes: "Axes", i: int, name: str, x: np.ndarray, y: np.ndarray) -> None:
     (line,) = axes.plot(x, y, color=COLOURS[i % 7], lw=1.8, label=name.replace("_", " "))
     line.set(marker=MARKERS[i % 7], markersize=4.5, markevery=max(1, len(x) // 8))
 
@@ -135,5 +135,5 @@ def label(axes: "Axes", x: str, y: str, title: str) -> None:
     axes.tick_params(colors=INK, labelsize=9, color=FAINT)
 
 
-def _legend(axes: "Axes") -> None:
+def legend(axes: "Axes") -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=3, loc="upper left", bbox_to_anchor=(1.0, 1.0))

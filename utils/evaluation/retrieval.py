@@ -13,6 +13,7 @@ from scipy.spatial import KDTree
 from utils.evaluation.bootstrap import block_bootstrap_interval
 
 CUTOFFS = (1, 5, 10)
+WEIGHTS = np.arange(0, 2.01, 0.05)  # of the matching logit, that are tried
 _TIE = 1e-12  # of the largest possible product: equal vectors may differ by rounding in a matrix product
 
 
@@ -92,6 +93,29 @@ def depth_scores(predicted_log_depth: np.ndarray, candidate_log_depth: np.ndarra
     Slices are sequenced to different depths: give both relative to their slice's mean (see `baselines.fit_depth`).
     """
     return -np.abs(np.asarray(predicted_log_depth)[:, None] - np.asarray(candidate_log_depth))
+
+
+def log_softmax(scores: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Over the candidates of each spot, padding left out: (S, K), (S, K) -> (S, K)."""
+    present = np.where(np.asarray(candidates) >= 0, scores, -np.inf)
+    top = present.max(axis=1, keepdims=True)
+    return scores - top - np.log(np.exp(present - top).sum(axis=1, keepdims=True))
+
+
+def reranking_weight(
+    similarity: Sequence[np.ndarray], matching: Sequence[np.ndarray], galleries: Sequence[Gallery]
+) -> float:
+    """The weight w of WEIGHTS for which softmax(similarity + w matching) gives the true candidates the highest
+    likelihood, mean over slices: per slice (S, K), (S, K), gallery -> w; 0 without any spot."""
+
+    def likelihood(weight: float) -> float:
+        true = [
+            np.take_along_axis(log_softmax(s + weight * m, g.candidates), g.truth[:, None], axis=1).mean()
+            for s, m, g in zip(similarity, matching, galleries, strict=True)
+        ]
+        return float(np.mean(true)) if true else 0.0
+
+    return float(WEIGHTS[int(np.argmax([likelihood(weight) for weight in WEIGHTS]))])
 
 
 def ranks_from_embeddings(a: np.ndarray, b: np.ndarray, block: int = 1024) -> np.ndarray:

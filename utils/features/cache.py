@@ -26,6 +26,7 @@ from utils.files import tensors
 from utils.files.arrays import ArrayStore
 from utils.files.atomic import whole_file, write_record
 from utils.memory import WithinMemory
+from utils.words import count_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -138,6 +139,7 @@ class TileEncoder:
     device: torch.device
     batch_size: int
     workers: int | None
+    what: str = "features"  # of the line that says what is computed
 
 
 @torch.no_grad()
@@ -145,6 +147,7 @@ def encode_slice(encoder: TileEncoder, slice_: dataset.SliceData) -> Iterator[np
     """Features of all tiles of a slice, in its order: (B, ...) float32, batch by batch."""
     batches = dataset.TileBatches([slice_], dataset.all_spots(slice_))
     encode, order = WithinMemory(encoder.encode, slice_.name), dataset.in_turn(len(batches), encoder.batch_size)
+    print(f"{slice_.name}: {encoder.what} of {count_of(len(batches), 'tile')}", flush=True)
 
     def encoded() -> Iterator[tuple[Tensor, ...]]:
         for batch in dataset.loader(batches, distributed.own_batches(order), encoder.workers):
@@ -237,7 +240,8 @@ def pretrained_features(
         with accelerator.autocast():
             return encoder.features(tiles)[0]
 
-    how = TileEncoder(encode, sizes["image_size"], accelerator.device, inference.batch_size, inference.workers)
+    size, what = sizes["image_size"], "features by the pretrained encoder"
+    how = TileEncoder(encode, size, accelerator.device, inference.batch_size, inference.workers, what)
     return [np.concatenate(list(encode_slice(how, slice_))) for slice_ in slices]
 
 

@@ -5,18 +5,20 @@ Letters: S spots of a slice, G input genes, T target genes, B batch, Z tile side
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
+from utils import distributed
 from utils.genes import panels as gene_panels
 from utils.images.tiles import TilePack
-from utils.settings import SharedSettings
+from utils.settings import SharedSettings, warn
 from utils.slices import content, splits, visium
+from utils.words import count_of
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -107,7 +109,7 @@ def load_slice(
     tile_rows = rows_of_tiles(pack, first.barcodes)
     kept = np.flatnonzero(tile_rows >= 0)
     if len(kept) < len(tile_rows):
-        print(f"{row.slice}: {len(tile_rows) - len(kept)} spots outside the image are left out")
+        print(f"{row.slice}: {count_of(len(tile_rows) - len(kept), 'spot')} outside the image left out")
     xy = first.xy_fullres_px[kept]
     strip = val_strip and row.part == "train"
     of_spots = {role: panel.select_spots(kept) for role, panel in panels.items()}
@@ -138,7 +140,10 @@ def read_panels(row: splits.SliceRow, settings: SharedSettings, roles: tuple[str
     first = panels[roles[0]]
     for panel in panels.values():
         if not np.array_equal(panel.barcodes, first.barcodes):
-            raise ValueError(f"{panel.path}: expected the spots of {first.path}; run make_decoder_data.py again")
+            raise ValueError(
+                f"{panel.path}: expected the {len(first.barcodes)} spots of {first.path}, found other spots; run "
+                "make_decoder_data.py again"
+            )
     return panels
 
 
@@ -160,8 +165,8 @@ def rows_of_tiles(pack: TilePack, barcodes: np.ndarray) -> np.ndarray:
     missing = [b for b, tile in zip(barcodes, rows, strict=True) if tile < 0 and b not in outside]
     if missing:
         raise ValueError(
-            f"{pack.folder}: expected a tile for each of {len(rows)} spots, {len(missing)} have none "
-            f"(first: {missing[0]}); run image_tilling.py again"
+            f"{pack.folder}: expected a tile for each of {len(rows)} spots, found none for {len(missing)} "
+            f"(first: {missing[0]}); run image_tilling.py again, or give their folder with --tiles"
         )
     return rows
 
@@ -181,13 +186,13 @@ def load_slices(
         for role in roles:
             if slice_.panels[role].genes != first.panels[role].genes:
                 raise ValueError(
-                    f"{slice_.panels[role].path}: its {role} genes differ from those of {first.name}; "
+                    f"{slice_.panels[role].path}: expected the {role} genes of {first.name}, found others; "
                     "run make_decoder_data.py again on all slices"
                 )
         if tile_scale(slice_) != tile_scale(first):
             raise ValueError(
-                f"{slice_.pack.folder}: tiles of {tile_scale(slice_)} (px, um per px), those of {first.name} are of "
-                f"{tile_scale(first)}; run image_tilling.py again on all slices"
+                f"{slice_.pack.folder}: expected tiles of {said_scale(tile_scale(first))} like those of {first.name}, "
+                f"found {said_scale(tile_scale(slice_))}; run image_tilling.py again on all slices"
             )
     return slices
 
@@ -208,10 +213,31 @@ def tile_scale(slice_: SliceData) -> tuple[int, float | None]:
     return slice_.pack.size, None if um_per_px is None else round(um_per_px, 3)
 
 
+def said_scale(scale: tuple) -> str:
+    """A `tile_scale` in words."""
+    size, um_per_px = scale
+    return f"{size} px" + (" without a stated scale" if um_per_px is None else f" at {um_per_px:g} um per px")
+
+
 def spots_of(slices: list[SliceData], part: str) -> np.ndarray:
     """(n, 2) whole numbers: place of the slice in the list, row in the slice, of all spots of a part."""
     rows = [slice_.rows_of(part) for slice_ in slices]
     return np.concatenate([np.column_stack([np.full(len(r), i), r]) for i, r in enumerate(rows)]).astype(np.int64)
+
+
+def nearest_spots(slices: list[SliceData], spots: np.ndarray, k: int) -> np.ndarray:
+    """The k nearest spots of each, of the same slice and among those given: (n, 2), see `spots_of` -> (n, k) rows of
+    them. Where a slice has fewer, the spot itself stands for the missing ones."""
+    from scipy.spatial import KDTree
+
+    near = np.repeat(np.arange(len(spots))[:, None], k, axis=1)
+    for i, slice_ in enumerate(slices):
+        here = np.flatnonzero(spots[:, 0] == i)
+        n_near = min(k, len(here) - 1)
+        if n_near > 0:
+            xy = slice_.xy_fullres_px[spots[here, 1]]
+            near[here, :n_near] = here[KDTree(xy).query(xy, k=n_near + 1)[1][:, 1:]]
+    return near
 
 
 def draw(rows: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
@@ -310,11 +336,21 @@ def loader(batches: TileBatches, order: Order, workers: int | None) -> Loader:
 
 
 def n_workers(asked: int | None) -> int:
+    """Reading processes: no more than the cores that this process may use, which torch would warn of."""
     import torch
 
-    if asked is not None:
-        return asked
-    return min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    cores = distributed.n_cores()
+    if asked is None:
+        return min(4, cores) if torch.cuda.is_available() else 0
+    if asked > cores:
+        warn_of_cores(asked, cores)
+    return min(asked, cores)
+
+
+@cache
+def warn_of_cores(asked: int, cores: int) -> None:
+    """Once in a run."""
+    warn([f"--workers {asked}: {count_of(cores, 'core')} may be used, so that {cores} read tiles"])
 
 
 def in_turn(n_spots: int, batch_size: int) -> list[list[int]]:

@@ -33,8 +33,8 @@ class ArrayStore:
             try:
                 _reserve(file, size)
             except OSError as error:
-                needed = f"expected {size / 2**30:.1f} GiB of disk for what is beyond --memory"
-                raise OSError(f"{self.folder}: {needed} ({error.strerror})") from error
+                needed = f"expected {size / 2**30:.1f} GiB of disk for what is beyond --memory, found too little"
+                raise OSError(f"{self.folder}: {needed} ({error.strerror}); make room, or raise --memory") from error
             return np.memmap(file, dtype, "r+", shape=shape)
 
 

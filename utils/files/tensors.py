@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from utils import words
+
 
 def read_tensors(path: Path, flag: str) -> Any:
     """What a .pth, .pt, .bin or .safetensors file holds, on the CPU; code in it is refused, never run.
@@ -16,9 +18,9 @@ def read_tensors(path: Path, flag: str) -> Any:
     import torch
 
     if not path.is_file():
-        raise ValueError(f"{flag}: expected the file {path}, found none")
+        raise ValueError(f"{flag}: expected the file {path}, found none; correct the path")
     if not path.stat().st_size:
-        raise ValueError(f"{flag}: {path} is corrupt: it is empty; copy or download it again")
+        raise ValueError(f"{flag}: {path}: expected weights, found an empty file; copy or download it again")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -31,10 +33,12 @@ def read_tensors(path: Path, flag: str) -> Any:
         code = re.search(r"GLOBAL ([\w.]+)", reason)
         if code:
             raise ValueError(
-                f"{flag}: {path} holds more than tensors and plain values ({code[1]}); code in a file is never run: "
-                "save the tensors alone: torch.save(model.state_dict(), FILE)"
+                f"{flag}: {path}: expected tensors and plain values, found code ({code[1]}), which is never run; save "
+                "the tensors alone: torch.save(model.state_dict(), FILE)"
             ) from error
-        raise ValueError(f"{flag}: {path} is corrupt, or no file of weights ({reason[:160]}); get it again") from error
+        raise ValueError(
+            f"{flag}: {path}: expected weights, found a corrupt or another file ({words.cut(reason)}); get it again"
+        ) from error
 
 
 class Tensors(dict[str, Any]):
@@ -53,7 +57,7 @@ def read_weights(path: Path, flag: str) -> Tensors:
             state = state[key]
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
     if not tensors:
-        raise ValueError(f"{flag}: expected named tensors in {path}, found none")
+        raise ValueError(f"{flag}: expected named tensors in {path}, found none; give a file of weights")
     named = Tensors({k.removeprefix("module."): v for k, v in tensors.items()})
     named.source = str(path)
     return named

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.genes.names import SUFFIX, ensembl_id
+from utils.words import count_of, cut
 
 HEADINGS = (  # of the column of genes, in order of preference
     *("symbol", "symbols", "gene_symbol", "gene_symbols", "genesymbol", "hgnc_symbol", "mgi_symbol", "official_symbol"),
@@ -47,14 +48,14 @@ def read_gene_list(path: Path) -> list[str]:
     a heading.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: expected a text file with one gene per line, found none")
+        raise ValueError(f"{path}: expected a text file with one gene per line, found no such file; correct the path")
     lines = _lines(_text(path))
     try:
         genes = _names_of_line(lines[0]) if len(lines) == 1 else _names_of_table(lines)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not genes:
-        raise ValueError(f"{path}: expected one gene per line, found none")
+        raise ValueError(f"{path}: expected one gene per line, found none; fill the list")
     if odd := next((gene for gene in genes if not gene.isascii()), None):
         raise ValueError(f"{path}: expected gene names in ASCII letters, found {odd[:40]}; save the list as UTF-8 text")
     return _each_once(path, genes)
@@ -193,7 +194,10 @@ def _gene_column(heading: list[str] | None, body: list[list[str]]) -> int:
 def _each_once(path: Path, genes: list[str]) -> list[str]:
     twice = [gene for gene, n in Counter(ensembl_id(gene) or gene for gene in genes).items() if n > 1]
     if twice:
-        raise ValueError(f"{path}: {len(twice)} genes stand twice (first: {min(twice)}); keep one of each")
+        raise ValueError(
+            f"{path}: expected each gene once, found {count_of(len(twice), 'gene')} twice (first: {min(twice)}); keep "
+            "one of each"
+        )
     return genes
 
 
@@ -206,9 +210,11 @@ def read_vocabulary(path: Path) -> list[str]:
     try:
         names = [str(gene) for gene in anndata.read_h5ad(path, backed="r").var_names]
     except (OSError, KeyError) as error:
-        raise ValueError(f"{path}: expected an h5ad file with genes in var, found {error}") from error
+        raise ValueError(
+            f"{path}: expected an h5ad file with genes in var, found {error}; give another file"
+        ) from error
     if not names:
-        raise ValueError(f"{path}: expected an h5ad file with genes in var, found none")
+        raise ValueError(f"{path}: expected an h5ad file with genes in var, found none; give another file")
     return _each_once(path, names)
 
 
@@ -238,9 +244,9 @@ def read_gene2vec(path: Path) -> tuple[list[str] | None, np.ndarray]:
     try:
         names, table = _read_text(path) if path.suffix in NAMED else (None, np.load(path))
     except (OSError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise ValueError(
-            f"--gene2vec: {path}: expected an .npy table, or .txt lines `gene v1 v2 ...`; {reason}"
+            f"--gene2vec: {path}: expected an .npy table, or .txt lines `gene v1 v2 ...`, found {cut(error)}; fetch "
+            "the file again"
         ) from error
     if not isinstance(table, np.ndarray) or table.ndim != 2 or table.dtype.kind != "f":
         found = f"{table.dtype} of shape {table.shape}" if isinstance(table, np.ndarray) else "an archive"
@@ -253,12 +259,12 @@ def _read_text(path: Path) -> tuple[list[str], np.ndarray]:
     if lines and len(lines[0]) == 2 and all(field.isdigit() for field in lines[0]):
         lines = lines[1:]
     if not lines or len(lines[0]) < 2:
-        raise ValueError(f"found {'no gene' if not lines else ' '.join(lines[0])[:40]}")
+        raise ValueError("no gene" if not lines else " ".join(lines[0])[:40])
     names, table = [fields[0] for fields in lines], np.empty((len(lines), len(lines[0]) - 1), np.float32)
     for row, (name, *values) in enumerate(lines):
         if len(values) != table.shape[1]:
-            raise ValueError(f"{name} has {len(values)} numbers, {names[0]} has {table.shape[1]}")
+            raise ValueError(f"{name} with {len(values)} numbers, {names[0]} with {table.shape[1]}")
         table[row] = [float(value) for value in values]
     if len(set(names)) < len(names):
-        raise ValueError(f"{Counter(names).most_common(1)[0][0]} stands there twice")
+        raise ValueError(f"{Counter(names).most_common(1)[0][0]} twice")
     return names, table

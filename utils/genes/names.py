@@ -222,7 +222,9 @@ def _read_table(path: Path) -> list[dict[str, str]]:
                 raise ValueError(f"the columns symbol, {', '.join(COLUMNS)} (HGNC's complete set), found {found}")
             rows = [row for row in table if row["symbol"]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"--gene_aliases: {path}: expected a table of text with tabs, found {error}") from error
+        raise ValueError(
+            f"--gene_aliases: {path}: expected a table of text with tabs, found {error}; see docs/gene_weights.md"
+        ) from error
     except ValueError as error:
         raise ValueError(f"--gene_aliases: {path}: expected {error}; see docs/gene_weights.md") from error
     if not rows:

@@ -177,7 +177,8 @@ def downsample_counts(
         rest = int(total_counts[spot]) - numbers.sum()
         if rest < 0:
             raise ValueError(
-                f"spot {spot}: its panel genes sum to {numbers.sum()}, above its total {total_counts[spot]:g}"
+                f"spot {spot}: expected a total over all genes, found {total_counts[spot]:g} below the {numbers.sum()} "
+                "counts of its panel genes; run make_decoder_data.py again"
             )
         draws = np.random.default_rng(int(seeds[spot]))
         sampled[spot, genes] = draws.multivariate_hypergeometric([*numbers, rest], depth, method="marginals")[:-1]
@@ -257,7 +258,9 @@ def read_panel(path: Path) -> Panel:
     import anndata
 
     if not path.exists():
-        raise ValueError(f"{path}: expected a panel file, found none; run make_decoder_data.py first")
+        raise ValueError(
+            f"{path}: expected a panel file, found none; run make_decoder_data.py, or give the folder with --panels"
+        )
     try:
         adata = anndata.read_h5ad(path, backed="r")
         note = adata.uns["magic"]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from utils.words import cut
+
 BOMB_PX = 2**29  # decoded as a whole, 2 GiB in Pillow
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below many full-resolution scans; check_size replaces it
 
@@ -27,10 +29,11 @@ def reading(path: Path) -> Iterator[None]:
         text = " ".join(str(error).split()) or type(error).__name__
         if "imagecodecs" in text and "requires" in text:
             raise ImageError(
-                f"{path}: this compression needs `pip install --upgrade imagecodecs` ({text}); or convert it to LZW"
+                f"{path}: expected a compression that the installed imagecodecs knows, found another ({text}); pip "
+                "install --upgrade imagecodecs, or convert it to LZW"
             ) from error
         raise ImageError(
-            f"{path}: expected an image, found one that cannot be read ({text[:200]}); copy it anew"
+            f"{path}: expected an image, found one that cannot be read ({cut(text)}); copy it anew"
         ) from error
 
 

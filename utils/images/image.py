@@ -221,7 +221,9 @@ def _source(path: Path) -> Source:
 def _reader(path: Path) -> Source:
     """The reader of a file, by its content."""
     if not path.is_file():
-        raise ImageError(f"{path}: expected an image, found {'a folder' if path.is_dir() else 'no such file'}")
+        raise ImageError(
+            f"{path}: expected an image, found {'a folder' if path.is_dir() else 'no such file'}; correct the path"
+        )
     with reading(path), path.open("rb") as file:
         head = file.read(512)
     is_tiff, suffix = head.startswith(tiff.MAGIC), path.suffix.lower()

@@ -17,7 +17,7 @@ from utils.images.samples import on_white
 
 CACHE_BYTES = 128 * 2**20  # decoded tiles of a row, which the next tiles of the row and the row below share
 NOT_OURS = (None, "generic-tiff", "synthetic")  # what openslide calls files that are read otherwise
-NEEDED = "whole-slide files need `pip install openslide-python openslide-bin`"
+NEEDED = "expected openslide, which reads whole-slide files, found none; pip install openslide-python openslide-bin"
 
 
 def vendor(path: Path) -> str | None:

@@ -139,7 +139,7 @@ def _called(series: Series, images: list[Series]) -> str:
 def read_series(path: Path, file: Any) -> list[Series]:
     """All images of a file, in its order."""
     if file.is_lsm:
-        raise ImageError(f"{path}: expected an H&E image, found a confocal stack (LSM)")
+        raise ImageError(f"{path}: expected an H&E image, found a confocal stack (LSM); give the H&E image")
     for kind, read in (("ome", _ome_series), ("imagej", _imagej_series), ("shaped", _shaped_series)):
         if getattr(file, f"is_{kind}") and file.series and file.series[0].kind == kind:
             return read(path, file)

@@ -135,7 +135,10 @@ def tile_files(folder: Path, barcodes: Iterable[str]) -> list[str]:
     files = [f"{folder}{os.sep}{barcode}.jpeg" for barcode in barcodes]
     for barcode in barcodes:
         if not barcode or barcode.startswith(".") or any(c in barcode for c in "/\\\0"):
-            raise ValueError(f"{folder}: barcode {barcode!r} cannot be a file name; rename it in counts and positions")
+            raise ValueError(
+                f"{folder}: expected barcodes that can be file names, found {barcode!r}; rename it in counts and "
+                "positions"
+            )
     return files
 
 
@@ -228,7 +231,10 @@ class TilePack:
         self.folder, self.path = folder, folder / PACK
         record = read_record(folder)
         if record is None or not self.path.exists():
-            raise ValueError(f"{folder}: expected {RECORD} and {PACK}, found none; run image_tilling.py first")
+            raise ValueError(
+                f"{folder}: expected {RECORD} and {PACK}, found none; run image_tilling.py, or give the folder of "
+                "tiles with --tiles"
+            )
         self.record: dict[str, Any] = record
         try:
             with h5py.File(self.path) as file:

@@ -85,7 +85,7 @@ def read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
     Raises ValueError where it cannot be read, its sides are not in the thumbnail's ratio (2 %), or it marks nothing.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: expected a mask (png, tif), found no such file")
+        raise ValueError(f"{path}: expected a mask (png, tif), found no such file; correct the path")
     with reading(path):
         values, n_colours = _mask_values(path)
         marks = np.asarray(values[..., :n_colours].any(2) & values[..., n_colours:].all(2))

@@ -174,7 +174,9 @@ def split(where: str, adata: Any, column: str, stem: str) -> list[tuple[str, np.
     """
     if column not in adata.obs:
         columns = ", ".join(map(str, adata.obs.columns)) or "none"
-        raise ValueError(f"{where}: expected the column {column} of --library_key in obs, found {columns}")
+        raise ValueError(
+            f"{where}: expected the column {column} of --library_key in obs, found {columns}; name one of them"
+        )
     if adata.obs[column].isna().any():
         number = adata.obs[column].isna().sum()
         raise ValueError(

@@ -25,6 +25,7 @@ from utils.importers.images import Thumbnail, image_size, make_thumbnail
 from utils.importers.source import SPOT_COLUMNS, Source
 from utils.slices import checks, splits, visium
 from utils.slices.matrix import check_once
+from utils.words import count_of
 
 SAME_PX = 1e-6  # decimal text is not always read back to the last bit
 
@@ -34,7 +35,7 @@ def without_controls(source: Source) -> Source:
     genes = ~are_controls(source.genes)
     if genes.all() or isinstance(source.counts, visium.StoredCounts):  # which were read without them
         return source
-    left_out = f"{(~genes).sum()} control features left out"
+    left_out = f"{count_of((~genes).sum(), 'control feature')} left out"
     kept = {"counts": source.counts[:, genes], "genes": source.genes[genes], "gene_ids": source.gene_ids[genes]}
     return replace(source, **kept, notes=[*source.notes, left_out])
 
@@ -42,8 +43,9 @@ def without_controls(source: Source) -> Source:
 def check(source: Source) -> None:
     """Raises ValueError for what no script could work with, before anything is written."""
     if len(source.spots) < 2:  # no pitch
-        found = f"{len(source.spots)}; {_left_out(source) or 'check the file'}"
-        raise ValueError(f"{source.origin}: expected two spots to import or more, found {found}")
+        left_out = _left_out(source)
+        found = f"{len(source.spots)}" + (f" ({left_out})" if left_out else "")
+        raise ValueError(f"{source.origin}: expected two spots to import or more, found {found}; check the file")
     check_once(source.origin, source.spots.index.to_numpy())
     tiles.tile_files(source.origin, source.spots.index)
     if not np.isfinite(source.spots[SPOT_COLUMNS].to_numpy(float)).all():

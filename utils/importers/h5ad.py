@@ -60,8 +60,11 @@ def find_samples(source: Path, image: Path | None) -> list[Sample]:
     files = sorted((source / "st").glob("*.h5ad"))
     if not files:
         loose = [] if is_slice(source) else sorted(path.name for path in source.glob("*.h5ad"))
-        found = f"{', '.join(loose[:4])}: give one of them" if loose else found_in(source)
-        raise ValueError(f"{source}: expected an .h5ad file or a folder with st/ID.h5ad and wsis/ID.tif, found {found}")
+        found = ", ".join(loose[:4]) if loose else found_in(source)
+        fix = "; give one of them" if loose else "; correct SOURCE"
+        raise ValueError(
+            f"{source}: expected an .h5ad file or a folder with st/ID.h5ad and wsis/ID.tif, found {found}{fix}"
+        )
     if image is not None and len(files) > 1:
         raise ValueError(
             f"--image: expected one sample, found {', '.join(path.stem for path in files)}; give one .h5ad"
@@ -137,7 +140,9 @@ def _coordinates(path: Path, adata: Any) -> np.ndarray:
     xy_px = np.asarray(adata.obsm["spatial"], dtype=float) if "spatial" in adata.obsm else np.zeros((0, 0))
     if xy_px.ndim != 2 or xy_px.shape[1] < 2 or not np.isfinite(xy_px).all():
         found = f"keys {', '.join(adata.obsm) or 'none'}" if not xy_px.size else f"shape {xy_px.shape} or no numbers"
-        raise ValueError(f"{path}: expected obsm['spatial'], x and y in full-resolution pixels, found {found}")
+        raise ValueError(
+            f"{path}: expected obsm['spatial'], x and y in full-resolution pixels, found {found}; write them there"
+        )
     return xy_px[:, :2]
 
 

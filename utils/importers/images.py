@@ -69,7 +69,7 @@ def check_image(image: Path | None) -> Path | None:
     """The file of --image. Raises ValueError where there is none, or one of a kind that no script reads."""
     if image is not None and (not image.is_file() or image.suffix.lower() not in SUFFIXES):
         found = f"a file {image.suffix or 'without suffix'}" if image.is_file() else "no such file"
-        raise ValueError(f"--image {image}: expected an image ({', '.join(SUFFIXES)}), found {found}")
+        raise ValueError(f"--image {image}: expected an image ({', '.join(SUFFIXES)}), found {found}; give another")
     return image
 
 

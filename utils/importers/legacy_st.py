@@ -70,7 +70,9 @@ def _is_spot_file(path: Path) -> bool:
 def find_sections(source: Path, image: Path | None) -> list[Section]:
     """All sections of a source, each with its three files; nothing but headers is read."""
     if not source.exists():
-        raise ValueError(f"{source}: expected a folder or a table of counts of legacy ST, found nothing")
+        raise ValueError(
+            f"{source}: expected a folder or a table of counts of legacy ST, found nothing; correct SOURCE"
+        )
     counts = [source] if source.is_file() else _tables(source / "ST-cnts")
     folder = source.absolute().parent if source.is_file() else source.absolute()
     if folder.name == "ST-cnts":
@@ -78,7 +80,9 @@ def find_sections(source: Path, image: Path | None) -> list[Section]:
     if not (folder / "ST-cnts").is_dir():
         return [_plain_section(folder, source if source.is_file() else None, image)]
     if not counts:
-        raise ValueError(f"{folder / 'ST-cnts'}: expected tables of counts (*.tsv, *.tsv.gz), found none")
+        raise ValueError(
+            f"{folder / 'ST-cnts'}: expected tables of counts (*.tsv, *.tsv.gz), found none; put them there"
+        )
     if image is not None and len(counts) > 1:
         names = ", ".join(map(_stem, counts))
         raise ValueError(f"--image: expected one section, found {names}; give one table of counts as SOURCE")
@@ -140,7 +144,8 @@ def read_spots(path: Path) -> pd.DataFrame:
     missing = [name for name in NEEDED if name not in spots]
     if missing:
         raise ValueError(
-            f"{path}: expected the columns {', '.join(NEEDED)}, found {', '.join(map(str, spots.columns))}"
+            f"{path}: expected the columns {', '.join(NEEDED)}, found {', '.join(map(str, spots.columns))}; "
+            "name them so"
         )
     used = [*NEEDED, *(name for name in ("new_x", "new_y", "selected") if name in spots)]
     numbers = spots[used].apply(pd.to_numeric, errors="coerce")

@@ -35,10 +35,12 @@ def _open(source: Path) -> Any:
         import spatialdata
     except ImportError as error:
         raise ValueError(
-            f"{source}: SpatialData needs `pip install 'spatialdata>=0.5'`, found no such package"
+            f"{source}: expected the package spatialdata, which reads it, found none; pip install 'spatialdata>=0.5'"
         ) from error
     if not source.is_dir():
-        raise ValueError(f"{source}: expected the folder of a SpatialData zarr, found {found_in(source)}")
+        raise ValueError(
+            f"{source}: expected the folder of a SpatialData zarr, found {found_in(source)}; correct SOURCE"
+        )
     with reading(source, "a SpatialData zarr"):
         return spatialdata.read_zarr(source)
 
@@ -87,7 +89,10 @@ def _centres(source: Path, data: Any, table: Any) -> tuple[str, np.ndarray, floa
     elements = [name for name in regions if name in data.shapes or name in data.points]
     if len(regions) != 1 or not elements:
         found = ", ".join(map(str, regions)) or "no region"
-        raise ValueError(f"{source}: expected a table that annotates one element of circles or points, found {found}")
+        raise ValueError(
+            f"{source}: expected a table that annotates one element of circles or points, found {found}; write its "
+            "region into uns['spatialdata_attrs']"
+        )
     diameter = None
     if elements[0] in data.shapes:
         element = data.shapes[elements[0]]
@@ -101,7 +106,10 @@ def _centres(source: Path, data: Any, table: Any) -> tuple[str, np.ndarray, floa
     place = index.get_indexer(table.obs[key])
     if (place < 0).any() or not index.is_unique:
         missing = table.obs[key][place < 0].tolist()[:1] or ["repeated names"]
-        raise ValueError(f"{source}: expected every row of the table in {elements[0]}, found {missing[0]} that is not")
+        raise ValueError(
+            f"{source}: expected every row of the table in {elements[0]}, found {missing[0]} that is not; subset the "
+            "table to that element"
+        )
     return elements[0], centres[place], diameter
 
 
@@ -214,7 +222,8 @@ def image_of_file(source: Path, image: Path, candidates: list[Candidate]) -> Can
             return replace(shown, affine=to_file @ shown.affine)
     wanted = " or ".join(f"{shown.size[0]} x {shown.size[1]}" for shown in left)
     raise ValueError(
-        f"--image {image}: expected {wanted} px, as in {source}, or larger in that ratio, found {width} x {height} px"
+        f"--image {image}: expected {wanted} px, as in {source}, or larger in that ratio, found {width} x {height} px; "
+        "give the image of that section"
     )
 
 

@@ -37,7 +37,9 @@ def find_bin(source: Path, bin_um: int | None) -> tuple[str, int, Path]:
         squares = [path for place in places for path in sorted(place.glob("square_*um")) if (path / "spatial").is_dir()]
         folders = {int(match[1]): path for path in squares if (match := SQUARE.fullmatch(path.name))}
     if not folders:
-        raise ValueError(f"{source}: expected binned_outputs/square_*um of a Visium HD run, found {found_in(source)}")
+        raise ValueError(
+            f"{source}: expected binned_outputs/square_*um of a Visium HD run, found {found_in(source)}; correct SOURCE"
+        )
     wanted = bin_um or (min(folders) if square else DEFAULT_BIN_UM)
     if wanted not in folders:
         sizes = ", ".join(map(str, sorted(folders)))

@@ -18,6 +18,7 @@ from utils.prediction.slides import Request
 from utils.slices import checks, visium
 from utils.slices.lattice import Lattice
 from utils.slices.visium import SourceImage
+from utils.words import count_of
 
 SPOT_DIAMETER = 0.55  # of a Visium spot, in pitches
 
@@ -113,7 +114,7 @@ def _given_spots(path: Path) -> tuple[pd.DataFrame, Lattice | None]:
         raise ValueError(f"--positions: {error}") from error
     spots = positions[positions["in_tissue"]].drop(columns="in_tissue")
     if not len(spots):
-        raise ValueError(f"--positions: {path} has no position in tissue; correct its column in_tissue")
+        raise ValueError(f"--positions: {path}: expected positions in tissue, found none; correct its column in_tissue")
     return spots, lattice
 
 
@@ -145,7 +146,10 @@ def place_spots(
             mask = tissue.read_mask(request.mask, thumbnail.shape[:2])
             kept &= tissue.on_tissue(xy * scale, mask, thumbnail_scale, diameter / 2 * scale)
     if not kept.any():
-        raise ValueError(f"{request.slide}: no spot on image and tissue; are its positions those of this image?")
+        raise ValueError(
+            f"{request.slide}: expected spots on the image and its tissue, found none of {len(xy)}; give positions in "
+            "pixels of this image"
+        )
     return SlideSpots(request.name, barcodes[kept], xy[kept], array[kept], pitch, diameter, um_per_px, scale)
 
 
@@ -156,7 +160,8 @@ def _um_per_fullres_px(planned: Plan, image: TissueImage) -> float:
         if not image.um_per_px:
             or_pitch = "" if planned.spots is None else " or --spot_pitch_um (200 for legacy ST)"
             raise ValueError(
-                f"{planned.source.path}: its scale is not known (um per pixel); give --um_per_px{or_pitch}"
+                f"{planned.source.path}: expected a scale (um per pixel) in the file, found none; give "
+                f"--um_per_px{or_pitch}"
             )
         return image.um_per_px * scale
     in_file = image.metadata_um_per_px
@@ -184,7 +189,7 @@ def _spots_on_image(
     for warning in warnings:
         print(f"warning: {request.name}: {warning}")
     if not kept.all():
-        print(f"{request.name}: {(~kept).sum()} of {len(kept)} spots lie outside the image and are left out")
+        print(f"{request.name}: {(~kept).sum()} of {count_of(len(kept), 'spot')} outside the image left out")
     return kept
 
 
@@ -200,5 +205,8 @@ def _grid(
         mask, remedy = tissue.read_mask(planned.request.mask, thumbnail.shape[:2]), "check --mask"
     kept = tissue.on_tissue(xy, mask, thumbnail_scale, SPOT_DIAMETER / 2 * pitch)
     if not kept.any():
-        raise ValueError(f"{planned.request.slide}: no tissue found under a grid of {pitch:.1f} px; {remedy}")
+        raise ValueError(
+            f"{planned.request.slide}: expected tissue under a grid of {pitch:.1f} px, found none under its {len(xy)} "
+            f"spots; {remedy}"
+        )
     return np.array([f"{row}x{column}" for row, column in array[kept]]), xy[kept], array[kept], pitch

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from model.stage_two import StageTwo, StageTwoSizes
-from utils.training import checkpoint
+from utils.training import checkpoint, split
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,21 @@ def read_checkpoints(paths: list[Path]) -> list[dict[str, Any]]:
                 )
         if state["tile_scale"][1] is None:
             raise ValueError(
-                f"--decoder: {path} was trained on tiles without scale (--crop_size), which cannot be cut from another "
-                "slide; train on tiles of image_tilling.py --tile_um"
+                f"--decoder: {path}: expected a model of tiles of a stated scale, found one of --crop_size tiles, "
+                "which cannot be cut from another slide; train on tiles of image_tilling.py --tile_um"
             )
     return states
+
+
+def leak_warnings(paths: list[Path], states: list[dict[str, Any]]) -> list[str]:
+    """One for each model that was trained although patients are in test and in another part."""
+    found = [(path, split.leaks_of_table(state)) for path, state in zip(paths, states, strict=True)]
+    return [
+        f"{path}: trained with --allow_leak, patients in test and in another part: {', '.join(patients)}; what its "
+        "evaluation says does not hold for new patients"
+        for path, patients in found
+        if patients
+    ]
 
 
 def load_members(paths: list[Path], states: list[dict[str, Any]], device: Any) -> list[Member]:

@@ -47,14 +47,16 @@ def read_slide_table(path: Path) -> list[Request]:
     header, *lines = lines or [[]]
     if "slide" not in header or set(header) - set(COLUMNS) or len(set(header)) < len(header):
         found = ", ".join(header) or "nothing"
-        raise ValueError(f"{path}: expected the column slide, and of {', '.join(COLUMNS[1:])} any, found {found}")
+        raise ValueError(
+            f"{path}: expected the column slide, and of {', '.join(COLUMNS[1:])} any, found {found}; correct the header"
+        )
     requests = []
     for number, line in enumerate(lines, start=2):
         where = f"{path}, line {number}"
         if not any(line):
             continue
         if len(line) != len(header) or not line[header.index("slide")]:
-            raise ValueError(f"{where}: expected {len(header)} cells and a slide, found {','.join(line)!r}")
+            raise ValueError(f"{where}: expected {len(header)} cells and a slide, found {','.join(line)!r}; correct it")
         cells = dict.fromkeys(COLUMNS, "") | dict(zip(header, line, strict=True))
         requests.append(
             Request(
@@ -66,7 +68,7 @@ def read_slide_table(path: Path) -> list[Request]:
             )
         )
     if not requests:
-        raise ValueError(f"{path}: expected a line per slide, found the header alone")
+        raise ValueError(f"{path}: expected a line per slide, found the header alone; add the slides")
     return requests
 
 
@@ -105,7 +107,8 @@ def list_slides(slides: Sequence[Path], out: Path, given: Request) -> list[Reque
         other = by_name.setdefault(request.name.lower(), request)  # some file systems do not tell a from A
         if other is not request:
             raise ValueError(
-                f"{other.slide} and {request.slide} would both go to {request.out}; give them to two calls"
+                f"{request.slide}: expected slides with names of their own, found {other.slide}, which would go to "
+                f"{request.out} too; give them to two calls"
             )
     return list(by_name.values())
 

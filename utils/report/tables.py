@@ -28,7 +28,11 @@ def results_file(results: Path, evaluation: str, name: str, flag: str = "") -> P
 
 
 def read_metrics(results: Path, evaluation: str) -> Metrics:
-    return json.loads(results_file(results, evaluation, "metrics.json").read_text())
+    path = results_file(results, evaluation, "metrics.json")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found {error}; run {SCRIPTS[evaluation]} again") from error
 
 
 def over_runs(values: Sequence[float | None], interval: Sequence[float] | None = None) -> str:
@@ -79,6 +83,19 @@ def expression_lines(runs: list[Metrics]) -> list[str]:
     for method in runs[0]["residuals"]:
         lines.append(line([method, *(over_runs([run[s][method][f] for run in runs]) for s, f in columns.values())]))
     return lines
+
+
+def leak_note(metrics: Metrics) -> str:
+    """What a title says of evaluated slices that the model was trained on; empty without any."""
+    return f" (leak: {', '.join(metrics['leak'])} seen in training)" if metrics.get("leak") else ""
+
+
+def leak_lines(runs: list[Metrics]) -> list[str]:
+    """A warning where evaluated slices were seen in training."""
+    names = dict.fromkeys(name for run in runs for name in run.get("leak", []))
+    if not names:
+        return []
+    return [f"warning: {', '.join(names)} seen in training (--allow_leak): the figures do not hold for new patients"]
 
 
 def ceiling_line(results: Path, truth: Path, metrics: Metrics) -> str:

@@ -9,7 +9,6 @@ file names, so that nothing of the machine is published. Nothing in the folder i
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(__doc__, prog="python -m utils.sharing")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a trained model of either stage")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a new or an empty folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

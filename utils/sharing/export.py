@@ -28,7 +28,10 @@ def export(path: Path, folder: Path, flag: str = "--export") -> None:
     settings.require_new_folder(folder, flag)
     state = checkpoint.load(path, None, flag)
     if "next_epoch" in state:
-        raise ValueError(f"{flag}: {path} is there to resume from; fix: give {checkpoint.BEST} beside it")
+        raise ValueError(
+            f"{flag}: {path}: expected the weights of the best epoch, found those to resume from; give "
+            f"{checkpoint.BEST} beside it"
+        )
     write(state, folder)
 
 

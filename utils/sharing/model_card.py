@@ -7,6 +7,7 @@ from typing import Any
 
 from utils.evaluation.metrics import PREDICTABLE_PCC, UNITS
 from utils.training.shared_folder import LIBRARY
+from utils.training.split import leaks_of_table
 
 NAMED = 10  # genes
 TITLES = {
@@ -69,9 +70,11 @@ def _input_and_output(config: dict[str, Any]) -> list[str]:
 
 def _slices(config: dict[str, Any]) -> list[str]:
     rows = [row for row in config["table"] if row["part"] in ("train", "val")]
-    strip = config["settings"].get("val_strip")
     lines = [f"- {row['part']}: {row['slice']} (patient {row['patient']})" for row in rows]
-    return [*lines, "- a quarter of each train slice served as validation"] if strip else lines
+    lines += ["- a quarter of each train slice served as validation"] if config["settings"].get("val_strip") else []
+    if leaks := leaks_of_table(config):
+        lines.append(f"- leak: {', '.join(leaks)} in test and in another part: its evaluation does not hold for others")
+    return lines
 
 
 def _figures(config: dict[str, Any], val_pcc: Sequence[float] | None) -> list[str]:

@@ -7,7 +7,7 @@ the morphology, the gene programmes and how well each gene can be predicted at a
 Shapes: S spots; G genes; K programmes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,15 @@ def draw_recipe(patient: np.random.Generator, section: np.random.Generator) -> R
     return Recipe(tumour, lymphoid, fat, nuclear_scale, haematoxylin, eosin, np.clip(background, 190, 250))
 
 
-def plan_slices(n_patients: int, slices_per_patient: int, n_genes: int, seed: int) -> list[Plan]:
+def restain(recipe: Recipe, rng: np.random.Generator, batch_effects: float) -> Recipe:
+    """The same tissue stained in another laboratory, the further off the more `batch_effects` exceeds 1."""
+    shift = [np.exp(rng.normal(0, 0.15 * (batch_effects - 1), 3)) for _ in range(2)]
+    return replace(recipe, haematoxylin=recipe.haematoxylin * shift[0], eosin=recipe.eosin * shift[1])
+
+
+def plan_slices(
+    n_patients: int, slices_per_patient: int, n_genes: int, seed: int, batch_effects: float = 1.0
+) -> list[Plan]:
     """The slices to write: patients differ in composition, depth and each gene's level, slices in stain."""
     depths = np.geomspace(*UMIS_PER_GENE, max(n_patients, 2))[:n_patients]
     depths = np.random.default_rng([seed, 1]).permutation(depths) * n_genes
@@ -83,7 +91,9 @@ def plan_slices(n_patients: int, slices_per_patient: int, n_genes: int, seed: in
         name = f"P{p + 1:02d}"
         for s in range(slices_per_patient):
             patient, section = np.random.default_rng([seed, 2, p]), np.random.default_rng([seed, 3, p, s])
-            recipe, offset = draw_recipe(patient, section), patient.normal(0, 0.25, n_genes)
+            recipe, offset = draw_recipe(patient, section), patient.normal(0, 0.25 * batch_effects, n_genes)
+            if batch_effects > 1:
+                recipe = restain(recipe, np.random.default_rng([seed, 4, p]), batch_effects)
             umis = depths[p] * np.exp(section.normal(0, 0.1))
             plans.append(Plan(f"{name}_{s + 1}", name, parts[p], recipe, umis, offset, len(plans) != 1, section))
     return plans
@@ -137,15 +147,15 @@ def check(out: Path, n_patients: int, slices_per_patient: int, n_spots: int, n_g
     """Refuse in one line what cannot be simulated, and a folder that holds anything."""
     least = {
         "patients": (n_patients, 1),
-        "slices per patient": (slices_per_patient, 1),
+        "slices_per_patient": (slices_per_patient, 1),
         "spots": (n_spots, 20),
         "genes": (n_genes, 2),
     }
-    for what, (found, needed) in least.items():
+    for flag, (found, needed) in least.items():
         if found < needed:
-            raise ValueError(f"a simulation needs at least {needed} {what}, found {found}")
+            raise ValueError(f"--{flag}: expected at least {needed}, found {found}; raise it")
     if not 0.25 <= um_per_px <= 4:
-        raise ValueError(f"expected 0.25 to 4 um per pixel (nuclei measure 6 to 12 um), found {um_per_px:g}")
+        raise ValueError(f"--um_per_px: expected 0.25 to 4 (nuclei measure 6 to 12 um), found {um_per_px:g}; change it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or an empty folder, found something in it; name another")
 
@@ -159,6 +169,7 @@ def write_slices(
     seed: int = 0,
     um_per_px: float = 1.0,
     verbose: bool = False,
+    batch_effects: float = 1.0,
 ) -> list[Path]:
     """Write simulated slices and their table `slices.csv` into a new or empty folder.
 
@@ -172,6 +183,8 @@ def write_slices(
         Pixel size of the full-resolution image.
     verbose
         Print a line per slice.
+    batch_effects
+        Factor of each gene's log offset between patients; above 1 their stains differ too.
 
     Returns
     -------
@@ -180,7 +193,7 @@ def write_slices(
     out = Path(out)
     check(out, n_patients, slices_per_patient, n_spots, n_genes, um_per_px)
     genes = counting.draw_genes(np.random.default_rng([seed, 0]), n_genes)
-    plans = plan_slices(n_patients, slices_per_patient, n_genes, seed)
+    plans = plan_slices(n_patients, slices_per_patient, n_genes, seed, batch_effects)
     folders = []
     for plan in plans:
         folders.append(write_slice(out, plan, genes, n_spots, um_per_px))

@@ -31,7 +31,8 @@ def find_root(folder: str | Path) -> Path:
     """Find the folder that holds spatial/: the folder itself, its outs/ or its only binned_outputs/square_*um."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: expected a slice folder, found {'a file' if folder.exists() else 'nothing'}")
+        found = "a file" if folder.exists() else "nothing"
+        raise ValueError(f"{folder}: expected a slice folder, found {found}; correct the path")
     roots = _roots(folder)
     if len(roots) > 1:
         bins = ", ".join(f"{folder.name}/{root.relative_to(folder).as_posix()}" for root in roots)

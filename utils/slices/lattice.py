@@ -58,7 +58,7 @@ def fit_lattice(where: str, xy_px: np.ndarray, array: np.ndarray | None = None) 
     """
     xy_px = np.asarray(xy_px, float)
     if len(xy_px) < 2:
-        raise ValueError(f"{where}: expected two spots or more to measure their pitch, found {len(xy_px)}")
+        raise ValueError(f"{where}: expected two spots or more to measure their pitch, found {len(xy_px)}; give more")
     _check_apart(where, xy_px)
     if array is not None:
         stated = np.asarray(array)

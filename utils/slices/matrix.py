@@ -21,6 +21,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, vstack
 
 from utils.genes.names import are_controls
+from utils.words import cut
 
 MATRICES = (
     *("filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix"),
@@ -126,7 +127,7 @@ def reading(path: Path, expected: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, zlib.error) as error:
-        found = " ".join(str(error).split())[:200] or type(error).__name__
+        found = cut(error) or type(error).__name__
         raise ValueError(f"{path}: expected {expected}, found: {found}; copy or export the file again") from error
 
 
@@ -286,10 +287,16 @@ def _are_genes(path: Path, names: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     """Which features are genes: of the kind "Gene Expression", and no control by their name."""
     of_genes = kinds == GENES
     if not of_genes.any():
-        raise ValueError(f"{path}: expected features of the kind {GENES}, found {sorted(set(kinds))}")
+        raise ValueError(
+            f"{path}: expected features of the kind {GENES}, found {', '.join(sorted(set(kinds)))}; "
+            "give the matrix of gene expression"
+        )
     controls = are_controls(names) & of_genes
     if (controls == of_genes).all():
-        raise ValueError(f"{path}: expected genes, found control features alone ({names[controls][0]}, ...)")
+        raise ValueError(
+            f"{path}: expected genes, found control features alone ({names[controls][0]}, ...); "
+            "give the matrix of gene expression"
+        )
     return of_genes & ~controls
 
 

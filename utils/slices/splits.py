@@ -1,7 +1,7 @@
 """slices.csv: which slice is whose, its part, its spot pitch and its image; the split and the leak guard.
 
-The table has a header `slice,patient,part,spot_pitch_um,image`, of which only `slice` is needed. Spots of one patient
-never sit in test and elsewhere. Whatever is wrong is a ValueError of one line; what is only odd is a warning, returned.
+The table has a header `slice,patient,part,spot_pitch_um,image`, of which only `slice` is needed. All slices of a
+patient are in one part. Whatever is wrong is a ValueError of one line; what is only odd is a warning, returned.
 """
 
 import csv
@@ -16,6 +16,7 @@ import numpy as np
 from utils.files.atomic import write_whole
 from utils.slices.lattice import neighbour_tree
 from utils.slices.visium import is_slice, why_no_slice
+from utils.words import count_of
 
 PARTS = ("train", "val", "test")
 
@@ -136,10 +137,11 @@ def _found(data: Path) -> tuple[list[SliceRow], list[str]]:
             reasons.append(f"{data}: {whole}")
         if not itself and reasons:
             raise ValueError(reasons[0])
-        hint = "give the folder above it" if itself else "give the folder that holds them with --data"
-        raise ValueError(
-            f"{data}: expected slice folders (each with spatial/), found {len(names)} other folders; {hint}"
+        found = (
+            "a slice folder itself" if itself else f"{count_of(len(names), 'folder')} without" if names else "no folder"
         )
+        hint = "give the folder above it" if itself else "give the folder that holds them with --data"
+        raise ValueError(f"{data}: expected slice folders (each with spatial/), found {found}; {hint}")
     unread = [f"{data}: folders without spatial/, not used: {', '.join(others)}"] if others else []
     return rows, unread + reasons
 
@@ -207,16 +209,31 @@ def default_split(rows: Sequence[SliceRow], val_strip: bool = False) -> list[Sli
 
 def _leak(message: str, allow_leak: bool) -> str:
     if not allow_leak:
-        raise ValueError(f"{message}; correct the parts in slices.csv, or use --allow_leak and report the leak")
+        raise ValueError(
+            f"expected test slices that share nothing with the others, found {message}; correct the parts in "
+            "slices.csv, or use --allow_leak and report the leak"
+        )
     return message
+
+
+def parts_of_patients(rows: Iterable[SliceRow]) -> dict[str, set[str]]:
+    """The parts that each patient has slices in."""
+    parts: dict[str, set[str]] = {}
+    for row in of_part(rows, *PARTS):
+        parts.setdefault(row.patient, set()).add(row.part)
+    return parts
+
+
+def tested_elsewhere(rows: Iterable[SliceRow]) -> list[str]:
+    """Patients in test and in another part, with their parts."""
+    parts = parts_of_patients(rows).items()
+    return [f"{patient} ({', '.join(sorted(of))})" for patient, of in parts if "test" in of and len(of) > 1]
 
 
 def check_patients(rows: Iterable[SliceRow], allow_leak: bool = False) -> list[str]:
     """Stop, or warn, where a patient is in test and in another part; warn where one is in train and val."""
-    parts: dict[str, set[str]] = {}
-    for row in of_part(rows, *PARTS):
-        parts.setdefault(row.patient, set()).add(row.part)
-    tested = [f"{patient} ({', '.join(sorted(of))})" for patient, of in parts.items() if "test" in of and len(of) > 1]
+    parts = parts_of_patients(rows)
+    tested = tested_elsewhere(rows)
     shared = [patient for patient, of in parts.items() if {"train", "val"} <= of]
     warnings = [_leak(f"patients in test and in another part: {', '.join(tested)}", allow_leak)] if tested else []
     return warnings + ([f"patients in train and in val: {', '.join(shared)}"] if shared else [])

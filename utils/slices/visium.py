@@ -133,7 +133,9 @@ class Slice:
     def pitch_px(self) -> float:
         """Between neighbouring spots, in full-resolution pixels. Raises ValueError where there is a single position."""
         if self.lattice is None:
-            raise ValueError(f"{self.root}: expected two positions or more to measure their pitch, found one")
+            raise ValueError(
+                f"{self.root}: expected two positions or more to measure their pitch, found one; leave the slice out"
+            )
         return self.lattice.pitch_px
 
     @property

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import distributed, settings
+from utils import distributed, settings, words
 from utils.files import hashing, tensors
 from utils.training import shared_folder
 from utils.training.shared_folder import CONFIG, WEIGHTS
@@ -48,10 +48,10 @@ def _write_part(path: Path, state: dict[str, Any]) -> Path:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         part.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())[:160]
+        reason = words.cut(error)
         raise ValueError(
-            f"{path}: expected room for a checkpoint, it could not be written ({reason}); what was saved before is "
-            "whole: make room, and go on with --resume"
+            f"{path}: expected room for a checkpoint, found that it cannot be written ({reason}); make room, and go on "
+            "with --resume: what was saved before is whole"
         ) from error
     return part
 
@@ -95,12 +95,14 @@ def check_made_by(state: object, kind: str | None, path: Path, flag: str) -> Non
         wanted = (
             f"a {kind} checkpoint of {SCRIPTS[kind]}" if kind else f"a checkpoint of {' or '.join(SCRIPTS.values())}"
         )
-        raise ValueError(f"{flag}: expected {wanted}, found {found or 'another file'} in {path}")
+        raise ValueError(f"{flag}: expected {wanted}, found {found or 'another file'} in {path}; give another file")
     number = state.get("format")
     if number != FORMAT:
         newer = isinstance(number, int) and number > FORMAT
-        remedy = "a newer Magic made it: update this one" if newer else f"train it again with {SCRIPTS[str(found)]}"
-        raise ValueError(f"{flag}: {path} has format {number}, this version reads {FORMAT}; {remedy}")
+        remedy = "update this Magic, a newer one made it" if newer else f"train it again with {SCRIPTS[str(found)]}"
+        raise ValueError(
+            f"{flag}: {path}: expected format {FORMAT}, which this version reads, found {number}; {remedy}"
+        )
 
 
 def fit(model: nn.Module, weights: dict[str, Tensor], path: Path, flag: str) -> None:
@@ -108,8 +110,9 @@ def fit(model: nn.Module, weights: dict[str, Tensor], path: Path, flag: str) -> 
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{flag}: the weights in {path} do not fit this version ({reason}); train it again") from error
+        raise ValueError(
+            f"{flag}: {path}: expected weights that fit this version, found others ({words.cut(error)}); train it again"
+        ) from error
 
 
 def read_resumed(out: Path, kind: str, about: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +142,8 @@ def check_same_run(state: dict[str, Any], about: dict[str, Any], path: Path) -> 
     for key in ("sizes", "genes", "tile_scale", "counts_hashes", "target", "encoder_hash"):  # the last two of stage two
         if state.get(key) != about.get(key):
             raise ValueError(
-                f"--resume: {path} was trained with other {key}; use the same data and flags, or another --out"
+                f"--resume: {path}: expected the {key} of this run, found others; use the same data and flags, or "
+                "another --out"
             )
 
 

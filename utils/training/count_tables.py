@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
+from utils import words
 from utils.features.dataset import SliceData
 from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
@@ -81,8 +82,8 @@ def find_held_out(slices: list[SliceData], rows: list[splits.SliceRow], settings
         panel = gene_panels.read_panel(gene_panels.panel_path(settings.data, settings.panels, row.slice, "input"))
         if panel.genes != slices[0].panels["input"].genes:
             raise ValueError(
-                f"{panel.path}: its genes differ from those of {slices[0].name}, and --pretrain_data cannot be checked "
-                "against this test slice; run make_decoder_data.py again on all slices"
+                f"{panel.path}: expected the input genes of {slices[0].name}, found others, so that --pretrain_data "
+                "cannot be checked against this test slice; run make_decoder_data.py again on all slices"
             )
         hashes[panel.counts_hash] = row.slice
         counts.append((row.slice, panel.read_counts()))
@@ -108,8 +109,10 @@ def read_one(
         print(f"warning: {leak}")
     kept = np.flatnonzero(total > 0)
     notes = [f"{(~measured).sum()} of {len(panel)} input genes absent, read as zero"] if not measured.all() else []
-    notes += [f"{len(total) - len(kept)} spots without a count left out"] if len(kept) < len(total) else []
-    print(", ".join([f"{path.name}: {len(kept)} spots", f"{measured.sum()} input genes", *notes]))
+    without = len(total) - len(kept)
+    notes += [f"{words.count_of(without, 'spot')} without a count left out"] if without else []
+    size = [words.count_of(len(kept), "spot"), words.count_of(measured.sum(), "input gene")]
+    print(f"{path.name}: {', '.join([*size, *notes])}")
     of_panel, total = of_panel[kept], total[kept]
     if downsample_counts:
         seeds = gene_panels.spot_seeds(path.stem, barcodes[kept])
@@ -129,7 +132,7 @@ def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix, np.n
         counts = sp.csr_matrix(adata.X)
         total = adata.obs["total_counts"].to_numpy(np.float64) if "total_counts" in adata.obs else None
     except Exception as error:  # whatever a corrupt file makes HDF5 or anndata stumble over
-        reason = " ".join(str(error).split())[:160]
+        reason = words.cut(error)
         raise ValueError(f"{path}: expected an h5ad file with counts in X, found: {reason}; write it again") from error
     bad = ~((counts.data >= 0) & (counts.data == np.rint(counts.data)) & np.isfinite(counts.data))
     if bad.any():
@@ -139,7 +142,7 @@ def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix, np.n
     names = gene_names.without_unique_suffixes(adata.var_names.to_numpy())
     of_genes = ~gene_names.are_controls(names)
     if not of_genes.all():
-        print(f"{path.name}: {(~of_genes).sum()} control features left out")
+        print(f"{path.name}: {words.count_of((~of_genes).sum(), 'control feature')} left out")
     names, counts = names[of_genes], counts[:, of_genes].astype(np.int64)
     counts.sum_duplicates()
     sums = np.asarray(counts.sum(1)).ravel()

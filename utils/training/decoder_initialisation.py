@@ -17,6 +17,7 @@ from utils.features import dataset
 from utils.features.dataset import SliceData
 from utils.features.neighbourhoods import FeatureBank
 from utils.training import initialisation
+from utils.words import count_of
 
 if TYPE_CHECKING:
     from model.stage_two import StageTwo
@@ -49,6 +50,7 @@ def warm_start_decoder(
     """
     train = drawn(bank, slices, seed)
     val = [spots for spots in bank.spots_of(slices, "val") if len(spots)]
+    print(f"warm start: kernel ridge on {count_of(sum(map(len, train)), 'train spot')}", flush=True)
     y_train, y_val = [np.nan_to_num(target[spots]) for spots in train], [y for y in truth if len(y)]
     kernel, spots = model.decoder.ridge, np.concatenate(train)
     spots = np.sort(np.random.default_rng(seed).choice(spots, len(kernel.landmarks), replace=False))

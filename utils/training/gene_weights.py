@@ -42,13 +42,24 @@ def check(flags: settings.StageOneSettings) -> None:
             settings.require_file(path, f"--{name}", "see docs/gene_weights.md")
     named = flags.gene2vec is not None and flags.gene2vec.suffix in gene_lists.NAMED
     if (flags.gene_weights or flags.gene2vec) and not (flags.gene_vocab or named):
-        raise ValueError("--gene_weights and --gene2vec need --gene_vocab: the files do not name their genes")
+        raise ValueError(
+            "--gene_weights and --gene2vec: expected --gene_vocab, which names the genes of their files, found none; "
+            "give it"
+        )
     if flags.gene_vocab and named:
-        raise ValueError(f"--gene_vocab: the lines of --gene2vec {flags.gene2vec} name their genes; leave it out")
+        raise ValueError(
+            f"--gene_vocab: expected none, since the lines of --gene2vec {flags.gene2vec} name their genes, found "
+            f"{flags.gene_vocab}; leave it out"
+        )
     if (flags.gene_vocab or flags.gene_aliases) and not (flags.gene_weights or flags.gene2vec):
-        raise ValueError("--gene_vocab and --gene_aliases need --gene_weights or --gene2vec, whose genes they name")
+        raise ValueError(
+            "--gene_vocab and --gene_aliases: expected --gene_weights or --gene2vec, whose genes they name, found "
+            "neither; give one"
+        )
     if flags.gene_weights and flags.tune_block >= flags.gene_depth:
-        raise ValueError(f"--tune_block {flags.tune_block}: expected less than --gene_depth {flags.gene_depth}")
+        raise ValueError(
+            f"--tune_block: expected less than --gene_depth {flags.gene_depth}, found {flags.tune_block}; lower it"
+        )
 
 
 def load(encoder: GeneEncoder, flags: settings.StageOneSettings, panel: list[str], folders: Sequence[Path]) -> None:
@@ -78,7 +89,9 @@ def load(encoder: GeneEncoder, flags: settings.StageOneSettings, panel: list[str
         encoder.freeze_trunk(flags.tune_block)
         table = tensors.get(scbert.POSITIONS) if table is None else table
     if table is None:
-        raise ValueError(f"--gene_weights: {flags.gene_weights} has no {scbert.POSITIONS}; give --gene2vec")
+        raise ValueError(
+            f"--gene_weights: {flags.gene_weights}: expected {scbert.POSITIONS}, found none; give --gene2vec"
+        )
     positions = torch.as_tensor(table)
     check_table(positions.double().numpy(), names, flags)
     places = find_places(panel, names, flags, folders)
@@ -102,8 +115,8 @@ def check_table(table: np.ndarray, vocabulary: list[str], flags: settings.StageO
     n_rows = len(table) - (len(table) > 0 and not table[-1].any())
     if n_rows != len(vocabulary):
         raise ValueError(
-            f"{source} has positions of {n_rows} genes, --gene_vocab {flags.gene_vocab} names {len(vocabulary)}: "
-            "give the vocabulary that belongs to them, one gene per line, in their order"
+            f"--gene_vocab {flags.gene_vocab}: expected {n_rows} genes, as {source} has positions, found "
+            f"{len(vocabulary)}; give the vocabulary that belongs to them, one gene per line, in their order"
         )
 
 

@@ -20,6 +20,7 @@ from utils.evaluation.ridge import Ridge, fit_ridge, minus_squared_error
 from utils.features import dataset
 from utils.features.cache import Inference, to_float
 from utils.training import targets
+from utils.words import count_of
 
 if TYPE_CHECKING:
     from model.stage_one import StageOne
@@ -59,6 +60,9 @@ def warm_start_stage_one(
     ----------
     bins : (S, G) of each slice
     """
+    n_spots = sum(len(slice_.rows_of(part)) for slice_ in slices for part in ("train", "val"))
+    used = round(fraction_of(sum(len(slice_.rows_of("train")) for slice_ in slices)) * n_spots)
+    print(f"warm start: features of {count_of(used, 'tile')}, then ridge on them", flush=True)
     train, val = draw_samples(model, slices, bins, components, inference, seed)
     assert model.to_expression is not None, "the model has components"
     features = np.concatenate([sample.features for sample in train])

@@ -71,8 +71,8 @@ def make_optimizer(
 def stop_if_not_finite(loss: float, epoch: int, step: int) -> None:
     if not math.isfinite(loss):
         raise ValueError(
-            f"the loss is {loss} at epoch {epoch}, step {step}: stopped, the last epoch's weights are kept; "
-            "try a lower --Init_lr or --precision fp32"
+            f"training: expected a finite loss, found {loss} at epoch {epoch}, step {step}; try a lower --Init_lr or "
+            "--precision fp32 (the last epoch's weights are kept)"
         )
 
 
@@ -81,18 +81,28 @@ class EpochOrder:
 
     An incomplete last batch is dropped. `accumulate` batches make a step, or all where an epoch has fewer; batches that
     make no whole step are dropped. `first` is the batch to begin at.
+
+    Parameters
+    ----------
+    near : (n_spots, k), the nearest spots of each; half of every batch are then spots in the order of the epoch, each
+        followed by one of its nearest, drawn. None: all are in that order
     """
 
-    def __init__(self, n_spots: int, batch_size: int, seed: int, accumulate: int = 1):
+    def __init__(self, n_spots: int, batch_size: int, seed: int, accumulate: int = 1, near: np.ndarray | None = None):
         self.n_spots, self.batch_size, self.seed = n_spots, batch_size, seed
         self.n_batches, self.epoch, self.first = n_spots // batch_size, 0, 0
         self.accumulate = max(min(accumulate, self.n_batches), 1)
+        self.near = near
 
     def __len__(self) -> int:
         return self.n_batches // self.accumulate * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_spots)
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.n_spots)
+        if self.near is not None:
+            neighbour = self.near[order, rng.integers(self.near.shape[1], size=self.n_spots)]
+            order = np.column_stack([order, neighbour]).ravel()
         n_own = self.batch_size // distributed.n_processes()
         for i in range(self.first, len(self)):
             start = i * self.batch_size + distributed.rank() * n_own

@@ -36,7 +36,7 @@ def read_config(folder: Path, flag: str) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{flag}: {path}: expected JSON, found {error}; {AGAIN}") from error
     if not isinstance(config, dict) or config.get("library_name") != LIBRARY:
-        raise ValueError(f"{flag}: {path}: expected what --export wrote, found the config of something else")
+        raise ValueError(f"{flag}: {path}: expected what --export wrote, found the config of something else; {AGAIN}")
     return config
 
 
@@ -49,7 +49,7 @@ def state_of(config: dict[str, Any], folder: Path, flag: str) -> dict[str, Any]:
     wrong = [f"{key} ({kind.__name__})" for key, kind in needed.items() if not isinstance(config.get(key), kind)]
     wrong += [] if wrong or set(config["tile_scale"]) == {"side_px", "um_per_px"} else ["side_px of tile_scale"]
     if wrong:
-        raise ValueError(f"{flag}: {folder / CONFIG} lacks {', '.join(wrong)}; {AGAIN}")
+        raise ValueError(f"{flag}: {folder / CONFIG}: expected {', '.join(wrong)}, found none; {AGAIN}")
     tensors = tensor_files.read_tensors(folder / WEIGHTS, flag)
     check_tensors(tensors, config, folder, flag)
     state = {key: value for key, value in config.items() if key not in (*ADDED, "metrics")}
@@ -70,8 +70,6 @@ def check_tensors(tensors: dict[str, Any], config: dict[str, Any], folder: Path,
     for name in sorted({*listed, *tensors}):
         wanted, found = listed.get(name, "none"), described(tensors[name]) if name in tensors else "none"
         if wanted != found:
-            raise ValueError(
-                f"{flag}: {path} is not the one of {CONFIG}: expected {wanted} for {name}, found {found}; {AGAIN}"
-            )
+            raise ValueError(f"{flag}: {path}: expected {wanted} for {name}, found {found}; {AGAIN}")
     if hashing.file_hash(path) != config["weights_sha256"]:
-        raise ValueError(f"{flag}: {path} is not the one of {CONFIG}: expected another sha256; {AGAIN}")
+        raise ValueError(f"{flag}: {path}: expected the sha256 of {CONFIG}, found another; {AGAIN}")

@@ -13,6 +13,7 @@ from utils.features import dataset
 from utils.genes import panels as gene_panels
 from utils.settings import EvaluationSettings, SharedSettings, TrainingSettings, chosen, warn
 from utils.slices import splits
+from utils.words import count_of
 
 LEAST_TARGETS = 10  # genes: a mean over fewer is too noisy
 LEAST_INPUTS = 0.5  # fraction of the input genes: the gene encoder was not trained on profiles with more zeros
@@ -40,18 +41,32 @@ def load_training(
     for part in ("train", "val"):
         if not splits.of_part(used, part) and not (part == "val" and settings.val_strip):
             raise ValueError(
-                f"no slice has part {part}: expected one at least in slices.csv"
+                f"expected a slice of part {part}, found none; name one in slices.csv"
                 + (", or use --val_strip" if part == "val" else "")
             )
     slices = dataset.load_slices(used, settings, roles, settings.val_strip, downsample_counts=downsample_counts)
     check_panel_origin(slices, [row.slice for row in used if row.part == "train"])
+    if settings.val_strip:
+        print("\n".join(strip_sizes(slices)))
     warn(splits.check_identical(used, dataset.counts_hashes(slices), settings.allow_leak))
     n_train = len(dataset.spots_of(slices, "train"))
     if settings.batch_size > n_train:
         raise ValueError(
-            f"--batch_size {settings.batch_size} is larger than the train set of {n_train} spots; lower it"
+            f"--batch_size: expected at most the {count_of(n_train, 'train spot')}, found {settings.batch_size}; lower "
+            "it"
         )
     return slices
+
+
+def strip_sizes(slices: list[dataset.SliceData]) -> list[str]:
+    """How many spots of each slice --val_strip leaves for what."""
+    lines = []
+    for slice_ in slices:
+        train, val, gap = (int((slice_.part == part).sum()) for part in ("train", "val", "gap"))
+        lines.append(
+            f"{slice_.name}: {train} train and {count_of(val, 'validation spot')}, {gap} left out between them"
+        )
+    return lines
 
 
 def load_evaluation(
@@ -96,19 +111,15 @@ def check_panel_origin(slices: list[dataset.SliceData], train: list[str]) -> Non
             foreign = sorted(set(panel.train_slices) - set(train))
             if foreign:
                 raise ValueError(
-                    f"{panel.path}: its genes were chosen on {', '.join(foreign)}, outside the train part "
-                    f"({', '.join(train)}); run make_decoder_data.py with this split"
+                    f"{panel.path}: expected genes chosen on the train part ({', '.join(train)}), found some chosen on "
+                    f"{', '.join(foreign)}; run make_decoder_data.py with this split"
                 )
 
 
-def check_unseen(
-    rows: list[splits.SliceRow],
-    state: dict[str, Any],
-    flag: str,
-    allow_leak: bool,
-    hashes: dict[str, str] | None = None,
-) -> None:
-    """A checkpoint must not have been trained on held-out slices: not on test patients, nor on val slices as train.
+def seen_in_training(
+    rows: list[splits.SliceRow], state: dict[str, Any], hashes: dict[str, str] | None = None
+) -> list[str]:
+    """Held-out slices that a checkpoint was trained on: test slices of its patients, val slices that it has as train.
 
     Parameters
     ----------
@@ -120,18 +131,45 @@ def check_unseen(
     patients, trained = {row["patient"] for row in used}, {row["slice"] for row in used if row["part"] == "train"}
     contents = {state["counts_hashes"].get(row["slice"]) for row in used} - {None}
     contents |= set(state["pretrain_hashes"].values())
-    seen = [
+    return [
         row.slice
         for row in rows
         if (row.part == "test" and (row.patient in patients or (hashes or {}).get(row.slice) in contents))
         or (row.part == "val" and row.slice in trained)
     ]
+
+
+def leaked_slices(slices: list[dataset.SliceData], state: dict[str, Any]) -> list[str]:
+    """Names of evaluated slices that the model was trained on, for metrics.json; only --allow_leak lets there be "
+    "any."""
+    parts = ["train" if "train" in slice_.part else slice_.part[0] for slice_ in slices]  # of strips that of the slice
+    rows = [splits.SliceRow(s.name, s.patient, part, None, None) for s, part in zip(slices, parts, strict=True)]
+    return seen_in_training(rows, state, dataset.counts_hashes(slices))
+
+
+def leaks_of_table(state: dict[str, Any]) -> list[str]:
+    """Patients that a checkpoint, or its encoder, has in test and in another part, with their parts."""
+    tables = (state["table"], state.get("encoder_table", []))
+    found = [splits.tested_elsewhere(splits.SliceRow(**row) for row in table) for table in tables]
+    return list(dict.fromkeys(patient for of_table in found for patient in of_table))
+
+
+def check_unseen(
+    rows: list[splits.SliceRow],
+    state: dict[str, Any],
+    flag: str,
+    allow_leak: bool,
+    hashes: dict[str, str] | None = None,
+) -> None:
+    """Stop, or warn, where a checkpoint was trained on held-out slices, see `seen_in_training`."""
+    seen = seen_in_training(rows, state, hashes)
     if seen and not (allow_leak or state["settings"]["allow_leak"]):
         raise ValueError(
-            f"{flag}: {', '.join(seen)} held out here, but seen in its training; use its split (slices.csv)"
+            f"{flag}: expected a model that was not trained on {', '.join(seen)}, held out here, found that it was; "
+            "use its split (the slices.csv beside it), or --allow_leak"
         )
     if seen:
-        print(f"warning: {flag}: {', '.join(seen)} held out here, but seen in its training")
+        print(f"warning: {flag}: {', '.join(seen)} held out here, but seen in its training: recorded as a leak")
 
 
 def check_genes(panel: gene_panels.Panel, role: str, name: str, flag: str) -> None:
@@ -143,7 +181,7 @@ def check_genes(panel: gene_panels.Panel, role: str, name: str, flag: str) -> No
     least = min(LEAST_TARGETS, n) if role == "target" else LEAST_INPUTS * n
     if shared < least:
         raise ValueError(
-            f"{flag}: trained on {n} {role} genes, of which {panel.path} has {shared}, expected at least {least:.0f}; "
+            f"{panel.path}: expected at least {least:.0f} of the {n} {role} genes of {flag}, found {shared}; "
             f"make its panel with --{role}_genes, or train on genes that this slice has"
         )
     if shared < n and role == "target":
@@ -157,8 +195,8 @@ def check_same(panel: gene_panels.Panel, role: str, wanted: list[str], flag: str
     if panel.genes != wanted:
         shared = len(set(panel.genes) & set(wanted))
         raise ValueError(
-            f"{flag}: trained on {len(wanted)} {role} genes, of which {panel.path} has {shared} among its "
-            f"{len(panel.genes)}; make its panel with --{role}_genes, or use the panels it was trained on"
+            f"{panel.path}: expected the {len(wanted)} {role} genes of {flag}, found {len(panel.genes)} genes, "
+            f"{shared} of them among those; make its panel with --{role}_genes, or use the panels it was trained on"
         )
 
 
@@ -166,6 +204,6 @@ def check_tiles(folder: Path, found: tuple[int, float | None], wanted: tuple, fl
     """Tiles must be of the side in pixels and the micrometres per pixel that a model was trained on."""
     if found != wanted:
         raise ValueError(
-            f"{flag}: trained on tiles of {wanted} (px, um per px), those of {folder} are of {found}; "
-            "cut tiles of that scale with image_tilling.py"
+            f"{folder}: expected tiles of {dataset.said_scale(wanted)}, as {flag} was trained on, found tiles of "
+            f"{dataset.said_scale(found)}; cut them with image_tilling.py --tile_um and --tile_px"
         )

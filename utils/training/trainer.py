@@ -157,7 +157,9 @@ class Trainer:
             for name in self.parts.keys() - {"model"}:
                 self.parts[name].load_state_dict(state[name])
         except ValueError as error:  # torch's, of groups of parameters
-            raise ValueError(f"--resume: the flags {changed} train other parameters; use those of before") from error
+            raise ValueError(
+                f"--resume: expected the parameters of before, found {changed}; use those of before"
+            ) from error
         self.epoch, self.n_steps, self.sums, self.best = (state[key] for key in ("next_epoch", "step", "sums", "best"))
         self.validated = {key: state[key] for key in ("row", "val_pcc") if key in state}
         print(f"going on at epoch {self.epoch}, step {self.n_steps}")

@@ -1,0 +1,139 @@
+"""Means, differences with their intervals, table and figure of parts.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.evaluation.bootstrap import block_bootstrap_interval
+
+FIGURES = {  # key: heading
+    "contrastive_neighbours": "contrastive",
+    "matching_neighbours": "matching",
+    "reranked_neighbours": "re-ranked",
+    "matching_auc": "AUC",
+    "matching_auc_same_depth": "AUC, same depth",
+    "recall_at_10": "R@10",
+    "pcc_initialisation": "PCC, initialisation",
+    "pcc_residuals": "PCC",
+}
+RERANKING = "reranked_neighbours - contrastive_neighbours"  # of one method
+Patients = dict[str, dict[str, float | None]]  # figures of each patient
+
+
+def over_seeds(records: Sequence[Mapping[str, Any]]) -> Patients:
+    """Figures of each patient, means over the runs of a method."""
+    patients = [record["per_patient"] for record in records]
+    return {name: {key: _mean([of_run[name][key] for of_run in patients]) for key in FIGURES} for name in patients[0]}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def difference(a: Sequence[float | None], b: Sequence[float | None]) -> dict[str, Any] | None:
+    """Mean of a - b over patients and its 95 % interval, of a bootstrap over patients; None where one has none."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    if len(pairs) < len(a) or len(a) < 2:
+        return None
+    values = np.array([x - y for x, y in pairs])
+    interval = block_bootstrap_interval(values, np.arange(len(values)))
+    return {"mean": float(values.mean()), "interval": list(interval)}
+
+
+def summarise(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """`methods` and `differences` of the JSON: every method against `none`, a mismatched one against its own."""
+    patients = {name: over_seeds(runs) for name, runs in records.items()}
+    methods: dict[str, dict[str, Any]] = {}
+    for name, of_patients in patients.items():
+        column = {key: [figures[key] for figures in of_patients.values()] for key in FIGURES}
+        per_patient = [{"patient": patient} | figures for patient, figures in of_patients.items()]
+        seconds = float(np.mean([run["seconds"] for run in records[name]]))
+        methods[name] = {key: _mean(values) for key, values in column.items()}
+        methods[name] |= {"seconds": seconds, "steps": records[name][0]["steps"], "seeds": len(records[name])}
+        methods[name]["per_patient"] = per_patient
+    return {"methods": methods, "differences": differences(patients)}
+
+
+def differences(patients: Mapping[str, Patients]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, of_patients in patients.items():
+        mismatched = name.endswith("_mismatched")
+        rivals = ["none_mismatched" if mismatched else "none", "matching" + "_mismatched" * mismatched]
+        for rival in rivals:
+            if rival in patients and rival != name:
+                found[f"{name} - {rival}"] = {
+                    key: difference(
+                        [of_patients[p][key] for p in of_patients], [patients[rival][p][key] for p in of_patients]
+                    )
+                    for key in FIGURES
+                }
+        columns = [[of[key] for of in of_patients.values()] for key in RERANKING.split(" - ")]
+        found[f"{name}: {RERANKING}"] = {"reranked_neighbours": difference(*columns)}
+    return found
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    return "-" if found is None else f"{found['mean']:+.3f} [{found['interval'][0]:+.3f}, {found['interval'][1]:+.3f}]"
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Both tables, and what they were made with."""
+    s = result["settings"]
+    told_apart, unseen = s["patients_told_apart"], s["patients"] - s["train"] - s["val"]
+    head = (
+        f"{s['train']} train patients x {s['spots']} spots, {unseen} unseen, batch effects "
+        f"{s['batch_effects']:g} (three patients told apart by frozen features: {_figure(told_apart)}, chance 0.333), "
+        f"seeds {', '.join(map(str, s['seeds']))}, {s['date']}, {s['machine']}. Chance: "
+        f"{s['chance']['neighbours']:.3f} among neighbours, {s['chance']['recall_at_10']:.3f} for R@10, 0.5 for AUC."
+    )
+    rows = [
+        f"| {name} | " + " | ".join(_figure(of[key]) for key in FIGURES) + f" | {of['steps']} | {of['seconds']:.0f} |"
+        for name, of in result["methods"].items()
+    ]
+    keys = ("contrastive_neighbours", "recall_at_10", "reranked_neighbours", "pcc_residuals")
+    against = [
+        f"| {name} | " + " | ".join(_difference(of.get(key)) for key in keys) + " |"
+        for name, of in result["differences"].items()
+    ]
+    return "\n".join(
+        [
+            head,
+            "",
+            f"| method | {' | '.join(FIGURES.values())} | steps | seconds |",
+            "| --- |" + " --- |" * (len(FIGURES) + 2),
+            *rows,
+            "",
+            f"| difference | {' | '.join(FIGURES[key] for key in keys)} |",
+            "| --- |" + " --- |" * len(keys),
+            *against,
+        ]
+    )
+
+
+def draw_curve(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Retrieval of each method over the number of train patients, one result each."""
+    from utils.evaluation import plotting
+
+    results = sorted(results, key=lambda result: result["settings"]["train"])
+    shared = [name for name in results[0]["methods"] if all(name in result["methods"] for result in results)]
+    patients = np.array([result["settings"]["train"] for result in results])
+    keys = {"contrastive_neighbours": "neighbours", "recall_at_10": "recall_at_10"}
+    figure, panels = plotting.new_figure(9.0, 3.6, columns=len(keys))
+    for axes, (key, chance) in zip(panels, keys.items(), strict=True):
+        for i, name in enumerate(shared):
+            plotting.curve(axes, i, name, patients, np.array([result["methods"][name][key] for result in results]))
+        axes.axhline(results[0]["settings"]["chance"][chance], color=plotting.FAINT, ls="--", lw=1.2, label="chance")
+        axes.set(xscale="log", xticks=patients, xticklabels=patients, ylim=(0, None))
+        axes.minorticks_off()
+        plotting.label(axes, "Train patients", "Fraction of spots", FIGURES[key])
+    plotting.legend(panels[-1])
+    plotting.save(figure, path)

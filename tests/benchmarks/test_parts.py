@@ -1,0 +1,76 @@
+"""benchmarks/parts.py: what is compared with what, the AUC's rivals, and a run that is resumed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import parts, parts_run, parts_table
+
+
+def record(values, seconds=2.0):
+    """A run in which each patient has one value for all figures, None for a figure that it cannot have."""
+    patients = {f"P{i}": dict.fromkeys(parts_table.FIGURES, value) for i, value in enumerate(values)}
+    return {"per_patient": patients, "seconds": seconds, "steps": 10}
+
+
+def test_seeds_are_averaged_before_patients_and_methods_are_compared_patient_by_patient():
+    records = {
+        "none": [record([0.1, 0.2, 0.3, 0.4]), record([0.3, 0.4, 0.5, 0.6])],
+        "matching": [record([0.3, 0.4, 0.5, 0.6]), record([0.3, 0.4, 0.5, 0.6])],
+        "none_mismatched": [record([0.1, 0.1, 0.1, 0.1])],
+    }
+    found = parts_table.summarise(records)
+    none = found["methods"]["none"]
+    assert none["recall_at_10"] == pytest.approx(0.35) and none["seeds"] == 2
+    assert [patient["recall_at_10"] for patient in none["per_patient"]] == pytest.approx([0.2, 0.3, 0.4, 0.5])
+    difference = found["differences"]["matching - none"]["recall_at_10"]
+    assert difference["mean"] == pytest.approx(0.1) and difference["interval"] == pytest.approx([0.1, 0.1])
+    assert "none_mismatched - none" not in found["differences"], "twins differ in their data"
+
+
+def test_a_difference_is_null_where_a_method_has_no_figure():
+    assert parts_table.difference([0.1, None], [0.2, 0.3]) is None
+    assert parts_table.difference([0.1], [0.2]) is None
+    found = parts_table.difference([0.5, 0.6, 0.1, 0.9], [0.4, 0.2, 0.3, 0.1])
+    assert found["mean"] == pytest.approx(0.275) and found["interval"][0] < 0.275 < found["interval"][1]
+
+
+def test_rivals_of_the_same_depth_are_the_nearest_in_rank():
+    found = parts_run.depth_candidates(np.array([100, 5000, 110, 4000, 90]), 2)
+    assert found[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert [set(row[1:].tolist()) for row in found[[0, 4]]] == [{2, 4}, {0, 2}]
+
+
+def test_auc_of_a_gallery():
+    scores = np.array([[2.0, 1.0, 0.0], [0.5, 3.0, 0.5]])
+    assert parts_run.auc_of(scores, np.array([0, 1])) == 1.0
+    assert parts_run.auc_of(scores, np.array([2, 0])) == 0.5 / 8
+
+
+def test_every_method_differs_in_the_flags_of_its_part_alone():
+    flags = {name: set(parts_run.PARTS[name].replace("--", "|").split("|")) for name in parts_run.PARTS}
+    assert len({frozenset(f) for f in flags.values()}) == len(flags)
+    cohort = parts_run.Cohort(parts_run.Path("x"), 6, ["train"] * 3, 2, 64, 1.0, False)
+    run = parts_run.Run(cohort, "queue_mismatched", 1, 60)
+    assert "--queue_size 1024" in run.stage_one_flags() and "--Epoch 10 " in run.stage_one_flags()
+    assert not run.matching and parts_run.Run(cohort, "full", 0, 60).matching
+
+
+@pytest.mark.slow
+def test_a_quick_benchmark_has_the_stated_keys_and_is_not_repeated(tmp_path, capsys):
+    out = tmp_path / "parts.json"
+    settings = parts.parse_args(["--out", str(out), "--quick"])
+    parts.main(settings)
+    result, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert set(result) == {"settings", "methods", "differences"}
+    keys = {*parts_table.FIGURES, "seconds", "steps", "per_patient", "seeds"}
+    for name, figures in result["methods"].items():
+        assert set(figures) == keys and len(figures["per_patient"]) == 2, name
+        assert 0 <= figures["contrastive_neighbours"] <= 1
+    assert result["methods"]["none"]["matching_auc"] is None and 0 <= result["methods"]["full"]["matching_auc"] <= 1
+    assert "full - none" in result["differences"] and "| full |" in printed
+    parts.main(settings)
+    assert "full_seed0" not in capsys.readouterr().out and json.loads(out.read_text()) == result
+    parts_table.draw_curve([result, result | {"settings": result["settings"] | {"train": 4}}], tmp_path / "parts.png")
+    assert (tmp_path / "parts.png").stat().st_size > 1000

@@ -215,17 +215,27 @@ def write_page(
     page.write_report(path, report)
 
 
-def write_predictions(path: Path, predictions: Predictions, measured: list[Measured], state: dict, unit: str) -> None:
+def write_predictions(
+    path: Path, predictions: Predictions, measured: list[Measured], table: pd.DataFrame, state: dict, model_hash: str
+) -> None:
     import pandas as pd
 
     from utils.report import anndata_files
 
-    var = pd.DataFrame({"val_pcc": state["val_pcc"].numpy()}, index=state["genes"])
+    columns = {"val_pcc": "val_pcc", "test_pcc": "pcc_residuals_model"}
+    var = pd.DataFrame({name: table[column].to_numpy() for name, column in columns.items()}, index=state["genes"])
     obs = {"total_counts": np.concatenate([slice_.total_counts for slice_ in measured])}
     predicted = np.concatenate(predictions["model"])
     adata = anndata_files.spots_anndata([slice_.spots for slice_ in measured], predicted, var, obs)
-    adata.layers["counts"] = np.concatenate([slice_.counts for slice_ in measured]).astype(np.float32)
-    adata.uns["magic"] = {"X": f"predicted, {unit}", "counts": "measured, raw", "target": state["target"]}
+    known = [np.where(slice_.measured, slice_.expression, np.nan) for slice_ in measured]
+    layers = {
+        "lognorm": anndata_files.predicted_lognorm([state], predicted),
+        "measured": np.concatenate(known),
+        "counts": np.concatenate([slice_.counts for slice_ in measured]),
+    }
+    for name, values in layers.items():
+        adata.layers[name] = values.astype(np.float32)
+    adata.uns["magic"] = anndata_files.describe_values(adata, state["target"], model_hash)
     anndata_files.write_anndata(path, adata)
 
 
@@ -248,7 +258,8 @@ def main(args: Settings) -> None:
     out, unit = args.out, UNITS[state["target"]]
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "genes.csv", table.to_csv(index=False).encode())
-    write_predictions(out / "predictions.h5ad", predictions, measured, state, unit)
+    model_hash = checkpoint.model_hash(args.decoder)
+    write_predictions(out / "predictions.h5ad", predictions, measured, table, state, model_hash)
     draw_figures(out, predictions, measured, table, unit)
     write_page(out / "report.html", predictions, measured, metrics, table, state, args)
     write_record(out / "metrics.json", metrics)

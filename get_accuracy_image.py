@@ -155,8 +155,8 @@ def encode(
 
 
 def fit_reranking(model: StageOne, slices: list[SliceData], accelerator: Accelerator, args: Settings) -> float:
-    """Weight of matching in `reranked`: of the highest likelihood of the own profile among neighbours, on the
-    validation spots."""
+    """Weight of matching in `reranked`, for which the own profile ranks best among neighbours, on the validation
+    spots."""
     from utils.evaluation import retrieval
 
     similarity, matching, galleries = [], [], []

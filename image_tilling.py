@@ -2,6 +2,7 @@
 
     python image_tilling.py --data data/Breast_cancer --tiles data/Breast_cancer_image_process
     python image_tilling.py --source hires --crop_size 40        # the published tiles
+    python image_tilling.py --shard 2/8                          # the second of eight jobs that share the slices
 
 Reads slice folders (`spatial/`, the image, barcodes of the counts where there are any); writes per slice `tiles.h5`,
 the record `tiles.json` and, with --jpeg or --crop_size, a `<barcode>.jpeg` per spot. A slice whose tiles are there
@@ -19,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils import settings
-from utils.files.exclusive import exclusive_folder
+from utils.files.exclusive import exclusive
 from utils.files.hashing import content_hash
 from utils.images import tiles
 from utils.images.image import TissueImage, open_image
@@ -39,6 +40,7 @@ class Settings(settings.SharedSettings):
     spot_pitch_um: float | None
     jpeg: bool
     huge: bool
+    shard: tuple[int, int]
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
@@ -70,6 +72,9 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group.add_argument("--jpeg", action="store_true", help="also a JPEG per tile, for inspection; no script reads them")
     group.add_argument(
         "--huge", action="store_true", help="accept large images that have to be decoded as a whole, in memory"
+    )
+    group.add_argument(
+        "--shard", type=settings.shard, default=(0, 1), help="I/N: every N-th slice from the I-th on (default: all)"
     )
     return Settings(**vars(parser.parse_args(argv)))
 
@@ -155,13 +160,17 @@ def with_bar(
             yield block
 
 
-@exclusive_folder("tiles")
 def main(args: Settings) -> None:
     split = {"split": args.part != "all", "val_strip": args.val_strip, "allow_leak": args.allow_leak}
     rows, warnings = splits.read_table(args.data, args.slices, **split)
     settings.warn(warnings)
-    rows = settings.chosen(rows, args.part)
-    number = sum(tile_slice(row, args) for row in rows)
+    rows = settings.of_shard(settings.chosen(rows, args.part), args.shard, "slices")
+    if not rows:
+        return
+    number = 0
+    for row in rows:
+        with exclusive(args.tiles / row.slice, "--tiles"):  # not all of --tiles: shards write there side by side
+            number += tile_slice(row, args)
     print(f"{count_of(number, 'tile')} of {count_of(len(rows), 'slice')} in {args.tiles}")
 
 

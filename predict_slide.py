@@ -29,6 +29,8 @@ from utils.training import checkpoint, split
 from utils.words import count_of
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from utils.images.image import TissueImage
     from utils.prediction.layout import Plan, SlideSpots
     from utils.prediction.measured import MeasuredGenes
@@ -101,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group.add_argument("--spatialdata", action="store_true", help="also predictions.zarr; needs spatialdata")
     group = parser.add_argument_group("machine")
     group.add_argument(
-        "--shard", type=slide_list.shard, default=(0, 1), help="I/N: every N-th slide from the I-th on (default: all)"
+        "--shard", type=settings.shard, default=(0, 1), help="I/N: every N-th slide from the I-th on (default: all)"
     )
     group.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA if there is a device"
@@ -158,15 +160,15 @@ def read_measured(planned: Plan, spots: SlideSpots, run: Run) -> MeasuredGenes |
 
 def evaluate(
     out: Path, name: str, measured_genes: MeasuredGenes, predicted: np.ndarray, val_pcc: np.ndarray, run: Run
-) -> dict[str, Any]:
-    """Writes metrics.json and genes.csv of a slice with counts; returns the metrics."""
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Writes metrics.json and genes.csv of a slice with counts; returns both."""
     from utils.prediction import measured
 
     mean = np.mean([member.model.target_mean.cpu().numpy() for member in run.members], axis=0)
     metrics, table = measured.evaluate(name, measured_genes, predicted, mean, val_pcc, run.members[0].state)
     write_record(out / "metrics.json", metrics)
     write_whole(out / "genes.csv", table.to_csv(index=False).encode())
-    return metrics
+    return metrics, table
 
 
 def describe(
@@ -193,6 +195,7 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
     """One slide, from its image to all its files; the record that marks it as done comes last."""
     from utils.images.image import open_image
     from utils.prediction import layout, outputs, predict
+    from utils.report import anndata_files
 
     out, request, state = planned.request.out, planned.request, run.members[0].state
     with open_image(planned.source.path, planned.um_per_image_px, args.huge) as image:
@@ -210,13 +213,14 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
             f"{predicted.domain_limit:.2f})"
         )
     (out / SETTINGS).unlink(missing_ok=True)  # results of two runs never stand under one record
-    metrics, extra = None, {}
+    metrics: dict | None = None
+    extra: dict[str, Any] = {}
     val_pcc = np.mean([member.state["val_pcc"].numpy() for member in run.members], axis=0)
     found = read_measured(planned, spots, run)
     if found is not None:
-        metrics = evaluate(out, spots.name, found, predicted.predicted, val_pcc, run)
+        metrics, table = evaluate(out, spots.name, found, predicted.predicted, val_pcc, run)
         extra = {"measured": found.in_scale(state["target"]), "counts": found.counts}
-        extra["total_counts"] = found.total_counts
+        extra |= {"total_counts": found.total_counts, "gene_table": table}
     prediction = outputs.Prediction(
         spots=spots,
         genes=state["genes"],
@@ -229,6 +233,8 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
         prediction_std=predicted.prediction_std,
         domain_score=predicted.domain_score,
         domain_limit=predicted.domain_limit,
+        lognorm=anndata_files.predicted_lognorm([member.state for member in run.members], predicted.predicted),
+        model_hash=run.model_hash,
         **extra,
     )
     flags = atomic.plain(vars(args))
@@ -272,10 +278,8 @@ def main(args: Settings) -> None:
     check_flags(args)
     given = slide_list.Request(Path(), args.um_per_px, args.positions, args.mask, args.spot_pitch_um)
     slides = slide_list.list_slides(args.slides, args.out, given)
-    index, number = args.shard
-    requests = slides[index::number]
+    requests = settings.of_shard(slides, args.shard, "slides")
     if not requests:
-        print(f"shard {index + 1} of {number}: none of {len(slides)} slides belongs to it")
         return
     from utils.prediction import members
 

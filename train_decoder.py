@@ -216,10 +216,13 @@ def describe(
     """All that the model needs to be used elsewhere, beside its weights and domain."""
     import torch
 
+    depth, fraction = targets.train_depth(slices)
     return {
         "sizes": asdict(model.sizes),
         "genes": slices[0].panels["target"].genes,
         "target": settings.target,
+        "train_depth": depth,
+        "gene_fraction": torch.from_numpy(fraction),
         "tile_scale": list(dataset.tile_scale(slices[0])),
         "table": [asdict(row) for row in rows],
         "counts_hashes": encoder["counts_hashes"] | dataset.counts_hashes(slices),

@@ -46,7 +46,7 @@ STAGE_ONE = (
     "--image_encoder test_vit --image_size 64 --image_weights none --gene_depth 1 --gene_width 64 --gene_heads 1 "
     "--gene_tokens 16 --fusion_blocks 1 --width 128 --Init_lr 1e-3 --expression_weight 0 --precision fp32"
 )
-STAGE_TWO = "--decoder_layers 2 --decoder_width 32 --Init_lr 1e-3 --Epoch 10 --precision fp32"
+STAGE_TWO = "--decoder_layers 2 --decoder_width 32 --Init_lr 1e-3 --Epoch 3 --precision fp32"
 TILE_PX, BATCH_SIZE, N_GENES, N_INPUT_GENES = 64, 32, 600, 300
 AUC_OTHERS = 9  # mismatched pairs to each pair
 

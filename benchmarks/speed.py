@@ -1,7 +1,7 @@
 """How fast is each part, compared with a plain implementation of the same equations, on this machine?
 
     python benchmarks/speed.py                          # all parts at the published sizes, on a CPU under 25 minutes
-    python benchmarks/speed.py --part gene_encoder      # one part; nothing is written
+    python benchmarks/speed.py --part gene_encoder      # one part; nothing is written without --keep
     python benchmarks/speed.py --device cuda --batch_size 32
     python benchmarks/speed.py --small                  # tiny sizes: does it run?
     python benchmarks/speed.py --part growth            # memory, start-up and time per spot up to 1,000 slices
@@ -13,6 +13,7 @@ benchmarks/RESULTS.md; growth writes its own table there.
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import platform
 import re
@@ -37,7 +38,7 @@ PARTS = {  # part -> module of its function, which takes a Setting, prepares all
     **dict.fromkeys(
         ("gene_encoder", "stage_one_step", "stage_one_eval", "retrieval", "stage_two", "prediction"), "speed_models"
     ),
-    **dict.fromkeys(("loading", "tiling", "gallery"), "speed_data"),
+    **dict.fromkeys(("loading", "tiling", "packing", "gallery"), "speed_data"),
 }
 FOLDER = Path(__file__).parent
 LONG_S = 60  # a side that takes longer is not repeated
@@ -53,6 +54,9 @@ class Settings:
     small: bool
     part: str | None
     rounds: int
+    keep: bool
+    clock: str
+    slices: list[int]
     out: Path
     seed: int
     debug: bool
@@ -65,7 +69,18 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--batch_size", type=count, default=8, help="of the encoders and of training")
     parser.add_argument("--small", action="store_true", help="tiny sizes, nothing is written")
     parser.add_argument("--part", choices=[*PARTS, "growth"], help="this one alone; growth is only measured so")
+    parser.add_argument("--keep", action="store_true", help="put the figures of --part into the table of a whole run")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: seconds computed, where others share the cores"
+    )
     parser.add_argument("--rounds", type=count, default=3, help="turns of each side, of which the median")
+    parser.add_argument(
+        "--slices",
+        type=count,
+        nargs="+",
+        default=speed_growth.SIZES,
+        help="numbers of slices that growth is measured at",
+    )
     parser.add_argument("--out", type=Path, default=FOLDER / "speed.json", help="where the figures of a whole run go")
     parser.add_argument("--seed", type=count_or_zero, default=0)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -128,7 +143,7 @@ def measure(part: str, settings: Settings) -> dict[str, Any]:
     """Both sides of a part in turn: medians, ranges, ratio, peak memory."""
     sizes = SMALL if settings.small else Sizes()
     sides = [
-        Side(part, Setting(sizes, plain, settings.device, settings.batch_size, settings.seed))
+        Side(part, Setting(sizes, plain, settings.device, settings.batch_size, settings.seed, settings.clock))
         for plain in (True, False)
     ]
     for _ in range(settings.rounds):
@@ -204,9 +219,22 @@ def put_into(path: Path, name: str, text: str) -> None:
     write_whole(path, whole.encode())
 
 
+def keep_part(settings: Settings, results: dict[str, Any]) -> None:
+    """Replace a row of the whole run's table; the row states when and where it was measured."""
+    whole = json.loads(settings.out.read_text())
+    ((part, figures),) = results["parts"].items()
+    figures["note"] = "; ".join(filter(None, [figures["note"], "{clock} s, {date}, {machine}".format(**results)]))
+    whole["parts"][part] = figures
+    whole["parts"] = {name: whole["parts"][name] for name in PARTS if name in whole["parts"]}
+    write_record(settings.out, whole)
+    put_into(FOLDER / "RESULTS.md", f"cpu, batch {whole['batch_size']}", table(whole))
+
+
 def measure_growth(settings: Settings) -> None:
-    text = f"`python benchmarks/speed.py --part growth`, {date.today().isoformat()}, {machine_name('cpu')}: "
-    text += speed_growth.table(speed_growth.measure_all(speed_growth.SMALL if settings.small else speed_growth.SIZES))
+    sizes = speed_growth.SMALL if settings.small else settings.slices
+    command = " ".join(["python benchmarks/speed.py", *sys.argv[1:]])
+    text = f"`{command}`, {date.today().isoformat()}, {machine_name('cpu')}: "
+    text += speed_growth.table(speed_growth.measure_all(sizes))
     if not settings.small:
         put_into(FOLDER / "RESULTS.md", "growth", text)
     print(text)
@@ -223,12 +251,14 @@ def main(settings: Settings) -> None:
         "machine": machine_name(settings.device),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
-        **{name: getattr(settings, name) for name in ("seed", "batch_size", "rounds")},
+        **{name: getattr(settings, name) for name in ("seed", "batch_size", "rounds", "clock")},
         "parts": {},
     }
     for part in PARTS if settings.part is None else [settings.part]:
         figures = results["parts"][part] = measure(part, settings)
         print("{}: plain {plain_s:.3g} s, ours {ours_s:.3g} s, {note}".format(part, **figures), flush=True)
+    if settings.part is not None and settings.keep:
+        keep_part(settings, results)
     if settings.part is None and not settings.small:
         on_gpu = settings.device != "cpu" and torch.cuda.is_available()
         write_record(settings.out, results)

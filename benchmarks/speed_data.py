@@ -10,7 +10,7 @@ import itertools
 import json
 import shutil
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,15 @@ def temporary_folder() -> Path:
 
 def tiling(setting: Setting) -> Work:
     """The published tiles, 40 px of the hires image, of a slice of 4,992 spots: image opened, JPEGs written."""
+    return cut_slice(setting, plain_tiles, "--crop_size", "40")
+
+
+def packing(setting: Setting) -> Work:
+    """Tiles of 112 um in 64 px of the same slice into the store that training reads, without JPEGs."""
+    return cut_slice(setting, plain_pack, "--tile_um", "112", "--tile_px", "64", "--spot_pitch_um", "100")
+
+
+def cut_slice(setting: Setting, plain: Callable[[Path, np.ndarray, Path], None], *flags: str) -> Work:
     import image_tilling
 
     folder, n = temporary_folder(), setting.sizes.tiled
@@ -41,13 +50,13 @@ def tiling(setting: Setting) -> Work:
 
     def cut() -> float:
         out = folder / f"tiles{next(numbers)}"
-        start = time.perf_counter()
+        start = setting.now()
         if setting.plain:
-            plain_tiles(folder / "data/slice/spatial/tissue_hires_image.png", centres, out)
+            plain(folder / "data/slice/spatial/tissue_hires_image.png", centres, out)
         else:
-            flags = ["--data", str(folder / "data"), "--tiles", str(out), "--source", "hires", "--crop_size", "40"]
-            image_tilling.main(image_tilling.parse_args(flags))
-        return time.perf_counter() - start
+            places = ["--data", str(folder / "data"), "--tiles", str(out), "--source", "hires"]
+            image_tilling.main(image_tilling.parse_args([*places, *flags]))
+        return setting.now() - start
 
     return Work(cut, n, "spots")
 
@@ -77,6 +86,21 @@ def plain_tiles(image_file: Path, centres: np.ndarray, out: Path) -> None:
         image = opened.convert("RGB")
     for spot, (x, y) in enumerate(centres):
         image.crop((x - 20, y - 20, x + 20, y + 20)).save(out / f"{spot}.jpeg")
+
+
+def plain_pack(image_file: Path, centres: np.ndarray, out: Path) -> None:
+    """Squares of 112 um, resampled to 64 px, written one by one to rows of a chunked HDF5 set; centres (S, 2)."""
+    import h5py
+
+    out.mkdir(parents=True)
+    half = 0.56 * np.median(np.diff(np.unique(centres[:, 0])))  # 56 um at the pitch of 100 um
+    with Image.open(image_file) as opened, h5py.File(out / "tiles.h5", "w") as file:
+        image = opened.convert("RGB")
+        img = file.create_dataset("img", (len(centres), 64, 64, 3), "uint8", chunks=(1, 64, 64, 3))
+        for spot, (x, y) in enumerate(centres):
+            box = (x - half, y - half, x + half, y + half)
+            img[spot] = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC, box=box))
+        file["coords"] = centres
 
 
 def loading(setting: Setting) -> Work:

@@ -1,14 +1,16 @@
 """How memory, start-up and time per spot grow with the number of slices: `speed.py --part growth`.
 
 Slices of 1,000 spots with one hires image and 2,000 genes, all alike but for one count. The scripts cut tiles of 16 px
-and choose and write the panels; training then reads its slices (start-up) and 200 batches of 32 augmented tiles. Each
-part runs in a process of its own, without worker processes.
+and choose and write the panels; training then reads its slices (start-up) and 200 batches of 32 augmented tiles. Stage
+two makes the bank of its features and trains ten batches of 32 spots. Each part runs in a process of its own, without
+worker processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import re
@@ -18,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -27,29 +30,43 @@ import numpy as np
 SIZES, SMALL = (1, 10, 100, 1000), (1, 3)  # numbers of slices
 SPOTS, GENES, GENES_A_SPOT = 1000, 2000, 100
 N_BATCHES, BATCH, TILE_PX = 200, 32, 16
+N_STEPS, N_TARGETS = 10, 300  # of stage two
 LOOK_S = 0.02  # between two looks at the memory of the process
 
 
 class Growth(NamedTuple):
-    """A part at one size: `items` done in `seconds`; `memory_mib` is the process's own, without mapped files."""
+    """A part at one size: `items` done in `seconds`, of which `cpu_s` were computed by all threads; `memory_mib` is the
+    process's own, without mapped files."""
 
     part: str
     n_slices: int
     seconds: float
+    cpu_s: float
     items: int
     memory_mib: float
+
+
+class Watch:
+    """Seconds since it was made, of the clock and of the processor."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> tuple[float, float]:
+        return time.perf_counter() - self.began[0], time.process_time() - self.began[1]
 
 
 def table(rows: Sequence[Growth]) -> str:
     lines = [
         f"slices of {SPOTS:,} spots, each size measured once. Memory: highest resident memory of the process, without "
-        "the pages of mapped files and libraries. Start-up: imports, reading all slices. Loading: 6,400 tiles.",
+        "the pages of mapped files and libraries. Start-up: imports, reading all slices. Loading: 6,400 tiles. "
+        "Bank: features of stage two, 18 kB a spot in sparse files, with neighbours. Decoder: ten steps of 32 spots.",
         "",
-        "| part | slices | spots | seconds | ms an item | memory, MiB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| part | slices | spots | seconds | CPU seconds | CPU ms an item | memory, MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for part, n, seconds, items, memory in rows:
-        cells = f"{seconds:.3g} | {1000 * seconds / items:.3g} | {memory:,.0f}"
+    for part, n, seconds, cpu_s, items, memory in rows:
+        cells = f"{seconds:.3g} | {cpu_s:.3g} | {1000 * cpu_s / items:.3g} | {memory:,.0f}"
         lines.append(f"| {part} | {n:,} | {n * SPOTS:,} | {cells} |")
     return "\n".join(lines)
 
@@ -60,7 +77,7 @@ def measure_all(sizes: Sequence[int]) -> list[Growth]:
         with tempfile.TemporaryDirectory(prefix="magic_growth_") as name:
             folder = Path(name)
             write_slices(folder, n_slices)
-            for measure in (tiling, panels, training):
+            for measure in (tiling, panels, training, stage_two):
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
                     rows += process.submit(measure, folder, n_slices).result()
                 print(rows[-1], flush=True)
@@ -140,15 +157,15 @@ def panels(folder: Path, n_slices: int) -> list[Growth]:
 
 def run_script(part: str, script: ModuleType, argv: list[str], n_slices: int) -> Growth:
     with peak_memory() as peak_mib, contextlib.redirect_stdout(None):
-        start = time.perf_counter()
+        watch = Watch()
         script.main(script.parse_args(argv))
-        return Growth(part, n_slices, time.perf_counter() - start, n_slices * SPOTS, peak_mib())
+        return Growth(part, n_slices, *watch.seconds(), n_slices * SPOTS, peak_mib())
 
 
 def training(folder: Path, n_slices: int) -> list[Growth]:
     """What train_mymodel.py reads before its first step, and the batches of its first steps, augmented."""
     with peak_memory() as peak_mib, contextlib.redirect_stdout(None):
-        start = time.perf_counter()
+        watch = Watch()
         import train_mymodel
         from utils.features import dataset
         from utils.training import augment, loop, split
@@ -156,9 +173,54 @@ def training(folder: Path, n_slices: int) -> list[Growth]:
         settings = train_mymodel.parse_args([*flags(folder), *(["--val_strip"] if n_slices == 1 else [])])
         slices = split.load_training(split.read_split(settings)[0], settings, ("input", "target"))
         spots = dataset.spots_of(slices, "train")
-        start_up = Growth("start-up", n_slices, time.perf_counter() - start, n_slices * SPOTS, peak_mib())
-        start, epochs = time.perf_counter(), (loop.EpochOrder(len(spots), BATCH, epoch) for epoch in itertools.count())
+        start_up = Growth("start-up", n_slices, *watch.seconds(), n_slices * SPOTS, peak_mib())
+        watch, epochs = Watch(), (loop.EpochOrder(len(spots), BATCH, epoch) for epoch in itertools.count())
         order = list(itertools.islice(itertools.chain.from_iterable(epochs), N_BATCHES))
         for batch in dataset.loader(dataset.TileBatches(slices, spots), order, workers=0):
             augment.augment(batch["tiles"], batch["spot"].numpy(), 0, 0, TILE_PX)
-        return [start_up, Growth("loading", n_slices, time.perf_counter() - start, N_BATCHES * BATCH, peak_mib())]
+        return [start_up, Growth("loading", n_slices, *watch.seconds(), N_BATCHES * BATCH, peak_mib())]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Spots of a slice on a square grid, 1 px apart, for their neighbours."""
+
+    name: str
+    barcodes: np.ndarray
+    xy_fullres_px: np.ndarray
+    pitch_fullres_px: float = 1.0
+
+
+def stage_two(folder: Path, n_slices: int) -> list[Growth]:
+    """What train_decoder.py makes of the features of all spots before its first step, and steps at published sizes."""
+    with peak_memory() as peak_mib:
+        watch = Watch()
+        import torch
+
+        from model import losses
+        from model.decoder import GeneDecoder
+        from utils import distributed
+        from utils.features import neighbourhoods
+        from utils.files.arrays import ArrayStore
+
+        accelerator, (n_vectors, n_tokens, width) = distributed.start("cpu", "auto"), (2, 16, 512)
+        xy = np.column_stack(np.divmod(np.arange(SPOTS), math.ceil(SPOTS**0.5))).astype(float)
+        slices = [Places(f"slice{i}", np.arange(SPOTS).astype(str), xy) for i in range(n_slices)]
+        (folder / "features").mkdir()
+        shape = (SPOTS, n_vectors + n_tokens, width)
+        files = [folder / "features" / slice_.name for slice_ in slices]
+        features: list[np.ndarray] = [np.memmap(path, np.float16, "w+", shape=shape) for path in files]
+        moments = neighbourhoods.Moments(*np.ones((2, n_vectors + 1, width), np.float32))
+        bandwidths, store = (1.0, 2.0, 4.0), ArrayStore(4.0, folder)
+        bank = neighbourhoods.FeatureBank(slices, features, moments, 18, bandwidths, accelerator.device, store)
+        made = Growth("bank", n_slices, *watch.seconds(), n_slices * SPOTS, peak_mib())
+        decoder = GeneDecoder(width, N_TARGETS, 6, 64, 0.1, n_vectors, 2000, len(bandwidths))
+        optimizer, watch = torch.optim.AdamW(decoder.parameters(), lr=1e-4), Watch()
+        spots = np.random.default_rng(0).integers(n_slices * SPOTS, size=(N_STEPS, BATCH))
+        for chosen in spots:
+            optimizer.zero_grad()
+            with distributed.decoder_autocast(accelerator, "auto"):
+                predicted = decoder(**bank.batch(chosen))
+            losses.expression_loss(predicted, torch.zeros(BATCH, N_TARGETS)).backward()
+            optimizer.step()
+        return [made, Growth("decoder", n_slices, *watch.seconds(), N_STEPS * BATCH, peak_mib())]

@@ -101,6 +101,7 @@ def test_every_flag_explains_itself_or_is_plain(script, capsys):
         (settings.not_negative, {"0": 0.0, "1e-2": 0.01}, ["-1e-9", "nan", "inf"]),
         (settings.fraction_above_zero, {"1": 1.0, "1e-3": 0.001}, ["0", "-0.1", "1.1", "nan"]),
         (settings.fraction, {"0": 0.0, "1": 1.0, "0.4": 0.4}, ["-0.1", "1.1", "nan"]),
+        (settings.shard, {"1/4": (0, 4), "4/4": (3, 4)}, ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "", "1/2/3"]),
     ],
 )
 def test_values_of_flags(kind, good, bad):
@@ -173,6 +174,14 @@ def test_the_lowest_rate_is_a_hundredth_unless_told():
     for flags, lowest in (([], 1e-6), (["--Init_lr", "0.5"], 0.005), (["--Min_lr", "0"], 0)):
         args = train_mymodel.parse_args(flags)
         assert args.Min_lr == pytest.approx(lowest)
+
+
+def test_shards_take_every_item_once(capsys):
+    items = list(range(11))
+    for number in (1, 2, 4, 12):
+        shards = [settings.of_shard(items, (i, number), "slides") for i in range(number)]
+        assert sorted(item for shard in shards for item in shard) == items
+    assert capsys.readouterr().out == "shard 12 of 12: none of 11 slides belongs to it\n"
 
 
 def test_slices_of_a_part():

@@ -170,4 +170,4 @@ def test_tiles_of_another_scale_than_the_encoder(damaged, refused):
         record = json.loads((one / "tiles.json").read_text())
         write_record(one / "tiles.json", record | {"um_per_px": 7.0})
     for script in ("train_decoder", *EVALUATION):
-        refused(script, [], r"tiles of \(32, ", r"\(32, 7.0\)", r"\(32, 3.5\)", "image_tilling.py")
+        refused(script, [], "expected tiles of 32 px at 3.5 um", "found tiles of 32 px at 7 um", "image_tilling.py")

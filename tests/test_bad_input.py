@@ -123,7 +123,9 @@ def test_no_validation_slice(damaged, refused, script):
 @pytest.mark.parametrize("script", EVALUATION)
 def test_a_slice_that_was_seen_in_training(damaged, refused, script):
     refused(
-        script, split_flag(damaged, "P02_1,B,train\nP01_1,A,test\n"), "P01_1 held out here, but seen in its training"
+        script,
+        split_flag(damaged, "P02_1,B,train\nP01_1,A,test\n"),
+        "not trained on P01_1, held out here, found that it was",
     )
 
 

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[1]
 INDIRECT = {
     "torchvision": "timm imports it",
     "pyarrow": "pandas reads and writes tissue_positions.parquet by it",
-    "scanpy": "what users open and plot the results with",
     "openslide-bin": "the library behind openslide-python",
     "tensorboard": "torch.utils.tensorboard writes events by it",
     "ruff": "make lint",

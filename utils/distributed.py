@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIMEOUT = timedelta(minutes=30)  # that a process waits for the others; the longest work of one alone is far shorter
+END_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # by which queues announce the end of a job
 TALKERS = ("gloo", "nccl")  # stand in the errors of what processes talk by
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
@@ -106,9 +107,10 @@ def start(device: str, precision: str) -> Accelerator:
         raise ValueError("--precision fp16: expected a CUDA device, found a CPU; use bf16 or fp32")
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    alike = DistributedDataParallelKwargs(
-        broadcast_buffers=False
-    )  # queues, momentum encoders: the same in all processes
+    # Buffers (queues, momentum encoders) are the same in all processes. Without a search for unused parameters torch
+    # puts the gradients into another order after the first step, and a sum over more than two processes would have
+    # other last digits in the first step after a resume than in a run that was not interrupted.
+    alike = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
     return Accelerator(
         cpu=target.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
@@ -120,13 +122,15 @@ def start(device: str, precision: str) -> Accelerator:
 def running(device: str, precision: str) -> Iterator[Accelerator]:
     """The accelerator of a run (see `start`), whose process group is destroyed however the run ends.
 
-    SIGTERM ends the block with SystemExit(143), as SIGINT does with KeyboardInterrupt. An error of this process closes
-    its connections, which ends the others. Raises ConnectionError where another process is gone, or silent for TIMEOUT.
+    SIGTERM and SIGUSR1 end the block with SystemExit(128 + their number), as SIGINT does with KeyboardInterrupt. An
+    error of this process closes its connections, which ends the others. Raises ConnectionError where another process
+    is gone, or silent for TIMEOUT.
     """
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in END_SIGNALS}
     try:
         accelerator = start(device, precision)
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in END_SIGNALS:
+            signal.signal(number, _terminate)
         yield accelerator
     except BaseException as error:
         if n_processes() == 1:
@@ -141,7 +145,8 @@ def running(device: str, precision: str) -> Iterator[Accelerator]:
             ) from error
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         _end()
 
 

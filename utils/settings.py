@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -142,6 +143,7 @@ class HasPart(Protocol):
 
 S = TypeVar("S", bound=HasDebug)
 R = TypeVar("R", bound=HasPart)
+T = TypeVar("T")
 
 
 UNUSED = "not used by this script; accepted so that the same flags fit all"
@@ -213,8 +215,31 @@ def not_negative(text: str) -> float:
     return _number(text, float, 0, sys.float_info.max, False, "a number of at least 0")
 
 
+def shard(text: str) -> tuple[int, int]:
+    """Index from 0, and number of shards, of "I/N" with I from 1."""
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text)
+    index, number = (int(numbers[1]) - 1, int(numbers[2])) if numbers else (-1, 0)
+    if not 0 <= index < number:
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 1/4, found {text!r}")
+    return index, number
+
+
+def of_shard(items: list[T], shard: tuple[int, int], unit: str) -> list[T]:
+    """Every N-th of the items from the I-th on; prints a line where none belongs to the shard.
+
+    Parameters
+    ----------
+    shard : see `shard`
+    unit : what the line calls the items
+    """
+    index, number = shard
+    if not items[index::number]:
+        print(f"shard {index + 1} of {number}: none of {len(items)} {unit} belongs to it")
+    return items[index::number]
+
+
 METAVARS: dict[Any, str] = {Path: "PATH", int: "N", count: "N", count_or_zero: "N", float: "X"}
-METAVARS |= dict.fromkeys((positive, fraction, fraction_above_zero, not_negative), "X")
+METAVARS |= dict.fromkeys((positive, fraction, fraction_above_zero, not_negative), "X") | {shard: "I/N"}
 
 
 def shared(description: str | None, part: str | None = None, unused: Collection[str] = ()) -> Parser:

@@ -11,7 +11,7 @@ from benchmarks import speed, speed_growth
 from utils.images.tiles import TilePack
 from utils.slices import splits, visium
 
-PARTS_OF_GROWTH = (speed_growth.tiling, speed_growth.panels, speed_growth.training)
+PARTS_OF_GROWTH = (speed_growth.tiling, speed_growth.panels, speed_growth.training, speed_growth.stage_two)
 
 FIGURES = {
     "plain_s": 30.0,
@@ -65,10 +65,11 @@ def test_growth_counts_what_it_did_without_worker_processes(tmp_path, monkeypatc
     monkeypatch.setattr(speed_growth, "GENES", 200)
     monkeypatch.setattr(speed_growth, "GENES_A_SPOT", 20)
     monkeypatch.setattr(speed_growth, "N_BATCHES", 3)
+    monkeypatch.setattr(speed_growth, "N_STEPS", 1)
     speed_growth.write_slices(tmp_path, 3)
     rows = [row for part in PARTS_OF_GROWTH for row in part(tmp_path, 3)]
-    assert [row[:2] for row in rows] == [("tiling", 3), ("panels", 3), ("start-up", 3), ("loading", 3)]
-    assert [row.items for row in rows] == [120, 120, 120, 96]
+    assert [row.part for row in rows] == ["tiling", "panels", "start-up", "loading", "bank", "decoder"]
+    assert [row.items for row in rows] == [120, 120, 120, 96, 120, 32] and {row.n_slices for row in rows} == {3}
     assert all(row.seconds > 0 and row.memory_mib > 50 for row in rows)  # of the process, with all tests before
     packs = [TilePack(folder) for folder in sorted((tmp_path / "tiles").iterdir())]
     assert [len(pack.barcodes) for pack in packs] == [40] * 3
@@ -78,9 +79,15 @@ def test_growth_counts_what_it_did_without_worker_processes(tmp_path, monkeypatc
 
 
 def test_the_table_of_growth_has_a_line_per_part_and_size():
-    rows = [speed_growth.Growth("tiling", 10, 5.0, 10_000, 123.4), speed_growth.Growth("loading", 10, 0.5, 6400, 99.0)]
+    rows = [
+        speed_growth.Growth("tiling", 10, 9.0, 5.0, 10_000, 123.4),
+        speed_growth.Growth("loading", 10, 1.0, 0.5, 6400, 99.0),
+    ]
     lines = speed_growth.table(rows).splitlines()
-    assert lines[-2:] == ["| tiling | 10 | 10,000 | 5 | 0.5 | 123 |", "| loading | 10 | 10,000 | 0.5 | 0.0781 | 99 |"]
+    assert lines[-2:] == [
+        "| tiling | 10 | 10,000 | 9 | 5 | 0.5 | 123 |",
+        "| loading | 10 | 10,000 | 1 | 0.5 | 0.0781 | 99 |",
+    ]
 
 
 def until(condition, seconds=300):

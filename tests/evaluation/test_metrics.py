@@ -149,3 +149,22 @@ def test_wrong_input_is_named():
         metrics.counts_per_10k(-counts, np.ones(3))
     with pytest.raises(ValueError, match=r"found \(3, 2\) and \(3, 1\)"):
         metrics.mse(counts, counts[:, :1])
+
+
+def test_residuals_are_inverted_to_log_counts(rng):
+    """Where all spots have the depth that residuals are inverted at, the measured counts come back."""
+    counts = rng.poisson([3.0, 40.0, 0.2], size=(60, 3)).astype(float)
+    total = np.full(60, 5000.0)
+    fraction = counts.sum(0) / total.sum()
+    residuals = metrics.pearson_residuals(counts, total)
+    assert np.abs(residuals).max() < np.sqrt(60), "none is clipped"
+    found = metrics.to_lognorm("residuals", residuals, 5000.0, fraction)
+    np.testing.assert_allclose(found, metrics.log1p_cp10k(counts, total), atol=1e-9)
+    by_hand = metrics.to_lognorm("residuals", np.array([[0.0], [1.0], [-9.0]]), 1000.0, np.array([0.1]))
+    np.testing.assert_allclose(by_hand[:, 0], np.log1p([1000, 10 * (100 + np.sqrt(200)), 0]))
+
+
+def test_other_scales_as_log_counts():
+    values = np.array([[1.0, -0.5]])
+    np.testing.assert_array_equal(metrics.to_lognorm("lognorm", values, 0.0, np.zeros(2)), values)
+    np.testing.assert_allclose(metrics.to_lognorm("counts", values, 0.0, np.zeros(2)), [[np.log(2), 0]])

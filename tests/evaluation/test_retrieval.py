@@ -139,13 +139,21 @@ def test_log_softmax_leaves_padding_out():
     np.testing.assert_allclose(np.exp(found[0, :2]), np.exp([1.0, 2.0]) / np.exp([1.0, 2.0]).sum())
 
 
-def test_the_weight_of_matching_is_that_of_the_highest_likelihood(rng):
-    """Where candidates are drawn with odds softmax(s + 0.6 m), 0.6 is found; for a matching that is noise, 0."""
+def test_the_weight_of_matching_is_that_which_ranks_the_own_profile_best(rng):
+    """Where candidates are drawn with odds softmax(c (s + 0.6 m)), 0.6 is found whatever the confidence c, which the
+    scores need not know; for a matching that is noise, 0."""
     n, k = 20_000, 5
     similarity, matching = rng.normal(size=(2, n, k))
-    odds = np.exp(similarity + 0.6 * matching)
-    truth = (rng.random(n)[:, None] > (odds / odds.sum(1, keepdims=True)).cumsum(1)).sum(1)
-    gallery = retrieval.Gallery(np.zeros((n, k), int), truth)
-    assert retrieval.reranking_weight([similarity], [matching], [gallery]) == pytest.approx(0.6, abs=0.051)
+    for confidence in (1.0, 0.3):
+        odds = np.exp(confidence * (similarity + 0.6 * matching))
+        truth = (rng.random(n)[:, None] > (odds / odds.sum(1, keepdims=True)).cumsum(1)).sum(1)
+        gallery = retrieval.Gallery(np.zeros((n, k), int), truth)
+        assert retrieval.reranking_weight([similarity], [matching], [gallery]) == pytest.approx(0.6, abs=0.11)
     assert retrieval.reranking_weight([similarity], [rng.normal(size=(n, k)) * 9], [gallery]) == 0
     assert retrieval.reranking_weight([], [], []) == 0
+
+
+def test_reciprocal_ranks_by_hand_ties_count_against_and_padding_does_not():
+    scores = np.array([[3.0, 2.0, 2.0, 9.0], [1.0, 0.0, 0.5, 0.2]])
+    gallery = retrieval.Gallery(np.array([[0, 1, 2, -1], [1, 0, 2, 3]]), np.array([1, 0]))
+    np.testing.assert_allclose(retrieval.reciprocal_ranks(scores, gallery), [1 / 3, 1.0])

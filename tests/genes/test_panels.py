@@ -252,7 +252,7 @@ def test_min_counts(work, capsys):
     kept = panel(work, "P02_1").total_counts
     assert kept.tolist() == total[total >= least].tolist() and len(kept) == 40
     assert f"30 spots below {least} count" in capsys.readouterr().out
-    refused("P01_1: expected spots of at least 99 counts, found none", chosen, work, "--min_counts", 999999)
+    refused("P01_1: expected spots of at least 999999 counts, found none", chosen, work, "--min_counts", 999999)
 
 
 def test_dropped_spots_do_not_choose(work):

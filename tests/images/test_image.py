@@ -200,3 +200,22 @@ def test_the_big_slides_pixels_are_those_of_its_kinds(pyramid):
         corner, middle = slide.region(0, 0, 256, 256), slide.region(1024, 1024, 256, 256)
     assert np.abs(corner.astype(int) - kinds[0]).mean() < 3
     assert np.abs(middle.astype(int) - kinds[1]).mean() < 12  # grain is lost in JPEG
+
+
+def test_the_head_of_a_png_is_read_without_its_pixels(tmp_path, monkeypatch):
+    """Pillow decodes all of them to look for EXIF behind them; where it stands there, it is found."""
+    from PIL.PngImagePlugin import PngImageFile
+
+    exif, path = Image.Exif(), tmp_path / "a.png"
+    exif[274] = 6
+    Image.new("RGB", (8, 5)).save(path, exif=exif)
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    end = data.index(b"IEND") - 4
+    path.write_bytes(data[:start] + data[stop:end] + data[start:stop] + data[end:])
+    with open_image(path) as image:
+        assert image.notes == ("Orientation 6 ignored: positions are in stored pixels",)
+    Image.new("RGB", (8, 5)).save(path)
+    monkeypatch.setattr(PngImageFile, "load", lambda *_: pytest.fail("decoded"))
+    assert image_size(path) == (8, 5)

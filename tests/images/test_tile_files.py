@@ -2,8 +2,9 @@
 
 import io
 import multiprocessing
-import os
 import pickle
+from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -129,21 +130,10 @@ def test_rows_agree_with_those_that_h5py_selects(pack):
 
 def test_a_pack_is_read_by_several_processes(pack):
     pack.tiles.read(np.array([0]))  # opened here before it is handed on
-    own_file = pack.tiles._file
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         found = pool.map(pack.tiles.read, [np.array([i, 0]) for i in range(12)])
         assert all((rows == pack.pixels[[i, 0]]).all() for i, rows in enumerate(found))
-    np.testing.assert_array_equal(pack.tiles.read(np.array([4])), pack.pixels[[4]])
-    assert pack.tiles._file is own_file
-    pack.tiles._pid = os.getpid() + 1  # as a fork finds it
-    np.testing.assert_array_equal(pack.tiles.read(np.array([4])), pack.pixels[[4]])
-    assert pack.tiles._file is not own_file
-
-
-def test_a_pack_is_pickled_without_its_handle(pack):
-    pack.tiles.read(np.array([0]))
     again = pickle.loads(pickle.dumps(pack.tiles))
-    assert again._file is None
     np.testing.assert_array_equal(again.read(np.array([8, 1])), pack.pixels[[8, 1]])
 
 
@@ -159,6 +149,34 @@ def test_the_order_of_a_record_does_not_change_what_a_pack_holds(pack):
         write_record(pack.folder / "tiles.json", record)
         contents.add(tiles.TilePack(pack.folder).content)
     assert len(contents) == 1
+
+
+def test_open_files_do_not_grow_with_the_packs(tmp_path, monkeypatch):
+    def n_open():
+        return sum(path.resolve().name == "tiles.h5" for path in Path("/proc/self/fd").iterdir())
+
+    monkeypatch.setattr(tiles, "_open_pack", lru_cache(3)(tiles._open_pack.__wrapped__))
+    packs = []
+    for i in range(8):
+        pixels = np.full((2, 4, 4, 3), i, np.uint8)
+        (tmp_path / str(i)).mkdir()
+        tiles.write_pack(tmp_path / str(i), np.array(["a", "b"]), np.zeros((2, 2)), [pixels], 4)
+        write_record(tmp_path / str(i) / "tiles.json", {"outside": []})
+        packs.append(tiles.TilePack(tmp_path / str(i)))
+    before = n_open()
+    for _ in range(2):
+        assert [int(pack.read(np.array([1, 0])).mean()) for pack in packs] == list(range(8))
+    assert n_open() - before == 3
+
+
+def test_a_pack_that_is_replaced_while_it_is_read_is_noticed_and_the_open_one_stays(pack, tmp_path):
+    """Another run of image_tilling.py puts new tiles in the same place: those of two runs are never mixed."""
+    later = tiles.TilePack(tmp_path)
+    np.testing.assert_array_equal(pack.tiles.read(np.array([3])), pack.pixels[[3]])
+    tiles._open_pack.cache_clear()
+    tiles.write_pack(tmp_path, np.array(["b"]), np.zeros((1, 2)), [pack.pixels[:1] + 1], 4)
+    refused("tiles.h5: expected the tiles of the start of this run, found changed ones", later.read, np.array([3]))
+    np.testing.assert_array_equal(tiles.TilePack(tmp_path).read(np.array([0])), pack.pixels[:1] + 1)
 
 
 def test_a_torn_pack_is_refused(pack):

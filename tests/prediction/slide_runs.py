@@ -1,6 +1,7 @@
 """predict_slide.py as tests run it, and how they read what it wrote."""
 
 import json
+import re
 
 import anndata
 import pytest
@@ -35,6 +36,12 @@ def read(out):
 
 def record(out):
     return strict((out / "settings.json").read_text())
+
+
+def page_content(out):
+    """The data of report.html."""
+    text = (out / "report.html").read_text(encoding="utf-8")
+    return strict(re.search(r'<script type="application/json" id="report">(.*?)</script>', text, re.DOTALL)[1])
 
 
 def strict(text):

@@ -1,7 +1,10 @@
 """predict_slide.py: slices and images, with and without counts; what is written."""
 
+import importlib.util
 import json
+import re
 import shutil
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,14 +12,17 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from slide_runs import predict, read, record, strict
+from slide_runs import page_content, predict, read, record, strict
 from test_geojson import check_qupath
 
+from utils.evaluation import metrics
 from utils.files.arrays import ArrayStore
 from utils.images import tiles
 from utils.prediction import outputs, slide_features
 from utils.prediction.predict import RunningMoments
 from utils.training import checkpoint
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +147,80 @@ def test_scanpy_and_squidpy_plot_the_file_as_it_is(measured, unmeasured):
         plt.close("all")
 
 
+@pytest.fixture(scope="module")
+def residuals(trained, section, tmp_path_factory):
+    """Results of the slice by a model of which the predictions are taken as residuals."""
+    out = tmp_path_factory.mktemp("residuals")
+    state = checkpoint.load(trained.decoder, "stage_two", "--decoder") | {"target": "residuals"}
+    state.pop("format"), state.pop("kind")
+    checkpoint.save(out / "model.pth", "stage_two", **state)
+    return predict(section[0], out / "model.pth", out / "predicted"), state
+
+
+def test_scanpy_users_find_what_they_expect(trained, measured, unmeasured, residuals, tmp_path):
+    found, state = read(residuals[0]), residuals[1]
+    n, p = state["train_depth"], state["gene_fraction"].numpy()
+    expected = metrics.to_lognorm("residuals", found.X, n, p)
+    np.testing.assert_allclose(found.layers["lognorm"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(read(measured).layers["lognorm"], read(measured).X)
+    theirs = similarity(trained, tmp_path)
+    for adata in (read(measured), read(unmeasured), found, theirs):
+        assert (adata.obs["in_tissue"] == 1).all()
+        (library,) = adata.uns["spatial"].values()
+        assert set(library["images"]) == {"hires", "lowres"}
+        about = adata.uns["magic"]
+        assert len(about["model_hash"]) == 64 and about["scale"] == about["target"]
+        assert set(about["units"]) == {"X", *adata.layers}
+        assert about["units"]["X"] in about["X"] and about["units"]["lognorm"] == "log1p counts per 10,000"
+    assert "test_pcc" not in read(unmeasured).var
+    ours, genes = read(measured), pd.read_csv(measured / "genes.csv", index_col="gene")
+    np.testing.assert_allclose(ours.var["test_pcc"], genes.loc[ours.var_names, "pcc_residuals_model"])
+    np.testing.assert_allclose(theirs.var["test_pcc"], ours.var["test_pcc"], atol=0.02)
+    np.testing.assert_allclose(theirs[ours.obs_names].layers["measured"], ours.layers["measured"], rtol=1e-5)
+
+
+def test_scanpy_and_squidpy_work_on_the_layers_and_the_lowres_image(residuals):
+    import scanpy
+    import squidpy
+
+    plt.switch_backend("Agg")
+    adata = scanpy.read_h5ad(residuals[0] / "predictions.h5ad")
+    library = adata.uns["spatial"]["P03_1"]
+    axes = scanpy.pl.spatial(adata, color="KRT8", layer="lognorm", img_key="lowres", show=False)[0]
+    assert axes.images[0].get_array().shape == library["images"]["lowres"].shape
+    x, y = adata.obsm["spatial"].T * library["scalefactors"]["tissue_lowres_scalef"]
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert left < x.min() < x.max() < right and top < y.min() < y.max() < bottom, "the spots lie in the window"
+    squidpy.pl.spatial_scatter(adata, color="KRT8", layer="lognorm", img_res_key="lowres")
+    plt.close("all")
+    scanpy.pp.pca(adata, layer="lognorm", n_comps=5)
+    adata.obs["half"] = np.where(adata.obsm["spatial"][:, 0] > np.median(adata.obsm["spatial"][:, 0]), "right", "left")
+    adata.obs["half"] = adata.obs["half"].astype("category")
+    scanpy.tl.rank_genes_groups(adata, "half", layer="lognorm", use_raw=False)
+    first = scanpy.get.rank_genes_groups_df(adata, "right")["names"][0]
+    lognorm, right = adata[:, first].layers["lognorm"], (adata.obs["half"] == "right").to_numpy()
+    assert lognorm[right].mean() > lognorm[~right].mean() and np.isfinite(adata.obsm["X_pca"]).all()
+
+
+def test_the_code_of_downstream_md_runs(residuals, monkeypatch):
+    plt.switch_backend("Agg")
+    monkeypatch.chdir(residuals[0].parent)
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", (ROOT / "docs" / "downstream.md").read_text())
+    known: dict = {}
+    for block in blocks:
+        if "leiden" not in block or importlib.util.find_spec("igraph"):
+            exec(compile(block, "docs/downstream.md", "exec"), known)
+    adata, ranked = known["adata"], known["ranked"]
+    assert (np.diff(adata[ranked, known["genes"][0]].X.ravel()) <= 0).all(), "the highest spot first"
+    of_spots = adata[:, known["genes"][:1]].layers["lognorm"][adata.obs["region"] == known["means"].obs_names[0]]
+    assert known["means"].layers["mean"][0, adata.var_names.get_loc(known["genes"][0])] == pytest.approx(
+        of_spots.mean()
+    )
+    assert np.isfinite(adata.obs["signature"]).all() and (residuals[0].parent / "maps.png").exists()
+    assert known["measured"].uns["moranI"]["I"].between(-1, 1.2).all()
+    plt.close("all")
+
+
 def test_the_geojson_is_what_qupath_reads(measured):
     adata = read(measured)
     made = check_qupath(strict((measured / "predictions.geojson").read_text()))
@@ -151,11 +231,22 @@ def test_the_geojson_is_what_qupath_reads(measured):
 
 
 def test_metrics_are_json_and_beside_the_mean_profile(measured):
-    metrics = strict((measured / "metrics.json").read_text())
-    assert set(metrics["residuals"]) == {"model", "mean"} and metrics["n_spots"] == 70
-    assert metrics["residuals"]["mean"]["pcc_gene_mean"] is None
-    assert metrics["lognorm"]["model"]["mse"] > 0 and metrics["residuals"]["model"]["mse"] is None
-    assert len(pd.read_csv(measured / "genes.csv")) == metrics["n_genes"] == 20
+    found = strict((measured / "metrics.json").read_text())
+    assert set(found["residuals"]) == {"model", "mean"} and found["n_spots"] == 70
+    assert found["residuals"]["mean"]["pcc_gene_mean"] is None
+    assert found["lognorm"]["model"]["mse"] > 0 and found["residuals"]["model"]["mse"] is None
+    assert len(pd.read_csv(measured / "genes.csv")) == found["n_genes"] == 20
+
+
+def test_the_page_has_the_columns_of_genes_csv_and_no_folder(measured, unmeasured, trained):
+    for out in (measured, unmeasured):
+        text = (out / "report.html").read_text()
+        assert str(out) not in text and str(trained.decoder.parent) not in text and str(trained.data) not in text
+        assert set(page_content(out)["columns"]) == set(page_content(out)["geneNotes"])
+    columns, genes = page_content(measured)["columns"], pd.read_csv(measured / "genes.csv")
+    np.testing.assert_allclose(columns["PCC, residuals"], genes["pcc_residuals_model"], rtol=1e-5)
+    np.testing.assert_allclose(columns["PCC, lognorm"], genes["pcc_lognorm_model"], rtol=1e-5)
+    assert next(iter(columns)) == "PCC, residuals" and "PCC, residuals" not in page_content(unmeasured)["columns"]
 
 
 def by_hand(adata):

@@ -1,6 +1,4 @@
-"""Which slides a call means: tables, names, folders, shards."""
-
-import argparse
+"""Which slides a call means: tables, names, folders."""
 
 import pytest
 
@@ -71,16 +69,3 @@ def test_names_can_be_folders(tmp_path):
     assert slide_list.slide_name(tmp_path / "P1") == "P1"
     assert slide_list.slide_name(tmp_path / "…/ä..svs") == "unnamed"
     assert slide_list.file_name("../../HLA/A*01") == "HLA_A_01"
-
-
-def test_shards_take_every_slide_once():
-    slides = list(range(11))
-    for number in (1, 2, 4, 12):
-        shards = [slide_list.shard(f"{i + 1}/{number}") for i in range(number)]
-        assert sorted(s for i, n in shards for s in slides[i::n]) == slides
-
-
-@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
-def test_bad_shards(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="expected I/N"):
-        slide_list.shard(text)

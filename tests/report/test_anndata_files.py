@@ -1,5 +1,6 @@
 """Results as AnnData: spots of one or several slices, the small image, files that scanpy plots as they are."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import anndata
@@ -8,11 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy
+import torch
 from PIL import Image
 from spaceranger_folders import SCALES, write_spatial
 
+from utils.report import anndata_files
 from utils.report.anndata_files import spots_anndata, write_anndata
-from utils.report.spots import spots_on_image
+from utils.report.spots import SpotsOnImage, spots_on_image
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
 
@@ -51,7 +54,30 @@ def test_the_small_image_and_its_scale(tmp_path, kind):
     assert spots.scalefactors["spot_diameter_fullres"] == 65.0 and spots.spot_diameter_px == 80.0
     entry = made(spots).uns["spatial"]["A"]
     np.testing.assert_array_equal(entry["images"]["hires"], PIXELS)
-    assert entry["scalefactors"] == spots.scalefactors
+    scale = spots.image_scale
+    expected = spots.scalefactors | {"tissue_hires_scalef": scale, "tissue_lowres_scalef": scale}
+    assert entry["scalefactors"] == expected, "an image of under 600 px is both"
+
+
+def test_the_lowres_image_has_the_scale_of_its_own_pixels():
+    image = np.zeros((500, 1500, 3), np.uint8)
+    image[200:210, 1200:1210] = 255
+    spots = replace(
+        SpotsOnImage(
+            name="A",
+            image=image,
+            image_scale=0.5,
+            xy_fullres_px=np.array([[2410.0, 410]]),
+            spot_diameter_px=1,
+            barcodes=["A-1"],
+        ),
+        scalefactors={"tissue_lowres_scalef": 9.0},
+    )
+    entry = spots_anndata([spots], np.zeros((1, 1)), pd.DataFrame(index=["TP53"]), {}).uns["spatial"]["A"]
+    lowres = entry["images"]["lowres"]
+    assert lowres.shape == (200, 600, 3)
+    column, row = np.round(spots.xy_fullres_px[0] * entry["scalefactors"]["tissue_lowres_scalef"]).astype(int)
+    assert lowres[row, column].min() > 200 and lowres.mean() < 1
 
 
 def test_rows_are_chosen(tmp_path):
@@ -97,6 +123,19 @@ def test_scanpy_reads_and_plots_the_file(tmp_path):
         axes = scanpy.pl.spatial(one, color="GAPDH", library_id=library, show=False)[0]
         assert axes.images and axes.get_title() == "GAPDH"
     plt.close("all")
+
+
+def test_lognorm_of_several_models_is_at_their_mean_depth(monkeypatch):
+    monkeypatch.setattr(anndata_files, "SPOTS_AT_ONCE", 2)
+    known = ((1e3, 0.2), (3e3, 0.4))
+    states = [
+        {"target": "residuals", "train_depth": n, "gene_fraction": torch.tensor([p], dtype=torch.float64)}
+        for n, p in known
+    ]
+    found = anndata_files.predicted_lognorm(states, np.array([[0.0], [-99], [0]], np.float32))
+    np.testing.assert_allclose(found[:, 0], np.log1p([3000, 0, 3000]), rtol=1e-6)
+    found = anndata_files.predicted_lognorm([states[0] | {"target": "counts"}], np.ones((1, 1)))
+    np.testing.assert_allclose(found, np.log(2))
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

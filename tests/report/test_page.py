@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_the_file_holds_everything_and_nothing_beside_it(tmp_path):
     assert not re.findall(r"url\(|@import|fetch\(|XMLHttpRequest|import\(", own)
     assert "https:" not in own and "http:" not in own
     assert "default-src 'none'" in text and "{{" not in own.split("<script")[0]
-    assert text.count("'sha256-") == 4 == len(re.findall("<script>", text)), "every script is admitted by its hash"
+    assert text.count("'sha256-") == 5 == len(re.findall("<script>", text)), "every script is admitted by its hash"
     content = content_of(path)
     assert content["versions"]["numpy"] == np.__version__ and "Python" in content["versions"]
     assert content["settings"] == {"part": "test", "out": "x"}
@@ -125,6 +126,29 @@ def test_what_is_not_known_is_null(tmp_path):
     content = content_of(tmp_path / "r.html")
     assert content["columns"]["PCC"] == [0.5, None, None]
     assert [row[1] for row in content["tables"][0]["rows"]] == [None, None, 3, 0.25]
+
+
+def test_tables_and_settings_are_there_without_javascript(tmp_path):
+    rows = [["model", 0.43214, 1234], ["ridge", None, -12.345]]
+    made = replace(a_report(), tables=[Table("Ours & <theirs>", ["method", "PCC", "n"], rows, "A note.")])
+    write_report(tmp_path / "r.html", made)
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<h3>Ours &amp; &lt;theirs&gt;</h3>" in text and "A note." in text
+    for words in ('<th scope="row">model</th><td>0.432</td><td>1,234</td>', "<td>–</td><td>−12.3</td>"):
+        assert words in text
+    assert "<dt>part</dt><dd>test</dd>" in text
+    assert [page_data.shown(value) for value in ("x", "", 0.0, 2.0, 0.0004)] == ["x", "–", "0", "2", "0.000"]
+
+
+def test_folders_of_the_machine_stay_out_of_the_page(tmp_path):
+    places = {
+        "decoder": [Path("/home/me/a.pth"), Path("data/b.pth")],
+        "mask": "/secret/mask.png",
+        "image": r"C:\me\he.tif",
+    }
+    write_report(tmp_path / "r.html", replace(a_report(), settings=places | {"out": Path("../me/out"), "mask2": None}))
+    expected = {"decoder": "a.pth, data/b.pth", "mask": "mask.png", "image": "he.tif", "out": "out", "mask2": "–"}
+    assert content_of(tmp_path / "r.html")["settings"] == expected
 
 
 def test_genes_of_low_or_unknown_validation_pcc_are_greyed(tmp_path):
@@ -231,6 +255,18 @@ def pages(evaluated, tmp_path_factory):
     out = shutil.copytree(evaluated.out / "results", tmp_path_factory.mktemp("pages") / "results")
     report_command.main([str(out), "--html", str(out / "report.html")])
     return out
+
+
+def test_every_column_and_row_is_explained_and_no_folder_named(pages, evaluated):
+    for part in ("similarity", "retrieval"):
+        path = pages / part / "report.html"
+        content, text = content_of(path), path.read_text(encoding="utf-8")
+        words = {
+            word for table in content["tables"] for word in (*table["columns"], *(row[0] for row in table["rows"]))
+        }
+        assert words - {"method"} == set(content["tableNotes"])
+        assert set(content["columns"]) == set(content["geneNotes"])
+        assert str(evaluated.out) not in text and str(evaluated.data) not in text
 
 
 def test_the_expression_page_shows_the_part(pages):

@@ -26,7 +26,7 @@ def test_round_trip(path):
     checkpoint.save(path, "stage_one", **state)
     found = checkpoint.load(path, "stage_one", "--encoder")
     assert torch.equal(found["model"].pop("w"), torch.arange(3.0))
-    assert found == state | {"model": {}, "format": 5, "kind": "stage_one"}
+    assert found == state | {"model": {}, "format": 6, "kind": "stage_one"}
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -124,14 +124,14 @@ def test_a_foreign_file_is_refused(path, state):
     refused("found another file", checkpoint.load, path, "stage_one", "--encoder")
 
 
-@pytest.mark.parametrize("number", [None, 1, 2, 3, 4, "5", 6])
+@pytest.mark.parametrize("number", [None, 1, 2, 3, 4, 5, "6", 7])
 @pytest.mark.parametrize("kind", ["stage_one", "stage_two"])
 def test_another_format_is_refused(path, kind, number):
     path.parent.mkdir()
     torch.save({"kind": kind} if number is None else {"format": number, "kind": kind}, path)
-    remedy = "update this Magic" if number == 6 else f"train it again with {checkpoint.SCRIPTS[kind]}"
+    remedy = "update this Magic" if number == 7 else f"train it again with {checkpoint.SCRIPTS[kind]}"
     refused(
-        f"expected format 5, which this version reads, found {number}; .*{remedy}", checkpoint.load, path, kind, "--enc"
+        f"expected format 6, which this version reads, found {number}; .*{remedy}", checkpoint.load, path, kind, "--enc"
     )
 
 

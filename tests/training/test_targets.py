@@ -50,6 +50,20 @@ def test_targets_are_those_of_the_plain_formula(slices, tmp_path, scale, gib):
     assert np.isnan(target[70:140, 4]).all() and np.isnan(target).sum() == 70 and not target[:, 17].any()
 
 
+def test_depth_and_fractions_are_those_of_the_train_spots_that_measured_the_gene(slices):
+    depth, fraction = targets.train_depth(slices)
+    train = [
+        (one.panels["target"].read_counts()[rows], one.total_counts[rows])
+        for one in slices[:2]
+        if len(rows := one.rows_of("train"))
+    ]
+    assert depth == np.median(np.concatenate([total for _, total in train])) > 0
+    pooled = sum(counts.sum(0) for counts, _ in train) / sum(total.sum() for _, total in train)
+    pooled[4] = train[0][0][:, 4].sum() / train[0][1].sum()
+    np.testing.assert_allclose(fraction, pooled)
+    assert fraction[17] == 0 and fraction.sum() < 1
+
+
 def test_validation_is_judged_by_the_residuals_of_whole_slices(slices):
     found = targets.validation_residuals(slices)
     assert [part.shape for part in found] == [(17, 20), (0, 20), (70, 20)]

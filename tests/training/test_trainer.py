@@ -62,7 +62,7 @@ def after_steps(monkeypatch, n, what):
 
 
 @pytest.mark.parametrize("script", STAGES)
-@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (4, signal.SIGTERM), (7, signal.SIGINT)])
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (4, signal.SIGUSR1), (7, signal.SIGINT)])
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(
     script, step, number, unbroken, broken, trained, monkeypatch, capsys
 ):
@@ -99,10 +99,27 @@ def test_a_signal_does_not_wait_for_a_validation(script, module, unbroken, broke
     assert not different(progress(broken, script), progress(unbroken(script), script))
 
 
+def test_copies_of_a_signal_do_not_stop_the_save_but_a_later_ctrl_c_does(monkeypatch):
+    """A launcher hands on what the queue has sent to all processes."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.signal, trainer.signalled, trainer.interruptible_now = None, 0.0, False
+    clock = [100.0]
+    monkeypatch.setattr("utils.training.trainer.time.monotonic", lambda: clock[0])
+    for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        trainer._take(number, None)
+    trainer.interruptible_now = True  # while it is saved
+    clock[0] += 60
+    trainer._take(signal.SIGTERM, None)
+    assert trainer.signal == signal.SIGUSR1
+    with pytest.raises(KeyboardInterrupt):
+        trainer._take(signal.SIGINT, None)
+
+
 def test_signals_do_again_what_they_did(broken):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     broken.run("train_mymodel", "--Epoch", 1)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == [signal.SIG_DFL] * 2
 
 
 @pytest.mark.parametrize("script", STAGES)

@@ -14,6 +14,7 @@ import numpy as np
 UNITS = {"lognorm": "log1p counts per 10,000", "residuals": "Pearson residuals", "counts": "counts per 10,000"}
 SCALES = tuple(UNITS)
 PREDICTABLE_PCC = 0.1  # validation PCC from which a gene counts as predictable; below it the report greys the gene
+THETA = 100.0  # overdispersion of the negative binomial behind Pearson residuals, shared by all genes
 # A covariate that explains all but this fraction of a variance leaves rounding noise, which has no correlation.
 _LEAST_VARIANCE_LEFT = 1e-12
 
@@ -130,7 +131,7 @@ def log1p_cp10k(counts: np.ndarray, total_counts: np.ndarray) -> np.ndarray:
     return np.log1p(counts_per_10k(counts, total_counts))
 
 
-def pearson_residuals(counts: np.ndarray, total_counts: np.ndarray, theta: float = 100) -> np.ndarray:
+def pearson_residuals(counts: np.ndarray, total_counts: np.ndarray, theta: float = THETA) -> np.ndarray:
     """Analytic Pearson residuals of the panel's genes in ONE slice (Lause et al. 2021, equations 3 to 5).
 
     Equal to `scanpy.experimental.pp.normalize_pearson_residuals` of the whole matrix, restricted to the panel: the
@@ -163,6 +164,29 @@ def to_scale(name: str, counts: np.ndarray, total_counts: np.ndarray) -> np.ndar
     if name not in scales:
         raise ValueError(f"scale: expected one of {', '.join(SCALES)}, found {name!r}")
     return scales[name](counts, total_counts)
+
+
+def to_lognorm(name: str, values: np.ndarray, total_counts: float, fraction: np.ndarray) -> np.ndarray:
+    """Predicted values of the scale `name`, one of `SCALES`, as log1p counts per 10,000: (S, G) -> (S, G).
+
+    Residuals r are inverted at one depth n for all spots: mu = n p, counts x = max(0, mu + r sqrt(mu + mu^2 / theta)),
+    log1p(1e4 x / n). Counts below zero are taken as zero.
+
+    Parameters
+    ----------
+    total_counts : float
+        n, counts of a spot over all genes; read for residuals alone, as is `fraction`.
+    fraction : (G,)
+        p, the gene's fraction of all counts.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if name == "lognorm":
+        return values
+    if name == "counts":
+        return np.log1p(np.maximum(values, 0.0))
+    expected = total_counts * np.asarray(fraction, dtype=np.float64)
+    counts = np.maximum(expected + values * np.sqrt(expected + expected**2 / THETA), 0.0)
+    return np.log1p(counts * (1e4 / total_counts))
 
 
 def _pair(pred: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ Letters: S spots of a slice, G input genes, T target genes, B batch, Z tile side
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -112,13 +112,14 @@ def load_slice(
         print(f"{row.slice}: {count_of(len(tile_rows) - len(kept), 'spot')} outside the image left out")
     xy = first.xy_fullres_px[kept]
     strip = val_strip and row.part == "train"
-    of_spots = {role: panel.select_spots(kept) for role, panel in panels.items()}
+    barcodes = first.barcodes[kept]
+    of_spots = {role: replace(panel.select_spots(kept), barcodes=barcodes) for role, panel in panels.items()}
     if genes is not None:
         of_spots[roles[0]] = of_spots[roles[0]].select_genes(genes)
     return SliceData(
         name=row.slice,
         patient=row.patient,
-        barcodes=first.barcodes[kept],
+        barcodes=barcodes,
         xy_fullres_px=xy,
         pitch_fullres_px=first.pitch_fullres_px,
         part=splits.strip_parts(xy, first.pitch_fullres_px) if strip else np.full(len(kept), row.part),
@@ -180,9 +181,10 @@ def load_slices(
     downsample_counts: int | None = None,
 ) -> list[SliceData]:
     """Slices of one panel and one tile size, see `load_slice`. Raises ValueError where they differ."""
-    slices = [load_slice(row, settings, roles, val_strip, genes, downsample_counts) for row in rows]
-    first = slices[0]
-    for slice_ in slices[1:]:
+    slices: list[SliceData] = []
+    for row in rows:
+        slice_ = load_slice(row, settings, roles, val_strip, genes, downsample_counts)
+        first = slices[0] if slices else slice_
         for role in roles:
             if slice_.panels[role].genes != first.panels[role].genes:
                 raise ValueError(
@@ -194,6 +196,7 @@ def load_slices(
                 f"{slice_.pack.folder}: expected tiles of {said_scale(tile_scale(first))} like those of {first.name}, "
                 f"found {said_scale(tile_scale(slice_))}; run image_tilling.py again on all slices"
             )
+        slices.append(replace(slice_, panels={role: slice_.panels[role].like(first.panels[role]) for role in roles}))
     return slices
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 PART = ".part"
@@ -44,3 +45,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def publishable(value: Any) -> Any:
+    """The same for JSON that may be published: NaN and infinity become null, paths their last part."""
+    if isinstance(value, Mapping):
+        return {str(key): publishable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [publishable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str):
+        path = PureWindowsPath(value)  # knows both kinds of slashes
+        return path.name if path.root or ".." in path.parts or value.startswith("~") else value
+    return value

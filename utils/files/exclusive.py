@@ -16,18 +16,39 @@ from utils import distributed
 LOCK = ".lock"
 Settings = TypeVar("Settings")
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+HELD = (errno.EAGAIN, errno.EACCES)  # of flock; the second where NFS makes a lock of bytes of it
+# of flock where a file system has no locks: Lustre mounted without -o flock, NFS without its lock service, some of FUSE
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+_warned: set[int] = set()  # file systems, by their device number
+
+
+def _warn_once(device: int, folder: Path, error: OSError) -> None:
+    """One line for all folders of a file system without locks."""
+    if device not in _warned:
+        print(
+            f"warning: {folder}: expected a file system with locks (flock), found none ({error.strerror}): a second "
+            "run that writes there would not be refused; fix: start one at a time",
+            flush=True,
+        )
+    _warned.add(device)
 
 
 def _open_lock(path: Path) -> int | None:
     """Descriptor of the locked file; None where another process holds it. The holder removes the file when it is done,
-    so what was opened may be gone by the time it is locked: then once more."""
+    so what was opened may be gone by the time it is locked: then once more. Where the file system has no locks, a
+    warning is printed and the file is only open."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                _warn_once(os.fstat(descriptor).st_dev, path.parent, error)
+                return descriptor
             os.close(descriptor)
-            return None
+            if error.errno in HELD:
+                return None
+            raise
         with suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
                 return descriptor

@@ -222,6 +222,11 @@ class Panel:
         per_spot = ("rows", "barcodes", "total_counts", "xy_fullres_px")
         return replace(self, **{name: getattr(self, name)[rows] for name in per_spot})
 
+    def like(self, other: Panel) -> Panel:
+        """The panel file with the lists of another one where they are equal, which are then kept once."""
+        names = [name for name in ("genes", "train_slices") if getattr(self, name) == getattr(other, name)]
+        return replace(self, **{name: getattr(other, name) for name in names})
+
     def select_genes(self, wanted: list[str]) -> Panel:
         """The panel file for other genes, in their order: one that it lacks has zero counts and is not measured."""
         if wanted == self.genes:
@@ -255,29 +260,42 @@ def write_panel(path: Path, adata: Any, blocks: Iterable[sp.csr_matrix]) -> None
 
 def read_panel(path: Path) -> Panel:
     """Raises ValueError where the file is missing, corrupt, or not one that make_decoder_data.py wrote."""
-    import anndata
+    import h5py
 
     if not path.exists():
         raise ValueError(
             f"{path}: expected a panel file, found none; run make_decoder_data.py, or give the folder with --panels"
         )
     try:
-        adata = anndata.read_h5ad(path, backed="r")
-        note = adata.uns["magic"]
-        return Panel(
-            path=path,
-            rows=np.arange(adata.n_obs),
-            genes=[str(g) for g in adata.var_names],
-            measured=adata.var["measured"].to_numpy(bool),
-            barcodes=adata.obs_names.to_numpy(str),
-            total_counts=adata.obs["total_counts"].to_numpy(np.float64),
-            xy_fullres_px=np.asarray(adata.obsm["spatial"], np.float64),
-            pitch_fullres_px=float(note["spot_pitch_fullres_px"]),
-            train_slices=[str(s) for s in np.atleast_1d(note["train_slices"])],
-            counts_hash=str(note["counts_hash"]),
-            files_hash=str(note.get("files_hash", "")),
-        )
-    except (OSError, KeyError) as error:
+        with h5py.File(path) as file:
+            note, genes, spots = file["uns/magic"], file["var"], file["obs"]
+            barcodes = _texts(spots[spots.attrs["_index"]])
+            return Panel(
+                path=path,
+                rows=np.arange(len(barcodes)),
+                genes=_texts(genes[genes.attrs["_index"]]).tolist(),
+                measured=genes["measured"][:].astype(bool),
+                barcodes=barcodes.astype(str),
+                total_counts=spots["total_counts"][:].astype(np.float64),
+                xy_fullres_px=file["obsm/spatial"][:].astype(np.float64),
+                pitch_fullres_px=float(note["spot_pitch_fullres_px"][()]),
+                train_slices=np.atleast_1d(_texts(note["train_slices"])).tolist(),
+                counts_hash=str(_texts(note["counts_hash"])),
+                files_hash=str(_texts(note["files_hash"])) if "files_hash" in note else "",
+            )
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a file of make_decoder_data.py, found {error}; run make_decoder_data.py again"
         ) from error
+
+
+def _texts(stored: Any) -> np.ndarray:
+    """Text of a panel file as anndata stores it, one or many. anndata itself, which takes four times as long for a file
+    of a thousand slices, is asked only for kinds of arrays that have more parts than their text."""
+    import h5py
+
+    if isinstance(stored, h5py.Dataset):
+        return np.asarray(stored.asstr()[()], object)
+    from anndata.io import read_elem
+
+    return np.asarray(read_elem(stored), object)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "JPEG2000", "BMP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 LEAST_DPI = 1000.0  # 72 or 300 dots per inch was written by a program that knew no microscope
 ORIENTATION = 0x0112
+TEXT = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # PNG chunks of EXIF and of text, in which some programs keep it
 GREY, COLOUR = (0, 4), (2, 6)  # PNG colour types, the second of each with alpha
 SRGB, GREYSCALE, SYCC = 16, 17, 18  # JPEG 2000, enumerated colour spaces that decode to grey or RGB
 ROWS_AT_ONCE = 512
@@ -87,8 +88,9 @@ class FlatImage:
             self._format = image.format
             self.um_per_px = _um_per_px(image)
             value = None
-            with suppress(Exception):  # damaged EXIF is no reason to refuse the pixels
-                value = image.getexif().get(ORIENTATION)
+            if image.format != "PNG" or _has_text(path):
+                with suppress(Exception):  # damaged EXIF is no reason to refuse the pixels
+                    value = image.getexif().get(ORIENTATION)
             _check_kind(path, image)
         self.notes = orientation_note(value)
 
@@ -145,6 +147,22 @@ def _check_kind(path: Path, image: Image.Image) -> None:
         raise ImageError(f"{path}: expected grey or RGB pixels, found mode {image.mode}; convert it to RGB")
 
 
+def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Name and size of each chunk of a PNG, the file at its content; the content need not be read."""
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        size, name = struct.unpack(">I4s", head)
+        following = file.tell() + size + 4
+        yield name, size
+        file.seek(following)
+
+
+def _has_text(path: Path) -> bool:
+    """Whether a PNG has a chunk in which Orientation may stand; Pillow decodes all pixels to look for one."""
+    with path.open("rb") as file:
+        return any(name in TEXT for name, _ in _png_chunks(file))
+
+
 @dataclass(frozen=True)
 class PngHead:
     """What the chunks before the pixels state: bits of a sample, colour type, sBIT and tRNS."""
@@ -162,11 +180,10 @@ class PngHead:
     def read(cls, path: Path) -> PngHead:
         found: dict[bytes, bytes] = {}
         with path.open("rb") as file:
-            file.seek(8)
-            while b"IDAT" not in found:
-                size, name = struct.unpack(">I4s", file.read(8))
-                found[name] = b"" if name == b"IDAT" else file.read(size)
-                file.seek(4, 1)
+            for name, size in _png_chunks(file):
+                if name == b"IDAT":
+                    break
+                found[name] = file.read(size)
         bits, colour_type = found[b"IHDR"][8:10]
         n_colours = 1 if colour_type in GREY else 3
         sbit = found.get(b"sBIT", b"")[:n_colours]

@@ -21,8 +21,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -32,6 +33,7 @@ from utils.images.image import TissueImage
 
 PACK, RECORD = "tiles.h5", "tiles.json"
 JPEGS_PART = "jpeg.part"  # folder of the JPEGs until all of them are there
+OPEN_PACKS = 128  # files that a process keeps open, of any number of slices: systems allow 1,024 or fewer
 AT_A_TIME = 8  # tiles that a thread cuts before it looks for others
 
 
@@ -195,8 +197,9 @@ def write_tiles(
             (folder / RECORD).unlink(missing_ok=True)  # no record stands beside files of two runs
             for old in folder.glob("*.jpeg"):
                 old.unlink()
-            for file in files if jpeg else []:
-                Path(file).rename(folder / Path(file).name)
+            if jpeg:  # os.rename: a Path for each of some thousand files takes longer than moving it
+                for file, final in zip(files, tile_files(folder, barcodes[order]), strict=True):
+                    os.rename(file, final)  # noqa: PTH104
         write_record(folder / RECORD, asdict(cut) | about)
     finally:
         shutil.rmtree(folder / JPEGS_PART, ignore_errors=True)
@@ -207,13 +210,16 @@ def write_tiles(
 def _save_jpegs(files: list[str], blocks: Iterable[np.ndarray], quality: int) -> Iterator[np.ndarray]:
     """Pass blocks (n, Z, Z, 3) on while their tiles are saved."""
 
-    def save(file: str, tile: np.ndarray) -> None:
-        Image.fromarray(tile).save(file, "JPEG", quality=quality)
+    def save(names: list[str], part: np.ndarray) -> None:
+        for name, tile in zip(names, part, strict=True):
+            Image.fromarray(tile).save(name, "JPEG", quality=quality)
 
     done = 0
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for block in blocks:
-            saved = pool.map(save, files[done : done + len(block)], block)
+            starts = range(0, len(block), AT_A_TIME)
+            names = [files[done + start : done + min(start + AT_A_TIME, len(block))] for start in starts]
+            saved = pool.map(save, names, [block[start : start + AT_A_TIME] for start in starts])
             done += len(block)
             yield block
             deque(saved, maxlen=0)  # raises what a thread raised
@@ -222,8 +228,29 @@ def _save_jpegs(files: list[str], blocks: Iterable[np.ndarray], quality: int) ->
 # ---- the pack
 
 
+Version = tuple[int, int, int]  # a file that was replaced or changed has another one
+
+
+def _version(status: os.stat_result) -> Version:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(OPEN_PACKS)
+def _open_pack(path: Path, version: Version) -> IO[bytes]:
+    """A pack as TilePack found it. Python closes what falls out of the cache once nobody reads it."""
+    file = path.open("rb", buffering=0)
+    if _version(os.fstat(file.fileno())) != version:
+        file.close()
+        raise ValueError(f"{path}: expected the tiles of the start of this run, found changed ones; start it again")
+    return file
+
+
 class TilePack:
-    """The packed tiles of one slice: uint8 (S, Z, Z, 3) read by row. Opened anew in each process that reads it."""
+    """The packed tiles of one slice: uint8 (S, Z, Z, 3) read by row, by any process.
+
+    It holds 8 bytes a spot, the places of the tiles in the file, and no open file: memory and open files of a process
+    do not grow with the slices that it reads.
+    """
 
     def __init__(self, folder: Path):
         import h5py
@@ -237,43 +264,64 @@ class TilePack:
             )
         self.record: dict[str, Any] = record
         try:
+            self._version = _version(self.path.stat())
             with h5py.File(self.path) as file:
-                self.barcodes, self.coords = file["barcode"].asstr()[:], file["coords"][:]
-                img = file["img"]
+                img, n_spots = file["img"], len(file["barcode"])
                 self.size = int(img.shape[1])
                 if img.chunks != (1, *img.shape[1:]) or img.id.get_create_plist().get_nfilters():
                     raise ValueError(f"chunks {img.chunks} or a filter instead of plain chunks of one tile")
-                if not len(img) == len(self.barcodes) == len(self.coords) == img.id.get_num_chunks():
-                    raise ValueError(f"{img.id.get_num_chunks()} tiles of {len(self.barcodes)} spots")
+                if not len(img) == n_spots == len(file["coords"]) == img.id.get_num_chunks():
+                    raise ValueError(f"{img.id.get_num_chunks()} tiles of {n_spots} spots")
+                self._places = np.empty(n_spots, np.int64)
+                img.id.chunk_iter(self._note_place)
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{self.path}: expected packed tiles, found {error}; run image_tilling.py again"
             ) from error
-        self._file: Any = None
-        self._pid = 0
+
+    def _note_place(self, chunk: Any) -> None:
+        """The byte of the file that a tile begins at."""
+        self._places[chunk.chunk_offset[0]] = chunk.byte_offset
+
+    @property
+    def barcodes(self) -> np.ndarray:
+        """(S,) str, read anew each time."""
+        return self._read_columns()[0]
+
+    @property
+    def coords(self) -> np.ndarray:
+        """(S, 2) centres in full-resolution pixels, read anew each time."""
+        return self._read_columns()[1]
+
+    def _read_columns(self) -> tuple[np.ndarray, np.ndarray]:
+        import h5py
+
+        _open_pack(self.path, self._version)  # raises where it has changed
+        with h5py.File(self.path) as file:
+            return file["barcode"].asstr()[:], file["coords"][:]
 
     @property
     def content(self) -> str:
         """Identifies the pixels by what they were cut from: image and cut by the record, centres, spots."""
         digest = hashlib.sha256(json.dumps(self.record, sort_keys=True).encode())
-        digest.update(np.ascontiguousarray(self.coords, "<f8").tobytes())
-        digest.update("\n".join(self.barcodes).encode())
+        barcodes, coords = self._read_columns()
+        digest.update(np.ascontiguousarray(coords, "<f8").tobytes())
+        digest.update("\n".join(barcodes).encode())
         return digest.hexdigest()
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Rows (n,) in any order, repeated or not -> uint8 (n, Z, Z, 3)."""
-        import h5py
-
-        if self._file is None or self._pid != os.getpid():  # HDF5 handles must not cross a fork
-            self._file, self._pid = h5py.File(self.path), os.getpid()
-        img = self._file["img"].id
-        tiles = np.empty((len(rows), self.size * self.size * 3), np.uint8)
-        for tile, row in zip(tiles, rows.tolist(), strict=True):  # h5py's own fancy indexing is 300 times slower
-            img.read_direct_chunk((row, 0, 0, 0), out=tile)
+        """Rows (n,) in any order, repeated or not -> uint8 (n, Z, Z, 3). Raises ValueError where the file has changed
+        since it was opened, or has no such row."""
+        rows = np.asarray(rows)
+        if ((rows < 0) | (rows >= len(self._places))).any():
+            raise ValueError(
+                f"{self.path}: expected rows of {len(self._places)} tiles, found {rows.min()}, {rows.max()}"
+            )
+        tiles, file = np.empty((len(rows), self.size * self.size * 3), np.uint8), _open_pack(self.path, self._version)
+        for tile, place in zip(tiles, self._places[rows].tolist(), strict=True):
+            if os.preadv(file.fileno(), [tile.data], place) < len(tile):
+                raise ValueError(f"{self.path}: expected packed tiles, found its end; run image_tilling.py again")
         return tiles.reshape(-1, self.size, self.size, 3)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}
 
 
 def write_pack(folder: Path, barcodes: np.ndarray, xy_px: np.ndarray, tiles: Iterable[np.ndarray], size: int) -> None:

@@ -34,7 +34,8 @@ def tissue_mask(thumbnail: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
     colours = ndimage.gaussian_filter(thumbnail.astype(np.float32), (1, 1, 0))  # the noise of glass
-    high, low = colours.max(2), colours.min(2)
+    red, green, blue = np.moveaxis(colours, 2, 0)
+    high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
     longest = max(high.shape)
     clean = ~_pen(colours, high, high - low)
     saturation = ndimage.gaussian_filter(clean * (high - low) / np.maximum(high, 1), BLUR * longest)

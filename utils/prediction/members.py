@@ -46,6 +46,11 @@ class Run:
     memory: float  # GiB
     prediction_std: bool
 
+    @property
+    def model_hash(self) -> str:
+        """Of the members' files, separated by spaces."""
+        return " ".join(member.file_hash for member in self.members)
+
 
 def read_checkpoints(paths: list[Path]) -> list[dict[str, Any]]:
     """Checkpoints of one panel, in one unit, and of tiles of a stated scale. Raises ValueError otherwise."""

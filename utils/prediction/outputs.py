@@ -44,6 +44,9 @@ class Prediction:
     measured: np.ndarray | None = None  # (S, G) in the scale of the target, NaN for a gene that the slice lacks
     counts: np.ndarray | None = None  # (S, G)
     total_counts: np.ndarray | None = None  # (S,)
+    gene_table: pd.DataFrame | None = None  # genes.csv, of a slice with counts
+    lognorm: np.ndarray | None = None  # (S, G) predicted, as log1p counts per 10,000
+    model_hash: str = ""  # of the decoders' files, separated by spaces
     about: dict[str, Any] = field(default_factory=dict)  # plain values, kept in uns["magic"]
 
     @property
@@ -81,12 +84,15 @@ def as_anndata(prediction: Prediction) -> anndata.AnnData:
         obs["total_counts"] = prediction.total_counts
     val_pcc = prediction.val_pcc
     var = pd.DataFrame({"val_pcc": val_pcc, "reliable": val_pcc >= PREDICTABLE_PCC}, index=prediction.genes)
+    if prediction.gene_table is not None:
+        var["test_pcc"] = prediction.gene_table["pcc_residuals_model"].to_numpy()
     adata = anndata_files.spots_anndata([prediction.spots_on_image], prediction.predicted, var, obs)
-    for name in ("prediction_std", "measured", "counts"):
+    for name in ("lognorm", "prediction_std", "measured", "counts"):
         values = getattr(prediction, name)
         if values is not None:
             adata.layers[name] = np.asarray(values, np.float32)
-    adata.uns["magic"] = {"X": f"predicted, {prediction.unit}", "target": prediction.target, **prediction.about}
+    described = anndata_files.describe_values(adata, prediction.target, prediction.model_hash)
+    adata.uns["magic"] = described | prediction.about
     return adata
 
 
@@ -136,6 +142,19 @@ def write_maps(folder: Path, prediction: Prediction, n_maps: int) -> None:
     plotting.save(figure, folder / "domain_score.png")
 
 
+def gene_columns(prediction: Prediction) -> dict[str, np.ndarray]:
+    """Columns (G,) of the report's table of genes; of a slice with counts those of genes.csv."""
+    if prediction.gene_table is None:
+        return {"validation PCC": prediction.val_pcc, "mean predicted": prediction.predicted.mean(0)}
+    of_table = {
+        "PCC, residuals": "pcc_residuals_model",
+        "PCC, lognorm": "pcc_lognorm_model",
+        "validation PCC": "val_pcc",
+        "mean counts per 10,000": "counts_per_10k",
+    }
+    return {name: prediction.gene_table[column].to_numpy() for name, column in of_table.items()}
+
+
 def write_report(path: Path, prediction: Prediction, metrics: dict[str, Any] | None, settings: dict[str, Any]) -> None:
     """report.html: all genes, the best by validation PCC where spots are so many that the page would not open."""
     n_genes = max(1, REPORT_VALUES // len(prediction.spots.barcodes))
@@ -155,7 +174,7 @@ def write_report(path: Path, prediction: Prediction, metrics: dict[str, Any] | N
         unit=prediction.unit,
         genes=[prediction.genes[i] for i in chosen],
         slices=[page.SliceMaps(**vars(prediction.spots_on_image), **maps, domain_score=prediction.domain_score)],
-        gene_columns={"mean predicted": prediction.predicted[:, chosen].mean(0)},
+        gene_columns={name: values[chosen] for name, values in gene_columns(prediction).items()},
         val_pcc=prediction.val_pcc[chosen],
         tables=[*tables, *(page_parts.similarity_tables(metrics) if metrics else [])],
         settings=settings,

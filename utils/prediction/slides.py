@@ -1,8 +1,7 @@
-"""Which slides a prediction is asked for: one by one or in tables, a folder of results each; shards of them."""
+"""Which slides a prediction is asked for: one by one or in tables, a folder of results each."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import re
 from collections.abc import Sequence
@@ -120,12 +119,3 @@ def _check_files(request: Request) -> None:
         path = getattr(request, flag)
         if path is not None and not path.is_file():
             raise ValueError(f"--{flag}: expected the file {path}, found none; fix: correct the path")
-
-
-def shard(text: str) -> tuple[int, int]:
-    """Index from 0, and number of shards, of "I/N" with I from 1."""
-    numbers = re.fullmatch(r"(\d+)/(\d+)", text)
-    index, number = (int(numbers[1]) - 1, int(numbers[2])) if numbers else (-1, 0)
-    if not 0 <= index < number:
-        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 1/4, found {text!r}")
-    return index, number

@@ -4,7 +4,11 @@
 const plot = get("plot");
 // The buttons are listed: by default there is one that sends the data to a server.
 const config = { displaylogo: false, scrollZoom: false, plotlyServerURL: "", modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]] };
-const GREYED = [[0, "#f2f2f2"], [1, "#4a4a4a"]];
+const evenly = (colours) => colours.map((one, i) => [i / (colours.length - 1), one]);
+const GREYED = evenly(["#f2f2f2", "#4a4a4a"]);
+const VIRIDIS = evenly(["#440154", "#472c7a", "#3b518b", "#2c718e", "#21908d", "#27ad81", "#5cc863", "#aadc32", "#fde725"]);
+// ColorBrewer's RdBu from blue to red: residuals lie around zero, which is white
+const DIVERGING = evenly(["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"]);
 // thousands of spots are drawn tenfold faster by WebGL; where the machine has none they are drawn as SVG
 const drawnBy = document.createElement("canvas").getContext("webgl") ? "scattergl" : "scatter";
 const [ABOVE, BELOW] = [34, 64]; // pixels for the titles, and for the bars of colours
@@ -28,12 +32,24 @@ function extent() {
   return { left: Math.max(least, left - margin), right: Math.min(width, right + margin), top: Math.max(least, top - margin), bottom: Math.min(height, bottom + margin) };
 }
 
-function rangeOf(kind) {
+const isExpression = (kind) => kind === "measured" || kind === "predicted";
+const isGreyed = (kind, gene) => isWeak(gene) && (kind === "predicted" || kind === "prediction_std");
+
+function rangeOf(kind, gene) {
   const one = slice();
   if (kind === "domain") return [Math.min(0.5, ...shown.domain), Math.max(1.5, ...shown.domain)];
-  const of = state.range === "shared" && kind !== "prediction_std" ? one.shared : one.maps[kind].own;
-  const low = of.low[state.gene], high = of.high[state.gene];
+  const of = state.range === "shared" && isExpression(kind) ? one.shared : one.maps[kind].own;
+  const low = of.low[gene], high = of.high[gene];
+  if (report.diverging && isExpression(kind)) {
+    const most = Math.max(Math.abs(low), Math.abs(high)) || 1;
+    return [-most, most];
+  }
   return [low, high > low ? high : low + 1];
+}
+
+function scaleOf(kind, gene) {
+  if (isGreyed(kind, gene)) return GREYED;
+  return report.diverging && isExpression(kind) ? DIVERGING : VIRIDIS;
 }
 
 const unitOf = (kind) => (kind === "domain" ? "score, about 1 is within" : report.unit);
@@ -45,16 +61,16 @@ function spotWords(i) {
 }
 
 function trace(kind, side) {
-  const one = slice(), list = shown[kind], bare = kind === "image", grey = isWeak(state.gene) && (kind === "predicted" || kind === "prediction_std");
+  const one = slice(), list = shown[kind], bare = kind === "image";
   const known = bare ? one.x.map((_, i) => i) : one.x.map((_, i) => i).filter((i) => !Number.isNaN(list[i]));
-  const [low, high] = bare ? [0, 1] : rangeOf(kind);
+  const [low, high] = bare ? [0, 1] : rangeOf(kind, state.gene);
   return {
     type: drawnBy, mode: "markers", xaxis: side ? "x2" : "x", yaxis: side ? "y2" : "y", customdata: known,
     x: known.map((i) => one.x[i]), y: known.map((i) => one.y[i]),
     text: known.map((i) => spotWords(i).map(escaped).join("<br>")), hovertemplate: "%{text}<extra></extra>",
     marker: {
-      size: spotPx(), opacity: bare ? 0 : state.opacity, line: { width: 0 }, color: bare ? known.map(() => 0) : known.map((i) => list[i]),
-      cmin: low, cmax: high, colorscale: grey ? GREYED : "Viridis", showscale: !bare, colorbar: bar(kind, side),
+      size: spotPx(), opacity: bare ? 0 : state.opacity, line: { width: report.diverging ? 0.5 : 0, color: "#555" }, color: bare ? known.map(() => 0) : known.map((i) => list[i]),
+      cmin: low, cmax: high, colorscale: scaleOf(kind, state.gene), showscale: !bare, colorbar: bar(kind, side),
     },
   };
 }
@@ -113,7 +129,7 @@ function scaleBar() {
 
 function remark(kind) {
   if (kind !== "image" && shown[kind].every(Number.isNaN)) return ": not known for this gene here";
-  return isWeak(state.gene) && (kind === "predicted" || kind === "prediction_std") ? ", greyed" : "";
+  return isGreyed(kind, state.gene) ? ", greyed" : "";
 }
 
 function layout() {
@@ -152,6 +168,7 @@ async function drawNow() {
   if (view.of !== of) view = { of, x: [edges.left, edges.right], y: [edges.bottom, edges.top] };
   await Plotly.react(plot, [trace(state.left, 0), trace(state.right, 1)], layout(), config);
   if (Math.abs(spotPx() - plot.data[0].marker.size) > 0.25) await Plotly.restyle(plot, { "marker.size": spotPx() });
+  scatterPlot();
   if (state.spot >= 0) readSpot(state.spot, false);
   document.querySelectorAll(".modebar svg, #js-plotly-tester").forEach((icon) => icon.setAttribute("aria-hidden", "true"));
   plot.dataset.drawn = `${state.slice} ${state.gene} ${state.left} ${state.right} ${state.range}`;
@@ -224,6 +241,39 @@ function keys(event) {
   event.preventDefault();
 }
 
+// ---- measured against predicted, of the gene in the maps
+
+function agreement(x, y) {
+  const mean = (list) => list.reduce((a, b) => a + b, 0) / list.length;
+  const [mx, my] = [mean(x), mean(y)];
+  const [dx, dy] = [x.map((v) => v - mx), y.map((v) => v - my)];
+  const [xx, yy, xy] = [mean(dx.map((v) => v * v)), mean(dy.map((v) => v * v)), mean(dx.map((v, i) => v * dy[i]))];
+  return { pcc: xx > 0 && yy > 0 ? xy / Math.sqrt(xx * yy) : null, ratio: xx > 0 ? Math.sqrt(yy / xx) : null };
+}
+
+function scatterPlot() {
+  const { measured, predicted } = shown;
+  get("agreement").hidden = !(measured && predicted);
+  if (!measured || !predicted) return;
+  const known = slice().x.map((_, i) => i).filter((i) => !Number.isNaN(measured[i]) && !Number.isNaN(predicted[i]));
+  const x = known.map((i) => measured[i]), y = known.map((i) => predicted[i]);
+  const { pcc, ratio } = known.length ? agreement(x, y) : { pcc: null, ratio: null };
+  const facts = { "PCC over spots": pcc, "SD ratio, predicted over measured": ratio, spots: known.length };
+  get("agreement-facts").replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [make("dt", name), make("dd", show(value))]));
+  const edge = (side) => [...x, ...y].reduce((a, b) => Math[side](a, b), known.length ? x[0] : 0), ends = [edge("min"), edge("max")];
+  const axis = { gridcolor: colour("line"), zerolinecolor: colour("soft"), linecolor: colour("line") };
+  const points = {
+    type: drawnBy, mode: "markers", x, y, customdata: known, text: known.map((i) => spotWords(i).map(escaped).join("<br>")), hovertemplate: "%{text}<extra></extra>",
+    marker: { color: isWeak(state.gene) ? colour("weak") : colour("accent"), size: 6, opacity: 0.6 },
+  };
+  Plotly.react("scatter", [points], {
+    height: 380, width: get("scatter").clientWidth, margin: { l: 58, r: 10, t: 10, b: 50 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
+    font: { family: font, color: colour("soft") }, hovermode: "closest", hoverlabel: { align: "left", bgcolor: colour("card"), font: { color: colour("ink") } },
+    xaxis: { ...axis, title: { text: `measured, ${escaped(report.unit)}` } }, yaxis: { ...axis, title: { text: `predicted, ${escaped(report.unit)}` } },
+    shapes: [{ type: "line", x0: ends[0], y0: ends[0], x1: ends[1], y1: ends[1], line: { color: colour("soft"), width: 1.5, dash: "dash" }, layer: "below" }],
+  }, { displayModeBar: false });
+}
+
 // ---- correlation beside mean expression
 
 function depthPlot() {
@@ -262,7 +312,6 @@ async function startMaps() {
   plot.on("plotly_relayout", afterZoom);
   plot.on("plotly_doubleclick", () => { whole(); return false; });
   plot.on("plotly_hover", (event) => readSpot(event.points[0].customdata, false));
+  if (get("scatter").on) get("scatter").on("plotly_hover", (event) => readSpot(event.points[0].customdata, false));
   if (get("depth")) get("depth").on("plotly_click", (event) => chooseGene(event.points[0].pointNumber));
 }
-
-startMaps().then(() => { document.documentElement.dataset.ready = String(Math.round(performance.now())); }); // ms

@@ -3,7 +3,7 @@
 // Data only ever becomes text (textContent) or the address of an embedded image.
 
 const report = JSON.parse(document.getElementById("report").textContent);
-const state = { slice: 0, gene: 0, left: "", right: "", range: "shared", opacity: 0.85, image: 1, spot: -1 };
+const state = { slice: 0, gene: 0, left: "", right: "", range: "own", opacity: 0.85, image: 1, spot: -1 };
 const watchers = []; // functions of what changed: "gene", "slice", "look" or "theme"
 const KINDS = { image: "H&E only", measured: "Measured", predicted: "Predicted", prediction_std: "Prediction std", domain: "Out-of-domain score" };
 const texts = {};
@@ -50,6 +50,7 @@ function values(kind, gene) {
 function chooseGene(gene) {
   state.gene = gene;
   get("gene").value = report.genes[gene];
+  if (document.activeElement === get("gene")) get("gene").select(); // the next letter begins another name
   showFacts();
   markRow();
   announce(`Gene ${report.genes[gene]}${isWeak(gene) ? ", weak" : ""}, maps drawn.`);
@@ -114,7 +115,7 @@ function geneBox() {
 
   input.addEventListener("input", () => open(input.value));
   input.addEventListener("focus", () => input.select());
-  input.addEventListener("click", () => { if (list.hidden) open(""); });
+  input.addEventListener("click", () => { if (list.hidden) { input.select(); open(""); } });
   input.addEventListener("blur", () => { close(); input.value = report.genes[state.gene]; });
   input.addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
@@ -126,6 +127,7 @@ function geneBox() {
     } else if (event.key === "Escape") {
       close();
       input.value = report.genes[state.gene];
+      input.select();
     } else return;
     event.preventDefault();
   });
@@ -183,14 +185,8 @@ function start() {
   theme(wishes.matches);
   wishes.addEventListener("change", () => theme(wishes.matches));
   get("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme !== "dark"));
-  const parts = { maps: report.slices, genes: report.genes, examples: report.examples, tables: report.tables, settings: [1] };
-  for (const [name, list] of Object.entries(parts)) {
-    if (!list.length) continue;
-    get(name).hidden = false;
-    const item = make("li");
-    item.append(make("a", get(`${name}-title`).textContent, { href: `#${name}` }));
-    get("sections").append(item);
-  }
+  const parts = { maps: report.slices, genes: report.genes, examples: report.examples };
+  for (const [name, list] of Object.entries(parts)) get(name).hidden = !list.length;
   const spots = report.slices.reduce((sum, one) => sum + one.barcodes.length, 0);
   const counted = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
   get("subtitle").textContent = report.slices.length
@@ -203,6 +199,5 @@ function start() {
     chooseGene(orderedGenes().find((gene) => !isWeak(gene)) ?? 0);
   }
   examples();
-  tables();
-  settings();
+  for (const button of document.querySelectorAll(".csv")) button.addEventListener("click", () => metricsCsv(Number(button.dataset.table)));
 }

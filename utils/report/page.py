@@ -2,9 +2,9 @@
 
 Shapes: S spots of a slice, G genes, (h, w) pixels of a small image, z side of a tile.
 
-The page is the jinja2 template page.html, with page.css, the scripts {page,tables,maps}.js, plotly.js from the Python
-package, and the data as blocks of text that the browser does not run: a JSON, and one block per map, which is decoded a
-gene at a time. A policy in the head admits these very scripts and forbids every request.
+The page is the jinja2 template page.html, with page.css, the scripts {page,tables,maps,cards}.js, plotly.js from the
+Python package, and the data as blocks of text that the browser does not run: a JSON, and one block per map, which is
+decoded a gene at a time. A policy in the head admits these very scripts and forbids every request.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from utils.evaluation.metrics import PREDICTABLE_PCC
-from utils.files.atomic import write_whole
-from utils.report.page_data import cell, colour_range, jpeg, numbers, quantise
+from utils.evaluation.metrics import PREDICTABLE_PCC, UNITS
+from utils.files.atomic import plain, publishable, write_whole
+from utils.report.explained import explanations
+from utils.report.page_data import cell, colour_range, jpeg, numbers, quantise, shown
 from utils.report.spots import SpotsOnImage
 
 HERE = Path(__file__).parent
+SCRIPTS = ("page", "tables", "maps", "cards")
 IMAGE_PX, TILE_PX = 2000, 128  # longest side that is embedded
 BITS = {"measured": 16, "predicted": 16, "prediction_std": 8}  # 5,000 spots of 300 genes and plotly.js: below 15 MB
 PACKAGES = ("magic-st", "numpy", "torch", "timm", "anndata", "scanpy", "plotly")
@@ -78,7 +80,7 @@ class Report:
     gene_columns : name -> (G,), further columns of the table of genes
     val_pcc : (G,) or None
         Genes below PREDICTABLE_PCC, or with NaN, are greyed.
-    settings : shown as a list; versions of packages are added
+    settings : shown as a list, of absolute paths the last part; versions of packages are added
     """
 
     title: str
@@ -106,15 +108,18 @@ def write_report(path: Path, report: Report) -> None:
     content = {
         "title": report.title,
         "unit": report.unit,
+        "diverging": report.unit == UNITS["residuals"],
         "genes": [str(gene) for gene in report.genes],
         "leastPcc": PREDICTABLE_PCC,
         "weak": None if report.val_pcc is None else (~(np.asarray(report.val_pcc) >= PREDICTABLE_PCC)).tolist(),
         "columns": {name: numbers(values) for name, values in columns.items()},
         "slices": [_slice_content(slice_, i, blocks) for i, slice_ in enumerate(report.slices)],
+        "geneNotes": explanations(columns),
         "tables": [vars(table) | {"rows": [list(map(cell, row)) for row in table.rows]} for table in report.tables],
+        "tableNotes": explanations(word for table in report.tables for word in _words_of(table)),
         "examples": [_example_content(example) for example in report.examples],
         "examplesNote": report.examples_note,
-        "settings": {str(key): str(value) for key, value in report.settings.items()},
+        "settings": {str(key): _setting(value) for key, value in report.settings.items()},
         "versions": _versions(),
     }
     _render(path, content, blocks)
@@ -141,6 +146,19 @@ def join_reports(path: Path, title: str, pages: dict[str, Path]) -> None:
             else:
                 joined[key] = value or joined.get(key)
     _render(path, joined | {"title": title}, blocks)
+
+
+def _words_of(table: Table) -> list[str]:
+    """Names of the columns and rows."""
+    return [*table.columns, *(str(row[0]) for row in table.rows if row)]
+
+
+def _setting(value: Any) -> str:
+    """As the page lists it. A page is passed on: folders of the machine that made it stay out of it."""
+    value = publishable(plain(value))
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "–" if value is None else str(value)
 
 
 def _slice_content(slice_: SliceMaps, number: int, blocks: dict[str, str]) -> dict[str, Any]:
@@ -216,8 +234,9 @@ def _render(path: Path, content: dict[str, Any], blocks: dict[str, str]) -> None
 
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    page, tables, maps = ((HERE / f"{name}.js").read_text(encoding="utf-8") for name in ("page", "tables", "maps"))
-    scripts = [page, tables, get_plotlyjs(), maps]
+    environment.filters["shown"] = shown
+    page, tables, maps, cards = ((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+    scripts = [page, tables, get_plotlyjs(), maps, cards]
     text = environment.get_template("page.html").render(
         content=content,
         blocks=blocks,

@@ -67,3 +67,12 @@ def cell(value: Any) -> str | float | int | None:
     if isinstance(value, float | np.floating):
         return float(f"{value:.6g}") if np.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value
+
+
+def shown(value: str | float | int | None) -> str:
+    """A cell as the page shows it: three digits after the point, one from 10 on, thousands apart, a dash for None."""
+    if value is None or isinstance(value, str):
+        return value or "–"
+    if value == int(value):
+        return f"{int(value):,}".replace("-", "−")
+    return f"{value:.{1 if abs(value) >= 10 else 3}f}".replace("-", "−")

@@ -1,5 +1,5 @@
 "use strict";
-// Tables of genes and metrics, retrieval examples, settings; and the start, which needs no plotly.js.
+// The table of genes, retrieval examples, CSV files; and the start, which needs no plotly.js.
 
 // ---- the table of genes
 
@@ -21,6 +21,7 @@ function geneTable() {
   const names = [null, ...Object.keys(report.columns)], row = make("tr");
   for (const name of names) {
     const head = make("th", null, { scope: "col" }), button = make("button", name ?? "Gene", { type: "button" });
+    if (Object.hasOwn(report.geneNotes ?? {}, name)) button.title = report.geneNotes[name];
     button.addEventListener("click", () => {
       order = { column: name, up: order.column === name ? !order.up : name === null };
       fillGenes();
@@ -30,6 +31,7 @@ function geneTable() {
     row.append(head);
   }
   get("gene-table").tHead.append(row);
+  get("genes-csv").addEventListener("click", genesCsv);
   order = { column: pccColumn() ?? null, up: !pccColumn() };
   fillGenes();
   const weak = (report.weak ?? []).filter(Boolean).length;
@@ -70,7 +72,7 @@ function markRow() {
   for (const row of get("gene-table").tBodies[0].rows) row.classList.toggle("chosen", Boolean(report.slices.length) && Number(row.dataset.gene) === state.gene);
 }
 
-// ---- examples, metrics, settings
+// ---- examples
 
 function examples() {
   get("examples-help").textContent = `${report.examplesNote} Framed in green, with a check mark: the image's own profile.`.trim();
@@ -89,28 +91,29 @@ function examples() {
   }));
 }
 
-function tables() {
-  get("table-list").append(...report.tables.map((one) => {
-    const box = make("div", null, { class: "metrics" }), scroll = make("div", null, { class: "scroll", tabindex: "0", role: "region", "aria-label": one.title });
-    const table = make("table", null, { "aria-label": one.title }), head = make("tr"), body = make("tbody");
-    head.append(...one.columns.map((name) => make("th", name, { scope: "col" })));
-    body.append(...one.rows.map((cells) => {
-      const row = make("tr");
-      row.append(...cells.map((cell, i) => (i ? make("td", show(cell)) : make("th", show(cell), { scope: "row" }))));
-      return row;
-    }));
-    table.append(make("thead"), body);
-    table.tHead.append(head);
-    scroll.append(table);
-    box.append(make("h3", one.title), scroll);
-    if (one.note) box.append(make("p", one.note, { class: "help" }));
-    return box;
-  }));
+// ---- tables as CSV files (RFC 4180)
+
+function csv(rows) {
+  const cell = (value) => (value === null || value === undefined ? "" : /[",\r\n]/.test(value) ? `"${String(value).replace(/"/g, '""')}"` : String(value));
+  return rows.map((row) => row.map(cell).join(",") + "\r\n").join("");
 }
 
-function settings() {
-  for (const [name, value] of [...Object.entries(report.settings), ...Object.entries(report.versions)])
-    get("setting-list").append(make("dt", name), make("dd", value));
+function download(title, rows) {
+  const name = `${title.toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^_|_$/g, "") || "table"}.csv`;
+  const address = URL.createObjectURL(new Blob([csv(rows)], { type: "text/csv;charset=utf-8" }));
+  const link = make("a", null, { href: address, download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(address), 10000);
+  announce(`${name}: ${rows.length - 1} rows.`);
 }
+
+function genesCsv() {
+  const names = Object.keys(report.columns);
+  download("genes", [["gene", ...names], ...orderedGenes().map((gene) => [report.genes[gene], ...names.map((name) => report.columns[name][gene])])]);
+}
+
+const metricsCsv = (i) => download(report.tables[i].title, [report.tables[i].columns, ...report.tables[i].rows]);
 
 start();

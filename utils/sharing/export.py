@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import tomllib
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from utils import settings
-from utils.files.atomic import whole_file, write_record, write_whole
+from utils.files.atomic import publishable, whole_file, write_record, write_whole
 from utils.sharing.model_card import model_card
 from utils.slices import splits
 from utils.training import checkpoint
@@ -63,20 +62,6 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             rest[key] = publishable(value)
     # momentum encoders share what is frozen, and safetensors takes no tensor twice
     return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, rest
-
-
-def publishable(value: Any) -> Any:
-    """The same for JSON that may be published: NaN and infinity become null, paths their last part."""
-    if isinstance(value, Mapping):
-        return {str(key): publishable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [publishable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, str):
-        path = PureWindowsPath(value)  # knows both kinds of slashes
-        return path.name if path.root or ".." in path.parts or value.startswith("~") else value
-    return value
 
 
 def describe(rest: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:

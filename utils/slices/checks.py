@@ -217,14 +217,16 @@ def check_axes(
         return float(tissue.on_tissue(centres_px, mask, thumbnail[1], radius_px).mean())
 
     as_given = on_tissue(xy_px)
-    name, best = max(
-        ((name, on_tissue(centres)) for name, centres in _other_axes(xy_px, size).items()), key=lambda named: named[1]
-    )
-    if best >= LARGELY and (as_given < MOSTLY or (mirrored and best - as_given > BETTER)):
-        raise ValueError(
-            f"{where}: expected spots on tissue, found {as_given:.0%} of {len(xy_px)} there and {best:.0%} with {name};"
-            " correct the axes of the positions, or give the image that they refer to"
+    if as_given < MOSTLY or mirrored:
+        name, best = max(
+            ((name, on_tissue(centres)) for name, centres in _other_axes(xy_px, size).items()),
+            key=lambda named: named[1],
         )
+        if best >= LARGELY and (as_given < MOSTLY or best - as_given > BETTER):
+            raise ValueError(
+                f"{where}: expected spots on tissue, found {as_given:.0%} of {len(xy_px)} there and {best:.0%} with "
+                f"{name}; correct the axes of the positions, or give the image that they refer to"
+            )
     if as_given < HARDLY and mask.any():
         raise ValueError(
             f"{where}: expected spots on tissue, found {as_given:.0%} of {len(xy_px)} there; give the image that the "

@@ -15,7 +15,7 @@ from utils.training.shared_folder import CONFIG, WEIGHTS
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FORMAT = 5
+FORMAT = 6
 SCRIPTS = {"stage_one": "train_mymodel.py", "stage_two": "train_decoder.py"}  # by the kind of what they write
 BEST, LAST = "best_epoch_weights.pth", "last_epoch_weights.pth"
 PREVIOUS = "previous_epoch_weights.pth"  # the last one before LAST

@@ -106,9 +106,10 @@ def rows_of_part(settings: EvaluationSettings, state: dict[str, Any]) -> list[sp
 
 def check_panel_origin(slices: list[dataset.SliceData], train: list[str]) -> None:
     """A panel must have been chosen on train slices alone."""
+    allowed = set(train)
     for slice_ in slices:
         for panel in slice_.panels.values():
-            foreign = sorted(set(panel.train_slices) - set(train))
+            foreign = sorted(set(panel.train_slices) - allowed)
             if foreign:
                 raise ValueError(
                     f"{panel.path}: expected genes chosen on the train part ({', '.join(train)}), found some chosen on "

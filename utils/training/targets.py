@@ -48,6 +48,20 @@ def standardised(slices: list[SliceData], scale: str, store: ArrayStore) -> tupl
     return target, mean, sd
 
 
+def train_depth(slices: list[SliceData]) -> tuple[float, np.ndarray]:
+    """Median counts of the train spots over all genes, and the fraction (G,) of their counts that each target gene has,
+    over the slices that measured it: what residuals are converted to counts by."""
+    totals, n_genes = [], len(slices[0].panels["target"].genes)
+    of_gene, of_all = np.zeros(n_genes), np.zeros(n_genes)
+    for slice_ in slices:
+        rows, panel = slice_.rows_of("train"), slice_.panels["target"]
+        if len(rows):
+            totals.append(slice_.total_counts[rows])
+            of_gene += panel.read_counts()[rows].sum(0, dtype=np.float64) * panel.measured
+            of_all += float(totals[-1].sum(dtype=np.float64)) * panel.measured
+    return float(np.median(np.concatenate(totals))), of_gene / np.maximum(of_all, 1.0)
+
+
 def validation_residuals(slices: list[SliceData]) -> list[np.ndarray]:
     """Per slice Pearson residuals (n, G) float32 of the validation spots, NaN where a gene was not measured."""
     per_slice = []

@@ -32,7 +32,8 @@ from utils.training import checkpoint
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*distributed.END_SIGNALS, signal.SIGINT)
+COPIES_S = 1.0  # in which a launcher and the queue hand on the same signal
 Row = dict[str, float]  # figures of an epoch by name
 
 
@@ -136,6 +137,7 @@ class Trainer:
         self.n_train_spots, self.began = n_train_spots, time.monotonic()
         self.ends = self.began + 60 * (flags.max_minutes or float("inf"))
         self.signal: int | None = None
+        self.signalled = 0.0
         self.interruptible_now = False
         self.handlers: list[Any] = []
 
@@ -244,8 +246,13 @@ class Trainer:
     # ---- inside
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, signal.default_int_handler)  # a second one stops without saving
+        """The first signal ends the run once it is saved. Further ones are copies of it, by a launcher and the queue;
+        only a later Ctrl-C stops without saving."""
+        if self.signal is not None:
+            if number == signal.SIGINT and time.monotonic() > self.signalled + COPIES_S:
+                raise KeyboardInterrupt
+            return
+        self.signal, self.signalled = number, time.monotonic()
         if self.interruptible_now:
             raise _Stopped
 

@@ -157,13 +157,13 @@ def residuals(trained, section, tmp_path_factory):
     return predict(section[0], out / "model.pth", out / "predicted"), state
 
 
-def test_scanpy_users_find_what_they_expect(trained, measured, unmeasured, residuals, tmp_path):
+def test_scanpy_users_find_what_they_expect(evaluated, measured, unmeasured, residuals):
     found, state = read(residuals[0]), residuals[1]
     n, p = state["train_depth"], state["gene_fraction"].numpy()
     expected = metrics.to_lognorm("residuals", found.X, n, p)
     np.testing.assert_allclose(found.layers["lognorm"], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(read(measured).layers["lognorm"], read(measured).X)
-    theirs = similarity(trained, tmp_path)
+    theirs = read(evaluated.out / "results" / "similarity")
     for adata in (read(measured), read(unmeasured), found, theirs):
         assert (adata.obs["in_tissue"] == 1).all()
         (library,) = adata.uns["spatial"].values()

@@ -1,5 +1,6 @@
 # Everything from a bare Python >= 3.11 with venv: `make demo`, `make test`.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 SHARED := --data demo/data --tiles demo/tiles --panels demo/panels
 DEMO_ONE := --image_encoder test_vit --image_size 64 --image_weights none --gene_depth 1 --gene_width 64 --gene_heads 1 \
@@ -31,8 +32,9 @@ demo: .venv/installed
 		--out demo/results/similarity
 	$(BIN)/python -m utils.report demo/results --truth demo/data --html demo/report.html
 
+# In WORKERS processes, each of one thread; WORKERS=0 is a single one, as pytest by itself.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

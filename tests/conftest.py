@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
-from tiny_runs import EVALUATION, ONE_EPOCH, PREPROCESSING, Work, snapshot, stderr_line
+from tiny_runs import EVALUATION, ONE_EPOCH, Work, snapshot, stderr_line
 
 settings.register_profile("default", deadline=None, max_examples=40)
 settings.register_profile("torture", deadline=None, max_examples=2000)
@@ -76,6 +76,14 @@ def trained(prepared, tmp_path_factory):
     return work
 
 
+@pytest.fixture(scope="session")
+def evaluated(trained):
+    """The trained models with their evaluations of the test slice, below out/results. Read-only."""
+    for script in EVALUATION:
+        trained.run(script)
+    return trained
+
+
 @pytest.fixture
 def work(prepared, tmp_path):
     """The prepared slices with tiles and panels of their own, which a test may change."""
@@ -96,29 +104,14 @@ def damaged(trained, tmp_path):
     return own
 
 
-@pytest.fixture(scope="session")
-def control(trained, tmp_path_factory):
-    """`control(script)` asserts that a script runs on the undamaged folders; it does so once for each script."""
-    passed = {}
-
-    def run(script):
-        if script not in passed:
-            out = tmp_path_factory.mktemp("control")
-            made = (out / "tiles", out / "panels") if script in PREPROCESSING else (trained.tiles, trained.panels)
-            flag = "--decoder" if script == "decoder_similarity" else "--encoder"
-            model = (flag, getattr(trained, flag[2:])) if script in (*EVALUATION, "train_decoder") else ()
-            passed[script] = Work(trained.data, *made, out).exit_code(script, *model, *ONE_EPOCH.get(script, ()))
-        assert passed[script] == 0
-
-    return run
-
-
 @pytest.fixture
-def refused(damaged, control, capsys):
-    """`refused(script, flags, *what its line must hold)` runs a script on what a test has damaged."""
+def refused(damaged, evaluated, capsys):
+    """`refused(script, flags, *what its line must hold)` runs a script on what a test has damaged.
+
+    The control is `evaluated`: all six scripts ran on the undamaged folders.
+    """
 
     def run(script, flags, *expected):
-        control(script)
         before = snapshot(damaged.data, damaged.tiles, damaged.panels, damaged.out)
         capsys.readouterr()
         assert damaged.exit_code(script, *ONE_EPOCH.get(script, ()), *flags) == 2
@@ -130,6 +123,25 @@ def refused(damaged, control, capsys):
         return line
 
     return run
+
+
+@pytest.fixture(scope="session")
+def scbert_tensors():
+    """Tensors of scBERT's released file, values drawn. Read-only."""
+    from plain_scbert import released_tensors
+
+    return released_tensors()
+
+
+@pytest.fixture(scope="session")
+def scbert_files(scbert_tensors, tmp_path_factory) -> Path:
+    """A folder with the released file and its vocabulary. Read-only."""
+    from plain_scbert import write_released, write_vocabulary
+
+    folder = tmp_path_factory.mktemp("scbert")
+    write_released(folder / "panglao_pretrain.pth", scbert_tensors)
+    write_vocabulary(folder / "genes.tsv")
+    return folder
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""What one of several processes computes, started by torchrun or with its variables: gradients of a step, a script as
-it is, or a run whose second process ends before the others.
+"""What one of several processes computes, started by torchrun or with its variables: gradients of a step, scripts as
+they are, or a run whose second process ends before the others.
 
-torchrun --nproc_per_node 2 tests/parallel_run.py gradients OUT.pt [without]   # "without" gradient through the gather
+torchrun --nproc_per_node 2 tests/parallel_run.py gradients OUT.pt
 torchrun --nproc_per_node 2 tests/parallel_run.py SCRIPT --flags ...
+PORTS=5001,5002 ... tests/parallel_run.py SCRIPT --flags ... then SCRIPT --flags ...    # a port for each script
 torchrun --nproc_per_node 2 tests/parallel_run.py ends killed|raises|refuses|terminated|stopped
 """
 
@@ -11,34 +12,36 @@ import os
 import signal
 import sys
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-
-from small_stage_one import batch_of, stage_one, step_of  # noqa: E402
 
 from utils import distributed, settings  # noqa: E402
 
 WHOLE = 6  # spots of the batch
 
 
-def gradients(out: str, gather_has_gradient: bool) -> None:
-    """Two steps, so that the queue has entries: the second one's loss and gradients are written."""
-    model = stage_one()
-    if not gather_has_gradient:
-        whole = distributed.gather
-        distributed.gather = lambda rows, dim=0: whole(rows.detach(), dim)
+def gradients(out: str | Path) -> None:
+    """Two steps, so that the queue has entries: the second one's loss and gradients are written, as they are and with
+    a gather that passes no gradient on."""
+    whole = distributed.gather
     with distributed.running("cpu", "fp32") as accelerator:
-        loss = two_steps(model, accelerator)
+        found = {"right": two_steps(accelerator)}
+        with mock.patch.object(distributed, "gather", lambda rows, dim=0: whole(rows.detach(), dim)):
+            found["detached"] = two_steps(accelerator)
     if distributed.is_main():
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        torch.save({"loss": loss, "queue": dict(model.queue.named_buffers()), "gradients": grads}, out)
+        torch.save(found, out)
 
 
-def two_steps(model, accelerator) -> float:
+def two_steps(accelerator) -> dict:
+    from small_stage_one import batch_of, stage_one, step_of
+
+    model = stage_one()
     replica = accelerator.prepare(model)
     n = WHOLE // distributed.n_processes()
     own = slice(distributed.rank() * n, (distributed.rank() + 1) * n)
@@ -48,7 +51,9 @@ def two_steps(model, accelerator) -> float:
         found = step_of(replica, batch, seed=seed, expression_weight=1.0)
         found.loss.backward()
         model.after_step(found.pair_m)
-    return distributed.mean({"loss": found.loss.item()})["loss"]
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    loss = distributed.mean({"loss": found.loss.item()})["loss"]
+    return {"loss": loss, "queue": dict(model.queue.named_buffers()), "gradients": grads}
 
 
 def refuse() -> None:
@@ -74,12 +79,30 @@ def ends(args: SimpleNamespace) -> None:
         distributed.wait()
 
 
+def run_script(script: str, *flags: str) -> None:
+    module = importlib.import_module(script)
+    settings.run(module.main, module.parse_args(list(flags)))
+
+
+def run_scripts(words: list[str]) -> None:
+    """One after the other; an evaluation leaves WORLD_SIZE changed."""
+    size, commands = os.environ["WORLD_SIZE"], [list(part) for then, part in groupby(words, "then".__eq__) if not then]
+    for command, port in zip(commands, os.environ["PORTS"].split(","), strict=True):
+        os.environ |= {"WORLD_SIZE": size, "MASTER_PORT": port}
+        try:
+            run_script(*command)
+        except SystemExit as stop:
+            if stop.code:
+                raise
+
+
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "ends":
         settings.run(ends, SimpleNamespace(how=rest[0], debug=False))
-    if what == "gradients":
-        gradients(rest[0], "without" not in rest)
+    elif what == "gradients":
+        gradients(rest[0])
+    elif "then" in rest:
+        run_scripts([what, *rest])
     else:
-        script = importlib.import_module(what)
-        settings.run(script.main, script.parse_args(rest))
+        run_script(what, *rest)

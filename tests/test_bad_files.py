@@ -79,7 +79,9 @@ def test_a_panel_chosen_on_a_held_out_slice(damaged, refused):
 @pytest.mark.parametrize(("script", "role"), [("get_accuracy_image", "input"), ("decoder_similarity", "target")])
 def test_a_checkpoint_of_another_gene_panel(damaged, refused, script, role):
     damaged.run("make_decoder_data", "--n_top_genes", 19, "--n_input_genes", 40)
-    refused(script, [], f"expected the .. {role} genes of .*, found .. genes, .. of them", f"--{role}_genes")
+    n, shared = {"input": (50, 40), "target": (20, 19)}[role]
+    words = f"P01_1.*: expected the {n} {role} genes of --.*, found {shared} genes, {shared} of them among those; make"
+    refused(script, [], words, f"--{role}_genes, or use the panels it was trained on")
 
 
 @pytest.mark.parametrize("script", ["train_decoder", *EVALUATION])

@@ -25,6 +25,7 @@ INDIRECT = {
     "types-tqdm": "make types",
     "pytest-timeout": "ends a test that hangs (pyproject.toml)",
     "pytest-randomly": "draws the order of the tests, and seeds each of them",
+    "pytest-xdist": "make test runs the files of tests in two processes",
     "codespell": "make lint spells README, docs and code",
 }
 BROUGHT = {"httpx2": "huggingface_hub, whose own errors a test raises"}  # by what is asked for, for tests alone

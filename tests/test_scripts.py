@@ -35,14 +35,6 @@ WITHOUT = {
 ERRORS = {"mse", "mae", "sd_ratio"}  # null outside the fitted scale
 
 
-@pytest.fixture(scope="module")
-def done(trained, tmp_path_factory):
-    """Both evaluations of the trained models."""
-    trained.run("get_accuracy_image")
-    trained.run("decoder_similarity")
-    return trained
-
-
 def read_json(path):
     def refuse(word):
         raise AssertionError(f"{path} holds {word}")
@@ -60,10 +52,10 @@ def numbers(tree):
 
 
 @pytest.mark.parametrize(("stage", "folder"), [("stage_one", "encoder_model"), ("stage_two", "decoder_model")])
-def test_training_writes_its_checkpoints_its_table_and_its_log(done, stage, folder):
-    out, (log,) = done.out / folder, (done.out / "logs" / stage).iterdir()
+def test_training_writes_its_checkpoints_its_table_and_its_log(evaluated, stage, folder):
+    out, (log,) = evaluated.out / folder, (evaluated.out / "logs" / stage).iterdir()
     assert {path.name for path in out.iterdir() if path.is_file()} == {BEST, LAST, PREVIOUS, "slices.csv"}
-    rows, _ = splits.read_table(done.data, out / "slices.csv")
+    rows, _ = splits.read_table(evaluated.data, out / "slices.csv")
     assert [(row.slice, row.part) for row in rows] == [("P01_1", "train"), ("P02_1", "val"), ("P03_1", "test")]
     assert {"settings.json", "log.jsonl", "epoch_loss.png"} <= {path.name for path in log.iterdir()}
     assert Image.open(log / "epoch_loss.png").format == "PNG"
@@ -74,8 +66,8 @@ def test_training_writes_its_checkpoints_its_table_and_its_log(done, stage, fold
     assert row["epoch"] == 0 and all(math.isfinite(value) for value in row.values())
 
 
-def test_the_losses_of_stage_one_stand_beside_their_chance(done):
-    (log,) = (done.out / "logs" / "stage_one").iterdir()
+def test_the_losses_of_stage_one_stand_beside_their_chance(evaluated):
+    (log,) = (evaluated.out / "logs" / "stage_one").iterdir()
     row = json.loads((log / "log.jsonl").read_text())
     candidates = [16 + 16 * step for step in range(4)]  # the queue holds 70 - 16 spots at most: 16, 32, 48, 64
     within_the_batch = np.log(16)
@@ -86,11 +78,11 @@ def test_the_losses_of_stage_one_stand_beside_their_chance(done):
     assert row["loss"] == pytest.approx(sum(row[part] for part in parts), rel=1e-5), "each of weight 1 here"
 
 
-def test_a_checkpoint_holds_what_is_needed_elsewhere(done):
-    one = checkpoint.load(done.encoder, "stage_one", "--encoder")
-    two = checkpoint.load(done.decoder, "stage_two", "--decoder")
+def test_a_checkpoint_holds_what_is_needed_elsewhere(evaluated):
+    one = checkpoint.load(evaluated.encoder, "stage_one", "--encoder")
+    two = checkpoint.load(evaluated.decoder, "stage_two", "--decoder")
     for role, state in (("input", one), ("target", two)):
-        panel = gene_panels.read_panel(gene_panels.panel_path(done.data, done.panels, "P01_1", role))
+        panel = gene_panels.read_panel(gene_panels.panel_path(evaluated.data, evaluated.panels, "P01_1", role))
         assert state["genes"] == panel.genes and state["tile_scale"] == [32, 3.5]
         assert state["counts_hashes"]["P01_1"] == panel.counts_hash and state["settings"]["seed"] == 0
     assert two["val_pcc"].shape == (20,) and two["target"] == "lognorm"
@@ -106,18 +98,18 @@ def test_a_checkpoint_holds_what_is_needed_elsewhere(done):
     assert shared and all(torch.equal(one["model"][name], two["model"][name]) for name in shared), "frozen"
 
 
-def test_features_are_computed_once_for_each_encoder(done, tmp_path, monkeypatch):
-    work = Work(done.data, done.tiles, done.panels, tmp_path)
-    shutil.copytree(done.decoder.parent / "features", work.decoder.parent / "features")
+def test_features_are_computed_once_for_each_encoder(evaluated, tmp_path, monkeypatch):
+    work = Work(evaluated.data, evaluated.tiles, evaluated.panels, tmp_path)
+    shutil.copytree(evaluated.decoder.parent / "features", work.decoder.parent / "features")
     kept = snapshot(work.decoder.parent / "features")
     assert {path.name for path in kept} == {f"P0{i}_1.{kind}" for i in (1, 2) for kind in ("npy", "json")}
     with monkeypatch.context() as patch:
         patch.setattr(cache, "encode_slice", lambda *_: pytest.fail("computed again"))
-        work.run("train_decoder", "--encoder", done.encoder, "--Epoch", 1, "--Init_lr", 1e-3)
+        work.run("train_decoder", "--encoder", evaluated.encoder, "--Epoch", 1, "--Init_lr", 1e-3)
     assert snapshot(work.decoder.parent / "features") == kept
-    same, other = (checkpoint.load(one.decoder, "stage_two", "--decoder")["model"] for one in (work, done))
+    same, other = (checkpoint.load(one.decoder, "stage_two", "--decoder")["model"] for one in (work, evaluated))
     assert all(torch.equal(same[name], other[name]) for name in other), "kept features teach as fresh ones do"
-    shutil.copy(done.encoder.with_name(LAST), tmp_path / "encoder.pth")
+    shutil.copy(evaluated.encoder.with_name(LAST), tmp_path / "encoder.pth")
     work.run("train_decoder", "--encoder", tmp_path / "encoder.pth", "--Epoch", 1)
     assert snapshot(work.decoder.parent / "features") != kept
 
@@ -143,8 +135,8 @@ def check_retrieval(metrics, n_spots):
     assert [ways["chance"][f"R@{k}"] for k in (1, 5, 10)] == pytest.approx([k / n_spots for k in (1, 5, 10)])
 
 
-def test_retrieval_figures(done):
-    metrics = read_json(done.out / "results" / "retrieval" / "metrics.json")
+def test_retrieval_figures(evaluated):
+    metrics = read_json(evaluated.out / "results" / "retrieval" / "metrics.json")
     check_retrieval(metrics, 70)
     assert set(metrics) == {"n_spots", "neighbours", "random10", "slice", "per_slice", "leak"} and metrics["leak"] == []
     assert set(metrics["per_slice"]) == {"P03_1"}
@@ -152,8 +144,8 @@ def test_retrieval_figures(done):
     assert all(isinstance(n, int | float) for n in numbers(metrics))
 
 
-def test_retrieval_files(done):
-    out = done.out / "results" / "retrieval"
+def test_retrieval_files(evaluated):
+    out = evaluated.out / "results" / "retrieval"
     spots = pd.read_csv(out / "spots.csv", index_col="spot")
     metrics = read_json(out / "metrics.json")
     assert len(spots) == 70
@@ -169,7 +161,7 @@ def test_retrieval_files(done):
     similarity = adata.obsm["X_image"] @ adata.obsm["X_gene"].T
     ranks = (similarity >= np.diag(similarity)[:, None]).sum(1)
     np.testing.assert_array_equal(adata.obs["rank_image_to_gene"], ranks)
-    panel = gene_panels.read_panel(gene_panels.panel_path(done.data, done.panels, "P03_1", "input"))
+    panel = gene_panels.read_panel(gene_panels.panel_path(evaluated.data, evaluated.panels, "P03_1", "input"))
     np.testing.assert_array_equal(adata.X, gene_panels.bin_tokens(panel.read_counts(), panel.total_counts))
 
 
@@ -188,8 +180,8 @@ def check_similarity(metrics, fitted):
             assert all(-1 <= value <= 1 for figure, value in found.items() if "pcc" in figure and value is not None)
 
 
-def test_expression_figures(done):
-    metrics = read_json(done.out / "results" / "similarity" / "metrics.json")
+def test_expression_figures(evaluated):
+    metrics = read_json(evaluated.out / "results" / "similarity" / "metrics.json")
     assert (metrics["n_spots"], metrics["n_genes"]) == (70, 20)
     check_similarity(metrics, "lognorm")
     assert set(metrics["per_slice"]) == {"P03_1"} and metrics["pooled"]
@@ -198,10 +190,10 @@ def test_expression_figures(done):
     assert one["residuals"]["model"] == metrics["residuals"]["model"], "the mean over one slice"
 
 
-def test_expression_files(done):
-    out = done.out / "results" / "similarity"
+def test_expression_files(evaluated):
+    out = evaluated.out / "results" / "similarity"
     by_gene = pd.read_csv(out / "genes.csv")
-    state = checkpoint.load(done.decoder, "stage_two", "--decoder")
+    state = checkpoint.load(evaluated.decoder, "stage_two", "--decoder")
     assert by_gene["gene"].tolist() == state["genes"]
     np.testing.assert_allclose(by_gene["val_pcc"], state["val_pcc"], atol=1e-6)
     metrics = read_json(out / "metrics.json")
@@ -210,16 +202,16 @@ def test_expression_files(done):
     images = {"pcc_histogram.png", *(f"map_P03_1_{kind}.png" for kind in ("best", "median", "worst"))}
     assert images <= {path.name for path in out.iterdir()}
     adata = anndata.read_h5ad(out / "predictions.h5ad")
-    panel = gene_panels.read_panel(gene_panels.panel_path(done.data, done.panels, "P03_1", "target"))
+    panel = gene_panels.read_panel(gene_panels.panel_path(evaluated.data, evaluated.panels, "P03_1", "target"))
     assert adata.obs_names.tolist() == panel.barcodes.tolist() and adata.var_names.tolist() == panel.genes
     np.testing.assert_array_equal(adata.layers["counts"], panel.read_counts())
     np.testing.assert_array_equal(adata.obs["total_counts"], panel.total_counts)
     np.testing.assert_allclose(adata.var["val_pcc"], state["val_pcc"], atol=1e-6)
 
 
-def test_the_error_is_that_of_the_file(done):
+def test_the_error_is_that_of_the_file(evaluated):
     """mse of the model's row, computed again from predictions.h5ad."""
-    out = done.out / "results" / "similarity"
+    out = evaluated.out / "results" / "similarity"
     adata = anndata.read_h5ad(out / "predictions.h5ad")
     truth = np.log1p(adata.layers["counts"] / adata.obs["total_counts"].to_numpy()[:, None] * 1e4)
     found = read_json(out / "metrics.json")["lognorm"]["model"]
@@ -227,9 +219,9 @@ def test_the_error_is_that_of_the_file(done):
 
 
 @pytest.mark.parametrize("kind", ["retrieval", "similarity"])
-def test_scanpy_plots_the_predictions(done, kind):
+def test_scanpy_plots_the_predictions(evaluated, kind):
     plt.switch_backend("Agg")
-    adata = scanpy.read_h5ad(done.out / "results" / kind / "predictions.h5ad")
+    adata = scanpy.read_h5ad(evaluated.out / "results" / kind / "predictions.h5ad")
     gene = adata.var_names[0]
     axes = scanpy.pl.spatial(adata, color=gene, show=False)[0]
     assert axes.get_title() == gene and axes.images and len(axes.collections) == 1
@@ -240,31 +232,31 @@ def test_scanpy_plots_the_predictions(done, kind):
 # ---- other parts, other scales
 
 
-def test_another_part_is_evaluated_on_request(done, tmp_path):
+def test_another_part_is_evaluated_on_request(evaluated, tmp_path):
     for script, name in (("get_accuracy_image", "r"), ("decoder_similarity", "s")):
-        done.run(script, "--part", "val", "--out", tmp_path / name)
+        evaluated.run(script, "--part", "val", "--out", tmp_path / name)
         metrics = read_json(tmp_path / name / "metrics.json")
         assert metrics["n_spots"] == 70 and set(metrics["per_slice"]) == {"P02_1"}
 
 
-def test_an_evaluation_repeats(done, tmp_path):
+def test_an_evaluation_repeats(evaluated, tmp_path):
     for script, name in (("get_accuracy_image", "retrieval"), ("decoder_similarity", "similarity")):
-        done.run(script, "--out", tmp_path / name)
+        evaluated.run(script, "--out", tmp_path / name)
         again = (tmp_path / name / "metrics.json").read_text()
-        assert again == (done.out / "results" / name / "metrics.json").read_text()
+        assert again == (evaluated.out / "results" / name / "metrics.json").read_text()
 
 
 @pytest.mark.parametrize("target", ["residuals", "counts"])
-def test_other_targets(done, tmp_path, target):
-    work = Work(done.data, done.tiles, done.panels, tmp_path)
-    work.run("train_decoder", "--encoder", done.encoder, "--Epoch", 1, "--target", target, "--context", 0)
+def test_other_targets(evaluated, tmp_path, target):
+    work = Work(evaluated.data, evaluated.tiles, evaluated.panels, tmp_path)
+    work.run("train_decoder", "--encoder", evaluated.encoder, "--Epoch", 1, "--target", target, "--context", 0)
     work.run("decoder_similarity")
     check_similarity(read_json(tmp_path / "results" / "similarity" / "metrics.json"), target)
 
 
-def test_an_encoder_without_training_is_the_pretrained_one(done, tmp_path):
+def test_an_encoder_without_training_is_the_pretrained_one(evaluated, tmp_path):
     """With hardly any learning rate the saved trunk is the random one that the baselines are computed on."""
-    work = Work(done.data, done.tiles, done.panels, tmp_path)
+    work = Work(evaluated.data, evaluated.tiles, evaluated.panels, tmp_path)
     work.run("train_mymodel", "--Epoch", 1, "--Init_lr", 1e-30, "--seed", 5)
     state = checkpoint.load(work.encoder, "stage_one", "--encoder")
     distributed.seed_everything(5)

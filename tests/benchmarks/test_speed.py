@@ -90,7 +90,7 @@ def test_the_table_of_growth_has_a_line_per_part_and_size():
     ]
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=300):
     """Wait for what another thread sees, however busy the machine is."""
     end = time.monotonic() + seconds
     while not condition():

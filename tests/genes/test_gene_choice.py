@@ -26,6 +26,14 @@ def test_highest_expressed_by_hand():
     assert gene_panels.highest_expressed(profiles(second), 2) == ["e", "d"]
 
 
+def test_a_profile_by_hand():
+    """Per 10,000 counts of the spot: 2,500 and 7,500, then 10,000 and 0; a spot without counts is zero."""
+    (found,) = profiles(([[1, 3], [5, 0], [0, 0]], ["a", "b"]))
+    assert (found.n_spots, found.totals.tolist()) == (3, [6, 3])
+    np.testing.assert_allclose(found.mean, [12500 / 3, 2500])
+    np.testing.assert_allclose(found.squares, [2500**2 + 1e8 - 12500**2 / 3, 7500**2 - 7500**2 / 3])
+
+
 def test_each_slice_weighs_by_its_counts_not_by_its_spots():
     """One spot with a total of 10 beats a hundred spots with a total of 9."""
     few, many = ([[10, 0]], ["a", "b"]), (np.eye(100, 2, k=-50, dtype=int) * 9, ["a", "b"])

@@ -11,7 +11,7 @@ import tifffile
 from big_slide import write_big_slide
 from slide_files import WRITERS
 
-from utils.images import tiff
+from utils.images import tiff, tiles
 from utils.images.image import open_image
 from utils.images.tiles import AT_A_TIME, Cut, cut_tiles
 
@@ -74,9 +74,18 @@ def test_reading_goes_ahead_but_not_far(batch_size):
     next(stream)
     most = batch_size * (2 + -(-2 * 2 * AT_A_TIME // batch_size))  # the consumer's, and what is under way
     with slide.read_one:
-        assert slide.read_one.wait_for(lambda: slide.n_read >= most, timeout=60)
+        assert slide.read_one.wait_for(lambda: slide.n_read >= most, timeout=300)
     stream.close()  # waits for the threads
     assert slide.n_read == most and not reader_threads()
+
+
+@pytest.mark.parametrize(
+    ("asked", "processors", "threads"), [(None, 64, 4), (None, 3, 3), (None, None, 1), (6, 64, 6), (0, 64, 1)]
+)
+def test_threads_are_those_asked_for_or_four_at_most(monkeypatch, asked, processors, threads):
+    monkeypatch.setattr("os.cpu_count", lambda: processors)
+    monkeypatch.setattr(tiles, "_stream", lambda image, centres, cut, batch_size, workers: workers)
+    assert cut_tiles(Counting(), numbered(3), square(2, 8), 2, asked) == threads
 
 
 def test_a_readers_error_reaches_the_consumer_where_it_is_due():

@@ -137,6 +137,20 @@ def test_a_pack_is_read_by_several_processes(pack):
     np.testing.assert_array_equal(again.read(np.array([8, 1])), pack.pixels[[8, 1]])
 
 
+@pytest.mark.parametrize("lost", ["tiles.json", "tiles.h5"])
+def test_a_pack_without_its_record_and_a_record_without_its_pack_are_refused(pack, lost):
+    (pack.folder / lost).unlink()
+    refused("expected tiles.json and tiles.h5, found none; run image_tilling", tiles.TilePack, pack.folder)
+
+
+def test_the_order_of_a_record_does_not_change_what_a_pack_holds(pack):
+    contents = set()
+    for record in ({"um_per_px": 0.5, "outside": []}, {"outside": [], "um_per_px": 0.5}):
+        write_record(pack.folder / "tiles.json", record)
+        contents.add(tiles.TilePack(pack.folder).content)
+    assert len(contents) == 1
+
+
 def test_open_files_do_not_grow_with_the_packs(tmp_path, monkeypatch):
     def n_open():
         return sum(path.resolve().name == "tiles.h5" for path in Path("/proc/self/fd").iterdir())

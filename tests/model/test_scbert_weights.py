@@ -17,9 +17,7 @@ from plain_scbert import (
     flags,
     gene_encoder,
     plain_scbert,
-    released_tensors,
     write_released,
-    write_vocabulary,
 )
 from spaceranger_folders import refused
 
@@ -27,20 +25,6 @@ from model import performer, scbert
 from model.scbert import load_scbert, loading_table
 from utils.files.tensors import read_weights
 from utils.training import gene_weights
-
-
-@pytest.fixture(scope="module")
-def tensors():
-    return released_tensors()
-
-
-@pytest.fixture(scope="module")
-def released(tensors, tmp_path_factory):
-    """The released file and its vocabulary. Read-only."""
-    folder = tmp_path_factory.mktemp("released")
-    write_released(folder / "panglao_pretrain.pth", tensors)
-    write_vocabulary(folder / "genes.tsv")
-    return folder
 
 
 def some_bins(n_genes=GENES, n_spots=3):
@@ -66,24 +50,27 @@ def assert_close(found, expected):
 # ---- parity with scBERT
 
 
-def test_the_made_up_file_has_the_released_layout(tensors):
-    assert len(tensors) == 91
-    assert tensors["pos_emb.emb.weight"].dtype == torch.float64 and not tensors["pos_emb.emb.weight"][-1].any()
+def test_the_made_up_file_has_the_released_layout(scbert_tensors):
+    assert len(scbert_tensors) == 91
+    assert (
+        scbert_tensors["pos_emb.emb.weight"].dtype == torch.float64
+        and not scbert_tensors["pos_emb.emb.weight"][-1].any()
+    )
 
 
 @pytest.fixture
-def loaded(released):
+def loaded(scbert_files):
     encoder = gene_encoder()
-    gene_weights.load(encoder, flags(released), PANEL, [])
+    gene_weights.load(encoder, flags(scbert_files), PANEL, [])
     return encoder
 
 
-def test_a_released_file_gives_scberts_output(tensors, loaded):
-    expected = plain_scbert(tensors, some_bins(), tensors["pos_emb.emb.weight"][CHOSEN])
+def test_a_released_file_gives_scberts_output(scbert_tensors, loaded):
+    expected = plain_scbert(scbert_tensors, some_bins(), scbert_tensors["pos_emb.emb.weight"][CHOSEN])
     assert_close(trunk_output(loaded, some_bins()), expected)
 
 
-def test_with_the_keys_maximum_of_the_batch_it_is_scbert_as_trained(tensors, loaded, monkeypatch):
+def test_with_the_keys_maximum_of_the_batch_it_is_scbert_as_trained(scbert_tensors, loaded, monkeypatch):
     own = performer._key_context
 
     def of_the_batch(k, v, projection):
@@ -92,35 +79,35 @@ def test_with_the_keys_maximum_of_the_batch_it_is_scbert_as_trained(tensors, loa
         return largest.expand(len(k), -1, -1, -1), context[0].unflatten(0, k.shape[:2])
 
     monkeypatch.setattr(performer, "_key_context", of_the_batch)
-    found, positions = trunk_output(loaded, some_bins()), tensors["pos_emb.emb.weight"][CHOSEN]
-    assert_close(found, plain_scbert(tensors, some_bins(), positions, batch_wide=True))
-    assert (found - plain_scbert(tensors, some_bins(), positions)).abs().max() > 1e-3, "the two are not the same"
+    found, positions = trunk_output(loaded, some_bins()), scbert_tensors["pos_emb.emb.weight"][CHOSEN]
+    assert_close(found, plain_scbert(scbert_tensors, some_bins(), positions, batch_wide=True))
+    assert (found - plain_scbert(scbert_tensors, some_bins(), positions)).abs().max() > 1e-3, "the two are not the same"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("appended", [0, 1])
-def test_the_whole_vocabulary_gives_scberts_output(tensors, appended):
+def test_the_whole_vocabulary_gives_scberts_output(scbert_tensors, appended):
     """With scBERT's appended token, too: it is one more gene of bin 0 whose position is zero."""
     encoder, bins = gene_encoder(2, VOCABULARY + appended), some_bins(VOCABULARY + appended, 1)
     if appended:
         bins[:, -1] = 0
     bins[0, : VOCABULARY // 2] = torch.arange(VOCABULARY // 2) % 6
-    load_scbert(encoder, tensors)
-    positions = tensors["pos_emb.emb.weight"][: VOCABULARY + appended]
+    load_scbert(encoder, scbert_tensors)
+    positions = scbert_tensors["pos_emb.emb.weight"][: VOCABULARY + appended]
     names = [*NAMES, "appended"][: VOCABULARY + appended]
     scbert.set_gene_positions(encoder, positions, {name: i for i, name in enumerate(names)}, names)
-    assert_close(trunk_output(encoder, bins), plain_scbert(tensors, bins, positions, depth=2))
+    assert_close(trunk_output(encoder, bins), plain_scbert(scbert_tensors, bins, positions, depth=2))
 
 
 # ---- reading the file
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_every_trunk_tensor_is_overwritten(tensors, tmp_path, prefix):
+def test_every_trunk_tensor_is_overwritten(scbert_tensors, tmp_path, prefix):
     encoder = gene_encoder()
     for tensor in encoder.state_dict().values():
         tensor.fill_(torch.nan)
-    read = read_weights(write_released(tmp_path / "p.pth", tensors, prefix), "--gene_weights")
+    read = read_weights(write_released(tmp_path / "p.pth", scbert_tensors, prefix), "--gene_weights")
     assert {name: len(names) for name, names in load_scbert(encoder, read).items()} == {
         **{"loaded": 87, "missing": 0, "unexpected": 0, "skipped": 4}
     }
@@ -128,17 +115,17 @@ def test_every_trunk_tensor_is_overwritten(tensors, tmp_path, prefix):
     assert left == {
         name for name in encoder.state_dict() if name.startswith(("gather.", "linear_path.", "gene_embedding."))
     }
-    assert torch.equal(encoder.token_embedding.weight, tensors["token_emb.weight"])
+    assert torch.equal(encoder.token_embedding.weight, scbert_tensors["token_emb.weight"])
 
 
-def test_prefixed_names_are_taken_as_they_stand_too(tensors):
+def test_prefixed_names_are_taken_as_they_stand_too(scbert_tensors):
     encoder = gene_encoder()
-    load_scbert(encoder, {f"module.{name}": tensor for name, tensor in tensors.items()})
-    assert torch.equal(encoder.token_embedding.weight, tensors["token_emb.weight"])
+    load_scbert(encoder, {f"module.{name}": tensor for name, tensor in scbert_tensors.items()})
+    assert torch.equal(encoder.token_embedding.weight, scbert_tensors["token_emb.weight"])
 
 
-def test_the_outcome_of_every_tensor_is_reported(tensors):
-    others = {name: tensor for name, tensor in tensors.items() if name != "to_out.bias"}
+def test_the_outcome_of_every_tensor_is_reported(scbert_tensors):
+    others = {name: tensor for name, tensor in scbert_tensors.items() if name != "to_out.bias"}
     others |= {f"to_out.fc{i}.weight": torch.zeros(3) for i in range(5)}
     found = load_scbert(gene_encoder(depth=5), others)
     assert set(others) == set(found["loaded"]) | set(found["unexpected"]) | set(found["skipped"])
@@ -154,15 +141,18 @@ def test_the_outcome_of_every_tensor_is_reported(tensors):
 
 
 @pytest.mark.parametrize("depth", [6, 2])
-def test_a_missing_tensor_is_named(tensors, depth):
-    others = {name: tensor for name, tensor in tensors.items() if name != "performer.net.layers.1.0.fn.to_k.weight"}
-    words = rf"expected scBERT's {depth * 14 + 3} tensors, found {depth * 14 + 2}, without .*1\.0\.fn\.to_k\.weight; give panglao_pretrain"
+def test_a_missing_tensor_is_named(scbert_tensors, depth):
+    others = {
+        name: tensor for name, tensor in scbert_tensors.items() if name != "performer.net.layers.1.0.fn.to_k.weight"
+    }
+    n = depth * 14 + 3
+    words = rf"expected scBERT's {n} tensors, found {n - 1}, without .*1\.0\.fn\.to_k\.weight; give panglao_pretrain"
     refused(words, load_scbert, gene_encoder(depth=depth), others)
 
 
-def test_a_deeper_encoder_than_the_file_is_refused(tensors):
+def test_a_deeper_encoder_than_the_file_is_refused(scbert_tensors):
     words = r"expected scBERT's 101 tensors, found 87, without .*layers\.6.* and 13 more.*--gene_depth \(7\)"
-    refused(words, load_scbert, gene_encoder(depth=7), tensors)
+    refused(words, load_scbert, gene_encoder(depth=7), scbert_tensors)
 
 
 @pytest.mark.parametrize(
@@ -177,20 +167,19 @@ def test_a_deeper_encoder_than_the_file_is_refused(tensors):
     ],
     ids=["shape", "NaN"],
 )
-def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_copied(tensors, name, tensor, words):
+def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_copied(scbert_tensors, name, tensor, words):
     encoder = gene_encoder()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    refused(words, load_scbert, encoder, tensors | {name: tensor})
+    refused(words, load_scbert, encoder, scbert_tensors | {name: tensor})
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
-def test_other_heads_or_width_than_the_files_are_named(tensors):
-    refused(
-        r"to_q.weight of shape .*--gene_heads 8, found \(640, 200\)", load_scbert, gene_encoder(1, heads=8), tensors
-    )
-    refused(
-        r"token_emb.* of shape .*--gene_width 64 .*found \(7, 200\)", load_scbert, gene_encoder(1, width=64), tensors
-    )
+def test_other_heads_or_width_than_the_files_are_named(scbert_tensors):
+    for changed, words in (
+        ({"heads": 8}, r"to_q.weight of shape .*--gene_heads 8, found \(640, 200\)"),
+        ({"width": 64}, r"token_emb.* of shape .*--gene_width 64 .*found \(7, 200\)"),
+    ):
+        refused(words, load_scbert, gene_encoder(1, **changed), scbert_tensors)
 
 
 class Code:
@@ -203,25 +192,25 @@ class Code:
         return os.system, (f"touch {self.path}",)
 
 
-def wrong_files(folder, tensors):
+def wrong_files(folder, scbert_tensors):
     """What may be given in place of the released file, and what is said of it."""
     torch.save({"layer.weight": torch.zeros(3)}, folder / "another.pth")
     yield "another.pth", r"expected scBERT's 87 tensors, found 0, without .* and 86 more"
-    write_released(folder / "corrupt.pth", tensors)
+    write_released(folder / "corrupt.pth", scbert_tensors)
     (folder / "corrupt.pth").write_bytes((folder / "corrupt.pth").read_bytes()[:100_000])
     yield "corrupt.pth", "corrupt.pth: expected weights, found a corrupt"
-    torch.save({"model_state_dict": tensors, "losses": Code(folder / "ran")}, folder / "code.pth")
+    torch.save({"model_state_dict": scbert_tensors, "losses": Code(folder / "ran")}, folder / "code.pth")
     yield "code.pth", "expected tensors and plain values, found code"
     torch.save({"epoch": 3, "model_state_dict": {}}, folder / "empty.pth")
     yield "empty.pth", "expected named tensors in .*, found none"
-    write_released(folder / "no_positions.pth", {n: t for n, t in tensors.items() if n != scbert.POSITIONS})
+    write_released(folder / "no_positions.pth", {n: t for n, t in scbert_tensors.items() if n != scbert.POSITIONS})
     yield "no_positions.pth", "has no pos_emb.emb.weight; give --gene2vec"
     (folder / "text.pth").write_text("not a checkpoint")
-    yield "text.pth", "text.pth is corrupt"
+    yield "text.pth", "text.pth: expected weights, found a corrupt"
 
 
-def test_wrong_files_are_refused_in_one_line(released, tensors, tmp_path):
-    for name, words in wrong_files(tmp_path, tensors):
-        args = flags(released, gene_weights=tmp_path / name)
+def test_wrong_files_are_refused_in_one_line(scbert_files, scbert_tensors, tmp_path):
+    for name, words in wrong_files(tmp_path, scbert_tensors):
+        args = flags(scbert_files, gene_weights=tmp_path / name)
         refused(f"--gene_weights: .*{words}", gene_weights.load, gene_encoder(), args, PANEL, [])
     assert not (tmp_path / "ran").exists(), "code in a file is not run"

@@ -6,7 +6,6 @@ import re
 import shutil
 from pathlib import Path
 
-import anndata
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 from slide_runs import page_content, predict, read, record, strict
 from test_geojson import check_qupath
-from tiny_runs import snapshot
 
 from utils.evaluation import metrics
 from utils.files.arrays import ArrayStore
@@ -29,21 +27,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def section(trained):
-    """The slice that the tiny model was not trained on, and its image."""
-    return trained.data / "P03_1", trained.data / "P03_1" / "P03_1_he.jpg"
-
-
-@pytest.fixture(scope="module")
-def measured(trained, section, tmp_path_factory):
-    """Results of a slice folder with counts."""
-    before = snapshot(section[0])
-    out = predict(section[0], trained.decoder, tmp_path_factory.mktemp("measured") / "deep" / "out")
-    assert snapshot(section[0]) == before
-    return out
-
-
-@pytest.fixture(scope="module")
 def unmeasured(trained, section, tmp_path_factory):
     """Results of its image alone, on a grid, with the deviation over flipped and rotated tiles."""
     flags = ("--um_per_px", 1, "--prediction_std")
@@ -53,21 +36,17 @@ def unmeasured(trained, section, tmp_path_factory):
 # ---- what is predicted
 
 
-def similarity(work, out):
-    work.run("decoder_similarity", "--part", "test", "--out", out)
-    return anndata.read_h5ad(out / "predictions.h5ad")
-
-
-def test_a_slice_is_predicted_as_decoder_similarity_does(trained, measured, tmp_path):
+def test_a_slice_is_predicted_as_decoder_similarity_does(evaluated, measured):
     """Of the same pixels: what is left are features kept as half floats."""
-    ours, theirs = read(measured), similarity(trained, tmp_path)
+    similarity = evaluated.out / "results" / "similarity"
+    ours, theirs = read(measured), read(similarity)
     theirs = theirs[ours.obs_names]
     np.testing.assert_allclose(ours.X, theirs.X, atol=2e-3)
     np.testing.assert_array_equal(ours.layers["counts"], theirs.layers["counts"])
     np.testing.assert_array_equal(ours.obsm["spatial"], theirs.obsm["spatial"])
     assert ours.obs["total_counts"].tolist() == theirs.obs["total_counts"].tolist()
     np.testing.assert_array_equal(ours.var["val_pcc"], theirs.var["val_pcc"])
-    found, expected = (json.loads((out / "metrics.json").read_text()) for out in (measured, tmp_path))
+    found, expected = (json.loads((out / "metrics.json").read_text()) for out in (measured, similarity))
     for figure in ("pcc_gene_mean", "pcc_spot_mean", "mse", "sd_ratio"):
         assert found["lognorm"]["model"][figure] == pytest.approx(expected["lognorm"]["model"][figure], abs=2e-3)
 
@@ -179,13 +158,13 @@ def residuals(trained, section, tmp_path_factory):
     return predict(section[0], out / "model.pth", out / "predicted"), state
 
 
-def test_scanpy_users_find_what_they_expect(trained, measured, unmeasured, residuals, tmp_path):
+def test_scanpy_users_find_what_they_expect(evaluated, measured, unmeasured, residuals):
     found, state = read(residuals[0]), residuals[1]
     n, p = state["train_depth"], state["gene_fraction"].numpy()
     expected = metrics.to_lognorm("residuals", found.X, n, p)
     np.testing.assert_allclose(found.layers["lognorm"], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(read(measured).layers["lognorm"], read(measured).X)
-    theirs = similarity(trained, tmp_path)
+    theirs = read(evaluated.out / "results" / "similarity")
     for adata in (read(measured), read(unmeasured), found, theirs):
         assert (adata.obs["in_tissue"] == 1).all()
         (library,) = adata.uns["spatial"].values()

@@ -16,21 +16,6 @@ from utils.training import checkpoint
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def section(trained):
-    """The slice that the tiny model was not trained on, and its image."""
-    return trained.data / "P03_1", trained.data / "P03_1" / "P03_1_he.jpg"
-
-
-@pytest.fixture(scope="module")
-def measured(trained, section, tmp_path_factory):
-    """Results of a slice folder with counts."""
-    before = snapshot(section[0])
-    out = predict(section[0], trained.decoder, tmp_path_factory.mktemp("measured") / "deep" / "out")
-    assert snapshot(section[0]) == before
-    return out
-
-
 # ---- several slides, resumed, shared out
 
 

@@ -38,12 +38,12 @@ class Page:
         return self.driver.execute_script(script, *arguments)
 
     def until(self, script: str, what: str):
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while time.monotonic() < end:
             if found := self(script):
                 return found
             time.sleep(0.05)
-        raise AssertionError(f"waited a minute for {what}; console: {self.driver.get_log('browser')}")
+        raise AssertionError(f"waited five minutes for {what}; console: {self.driver.get_log('browser')}")
 
     def one(self, selector: str):
         return self.driver.find_element("css selector", selector)

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,16 +250,14 @@ def test_examples_of_a_small_slice_stand_once_each(n_spots):
 
 
 @pytest.fixture(scope="module")
-def pages(trained, tmp_path_factory):
+def pages(evaluated, tmp_path_factory):
     """Both evaluations of the tiny models, with their pages, and the joined one."""
-    out = tmp_path_factory.mktemp("pages")
-    trained.run("get_accuracy_image", "--out", out / "retrieval")
-    trained.run("decoder_similarity", "--out", out / "similarity")
+    out = shutil.copytree(evaluated.out / "results", tmp_path_factory.mktemp("pages") / "results")
     report_command.main([str(out), "--html", str(out / "report.html")])
     return out
 
 
-def test_every_column_and_row_is_explained_and_no_folder_named(pages, trained):
+def test_every_column_and_row_is_explained_and_no_folder_named(pages, evaluated):
     for part in ("similarity", "retrieval"):
         path = pages / part / "report.html"
         content, text = content_of(path), path.read_text(encoding="utf-8")
@@ -267,10 +266,10 @@ def test_every_column_and_row_is_explained_and_no_folder_named(pages, trained):
         }
         assert words - {"method"} == set(content["tableNotes"])
         assert set(content["columns"]) == set(content["geneNotes"])
-        assert str(pages) not in text and str(trained.data) not in text
+        assert str(evaluated.out) not in text and str(evaluated.data) not in text
 
 
-def test_the_expression_page_shows_the_part(pages, trained):
+def test_the_expression_page_shows_the_part(pages):
     content, blocks = (read(pages / "similarity" / "report.html") for read in (content_of, blocks_of))
     metrics = json.loads((pages / "similarity" / "metrics.json").read_text())
     (one,) = content["slices"]

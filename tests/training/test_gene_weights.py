@@ -13,55 +13,37 @@ from plain_scbert import (
     WIDTH,
     flags,
     gene_encoder,
-    released_tensors,
-    write_released,
-    write_vocabulary,
 )
 from spaceranger_folders import refused
 
 from utils.training import gene_weights
 
-
-@pytest.fixture(scope="module")
-def tensors():
-    return released_tensors()
-
-
-@pytest.fixture(scope="module")
-def released(tensors, tmp_path_factory):
-    """The released file and its vocabulary. Read-only."""
-    folder = tmp_path_factory.mktemp("released")
-    write_released(folder / "panglao_pretrain.pth", tensors)
-    write_vocabulary(folder / "genes.tsv")
-    return folder
-
-
 # ---- vocabulary and positions
 
 
-def test_genes_are_frozen_into_their_positions_and_overlap_is_said(released, tensors, capsys):
+def test_genes_are_frozen_into_their_positions_and_overlap_is_said(scbert_files, scbert_tensors, capsys):
     encoder, panel = gene_encoder(), [*PANEL[:9], "X", "Y", "Z"]
-    gene_weights.load(encoder, flags(released), panel, [])
+    gene_weights.load(encoder, flags(scbert_files), panel, [])
     said = capsys.readouterr().out
     assert said.startswith("panglao_pretrain.pth: 91 tensors\n  loaded      87  token_emb.weight,")
     expected = "9 of 12 panel genes found in genes.tsv: 9 exact, 0 by alias, 0 by id, 3 unmatched (X, Y, Z)"
     assert f"gene positions: {expected}\n" in said
-    assert torch.equal(encoder.gene_embedding.weight[:9], tensors["pos_emb.emb.weight"][CHOSEN[:9]].float())
+    assert torch.equal(encoder.gene_embedding.weight[:9], scbert_tensors["pos_emb.emb.weight"][CHOSEN[:9]].float())
     assert not encoder.gene_embedding.weight[9:].any()
     assert encoder.n_frozen == 4 and not encoder.gene_embedding.weight.requires_grad
 
 
-def test_under_half_of_the_panel_is_refused(released):
-    args = flags(released)
+def test_under_half_of_the_panel_is_refused(scbert_files):
+    args = flags(scbert_files)
     found = ["A", "B", *PANEL[:1]]
     words = r"--gene_vocab .*genes.tsv: 1 of 3 genes found, expected half .*\(not found: A, B; it has g0, g1, g2\)"
     refused(words, gene_weights.load, gene_encoder(n_genes=3), args, found, [])
 
 
 @pytest.mark.parametrize("n_names", [VOCABULARY - 1, VOCABULARY + 1], ids=["one too few", "one too many"])
-def test_a_vocabulary_of_another_length_would_shift_genes(released, tmp_path, n_names):
+def test_a_vocabulary_of_another_length_would_shift_genes(scbert_files, tmp_path, n_names):
     (tmp_path / "genes.txt").write_text("\n".join(["first", *NAMES][:n_names]))
-    args = flags(released, gene_vocab=tmp_path / "genes.txt")
+    args = flags(scbert_files, gene_vocab=tmp_path / "genes.txt")
     refused(
         f"expected 16906 genes, as .* has positions, found {n_names}",
         gene_weights.load,
@@ -93,15 +75,15 @@ def test_gene2vec_alone_gives_positions_and_all_of_it_trains(tmp_path, capsys):
         assert all(torch.equal(dict(encoder.named_parameters())[name], p) for name, p in before.items())
 
 
-def test_gene2vec_goes_before_the_files_own_positions(released, tmp_path):
+def test_gene2vec_goes_before_the_files_own_positions(scbert_files, tmp_path):
     rows = np.ones((VOCABULARY, WIDTH))
     np.save(tmp_path / "gene2vec.npy", rows)
     encoder = gene_encoder()
-    gene_weights.load(encoder, flags(released, gene2vec=tmp_path / "gene2vec.npy"), PANEL, [])
+    gene_weights.load(encoder, flags(scbert_files, gene2vec=tmp_path / "gene2vec.npy"), PANEL, [])
     assert (encoder.gene_embedding.weight == 1).all()
     rows[5, 5] = np.nan
     np.save(tmp_path / "gene2vec.npy", rows)
-    args = flags(released, gene2vec=tmp_path / "gene2vec.npy")
+    args = flags(scbert_files, gene2vec=tmp_path / "gene2vec.npy")
     refused("--gene2vec .*expected a row of finite numbers", gene_weights.load, encoder, args, PANEL, [])
 
 

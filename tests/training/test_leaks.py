@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from spaceranger_folders import refused
-from tiny_runs import Work, data_flags, row
+from tiny_runs import data_flags, row
 
 from utils.genes import panels as gene_panels
 from utils.training import checkpoint, split
@@ -178,16 +178,6 @@ def test_an_evaluation_has_its_slices_and_those_that_taught(work, states, role):
 def test_an_evaluation_of_a_part_that_is_not_there_is_refused(work, states, tmp_path):
     (tmp_path / "slices.csv").write_text("slice,part\nP01_1,train\nP03_1,val\n")
     refused("expected a slice of part test", evaluation, work, states, "input", slices=tmp_path / "slices.csv")
-
-
-def test_an_evaluation_on_another_panel_is_refused(work, states):
-    other = Work(work.data, work.tiles, work.out / "other", work.out)
-    other.run("make_decoder_data", "--n_top_genes", 19, "--n_input_genes", 40)
-    for role, n, shared in (("input", 50, 40), ("target", 20, 19)):
-        line = refused(
-            f"expected the {n} {role} genes of --weights, found {shared} genes", evaluation, other, states, role
-        )
-        assert f", {shared} of them among those; make" in line and f"--{role}_genes" in line
 
 
 def test_an_evaluation_on_tiles_of_another_scale_is_refused(work, states):

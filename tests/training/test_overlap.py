@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from spaceranger_folders import refused
-from tiny_runs import data_flags, stderr_line
+from tiny_runs import data_flags
 
 from utils.genes import panels as gene_panels
 from utils.training import checkpoint, split
@@ -104,13 +104,13 @@ def other_panel(work, role, keep):
     return kept
 
 
-def test_stage_two_is_evaluated_on_the_overlap(trained, work, tmp_path, capsys):
+def test_stage_two_is_evaluated_on_the_overlap(evaluated, work, tmp_path, capsys):
     """What is shared gets the figures it has with the whole panel; what is not, has none."""
     kept = other_panel(work, "target", 13)
-    work.run("decoder_similarity", "--decoder", trained.decoder, "--out", tmp_path / "part")
+    work.run("decoder_similarity", "--decoder", evaluated.decoder, "--out", tmp_path / "part")
     assert "P03_1: evaluated on 13 of the model's 20 genes; the slice's panel lacks 7\n" in capsys.readouterr().out
-    trained.run("decoder_similarity", "--out", tmp_path / "whole")
-    part, whole = (pd.read_csv(tmp_path / one / "genes.csv", index_col="gene") for one in ("part", "whole"))
+    folders = tmp_path / "part", evaluated.out / "results" / "similarity"
+    part, whole = (pd.read_csv(folder / "genes.csv", index_col="gene") for folder in folders)
     assert part.index.tolist() == whole.index.tolist()
     assert (part.n_slices == part.index.isin(kept)).all()
     columns = [name for name in part if name.startswith("pcc_")]
@@ -120,15 +120,8 @@ def test_stage_two_is_evaluated_on_the_overlap(trained, work, tmp_path, capsys):
     assert metrics["n_genes"] == 13
     expected = part.loc[kept, "pcc_residuals_model"].mean()
     assert metrics["residuals"]["model"]["pcc_gene_mean"] == pytest.approx(expected, rel=1e-9)
-    predicted = [anndata.read_h5ad(tmp_path / one / "predictions.h5ad") for one in ("part", "whole")]
+    predicted = [anndata.read_h5ad(folder / "predictions.h5ad") for folder in folders]
     assert np.array_equal(predicted[0].X, predicted[1].X), "all of the model's genes are predicted"
-
-
-def test_too_small_an_overlap_is_refused(trained, work, tmp_path, capsys):
-    other_panel(work, "target", 9)
-    capsys.readouterr()
-    assert work.exit_code("decoder_similarity", "--decoder", trained.decoder, "--out", tmp_path / "results") == 2
-    stderr_line(capsys, "expected at least 10 of the 20 target genes of --decoder, found 9; make its panel")
 
 
 def test_stage_one_reads_genes_that_a_slice_lacks_as_zero(trained, work, tmp_path, capsys):
@@ -142,13 +135,6 @@ def test_stage_one_reads_genes_that_a_slice_lacks_as_zero(trained, work, tmp_pat
     assert read.var_names.tolist() == own and np.array_equal(read.X, expected)
 
 
-def test_half_of_the_input_genes_must_be_there(trained, work, tmp_path, capsys):
-    other_panel(work, "input", 24)
-    capsys.readouterr()
-    assert work.exit_code("get_accuracy_image", "--encoder", trained.encoder, "--out", tmp_path / "results") == 2
-    stderr_line(capsys, "expected at least 25 of the 50 input genes of --encoder, found 24; make its panel")
-
-
 def test_slices_of_several_panels_are_evaluated_together(trained, work, capsys):
     """The slices of the training keep the model's panel; the test slice has another."""
     other_panel(work, "target", 15)
@@ -158,16 +144,3 @@ def test_slices_of_several_panels_are_evaluated_together(trained, work, capsys):
     assert capsys.readouterr().out.count("evaluated on") == 1
     assert [one.panels["target"].measured.sum() for one in slices] == [20, 20, 15]
     assert all(one.panels["target"].genes == state["genes"] for one in (*slices, *trained_on))
-
-
-def test_the_slices_that_taught_need_the_panel_they_taught_with(trained, work, capsys):
-    own = target_panel(work).genes
-    (work.out / "list.txt").write_text("\n".join(own[:15]))
-    work.run("make_decoder_data", "--target_genes", work.out / "list.txt")
-    capsys.readouterr()
-    assert work.exit_code("decoder_similarity", "--decoder", trained.decoder) == 2
-    stderr_line(
-        capsys,
-        "P01_1.*: expected the 20 target genes of --decoder, found 15 genes, 15 of them",
-        "or use the panels it was",
-    )

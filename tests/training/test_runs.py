@@ -19,78 +19,46 @@ from utils.images import tiles
 from utils.slices import splits
 from utils.training import augment, loop
 
-TWO_EPOCHS = ("--Epoch", 2, "--Init_lr", 1e-3)
-
-
-# ---- resumed
-
-
-@pytest.fixture(scope="module", params=list(STAGES))
-def whole(request, trained, tmp_path_factory):
-    """A stage of two epochs in one go: its script, flags and folders."""
-    script, out = request.param, tmp_path_factory.mktemp("whole")
-    work = Work(trained.data, trained.tiles, trained.panels, out)
-    flags = ("--expression_weight", 1) if script == "train_mymodel" else ("--encoder", trained.encoder)
-    work.run(script, *flags, *TWO_EPOCHS)
-    return script, flags, work
-
-
-def test_one_epoch_and_another_are_two(whole, tmp_path):
-    """At a constant rate, which does not depend on the number of epochs."""
-    script, flags, done = whole
-    flat = (*flags, "--Init_lr", 1e-3, "--Min_lr", 1e-3)
-    once, twice = (Work(done.data, done.tiles, done.panels, tmp_path / name) for name in ("once", "twice"))
-    once.run(script, *flat, "--Epoch", 2)
-    twice.run(script, *flat, "--Epoch", 1)
-    twice.run(script, *flat, "--Epoch", 2, "--resume")
-    assert not different(progress(twice, script), progress(once, script))
-
-
-def test_a_finished_run_is_not_touched_by_resume(whole):
-    script, flags, done = whole
-    before = snapshot(done.out / STAGES[script])
-    done.run(script, *flags, *TWO_EPOCHS, "--resume")
-    assert snapshot(done.out / STAGES[script]) == before
+# ---- epochs
 
 
 @pytest.mark.parametrize("script", STAGES)
-def test_every_epoch_has_an_order_of_its_own(trained, tmp_path, monkeypatch, script):
-    batches, whole_order = {}, loop.EpochOrder.__iter__
+def test_one_epoch_and_another_are_two(script, trained, tmp_path):
+    """At a constant rate, which does not depend on the number of epochs; resumed once more, nothing is touched."""
+    flags = ("--expression_weight", 1) if script == "train_mymodel" else ("--encoder", trained.encoder)
+    flags = (*flags, "--Init_lr", 1e-3, "--Min_lr", 1e-3)
+    once, twice = (Work(trained.data, trained.tiles, trained.panels, tmp_path / name) for name in ("once", "twice"))
+    once.run(script, *flags, "--Epoch", 2)
+    twice.run(script, *flags, "--Epoch", 1)
+    twice.run(script, *flags, "--Epoch", 2, "--resume")
+    assert not different(progress(twice, script), progress(once, script))
+    before = snapshot(once.out / STAGES[script])
+    once.run(script, *flags, "--Epoch", 2, "--resume")
+    assert snapshot(once.out / STAGES[script]) == before
 
-    def recorded(order):
+
+@pytest.mark.parametrize("script", STAGES)
+def test_order_and_augmentation_are_those_of_the_epoch_and_the_spot(script, trained, tmp_path, monkeypatch):
+    batches, seen, whole_order, augment_batch = {}, [], loop.EpochOrder.__iter__, augment.augment
+
+    def recorded_order(order):
         for batch in whole_order(order):
             batches.setdefault(order.epoch, []).append(batch)
             yield batch
 
-    monkeypatch.setattr(loop.EpochOrder, "__iter__", recorded)
-    work = Work(trained.data, trained.tiles, trained.panels, tmp_path)
-    flags = () if script == "train_mymodel" else ("--encoder", trained.encoder)
-    work.run(script, *flags, "--Init_Epoch", 1, "--Epoch", 3)
-    assert set(batches) == {1, 2} and batches[1] != batches[2]
-
-
-def test_augmentation_is_that_of_the_spot_and_the_epoch(trained, tmp_path, monkeypatch):
-    seen, augment_batch = [], augment.augment
-
-    def recorded(tiles, spots, seed, epoch, *size):
+    def recorded_augment(tiles, spots, seed, epoch, *size):
         seen.extend((seed, epoch, int(spot)) for spot in spots)
         return augment_batch(tiles, spots, seed, epoch, *size)
 
-    monkeypatch.setattr(augment, "augment", recorded)
-    Work(trained.data, trained.tiles, trained.panels, tmp_path).run(
-        "train_mymodel", "--Epoch", 2, "--seed", 4, "--batch_neighbours", 0
-    )
-    assert {(seed, epoch) for seed, epoch, _ in seen} == {(4, 0), (4, 1)} and len(seen) == len(set(seen)) == 128
-
-
-def test_another_seed_gives_other_weights(trained, tmp_path):
+    monkeypatch.setattr(loop.EpochOrder, "__iter__", recorded_order)
+    monkeypatch.setattr(augment, "augment", recorded_augment)
     work = Work(trained.data, trained.tiles, trained.panels, tmp_path)
-    models = []
-    for seed in (0, 0, 1):
-        work.run("train_decoder", "--encoder", trained.encoder, "--Epoch", 1, "--seed", seed)
-        models.append(state(work, "train_decoder", LAST)["model"])
-    assert not different(models[0], models[1])
-    assert "/decoder.gene_embedding" in different(models[0], models[2])
+    flags = ("--batch_neighbours", 0) if script == "train_mymodel" else ("--encoder", trained.encoder)
+    work.run(script, *flags, "--Init_Epoch", 1, "--Epoch", 3, "--seed", 4)
+    assert set(batches) == {1, 2} and batches[1] != batches[2]
+    if script == "train_mymodel":
+        expected = [(4, epoch, spot) for epoch in (1, 2) for batch in batches[epoch] for spot in batch]
+        assert seen == expected and len(set(seen)) == 128
 
 
 # ---- a strip of each train slice as validation
@@ -211,13 +179,11 @@ def test_all_spots_and_all_counts_of_the_real_sections(real_data, tmp_path):
 
 
 @pytest.mark.realdata
-def test_scripts_and_results_are_as_agreed(real_data, trained, tmp_path):
+def test_scripts_and_results_are_as_agreed(real_data, evaluated):
     contract = real_data.parent / "checks" / "contract.py"
     if not contract.exists():
         pytest.skip("no contract beside the real sections")
-    for script in ("get_accuracy_image", "decoder_similarity"):
-        trained.run(script, "--out", tmp_path / script)
-    results = [str(tmp_path / script / "metrics.json") for script in ("get_accuracy_image", "decoder_similarity")]
+    results = [str(evaluated.out / "results" / kind / "metrics.json") for kind in ("retrieval", "similarity")]
     for argv in ([], results):
         found = subprocess.run(
             [sys.executable, str(contract), *argv], cwd=Path(__file__).parents[2], capture_output=True, text=True

@@ -279,10 +279,13 @@ def validate(
 
 
 def report(row: Row) -> str:
+    matching = (
+        f"matching {row['matching_loss']:.3f} (chance {row['matching_chance']:.3f}), AUC {row['matching_auc']:.3f} "
+        "(chance 0.5), "
+    )
     return (
         f"epoch {row['epoch']}: contrast {row['contrast_loss']:.3f} (chance {row['contrast_chance']:.3f}), "
-        f"matching {row['matching_loss']:.3f} (chance {row['matching_chance']:.3f}), AUC "
-        f"{row['matching_auc']:.3f} (chance 0.5), R@5 {row['val_R@5']:.3f} (chance {row['val_R@5_chance']:.3f}), "
+        f"{matching if row['matching_loss'] else ''}R@5 {row['val_R@5']:.3f} (chance {row['val_R@5_chance']:.3f}), "
         f"{row['seconds']:.0f} s"
     )
 

@@ -93,9 +93,9 @@ def match_scores(
         for rows in distributed.own_batches(order):
             profiles, place = np.unique(np.maximum(candidates[rows], 0), return_inverse=True)
             with torch.no_grad(), accelerator.autocast():
-                genes = model.fusion.precompute_genes(gene_tokens[profiles].to(device))
-                genes = genes[torch.from_numpy(place.reshape(candidates[rows].shape)).to(device)]
-                images = model.fusion.precompute_images(image_tokens[rows].to(device))
+                genes = model.fusion.precompute_genes(distributed.to_device(gene_tokens[profiles], device))
+                genes = genes[distributed.to_device(torch.from_numpy(place.reshape(candidates[rows].shape)), device)]
+                images = model.fusion.precompute_images(distributed.to_device(image_tokens[rows], device))
                 yield (model.fusion.score(genes, images).float(),)
 
     logits = [batch.cpu().numpy() for (batch,) in distributed.in_order(batches_of_process(), order)]

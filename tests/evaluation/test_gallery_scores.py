@@ -15,7 +15,7 @@ from utils.features.cache import EncodedPairs, Inference, encode_pairs, room_for
 from utils.files.arrays import ArrayStore
 
 SCALE, WEIGHT = 7.0, 0.35
-ACCELERATOR = SimpleNamespace(autocast=contextlib.nullcontext, device="cpu")
+ACCELERATOR = SimpleNamespace(autocast=contextlib.nullcontext, device=torch.device("cpu"))
 
 
 torch.manual_seed(0)

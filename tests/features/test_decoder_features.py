@@ -14,6 +14,7 @@ from tiny_runs import BEST, LAST, Work
 from model.image_encoder import ImageEncoder
 from utils import distributed
 from utils.features import cache, neighbourhoods
+from utils.features.domain import n_rows
 from utils.training import checkpoint, decoder_initialisation, initialisation
 
 NO_MEMORY = ("--memory", 1e-9)
@@ -42,7 +43,9 @@ def kept_run(trained, tmp_path_factory):
 
 def test_features_are_read_again_whatever_the_seed(kept_run, trained, tmp_path, monkeypatch):
     out, state = kept_run
-    assert np.load(out / "decoder_model" / "features" / "P01_1.npy").shape == (70, 2 + 4, 32)
+    assert np.load(out / "decoder_model" / "features" / "P01_1.npy").shape == (70, 2 + 4 + n_rows(32), 32), (
+        "vectors, tokens, statistics"
+    )
     shutil.copytree(out / "decoder_model" / "features", tmp_path / "decoder_model" / "features")
     monkeypatch.setattr(cache, "encode_slice", lambda how, slice_: pytest.fail("encoded again"))
     assert same_weights(run_decoder(trained, tmp_path), state)

@@ -100,14 +100,14 @@ def test_eosin_that_bled_onto_the_glass_is_no_tissue(rng):
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["B4", "C5"])
 def test_a_grid_on_a_real_section_has_no_spot_on_bare_glass(name, real_data):
-    """Glass is smooth: no other spot has a deviation of the darkest channel below 4 grey levels."""
+    """Glass is smooth: its darkest channel deviates by less than 4 grey levels, that of 199 in 200 spots by more."""
     with open_image(next((real_data / "Breast_cancer" / name).glob("*.jpg"))) as slide:
         thumbnail, scale = slide.thumbnail()
         centres, _ = grid(slide.width, slide.height, 145)
     centres = centres[on_tissue(centres, tissue_mask(thumbnail), scale, 40)] * scale
     dark = thumbnail.min(2)
     deviation = [dark[int(y) - 8 : int(y) + 9, int(x) - 8 : int(x) + 9].std() for x, y in centres]
-    assert len(centres) > 800 and np.quantile(deviation, 0.002) > 4
+    assert len(centres) > 800 and np.quantile(deviation, 0.005) > 4
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (3, 2)])

@@ -49,7 +49,7 @@ def test_every_format_becomes_slices_that_the_next_scripts_read(formats, simulat
     before = snapshot(*[path for path in [formats[form][0]] if path.is_dir()])
     out = tmp_path / "data" / "new"
     run("--format", form, *formats[form], "--out", out)
-    assert "1 slices in" in capsys.readouterr().out
+    assert "1 slice in" in capsys.readouterr().out
     assert snapshot(*[path for path in [formats[form][0]] if path.is_dir()]) == before
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     rows, warnings = splits.read_table(out, split=False)

@@ -204,7 +204,7 @@ def wrong_files(folder, scbert_tensors):
     torch.save({"epoch": 3, "model_state_dict": {}}, folder / "empty.pth")
     yield "empty.pth", "expected named tensors in .*, found none"
     write_released(folder / "no_positions.pth", {n: t for n, t in scbert_tensors.items() if n != scbert.POSITIONS})
-    yield "no_positions.pth", "has no pos_emb.emb.weight; give --gene2vec"
+    yield "no_positions.pth", "expected pos_emb.emb.weight, found none; give --gene2vec"
     (folder / "text.pth").write_text("not a checkpoint")
     yield "text.pth", "text.pth: expected weights, found a corrupt"
 

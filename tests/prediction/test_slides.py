@@ -54,7 +54,9 @@ def test_bad_tables(slides, tmp_path, text, expected):
 
 def test_two_slides_of_one_name_and_one_file_for_several(slides, tmp_path):
     (tmp_path / "A.png").touch()
-    with pytest.raises(ValueError, match=r"a.svs and .*A.png would would go to"):
+    with pytest.raises(
+        ValueError, match=r"A.png: expected slides with names of their own, found .*a.svs, which would go to"
+    ):
         listed([slides[0], tmp_path / "A.png"])
     with pytest.raises(ValueError, match="would go to"):
         listed([slides[0], slides[0]])

@@ -90,7 +90,7 @@ def run_stage_two(trained, folder, monkeypatch, precision):
         train_decoder.train_one_epoch(trainer, model, data, order, settings)
         waits = list(notes.waits)
         notes.waits.clear()
-        train_decoder.validate(model, data, trainer.accelerator, settings)
+        train_decoder.validate(model, data, train_decoder.predictor(data, trainer.accelerator, settings))
     assert not notes.wrong
     return waits, notes.waits
 

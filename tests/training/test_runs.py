@@ -13,6 +13,7 @@ import torch
 from tiny_runs import BEST, LAST, STAGES, Work, data_flags, different, progress, rewrite_matrix, row, snapshot, state
 
 from utils.features import dataset
+from utils.features.domain import n_rows
 from utils.files import tensors
 from utils.genes import panels as gene_panels
 from utils.images import tiles
@@ -136,7 +137,8 @@ def test_a_convolutional_encoder_goes_through_both_stages(prepared, tmp_path):
     assert state(work, "train_mymodel", LAST)["schedule"]["last_epoch"] == 1, "one step"
     work.run("train_decoder", "--Epoch", 1)
     kept = np.load(tmp_path / "decoder_model" / "features" / "P01_1.npy")
-    assert kept.shape == (70, 1280 // 32 + 4, 32), "pooled features, a feature map of 2 x 2 at 64 px"
+    rows = 1280 // 32 + 4 + n_rows(32)
+    assert kept.shape == (70, rows, 32), "pooled features, a feature map of 2 x 2 at 64 px, statistics"
     one, two = (tensors.read_tensors(path, "--test")["model"] for path in (work.encoder, work.decoder))
     shared = [name for name in one if name.startswith("image_encoder.")]
     assert shared and not [name for name in shared if not torch.equal(one[name], two[name])], "BatchNorm is frozen, too"

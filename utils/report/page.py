@@ -116,7 +116,7 @@ def write_report(path: Path, report: Report) -> None:
         "genes": [str(gene) for gene in report.genes],
         "leastPcc": PREDICTABLE_PCC,
         "weak": (~(np.asarray(report.val_pcc) >= PREDICTABLE_PCC)).tolist() if greys else None,
-        "banner": report.banner,
+        "banner": report.banner or None,
         "columns": {name: numbers(values) for name, values in columns.items()},
         "slices": [_slice_content(slice_, i, blocks) for i, slice_ in enumerate(report.slices)],
         "geneNotes": explanations(columns),

@@ -192,23 +192,34 @@ def describe(
     }
 
 
-def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) -> None:
-    """One slide, from its image to all its files; the record that marks it as done comes last."""
+def predict_image(
+    planned: Plan, run: Run, args: Settings
+) -> tuple[SlideSpots, tuple[np.ndarray, float], SlidePrediction, dict[str, Any]]:
+    """Spots laid on the image, its thumbnail and the scale of that, what is predicted, and a record of all."""
     from utils.images.image import open_image
-    from utils.prediction import layout, outputs, predict, trust
-    from utils.report import anndata_files
+    from utils.prediction import layout, predict
 
-    out, request, state = planned.request.out, planned.request, run.members[0].state
+    request, first = planned.request, run.members[0]
     with open_image(planned.source.path, planned.um_per_image_px, args.huge) as image:
         for note in image.notes:
             print(f"{request.name}: {planned.source.path.name}: {note}")
         thumbnail, scale = image.thumbnail()
-        tile_um = run.members[0].tile_px * run.members[0].um_per_px
-        spots = layout.place_spots(planned, image, thumbnail, scale, args.grid or state["grid"], tile_um)
-        layout.warn_of_pitch(spots, state["spot_pitch_um"])
-        predicted = predict.predict_slide(run, image, spots, out / FEATURES)
+        tile_um = first.tile_px * first.um_per_px
+        spots = layout.place_spots(planned, image, thumbnail, scale, args.grid or first.state["grid"], tile_um)
+        layout.warn_of_pitch(spots, first.state["spot_pitch_um"])
+        predicted = predict.predict_slide(run, image, spots, request.out / FEATURES)
         about = describe(planned, spots, image, predicted, run, args.decoder)
-        about["leak"] = [leak for member in run.members for leak in split.leaks_of_table(member.state)]
+    about["leak"] = [leak for member in run.members for leak in split.leaks_of_table(member.state)]
+    return spots, (thumbnail, scale), predicted, about
+
+
+def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) -> None:
+    """One slide, from its image to all its files; the record that marks it as done comes last."""
+    from utils.prediction import outputs, trust
+    from utils.report import anndata_files
+
+    out, state = planned.request.out, run.members[0].state
+    spots, (thumbnail, scale), predicted, about = predict_image(planned, run, args)
     if about["domain"]["warned"]:
         print(f"warning: {spots.name}: {about['domain']['verdict']}")
     (out / SETTINGS).unlink(missing_ok=True)  # results of two runs never stand under one record

@@ -108,7 +108,7 @@ def test_stage_two_waits_for_the_device_once_per_interval(trained, tmp_path, mon
     monkeypatch.setitem(loop.READ_EVERY, "cuda", EVERY[precision])
     waited, validated = run_stage_two(trained, tmp_path, monkeypatch, precision)
     assert waited == ["copy from cuda to cpu"] * -(-EPOCH_STEPS // EVERY[precision])
-    assert validated == ["copy from cuda to cpu"] * 3  # predictions of a batch
+    assert validated == ["copy from cuda to cpu"] * (3 + 2)  # predictions of a batch; mean and deviation of targets
 
 
 def test_waits_and_wrong_types_are_noted(monkeypatch):

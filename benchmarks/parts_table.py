@@ -65,13 +65,15 @@ def differences(patients: Mapping[str, Patients]) -> dict[str, Any]:
         mismatched = name.endswith("_mismatched")
         rivals = ["none_mismatched" if mismatched else "none", "matching" + "_mismatched" * mismatched]
         for rival in rivals:
-            if rival in patients and rival != name:
+            if rival in patients and rival != name and not name.startswith("none"):
                 found[f"{name} - {rival}"] = {
                     key: difference(
                         [of_patients[p][key] for p in of_patients], [patients[rival][p][key] for p in of_patients]
                     )
                     for key in FIGURES
                 }
+        if name.startswith("none"):
+            continue
         columns = [[of[key] for of in of_patients.values()] for key in RERANKING.split(" - ")]
         found[f"{name}: {RERANKING}"] = {"reranked_neighbours": difference(*columns)}
     return found
@@ -79,6 +81,10 @@ def differences(patients: Mapping[str, Patients]) -> dict[str, Any]:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
 
 
 def _difference(found: Mapping[str, Any] | None) -> str:
@@ -96,7 +102,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{s['chance']['neighbours']:.3f} among neighbours, {s['chance']['recall_at_10']:.3f} for R@10, 0.5 for AUC."
     )
     rows = [
-        f"| {name} | " + " | ".join(_figure(of[key]) for key in FIGURES) + f" | {of['steps']} | {of['seconds']:.0f} |"
+        f"| {name} | "
+        + " | ".join(_figure(of[key]) for key in FIGURES)
+        + f" | {of['steps']} | {_seconds(of['seconds'])} |"
         for name, of in result["methods"].items()
     ]
     keys = ("contrastive_neighbours", "recall_at_10", "reranked_neighbours", "pcc_residuals")

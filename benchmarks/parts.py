@@ -6,7 +6,7 @@
     python -m benchmarks.parts --out results/one.json --train 1 --methods none full     # a point of a learning curve
     python -m benchmarks.parts --table benchmarks/runs/parts*.json --keep         # docs/parts.md and parts.png, no run
 
-All methods have the same patients, steps and seeds, and are evaluated on patients in no other part. Each has a twin
+All methods have the same patients, steps and seeds, and are evaluated on patients in no other part. Each has a variant
 NAME_mismatched, in which the expression profiles of 30 % of the train spots of each slice are exchanged: pairs that
 distillation should see through. A finished run is kept in the folder of --out and is not repeated.
 

@@ -26,7 +26,7 @@ def test_seeds_are_averaged_before_patients_and_methods_are_compared_patient_by_
     assert [patient["recall_at_10"] for patient in none["per_patient"]] == pytest.approx([0.2, 0.3, 0.4, 0.5])
     difference = found["differences"]["matching - none"]["recall_at_10"]
     assert difference["mean"] == pytest.approx(0.1) and difference["interval"] == pytest.approx([0.1, 0.1])
-    assert "none_mismatched - none" not in found["differences"], "twins differ in their data"
+    assert "none_mismatched - none" not in found["differences"], "their data differ"
 
 
 def test_a_difference_is_null_where_a_method_has_no_figure():

@@ -127,6 +127,28 @@ def test_the_scale_of_tiles(work):
     assert dataset.um_per_fullres_px(one) is None
 
 
+def test_the_scale_of_tiles_is_kept_as_it_is(work):
+    """A prediction cuts its tiles at the kept scale: to three decimals they would not be those of training."""
+    one = load(work)
+    one.pack.record = one.pack.record | {"um_per_px": 310 / 224}
+    assert dataset.tile_scale(one) == (32, 310 / 224)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ((32, 310 / 224), [32, 1.384], True),
+        ((32, 3.5), (64, 3.5), False),
+        ((32, 3.5), (32, 3.51), False),
+        ((32, None), [32, None], True),
+        ((32, None), (32, 3.5), False),
+        ((32, None), (64, None), False),
+    ],
+)
+def test_scales_that_agree(one, other, same):
+    assert dataset.same_scale(one, other) is dataset.same_scale(other, one) is same
+
+
 # ---- parts
 
 

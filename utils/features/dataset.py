@@ -5,7 +5,8 @@ Letters: S spots of a slice, G input genes, T target genes, B batch, Z tile side
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -192,7 +193,7 @@ def load_slices(
                     f"{slice_.panels[role].path}: expected the {role} genes of {first.name}, found others; "
                     "run make_decoder_data.py again on all slices"
                 )
-        if tile_scale(slice_) != tile_scale(first):
+        if not same_scale(tile_scale(slice_), tile_scale(first)):
             raise ValueError(
                 f"{slice_.pack.folder}: expected tiles of {said_scale(tile_scale(first))} like those of {first.name}, "
                 f"found {said_scale(tile_scale(slice_))}; run image_tilling.py again on all slices"
@@ -223,10 +224,17 @@ def grid_kind(slice_: Spots) -> str:
 
 
 def tile_scale(slice_: SliceData) -> tuple[int, float | None]:
-    """Tile side in pixels, and micrometres per pixel (three decimals) where the tiles are of a stated size."""
+    """Tile side in pixels, and micrometres per pixel where the tiles are of a stated size."""
     record = slice_.pack.record or {}
-    um_per_px = record.get("um_per_px") if record.get("resampled") else None
-    return slice_.pack.size, None if um_per_px is None else round(um_per_px, 3)
+    return slice_.pack.size, record.get("um_per_px") if record.get("resampled") else None
+
+
+def same_scale(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two `tile_scale` agree, to a thousandth of the micrometres per pixel."""
+    (side, um_per_px), (other_side, other_um_per_px) = one, other
+    if side != other_side or um_per_px is None or other_um_per_px is None:
+        return (side, um_per_px) == (other_side, other_um_per_px)
+    return math.isclose(um_per_px, other_um_per_px, rel_tol=1e-3)
 
 
 def said_scale(scale: tuple) -> str:

@@ -208,7 +208,7 @@ def check_same(panel: gene_panels.Panel, role: str, wanted: list[str], flag: str
 
 def check_tiles(folder: Path, found: tuple[int, float | None], wanted: tuple, flag: str) -> None:
     """Tiles must be of the side in pixels and the micrometres per pixel that a model was trained on."""
-    if found != wanted:
+    if not dataset.same_scale(found, wanted):
         raise ValueError(
             f"{folder}: expected tiles of {dataset.said_scale(wanted)}, as {flag} was trained on, found tiles of "
             f"{dataset.said_scale(found)}; cut them with image_tilling.py --tile_um and --tile_px"

@@ -11,6 +11,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ N_FEATURES = 266  # of scBERT's projections: int(64 ln 64) for heads of 64
 HEAD_WIDTH = 64
 EPSILON = 1e-4  # keeps a kernel value from being zero; scBERT's constant
 HIGHEST_EXPONENT = 60.0  # exp of it, times the tokens and features that are summed, is far below fp32's largest number
-BYTES_AT_ONCE = {"cpu": 3 * 2**23, "cuda": 2**29}  # of features: fits a CPU's cache; keeps a GPU busy
+BYTES_AT_ONCE = {"cpu": 3 * 2**23, "cuda": 2**29}  # of features: fits a CPU's cache; keeps an old GPU busy
 
 
 def orthogonal_projection(n_features: int, width: int, generator: torch.Generator | None = None) -> Tensor:
@@ -102,6 +104,9 @@ def favor_backward(
     fast: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v (B, H, N, E) from that of the attention, and from all that `favor` took and gave."""
+    if (kernels := _gpu_kernels(q)) is not None:
+        of_attention = largest, context, out, denominator
+        return kernels.backward(gradient, q, k, v, _scaled(projection), *of_attention, EPSILON, fast)
     with _products(q.device.type, fast):
         dq, d_context = _backward_queries(gradient, q, context, out, denominator, projection)
         dk, dv = _backward_keys(d_context, k, v, largest, projection)
@@ -134,6 +139,15 @@ def _gradients(ctx: Any, gradient: Tensor, *of_the_others: None) -> tuple[Tensor
 
 
 favor.register_autograd(_gradients, setup_context=_keep)
+
+
+def _gpu_kernels(x: Tensor) -> ModuleType | None:
+    """`favor_triton.py`, on a GPU that it serves; Triton comes with torch for CUDA, not with torch for CPUs."""
+    if x.device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from model import favor_triton
+
+    return favor_triton if favor_triton.serves(x) else None
 
 
 @contextmanager

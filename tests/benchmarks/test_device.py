@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import device, device_count
 from benchmarks.device_work import SMALL
-from model.performer import favor_attention
+from model.performer import favor, favor_backward
 
 
 def test_operations_are_those_of_torchs_counter_and_bytes_those_read_and_written():
@@ -35,13 +35,18 @@ def test_memory_is_what_is_held_at_once():
     assert 8_100 <= cost.peak <= 12_100 and cost.live == 100
 
 
-def test_the_operators_of_favor_are_counted():
+def test_favor_is_counted_as_kernels_that_keep_its_features():
     q, projection = torch.randn(1, 2, 8, 64), torch.randn(10, 64)
-    with device_count.Cost() as cost:
-        favor_attention(q, q, q, projection)
-    exponents, sums = 2 * 2 * (2 * 8 * 64 * 10), 2 * 2 * (2 * 8 * 10 * 65)
-    assert cost.operations == exponents + sums
-    assert set(cost.by_name) == {"favor"}
+    with device_count.Cost() as forward:
+        out, *kept = favor(q, q, q, projection, False)
+    assert set(forward.by_name) == {"favor"}
+    product = 2 * 2 * 8 * 64 * 32  # in each of two heads; 10 features, filled up to 32
+    assert forward.operations == 4 * product
+    largest, context, denominator = 1, 2 * 10 * 65, 2 * 8
+    assert forward.nbytes == 4 * (4 * q.numel() + projection.numel() + largest + context + denominator)
+    with device_count.Cost() as backward:
+        favor_backward(q, q, q, q, projection, kept[0], kept[1], out, kept[2], False)
+    assert backward.operations == 10 * product
 
 
 def test_an_operator_takes_the_longer_of_its_two_times():

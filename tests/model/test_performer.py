@@ -20,7 +20,7 @@ def random_qkv(requires_grad=False, n_tokens=N):
 
 def plain_attention(q, k, v, projection):
     """FAVOR+ as its equations read: every kernel value of every pair of tokens, then their weighted mean."""
-    q, k = q * E**-0.25, k * E**-0.25
+    q, k = (x * x.shape[-1] ** -0.25 for x in (q, k))
     to_query, to_key = q @ projection.T, k @ projection.T  # (B, H, N, M)
     to_query = to_query - to_query.detach().amax(3, keepdim=True)  # each query's own maximum
     to_key = to_key - to_key.detach().amax((1, 2, 3), keepdim=True)  # one maximum per sample

@@ -310,9 +310,13 @@ def main(settings: Settings) -> None:
     if settings.count:
         from benchmarks.speed import put_into
 
-        text = "\n".join(device_count.table())
-        print(text)
-        put_into(FOLDER.parent / "docs" / "speed.md", "count", text)
+        for mark, lines in (
+            ("parts", device_count.parts_table(Sizes(batch_size=settings.batch_size))),
+            ("count", device_count.table()),
+        ):
+            text = "\n".join(lines)
+            print(text, flush=True)
+            put_into(FOLDER.parent / "docs" / "speed.md", mark, text)
         return
     results = run(settings)
     write_record(settings.out, results)

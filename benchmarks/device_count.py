@@ -207,6 +207,19 @@ def rows(batch_sizes: tuple[int, ...] = (32, 64, 256)) -> Iterator[str]:
 
 
 def table() -> Iterator[str]:
+    """Of docs/speed.md: a training step of stage one, and its cost in the published training."""
     yield "| encoder | distillation | batch | TFLOP | GB moved | peak, GiB | ms a step | FAVOR+ | hours | at least |"
     yield f"| {' | '.join(['---'] * 10)} |"
     yield from rows()
+
+
+def parts_table(sizes: Sizes) -> Iterator[str]:
+    """Of docs/speed.md: what a batch of each part costs, per spot."""
+    yield "| part | GFLOP a spot | MB moved a spot | peak, GiB | spots/s at most |"
+    yield f"| {' | '.join(['---'] * 5)} |"
+    for part, (_, work_of) in PARTS.items():
+        cost = count(part, sizes)
+        name = f"{part.replace('_', ' ')}: {(work_of.__doc__ or '').strip().rstrip('.').lower()}"
+        per_spot = (amount / sizes.batch_size for amount in (cost.operations / 1e9, cost.nbytes / 1e6))
+        cells = [name, *(f"{amount:.1f}" for amount in (*per_spot, cost.peak / 2**30))]
+        yield f"| {' | '.join([*cells, f'{sizes.batch_size / cost.seconds:,.0f}'])} |"

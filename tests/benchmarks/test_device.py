@@ -65,6 +65,16 @@ def test_a_step_is_counted_without_values():
     assert figures["ratio"] == pytest.approx(2.0 / few.seconds)
 
 
+def test_the_table_of_parts_gives_what_a_spot_costs():
+    _, _, *lines = device_count.parts_table(SMALL)
+    rows = {cells[1].split(":")[0].strip(): cells[2:-1] for cells in (line.split("|") for line in lines)}
+    assert list(rows) == ["stage one", "evaluation", "stage two", "prediction"]
+    cost = device_count.count("prediction", SMALL)
+    moved, spots_per_s = float(rows["prediction"][1]), float(rows["prediction"][3].replace(",", ""))
+    assert moved == pytest.approx(cost.nbytes / SMALL.batch_size / 1e6, abs=0.05)
+    assert spots_per_s == pytest.approx(SMALL.batch_size / cost.seconds, rel=0.01)
+
+
 def test_what_failed_and_what_is_slow_is_named():
     checks = {"loss": {"value": 0.2, "passed": False}, "gradients": {"value": 0.0, "passed": True}}
     parts = {"stage_one": {"ratio": 1.4}, "stage_two": {"ratio": 1.6}}

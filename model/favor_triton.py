@@ -203,13 +203,12 @@ def context_gradients(
     total_ones = 0.0
     for start in range(0, N, N_BLOCK):
         tokens = start + tl.arange(0, N_BLOCK)
-        known = tokens < N
         e = tl.dot(projection, tl.trans(_tokens(q, head, tokens, H, N, E)), input_precision=PRECISION)
-        shift = tl.load(shifts + head * N + tokens, mask=known, other=float("inf"))
-        feature = tl.exp(e - shift[None, :])
-        d_values = _tokens(gradient, head, tokens, H, N, E)
-        d_values /= tl.load(denominators + head * N + tokens, mask=known, other=1.0)[:, None]
-        d_ones = tl.load(deltas + head * N + tokens, mask=known, other=0.0)
+        e = tl.where((tokens < N)[None, :], e, float("-inf"))
+        last = head * N + tl.minimum(tokens, N - 1)  # Triton 3.2 does not compile these loads with a mask
+        feature = tl.exp(e - tl.load(shifts + last)[None, :])
+        d_values = _tokens(gradient, head, tokens, H, N, E) / tl.load(denominators + last)[:, None]
+        d_ones = tl.where(tokens < N, tl.load(deltas + last), 0.0)
         values = tl.dot(feature, d_values, values, input_precision=PRECISION)
         denominator += tl.sum(feature * d_ones[None, :], 1)
         total += tl.sum(d_values, 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -141,13 +141,20 @@ def _gradients(ctx: Any, gradient: Tensor, *of_the_others: None) -> tuple[Tensor
 favor.register_autograd(_gradients, setup_context=_keep)
 
 
-def _gpu_kernels(x: Tensor) -> ModuleType | None:
-    """`favor_triton.py`, on a GPU that it serves; Triton comes with torch for CUDA, not with torch for CPUs."""
-    if x.device.type != "cuda" or find_spec("triton") is None:
+@cache
+def _triton_kernels() -> ModuleType | None:
+    """`favor_triton.py`; None where Triton is missing or does not load. It comes with torch for CUDA."""
+    try:
+        from model import favor_triton
+    except ImportError:
         return None
-    from model import favor_triton
+    return favor_triton
 
-    return favor_triton if favor_triton.serves(x) else None
+
+def _gpu_kernels(x: Tensor) -> ModuleType | None:
+    """The kernels for heads (B, H, N, E) on a GPU, where they serve it."""
+    kernels = _triton_kernels() if x.device.type == "cuda" else None
+    return kernels if kernels is not None and kernels.serves(x) else None
 
 
 @contextmanager

@@ -255,7 +255,7 @@ def mean(values: dict[str, float]) -> dict[str, float]:
         return values
     import torch
 
-    found = gather(_tensor([list(values.values())]).to(torch.float64)).mean(0)
+    found = gather(_tensor([list(values.values())], torch.float64)).mean(0)
     return dict(zip(values, found.tolist(), strict=True))
 
 
@@ -280,12 +280,12 @@ def go_on_alone() -> bool:
     return is_main()
 
 
-def _tensor(values: Sequence[Sequence[float]]) -> Tensor:
+def _tensor(values: Sequence[Sequence[float]], dtype: torch.dtype | None = None) -> Tensor:
     """On the device that the processes communicate by."""
     import torch
     from torch import distributed
 
-    return torch.tensor(values, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    return torch.tensor(values, dtype=dtype, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
 
 
 def own_batches(batches: Sequence[list[int]]) -> list[list[int]]:

@@ -72,6 +72,7 @@ def test_loss_gradients_and_queue_of_three_processes_are_those_of_one(tmp_path):
     assert relative_error(three["detached"]["gradients"], expected["gradients"]) > 0.1
     for name, rows in expected["queue"].items():
         torch.testing.assert_close(found["queue"][name], rows, rtol=1e-5, atol=1e-6)
+    assert three["mean"] == pytest.approx(1.1, rel=1e-15), "in double precision: sums go on after a resume"
 
 
 # ---- whole scripts

@@ -48,6 +48,15 @@ def broken(trained, tmp_path):
     return Work(trained.data, trained.tiles, trained.panels, tmp_path)
 
 
+def test_sums_that_are_saved_are_those_of_all_processes(monkeypatch):
+    """Also those of a whole epoch, which are saved where its validation is interrupted."""
+    figures = loop.StepFigures(0, {"loss": 6.0}, torch.device("cpu"))
+    monkeypatch.setattr("utils.distributed.mean", lambda sums: {name: 2 * value for name, value in sums.items()})
+    trainer = Trainer.__new__(Trainer)
+    assert trainer.means(figures, n_steps=4) == {"loss": 3.0}
+    assert trainer.sums == {"loss": 12.0}
+
+
 def after_steps(monkeypatch, n, what):
     """Do `what` in place of the n-th step's end, as seen from inside."""
     left, after_step = [n], Trainer.after_step

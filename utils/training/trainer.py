@@ -216,8 +216,8 @@ class Trainer:
 
     def means(self, figures: StepFigures, n_steps: int) -> Row:
         """Of all figures over the epoch's steps, which are done."""
-        self.sums = figures.read()
-        return distributed.mean({name: value / n_steps for name, value in self.sums.items()})
+        self.sums = distributed.mean(figures.read())
+        return {name: value / n_steps for name, value in self.sums.items()}
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

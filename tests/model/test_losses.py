@@ -73,6 +73,11 @@ def test_expression_loss_is_the_mean_over_measured_entries():
     torch.testing.assert_close(predicted.grad, torch.tensor([[1.0, 0.0], [2.0, 0.0]]))
 
 
+def test_expression_loss_of_a_single_measurement_is_its_square():
+    measured = torch.tensor([[torch.nan, 3.0], [torch.nan, torch.nan]])
+    assert losses.expression_loss(torch.ones(2, 2), measured).item() == 4
+
+
 def test_expression_loss_without_any_measurement_is_zero():
     predicted = torch.ones(2, 3, requires_grad=True)
     loss = losses.expression_loss(predicted, torch.full((2, 3), torch.nan))

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -124,6 +125,14 @@ def test_without_a_table_every_slice_is_its_own_patient(data):
     assert [(row.slice, row.patient) for row in rows] == [(name, name) for name in ("A1", "A2", "B1", "C1", "D1")]
     assert parts(rows) == ["train", "train", "train", "val", "test"] and warnings[0].endswith("not used: notes")
     assert set(parts(splits.read_table(data, split=False)[0])) == {""}
+
+
+def test_hidden_folders_and_files_are_no_slices(data):
+    shutil.copytree(data / "A1", data / ".A1_copy")
+    (data / "README.txt").write_text("five slices")
+    rows, warnings = splits.read_table(data)
+    assert [row.slice for row in rows] == ["A1", "A2", "B1", "C1", "D1"]
+    assert not any("README" in line or "copy" in line for line in warnings)
 
 
 def test_bad_data_folders(data, tmp_path):

@@ -97,10 +97,8 @@ def main(args: Settings) -> None:
     for source in read_sources(args):
         print("\n".join(base.import_slice(source, args.out, args.memory * 2**30)), flush=True)
         number += 1
-    print(
-        f"{count_of(number, 'slice')} in {args.out}; fill in the column part of {args.out / 'slices.csv'} (train, val, "
-        "test)"
-    )
+    parts = f"fill in the column part of {args.out / 'slices.csv'} (train, val, test)"
+    print(f"{count_of(number, 'slice')} imported into {args.out}; {parts}")
 
 
 if __name__ == "__main__":

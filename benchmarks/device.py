@@ -273,6 +273,8 @@ def beside_count(figures: dict[str, Any], part: str, sizes: Sizes, card: Card) -
 def run(settings: Settings) -> dict[str, Any]:
     began, device = time.monotonic(), distributed.pick_device(settings.device)
     small = settings.quick
+    if device.type != "cuda" and not small:
+        raise ValueError("--device: expected a CUDA device, found none; add --quick to try all of it at tiny sizes")
     sizes, checked = (SMALL, SMALL) if small else (of_batch(Sizes(), settings.batch_size), CHECKED)
     checks = check_all(checked, device)
     for name, check in checks.items():

@@ -215,7 +215,7 @@ def table() -> Iterator[str]:
 
 def parts_table(sizes: Sizes) -> Iterator[str]:
     """Of docs/speed.md: what a batch of each part costs, per spot."""
-    yield "| part | GFLOP a spot | MB moved a spot | peak, GiB | spots/s at most |"
+    yield "| part | GFLOP a spot | MB moved a spot | peak, GiB | spots/s |"
     yield f"| {' | '.join(['---'] * 5)} |"
     for part, (_, work_of) in PARTS.items():
         cost = count(part, sizes)

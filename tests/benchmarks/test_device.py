@@ -97,6 +97,11 @@ def test_it_runs_at_tiny_sizes(tmp_path):
     assert all(part["eager_s"] > 0 and part["peak_gib"] is None for part in results["parts"].values())
 
 
+def test_the_published_size_is_for_gpus(tmp_path):
+    with pytest.raises(ValueError, match="expected a CUDA device, found none; add --quick"):
+        run(tmp_path, "--device", "cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_is_right_and_as_fast_as_counted(tmp_path):

@@ -199,7 +199,8 @@ def _pixel_sizes(source: Source) -> list[str]:
         of_file = stated_um_per_px(source.image)
         stated |= {source.image.name: of_file} if of_file is not None else {}
     if not stated and not source.small and isinstance(source.image, Path):
-        return [f"{source.image.name}: no small image and no pixel size to check it by; look at the spots on it"]
+        unchecked = "no small image and no pixel size to check it by: it may be of another section"
+        return [f"{source.image.name}: {unchecked}; look at its tiles (image_tilling.py --jpeg)"]
     measured = source.um_per_px
     others = [f"{um:.4g} um by {where}" for where, um in stated.items() if not pitch.agree(um, measured)]
     spots = f"the spots ({source.pitch_um:.4g} um from spot to spot)"

@@ -202,9 +202,12 @@ def _plausible(um_per_px: float | None) -> float | None:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The files of images that lie directly in a folder, by name; hidden ones aside, none where there is no folder."""
+    """The files of images that lie directly in a folder, by name; hidden ones aside, none where there is no folder.
+
+    A link to nothing is listed, so that whoever opens it names it.
+    """
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in files if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()]
+    return [path for path in files if path.suffix.lower() in SUFFIXES and path.name[0] != "." and not path.is_dir()]
 
 
 # ---- which reader

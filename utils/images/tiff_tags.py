@@ -13,9 +13,9 @@ from utils.images.units import RESOLUTION_UM
 
 ORIENTATION, PAGE_NAME, MAX_SAMPLE_VALUE, RESOLUTION_UNIT = 274, 285, 281, 296
 ASIDE = (  # what is never the scan: SlideLabel, label_image, macroimage, Thumbnail1, but not label-free, macrophages
-    r"((label|macro|thumbnail|thumb|overview|preview|barcode)s?(image|img|pic|image)?(?![a-z]|-free)"
+    r"((label|ma[ck]ro|thumbnail|thumb|overview|preview|barcode)s?(image|img|pic|bild)?(?![a-z]|-free)"
     r"|(?<![a-z])(map|lbl)(?![a-z])"
-    r"|navigation|localizer|makro|etikett|(ü|ue)bersicht|vorschau|miniatur|[ée]tiquette|aper[çc]u|etiqueta|etichetta"
+    r"|navigation|localizer|etikett|[uü]e?bersicht|vorschau|miniatur|[ée]tiquette|aper[çc]u|etiqueta|etichetta"
     r"|标签|缩略图|概览|ラベル|サムネイル)"
 )
 KIND = (

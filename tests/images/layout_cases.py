@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tifffile
 from image_cases import EXACT, HEIGHT, LOSSY, TILED, WHOLE_TILES, WIDTH, add, expect_grey, grey, tag, tiff
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from sample_cases import APERIO, deep, jpeg_2000, pillow
 from tiff_cases import JPEG, pyramid
 
@@ -48,6 +48,10 @@ for first in (True, False):
     for word in ("label", "Macro image", "thumbnail", "Overview", "map"):
         other = [(LARGE, {"description": word})]
         add(ROW, f"large {word} {where}", "a.tif", partial(several, others=other, first=first), notes=note)
+    for words in ("Etikett", "Übersicht", "aperçu", "缩略图", "Navigation image", "type=label", "ImageType=MACRO",
+                  '{"kind": "thumbnail", "um": 8}', '<image type="macro"/>'):  # fmt: skip
+        other = [(LARGE, {"description": words.encode()})]
+        add(ROW, f"large {words} {where}", "a.tif", partial(several, others=other, first=first), notes=note)
     other = [(LARGE, {"metadata": {"axes": "YXS", "Name": "label image"}})]
     how = {"ome": True, "metadata": {"axes": "YXS", "Name": "scan"}}
     add(ROW, f"ome label {where}", "a.ome.tif", partial(several, others=other, first=first, **how), notes=note)
@@ -57,6 +61,11 @@ for first in (True, False):
     add(ROW, f"large grey {where}", "a.tif", partial(several, others=other, first=first), notes=note)
     other = [(LARGE, {"description": "Aperio Image Library v12\nmacro 400x300"})]
     add(ROW, f"Aperio macro {where}", "a.tif", partial(several, others=other, first=first), notes=note)
+
+about_map = {"description": "tissue map 3"}
+add(ROW, "label, and a scan described as map", "a.tif",
+    lambda path, p: several(path, LARGE, [(p, about_map)], first=True, description="label"),
+    notes="image 1 of 2")  # fmt: skip
 
 SCANS = [(np.full((HEIGHT, WIDTH, 3), 99, np.uint8), {})]
 add(ROW, "two of one size", "a.tif", partial(several, others=SCANS, first=True),
@@ -164,6 +173,9 @@ add(ROW, "jpeg with dpi", "a.jpg", partial(pillow, quality=98, dpi=(50800, 50800
 add(ROW, "jpeg of a screen", "a.jpg", partial(pillow, quality=98, dpi=(300, 300)), within=LOSSY)
 ROW = "PNG"
 add(ROW, "png", "a.png", pillow)
+ADOBE = PngImagePlugin.PngInfo()
+ADOBE.add_itxt("XML:com.adobe.xmp", "x" * 2**21, zip=True)
+add(ROW, "png with 2 MiB of XMP", "a.png", partial(pillow, pnginfo=ADOBE))
 add(ROW, "png with dpi", "a.png", partial(pillow, dpi=(50800, 50800)), um_per_px=0.5)
 ROW = "WebP"
 add(ROW, "webp", "a.webp", partial(pillow, lossless=True))
@@ -183,7 +195,7 @@ add(ROW, "jp2 sYCC", "a.jp2", lambda path, p: Image.fromarray(p).convert("YCbCr"
 add(ROW, "jp2 of four channels", "a.jp2", lambda path, p: jpeg_2000(path, np.dstack([p, p[..., 0]]), "j2k"),
     refused="expected grey or RGB, and alpha where the file states it, found 4 channels")  # fmt: skip
 ROW = "BMP"
-add(ROW, "bmp", "a.png", lambda path, p: Image.fromarray(p).save(path, "BMP"))
+add(ROW, "bmp", "a.bmp", pillow)
 
 ROW = "whole slides"
 SVS = {"description": APERIO} | JPEG
@@ -196,5 +208,7 @@ add(ROW, "png named jpg", "a.jpg", lambda path, p: Image.fromarray(p).save(path,
 add(ROW, "jpeg named tif", "a.tif", lambda path, p: Image.fromarray(p).save(path, "JPEG", quality=98), within=LOSSY)
 add(ROW, "tiff named png", "a.png", partial(tiff, **TILED))
 add(ROW, "tiff named svs", "a.svs", tiff)
+add(ROW, "tiff named ndpi", "a.ndpi", tiff)
+add(ROW, "bmp named png", "a.png", lambda path, p: Image.fromarray(p).save(path, "BMP"))
 add(ROW, "png named ndpi", "a.ndpi", lambda path, p: Image.fromarray(p).save(path, "PNG"))
 add(ROW, "without suffix", "a", tiff)

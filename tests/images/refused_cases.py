@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 from image_cases import TILED, WHOLE_TILES, add, planes, tiff
 from layout_cases import SVS, several
 from PIL import Image
@@ -97,6 +98,15 @@ add(ROW, "html", "a.tif", lambda path, p: path.write_text("<!DOCTYPE html><html>
 add(ROW, "lfs", "a.svs", lambda path, p: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
     refused="git lfs pull")  # fmt: skip
 add(ROW, "zeros", "a.png", lambda path, p: path.write_bytes(bytes(5000)), refused="another format")
+
+
+def no_byte_counts(path: Path, pixels: np.ndarray) -> None:
+    tiff(path, pixels, rowsperstrip=40)
+    with tifffile.TiffFile(path, mode="r+") as file:
+        file.pages.first.tags[279].overwrite([0] * 4)
+
+
+add(ROW, "byte counts of 0", "a.tif", no_byte_counts, refused="a tile or strip of 0 bytes")
 
 
 def half(write: Callable) -> Callable:

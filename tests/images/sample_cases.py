@@ -69,6 +69,8 @@ def stated(write: Callable, shift: int, **how: Any) -> Callable:
 
 add(ROW, "MaxSampleValue", "a.tif", stated(tiff, 4, **tag(281, (4095,) * 3, count=3)),
     notes="read as 12 by MaxSampleValue (largest value 800)")  # fmt: skip
+add(ROW, "MaxSampleValue of one more", "a.tif", stated(tiff, 4, **tag(281, (4096,) * 3, count=3)),
+    notes="read as 12 by MaxSampleValue (largest value 800)")  # fmt: skip
 BITS_12 = {"ome": True, "metadata": {"axes": "YXS", "SignificantBits": 12}}
 add(ROW, "SignificantBits", "a.ome.tif", stated(tiff, 4, **BITS_12),
     notes="read as 12 by SignificantBits (largest value 800)")  # fmt: skip
@@ -155,6 +157,19 @@ add(ROW, "palette tiff", "a.tif", palette_tiff)
 add(ROW, "palette tiff lzw tiles", "a.tif", partial(palette_tiff, compression="lzw", **TILED))
 add(ROW, "palette tiff of 8 bits", "a.tif", partial(palette_tiff, factor=1))
 add(ROW, "palette tiff by Pillow", "a.tif", palette)
+
+
+def palette_1_bit(path: Path, pixels: np.ndarray) -> np.ndarray:
+    """Two colours, purple and pink."""
+    colours = np.array([[90, 60, 140], [240, 200, 220]], np.uint8)
+    on = grey(pixels) > 150
+    tiff(path, on, **BLACK, extratags=[(320, 3, 6, tuple(int(value) * 257 for value in colours.T.ravel()), True)])
+    with tifffile.TiffFile(path, mode="r+") as file:
+        file.pages.first.tags[262].overwrite(3)
+    return colours[on.astype(int)]
+
+
+add(ROW, "palette tiff of 1 bit", "a.tif", palette_1_bit)
 
 ROW = "CMYK"
 
@@ -339,20 +354,24 @@ add(ROW, "unspecified", "a.tif", partial(fifth_channel, extras=["unspecified"]),
 ROW = "tiles that the file leaves out"
 
 
-def left_out(path: Path, pixels: np.ndarray, side: int = 64, **how: Any) -> np.ndarray:
+def left_out(
+    path: Path, pixels: np.ndarray, side: int = 64, change: Callable = lambda pixels: pixels, **how: Any
+) -> np.ndarray:
     """The tile in the second row and column is not stored."""
+    stored = change(pixels)
 
     def blocks():
         for top in range(0, HEIGHT, side):
             for left in range(0, WIDTH, side):
-                block, part = np.full((side, side, 3), 255, np.uint8), pixels[top : top + side, left : left + side]
+                block, part = np.full((side, side, stored.shape[2]), 255), stored[top : top + side, left : left + side]
+                block = block.astype(stored.dtype)
                 block[: part.shape[0], : part.shape[1]] = part
                 yield None if (top, left) == (side, side) else block
 
     how = {"photometric": "rgb", "tile": (side, side), "metadata": None} | how
     ome = how.pop("ome", False)
     with tifffile.TiffWriter(path, ome=ome) as file:
-        file.write(blocks(), shape=pixels.shape, dtype=np.uint8, **copy.deepcopy(how))
+        file.write(blocks(), shape=stored.shape, dtype=stored.dtype, **copy.deepcopy(how))
     expected = pixels.copy()
     expected[side : 2 * side, side : 2 * side] = 255
     return expected
@@ -361,4 +380,12 @@ def left_out(path: Path, pixels: np.ndarray, side: int = 64, **how: Any) -> np.n
 APERIO = "Aperio Image Library v11.2.1\n192x160 JPEG/RGB Q=98|AppMag = 20|MPP = 0.5"
 add(ROW, "sparse tiff", "a.tif", partial(left_out, compression="zlib"))
 add(ROW, "sparse ome", "a.ome.tif", partial(left_out, ome=True, metadata={"axes": "YXS"}))
+
+
+def opaque_16_bits(pixels: np.ndarray) -> np.ndarray:
+    return np.dstack([pixels, np.full((HEIGHT, WIDTH), 255)]).astype(np.uint16) * 257
+
+
+add(ROW, "sparse rgba of 16 bits", "a.tif", partial(left_out, change=opaque_16_bits, **UNASSOCIATED),
+    notes="read as 16")  # fmt: skip
 add(ROW, "sparse svs", "a.svs", partial(left_out, **JPEG, description=APERIO, side=32), within=LOSSY, um_per_px=0.5)

@@ -27,6 +27,7 @@ for name, how in {
     add(ROW, f"tiff {name}", "a.tif", partial(tiff, **how))
 add(ROW, "btf", "a.btf", partial(tiff, bigtiff=True))
 add(ROW, "tf8", "a.tf8", partial(tiff, bigtiff=True, **TILED))
+add(ROW, "qptiff", "a.qptiff", partial(tiff, bigtiff=True, **TILED))
 
 ROW = "TIFF in LZW, Deflate, PackBits, Zstandard, LZMA"
 for codec in ("lzw", "zlib", "packbits", "zstd", "lzma"):
@@ -64,6 +65,15 @@ for codec, args in (("jpeg2000", {"level": 0}), ("jpegxl", {"lossless": True}), 
     how = {"compression": codec, "compressionargs": args}
     add(ROW, f"tiff {codec}", "a.tif", partial(tiff, **how, tile=(64, 64)))
     add(ROW, f"ome {codec}", "a.ome.tif", partial(tiff, **how, tile=(64, 64), ome=True, metadata={"axes": "YXS"}))
+
+
+def aperio_ycc(path: Path, pixels: np.ndarray) -> None:
+    """YCbCr samples in JPEG 2000, which compression 33003 means whatever the photometric tag states."""
+    stored = np.asarray(Image.fromarray(pixels).convert("YCbCr"))
+    tiff(path, stored, compression=33003, tile=(64, 64), compressionargs={"level": 0})
+
+
+add(ROW, "tiff jpeg2000 of YCbCr", "a.tif", aperio_ycc, refused="found Aperio's of YCbCr without its description")
 
 # ---- separate planes
 

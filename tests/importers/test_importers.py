@@ -49,6 +49,22 @@ def test_a_slice_is_written_as_space_ranger_writes_it(source, root, tmp_path):
     assert visium.read_scalefactors(found.root)["spot_diameter_fullres"] == 55
 
 
+@pytest.mark.parametrize("name", ["he.png", "tissue_hires_image.png", ".he.png", "cytassist_image.tiff"])
+def test_the_image_is_found_in_the_folder_whatever_it_was_called(source, tmp_path, name):
+    (tmp_path / name).write_bytes(source.image.read_bytes())
+    import_slice(replace(source, image=tmp_path / name), tmp_path / "out")
+    found = visium.open_slice(tmp_path / "out" / "S1").source_image()
+    assert found.kind == "fullres" and found.path.read_bytes() == source.image.read_bytes()
+    assert splits.read_table(tmp_path / "out", None, split=False)[0][0].image == found.path.name
+
+
+def test_files_that_belong_to_the_image_are_copied_with_it(source, tmp_path):
+    for name in ("he.dcm", "he_2.dcm"):
+        Image.open(source.image).save(tmp_path / name, "TIFF")
+    import_slice(replace(source, image=tmp_path / "he.dcm"), tmp_path / "out")
+    assert (tmp_path / "out" / "S1" / "he_2.dcm").read_bytes() == (tmp_path / "he_2.dcm").read_bytes()
+
+
 @pytest.mark.parametrize("memory", [1, 64 * 200, np.inf])
 def test_counts_written_by_spans_are_those_written_at_once(source, root, tmp_path, memory):
     matrix = CountMatrix(source.counts, source.spots.index.to_numpy(), source.genes, source.gene_ids)

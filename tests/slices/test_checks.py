@@ -73,6 +73,9 @@ def test_the_same_image_in_other_colours_passes(slide, small):
         (lambda pixels: pixels[:, ::-1], "it fits mirrored left to right"),
         (lambda pixels: pixels[::-1], "it fits mirrored top to bottom"),
         (lambda pixels: pixels[::-1, ::-1], "it fits turned by 180 degrees"),
+        (lambda pixels: pixels[..., ::-1], "it fits with red and blue exchanged"),
+        (lambda pixels: np.full_like(pixels, 255), "found another (one colour"),
+        (lambda pixels: np.zeros_like(pixels), "found another (one colour"),
         (lambda pixels: 255 - pixels, "found another"),
         (lambda pixels: np.roll(pixels, 80, 1), "found another"),
     ],
@@ -82,6 +85,27 @@ def test_another_image_is_refused(slide, change, hint):
     changed = np.ascontiguousarray(change(pixels_of(image)))
     for small in ("hires", "lowres"):
         assert hint in refused("he.png: expected the image", check_content, changed, paths[small])
+
+
+def test_a_smooth_image_that_its_grey_levels_do_not_tell_from_the_turned_one_is_refused(tmp_path):
+    """Red falls with x, green rises with y: turned, their sum is the same."""
+    x, y = np.meshgrid(np.linspace(0, 1, 200), np.linspace(0, 1, 200))
+    pixels = np.stack([250 - 120 * x, 60 + 120 * y, np.full_like(x, 170)], -1).round().astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "small.png")
+    turned = np.ascontiguousarray(pixels.swapaxes(0, 1)[::-1, ::-1])
+    assert "it fits with x and y swapped and both mirrored" in refused(
+        "he.png: expected the image", check_content, turned, tmp_path / "small.png"
+    )
+    assert check_content(pixels, tmp_path / "small.png") == []
+
+
+def test_an_image_that_is_transparent_everywhere_is_refused(slide, tmp_path):
+    image, _, xy = slide
+    clear = np.dstack([pixels_of(image), np.zeros((600, 800), np.uint8)])
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    with open_image(tmp_path / "clear.png") as opened:
+        thumbnail = opened.thumbnail()
+    refused("found an image of one colour", checks.check_axes, "clear.png", xy, image.size, 8.0, thumbnail, False)
 
 
 def test_a_shift_is_warned_of_and_a_blank_image_tells_nothing(slide, tmp_path):

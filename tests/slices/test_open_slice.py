@@ -39,6 +39,11 @@ def test_the_full_resolution_image(folder):
     refused("expected a full-resolution image, found none", opened.source_image, "fullres")
 
 
+def test_a_link_to_nothing_is_named_and_not_passed_over_for_the_hires_image(folder, tmp_path):
+    (folder / "he.tif").symlink_to(tmp_path / "gone.tif")
+    refused("he.tif: expected an image, found no such file", visium.open_slice(folder).source_image)
+
+
 def test_an_image_may_be_a_link_or_lie_in_the_root(folder, tmp_path):
     (tmp_path / "store.ndpi").write_text("")
     (folder / "he.ndpi").symlink_to(tmp_path / "store.ndpi")

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from utils.words import cut
 
 BOMB_PX = 2**29  # decoded as a whole, 2 GiB in Pillow
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: profiles and XMP are larger than 1 MiB
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below many full-resolution scans; check_size replaces it
 
 
@@ -33,7 +34,8 @@ def reading(path: Path) -> Iterator[None]:
                 "install --upgrade imagecodecs, or convert it to LZW"
             ) from error
         raise ImageError(
-            f"{path}: expected an image, found one that cannot be read ({cut(text)}); copy it anew"
+            f"{path}: expected an image, found one that cannot be read ({cut(text)}); copy it anew, or convert it to "
+            "8-bit RGB"
         ) from error
 
 

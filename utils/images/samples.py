@@ -63,7 +63,7 @@ class Samples:
 
     def _colours(self, stored: np.ndarray) -> np.ndarray:
         if self.palette is not None:
-            return self.palette[stored[..., self.colours[0]]]
+            return np.take(self.palette, stored[..., self.colours[0]], axis=0)  # of 1 bit, bool would be a mask
         values = _to_8_bits(self.colours_of(stored), self.bits, self.depth)
         if self.kind == "inverted":
             values = 255 - values

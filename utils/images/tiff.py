@@ -99,10 +99,14 @@ class Segmented:
         n = self.columns * self.rows
         n_planes = int(key.samplesperpixel) if key.planarconfig == 2 else 1
         self.planes = [(page, plane * n) for page in pages for plane in range(n_planes)]
+        self.n_samples = int(key.samplesperpixel) * len(pages)
         self._lock, self.at_once = lock, (self.w, self.h)
         for page in pages:
             if min(len(page.dataoffsets), len(page.databytecounts)) < n * n_planes:
                 raise ValueError(f"{len(page.dataoffsets)} of {n * n_planes} tiles or strips")
+            empty = next((a for a, b in zip(page.dataoffsets, page.databytecounts, strict=False) if a and not b), 0)
+            if empty:  # not left out, which has no offset either: the writer never filled in its size
+                raise ValueError(f"a tile or strip of 0 bytes at byte {empty:,}")
 
     @property
     def end(self) -> int:
@@ -158,7 +162,7 @@ class Segmented:
             row, col = divmod(index, self.columns)
             found = self.decode(index)
             if found is None:
-                return np.empty((0, 0, sum(1 for _ in self.planes)), np.uint8)
+                return np.empty((0, 0, self.n_samples), np.uint8)
             return found[: self.height - row * self.h, : self.width - col * self.w]
 
         return [partial(piece, index) for index in range(self.rows * self.columns)]
@@ -204,7 +208,7 @@ class TiffImage:
         logging.getLogger("tifffile").addHandler(logging.NullHandler())  # its remarks would be further lines on stderr
         self.path, self._lock = path, threading.Lock()
         with reading(path):
-            self._file = tifffile.TiffFile(path)
+            self._file = tifffile.TiffFile(path, is_ndpi=False)  # else the suffix .ndpi changes the offsets' width
         try:
             with reading(path):
                 _check_vendor(path, self._file)

@@ -13,7 +13,7 @@ from utils.images.samples import Samples
 
 # Photometric interpretations, compressions, extra samples and a tag
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, MASK, CMYK, YCBCR = 0, 1, 2, 3, 4, 5, 6
-OLD_JPEG, JPEGS = 6, (7, 33007, 34892)
+OLD_JPEG, JPEGS, APERIO_YCC = 6, (7, 33007, 34892), 33003
 PREMULTIPLIED, UNASSOCIATED = 1, 2
 INK_SET = 332
 TO_RGB = "convert it to 8-bit RGB"
@@ -65,6 +65,8 @@ def _unreadable(key: Any) -> str:
     jpeg = key.compression in JPEGS
     if key.compression == OLD_JPEG:
         return f"expected JPEG as of TIFF 6.0's supplement 2, found old-style JPEG; {TO_RGB}"
+    if key.compression == APERIO_YCC and int(key.samplesperpixel) > 1:  # whatever its photometric tag states
+        return f"expected JPEG 2000 of RGB samples, found Aperio's of YCbCr without its description; {TO_RGB}"
     if key.photometric == YCBCR and (not jpeg or key.planarconfig != 1 or key.extrasamples):
         how = getattr(key.compression, "name", key.compression)
         return f"expected YCbCr in JPEG, found it with compression {how} or in planes; {TO_RGB}"

@@ -92,7 +92,7 @@ class Series:
         return self.width * self.height
 
     def is_aside(self, alone: bool) -> bool:
-        """Whether it is called label, macro, thumbnail, overview or map; an image alone in its file by nothing else."""
+        """Whether it is called label, macro, thumbnail, overview or map; `alone`: by nothing else than such a word."""
         if alone:
             return any(re.fullmatch(ONLY_ASIDE, title, re.IGNORECASE) for title in self.titles)
         return any(re.search(ASIDE, title, re.IGNORECASE) for title in self.titles)
@@ -104,8 +104,9 @@ class Series:
 def find_scan(path: Path, file: Any) -> Series:
     """The largest RGB series of an open tifffile.TiffFile, else the largest grey one. Raises ImageError."""
     images = read_series(path, file)
-    alone = len(images) == 1
-    wanted = [series for series in images if not (series.is_reduced or series.is_mask or series.is_aside(alone))]
+    whole = [series for series in images if not (series.is_reduced or series.is_mask)]
+    wanted = [series for series in whole if len(images) > 1 and not series.is_aside(alone=False)]
+    wanted = wanted or [series for series in whole if not series.is_aside(alone=True)]
     wanted = [series for series in wanted if series.looks_rgb] or wanted
     if not wanted:
         names = ", ".join(title for series in images for title in series.titles if title) or "coarser copies"

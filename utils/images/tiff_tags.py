@@ -6,14 +6,20 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from utils.images.units import RESOLUTION_UM
 
 ORIENTATION, PAGE_NAME, MAX_SAMPLE_VALUE, RESOLUTION_UNIT = 274, 285, 281, 296
 ASIDE = (  # what is never the scan: SlideLabel, label_image, macroimage, Thumbnail1, but not label-free, macrophages
-    r"((label|macro|thumbnail|thumb|overview|preview|barcode)s?(image|img|pic|image)?(?![a-z]|-free)"
-    r"|(?<![a-z])(map|lbl)(?![a-z]))"
+    r"((label|ma[ck]ro|thumbnail|thumb|overview|preview|barcode)s?(image|img|pic|bild)?(?![a-z]|-free)"
+    r"|(?<![a-z])(map|lbl)(?![a-z])"
+    r"|navigation|localizer|etikett|[uü]e?bersicht|vorschau|miniatur|[ée]tiquette|aper[çc]u|etiqueta|etichetta"
+    r"|标签|缩略图|概览|ラベル|サムネイル)"
+)
+KIND = (
+    r"\b(?:image)?(?:type|kind|role)\W{1,5}"  # before such a word: "ImageType: label", {"kind": "label"}, type="label"
 )
 ONLY_ASIDE = rf"\W*(slide|the)?[\W_]*{ASIDE}[\W_]*(image)?[\W_]*\d*\W*"  # nothing but such a name
 
@@ -33,26 +39,24 @@ def titles(key: Any, name: str) -> tuple[str, ...]:
 
 
 def _description_names(text: str) -> Iterator[str]:
-    """What a description calls its image: a name in JSON or XML, short text, lines that begin with such a word."""
-    if text.startswith("{"):
-        try:
-            content = json.loads(text)
-        except ValueError:
-            return
-        yield from (str(value) for key, value in content.items() if key.lower() in ("name", "title"))
-    elif text.lstrip().startswith("<"):
-        yield from re.findall(r"<ImageType>([^<]*)</ImageType>", text)
-    elif len(text) <= 60 and "=" not in text:
+    """What a description calls its image: a name in JSON, short text, lines that begin with such a word, its kind."""
+    if len(text) <= 60 and not set(text) & set("={<"):
         yield text
-    else:
-        yield from (found[0] for found in re.finditer(rf"^\W*{ASIDE}", text, re.IGNORECASE | re.MULTILINE))
+        return
+    with suppress(ValueError):
+        content = json.loads(text) if text.startswith("{") else {}
+        yield from (str(value) for key, value in content.items() if key.lower() in ("name", "title"))
+    before = KIND if text.lstrip().startswith("<") else rf"^\W*|\bname\W{{1,5}}|{KIND}"  # OME-XML names all its images
+    yield from (found[2] for found in re.finditer(rf"({before})({ASIDE})", text, re.IGNORECASE | re.MULTILINE))
 
 
 def max_sample_depth(key: Any) -> tuple[int, str] | None:
     largest = key.tags.valueof(MAX_SAMPLE_VALUE)
     if isinstance(largest, tuple):  # a value per sample, the opacity's last
         largest = max(largest[:3] if len(largest) > 2 else largest[:1], default=None)
-    return (largest.bit_length(), "MaxSampleValue") if isinstance(largest, int) and largest > 0 else None
+    if not isinstance(largest, int) or largest < 1:
+        return None
+    return max(1, (largest - 1).bit_length()), "MaxSampleValue"  # 4,095, and 4,096 as some write it, are of 12 bits
 
 
 def tag_um_per_px(key: Any) -> float | None:

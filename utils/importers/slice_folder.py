@@ -16,9 +16,10 @@ import pandas as pd
 from PIL import Image
 
 from utils.files.atomic import write_record, write_whole
+from utils.files.hashing import companions
 from utils.importers.images import image_size, reduced_image
 from utils.importers.source import Source
-from utils.slices import splits
+from utils.slices import splits, visium
 from utils.slices.matrix import CountMatrix, write_matrix
 
 LONGEST_PX = {"hires": 2000, "lowres": 600}  # sides of Space Ranger's small images
@@ -42,12 +43,19 @@ def write_folder(folder: Path, source: Source, memory: float) -> str | None:
 
 
 def _write_image(folder: Path, source: Source) -> str | None:
-    """The full-resolution image: a file byte for byte, pixels as TIFF without loss."""
+    """The full-resolution image: a file, with those that belong to it, byte for byte; pixels as TIFF without loss."""
     if source.image is None:
         return None
     if isinstance(source.image, Path):
-        shutil.copyfile(source.image, folder / source.image.name)
-        return source.image.name
+        name = source.image.name
+        if name in visium.BY_PRODUCTS or name.startswith("."):  # which no reader of the folder takes for this image
+            name = f"{source.name}_{name.lstrip('.')}"
+        shutil.copyfile(source.image, folder / name)
+        for other in companions(source.image):
+            place = folder / other.relative_to(source.image.parent)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(other, place)
+        return name
     import tifffile
 
     name = f"{source.name}.tif"

@@ -151,7 +151,7 @@ def check_content(
 
     Raises
     ------
-    ValueError where it does not show the same.
+    ValueError where it does not show the same, or shows it much better turned or with exchanged colours.
 
     A blank small image allows no comparison. Where it has to confirm that the image was `exported` at another size,
     a blank one is refused, and the colours have to agree too: a correlation does not separate a smooth image from a
@@ -159,15 +159,18 @@ def check_content(
     """
     pixels = [_made_small(thumbnail), _made_small(small)]
     grey, least = [colours.mean(2) for colours in pixels], RESEMBLING if exported else SAME
-    blank = min(values.std() for values in grey) < FLAT
-    if blank and not exported:
+    blank = [bool(values.std() < FLAT) for values in grey]
+    if blank[1] and not exported:
         return []
-    other_colours = exported and np.abs(pixels[0] - pixels[1]).mean() > COLOURS
-    alike = 0.0 if blank or other_colours else _correlation(*grey)
-    if alike < least:
-        differs = "other colours" if other_colours else f"correlation {alike:.2f}"
-        turned = [name for name, pixels in _turned(grey[0]) if not blank and _correlation(pixels, grey[1]) >= SAME]
-        hint = f"; it fits {turned[0]}" if turned else ""
+    off = _difference(*pixels)
+    other_colours = exported and off > COLOURS
+    alike = 0.0 if any(blank) or other_colours else _correlation(*grey)
+    turned = [] if any(blank) else sorted(_turned(pixels[0]), key=lambda named: _difference(named[1], pixels[1]))
+    better = [name for name, other in turned[:1] if off > FLAT and _difference(other, pixels[1]) < off / 2]
+    if alike < least or better:
+        differs = "one colour" if blank[0] else "other colours" if other_colours else f"correlation {alike:.2f}"
+        better += [name for name, other in turned if _correlation(other.mean(2), grey[1]) >= SAME]
+        hint = f"; it fits {better[0]}" if better else ""
         raise ValueError(
             f"{path}: expected the image that {small_name} was made of, found another ({differs}; of the "
             f"same image the correlation is above {least}){hint}; give the image that the positions refer to, unchanged"
@@ -182,17 +185,24 @@ def _made_small(pixels: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX), float)
 
 
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).mean())
+
+
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
 def _turned(pixels: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """An image (SIDE, SIDE, 3) as it would be after a mistake, and what mistake."""
     yield "mirrored left to right", pixels[:, ::-1]
     yield "mirrored top to bottom", pixels[::-1]
     yield "turned by 180 degrees", pixels[::-1, ::-1]
-    yield "with x and y swapped", pixels.T
+    yield "with x and y swapped", pixels.swapaxes(0, 1)
+    yield "with x and y swapped and both mirrored", pixels.swapaxes(0, 1)[::-1, ::-1]
     yield "turned by 90 degrees", np.rot90(pixels)
     yield "turned by 270 degrees", np.rot90(pixels, 3)
+    yield "with red and blue exchanged", pixels[..., ::-1]
 
 
 def check_axes(
@@ -200,7 +210,8 @@ def check_axes(
 ) -> list[str]:
     """Spots against the tissue, as they stand and with swapped or mirrored axes.
 
-    Raises ValueError where hardly a spot lies on tissue, or most would with swapped or mirrored axes and do not now.
+    Raises ValueError where the image is empty, where hardly a spot lies on tissue, or where most would with swapped or
+    mirrored axes and do not now.
 
     Parameters
     ----------
@@ -211,6 +222,11 @@ def check_axes(
     thumbnail : the image (h, w, 3) uint8 made small, and its pixels per pixel of the image
     mirrored : whether array places and pixels are mirror images of each other
     """
+    if np.ptp(thumbnail[0]) < FLAT:
+        raise ValueError(
+            f"{where}: expected tissue under the spots, found an image of one colour, transparent or empty everywhere; "
+            "export it again, without alpha"
+        )
     mask = tissue.tissue_mask(thumbnail[0])
 
     def on_tissue(centres_px: np.ndarray) -> float:

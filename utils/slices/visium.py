@@ -179,13 +179,15 @@ class Slice:
                 )
             return files[0]
         images = [path for place in places for path in images_in(place) if path.name not in BY_PRODUCTS]
+        images = [path for path in images if path.exists()] or images  # a link to nothing is refused when it is opened
         packed = [path.name for place in places for path in place.iterdir() if _is_packed_image(path)]
         if packed and not images:
             raise ValueError(f"{self.folder}: expected an unpacked image, found {min(packed)}; gunzip it")
         if len(images) > 1:
             found_names = ", ".join(path.relative_to(self.folder).as_posix() for path in images)
             raise ValueError(
-                f"{self.folder}: expected one full-resolution image, found {found_names}; name it in the image column"
+                f"{self.folder}: expected one full-resolution image, found {found_names}; name it in the image column "
+                "of slices.csv, or move the others elsewhere"
             )
         return images[0] if images else None
 

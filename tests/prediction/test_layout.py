@@ -105,6 +105,26 @@ def test_a_hires_image_is_smaller_than_the_positions_mean(folder):
     assert {path.name for path in planned.files} > {"tissue_hires_image.png", "filtered_feature_bc_matrix.h5"}
 
 
+@pytest.mark.parametrize("given", ["", "outs"])
+def test_a_table_beside_the_folder_names_its_image_and_pitch(folder, given):
+    """As the tiles of training were cut by it."""
+    for name in ("a.png", "b.png"):
+        shutil.copy(folder / "spatial" / "tissue_hires_image.png", folder / name)
+    (folder.parent / "slices.csv").write_text(
+        "slice,patient,part,spot_pitch_um,image\nP03_1,P03,,200,b.png\nP04_1,,,,\n"
+    )
+    if given:
+        whole = folder.rename(folder.with_name("whole"))
+        folder.mkdir()
+        whole.rename(folder / given)
+    planned = layout.plan(Request(folder / given, name="P03_1"))
+    assert planned.source.path.name == "b.png" and planned.pitch_um == 200
+    assert layout.plan(Request(folder / given, name="P03_1", spot_pitch_um=55)).pitch_um == 55
+    (folder.parent / "slices.csv").write_text("slice,image\nP04_1,b.png\n")
+    with pytest.raises(ValueError, match=r"expected one full-resolution image, found .*a\.png"):
+        layout.plan(Request(folder / given, name="P03_1"))
+
+
 def test_a_few_spots_outside_the_image_are_left_out_and_more_are_refused(slide_file, folder, tmp_path, capsys):
     positions = next((folder / "spatial").glob("tissue_positions*"))
     xy = visium.open_slice(folder).xy_fullres_px

@@ -6,7 +6,7 @@ may be smaller (the hires image of a slice folder), `scale` of its pixels to one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import pandas as pd
 from utils.images import tissue
 from utils.images.image import TissueImage
 from utils.prediction.slides import Request
-from utils.slices import checks, visium
+from utils.slices import checks, splits, visium
 from utils.slices.lattice import Lattice
 from utils.slices.visium import SourceImage
 from utils.words import count_of
@@ -97,11 +97,16 @@ class SlideSpots:
 
 def plan(request: Request, grid_pitch_um: float | None = None) -> Plan:
     """Find image, positions and scale of a slide; `grid_pitch_um` is the model's (None: not known, that of Visium).
-    Raises ValueError where they do not fit."""
+
+    A slices.csv beside a slice folder names its image and its pitch. Raises ValueError where they do not fit.
+    """
     slice_, source = None, SourceImage("fullres", request.slide, 1.0)
     if request.slide.is_dir():
         slice_ = visium.open_slice(request.slide, request.name or None)
-        source = slice_.source_image()
+        row = splits.row_of(request.slide)
+        source = slice_.source_image(named=None if row is None else row.image)
+        if row is not None and request.spot_pitch_um is None and request.positions is None:
+            request = replace(request, spot_pitch_um=row.spot_pitch_um)
     if request.positions is not None:
         spots, lattice = _given_spots(request.positions)
         return Plan(request, source, slice_, spots, lattice)

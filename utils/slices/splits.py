@@ -103,19 +103,28 @@ def _lines(table: Path) -> list[tuple[int, list[str]]]:
     return [(number, cells) for number, cells in lines if any(cells)]
 
 
-def _listed(data: Path, table: Path) -> tuple[list[SliceRow], list[str]]:
-    """The rows of a table of slices, and a warning for columns that nothing reads."""
+def _read_cells(table: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+    """The header of a table of slices, and where each line stands with its cells."""
     lines = _lines(table)
     header = lines[0][1] if lines else []
     if "slice" not in header or any(header.count(name) > 1 for name in COLUMNS):
         found = ",".join(header) or "an empty file"
         raise ValueError(f"{table}: expected the header {','.join(COLUMNS)}, at least slice, found {found}; correct it")
-    rows: dict[str, SliceRow] = {}
+    rows = []
     for number, cells in lines[1:]:
         where = f"{table}, line {number}"
         if len(cells) > len(header):
             raise ValueError(f"{where}: expected {len(header)} cells, found {len(cells)}; quote cells that hold commas")
-        row = _row(data, dict(zip(header, cells, strict=False)), where)
+        rows.append((where, dict(zip(header, cells, strict=False))))
+    return header, rows
+
+
+def _listed(data: Path, table: Path) -> tuple[list[SliceRow], list[str]]:
+    """The rows of a table of slices, and a warning for columns that nothing reads."""
+    header, lines = _read_cells(table)
+    rows: dict[str, SliceRow] = {}
+    for where, cells in lines:
+        row = _row(data, cells, where)
         if row.slice in rows:
             raise ValueError(f"{where}: expected each slice once, found {row.slice} again; remove one of the lines")
         rows[row.slice] = row
@@ -123,6 +132,17 @@ def _listed(data: Path, table: Path) -> tuple[list[SliceRow], list[str]]:
         raise ValueError(f"{table}: expected a line per slice, found only the header; add the slices")
     unread = [name for name in header if name and name not in COLUMNS]
     return list(rows.values()), [f"{table}: columns not used: {', '.join(unread)}"] if unread else []
+
+
+def row_of(folder: Path) -> SliceRow | None:
+    """The line of a slice folder, or of the one that an outs/ is in, in the slices.csv beside it; None without one."""
+    folder = folder.absolute()
+    folder = folder.parent if folder.name == "outs" else folder
+    table = folder.parent / "slices.csv"
+    if not table.exists():
+        return None
+    found = [(where, cells) for where, cells in _read_cells(table)[1] if cells.get("slice") == folder.name]
+    return _row(folder.parent, found[0][1], found[0][0]) if found else None
 
 
 def _found(data: Path) -> tuple[list[SliceRow], list[str]]:

@@ -79,6 +79,15 @@ def test_what_holds_no_counts_is_refused_and_named(adata, found):
     refused(f"a.h5ad: expected raw counts .* {found}", read_counts, "a.h5ad", adata)
 
 
+@pytest.mark.parametrize("form", [csr_matrix, csc_matrix])
+@pytest.mark.parametrize("part", ["indices", "data", "indptr"])
+def test_a_damaged_matrix_is_refused(form, part):
+    adata = anndata.AnnData(form(TRUE), var=pd.DataFrame(index=GENES))
+    values = getattr(adata.X, part)
+    setattr(adata.X, part, np.append(values[:-1], 10**6) if part == "indices" else values[:-1])
+    refused("a.h5ad: expected a matrix in X, found", read_counts, "a.h5ad", adata)
+
+
 def test_names_of_layers_that_say_counts_and_nothing_else():
     taken = ["counts", "count", "raw", "raw_counts", "counts_raw", "UMI", "X_counts", "rawcounts", "integer counts"]
     left = [

@@ -77,6 +77,15 @@ def test_sections_that_no_column_separates():
     assert sections.separating_column(obs.assign(sample=labels), {}, xy_px, array) is None
 
 
+def test_chosen_spots_of_one_section_are_one_section():
+    """Every second place, numbered on: neighbours in a column are one pitch apart, in a row two."""
+    places = np.array([(row, column) for row in range(12) for column in range(row % 2, 12, 2)])[3:]
+    numbers = np.arange(len(places))
+    obs = pd.DataFrame({"array_row": numbers // 9, "array_col": numbers % 9, "stripe": places[:, 0] % 3})
+    for xy_px in (places * 100.0, places * (100.0, 200.0)):
+        assert sections.separating_column(obs, {}, xy_px, obs[["array_row", "array_col"]].to_numpy()) is None
+
+
 @pytest.mark.parametrize("values", [(0, 1), (0.0, 1.0), (False, True), ("0", "1")])
 def test_a_column_of_numbers_separates_sections(values):
     obs, xy_px, array = joined(batch=np.repeat(values, N))

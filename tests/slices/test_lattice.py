@@ -48,6 +48,9 @@ def test_pitch_of_few_spots():
     assert fit_lattice("x", pixels(places, step=STEPS["visium"]), places).pitch_px == pytest.approx(100)
     places = np.array([(0, 0), (1, 1), (2, 2)])
     assert fit_lattice("x", pixels(places, turn=0.3), places).pitch_px == pytest.approx(100 * np.sqrt(2))
+    assert not any(
+        fit_lattice("x", pixels([(0, 0), place]), np.array([(0, 0), place])).mirrored for place in SQUARE[1:]
+    )
     refused("two spots or more", fit_lattice, "x", np.zeros((1, 2)), np.zeros((1, 2), int))
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
 
 from utils.genes.names import without_unique_suffixes
-from utils.slices.matrix import first_bad_count
+from utils.slices.matrix import first_bad_count, reading
 
 COUNT_WORDS = {"counts", "count", "raw", "rawcounts", "umi", "umis"}
 NEUTRAL_WORDS = {"x", "data", "matrix", "integer", "original"}  # a layer is taken as counts for words of these two only
@@ -99,7 +100,10 @@ def choose_matrix(where: str, adata: Any) -> tuple[Matrix, csr_matrix]:
     """The matrix with most genes of those that hold counts, and its counts (S, F) int32."""
     found = []
     for matrix in sorted(matrices(adata), key=lambda matrix: -len(matrix.var)):
-        counts = csr_matrix(matrix.values)
+        with reading(Path(where), f"a matrix in {matrix.where}"):
+            if issparse(matrix.values):
+                matrix.values.check_format(full_check=True)  # SciPy writes past its arrays where an index is too large
+            counts = csr_matrix(matrix.values)
         reason = why_no_counts(counts.data)
         if reason is None:
             counts = counts.astype(np.int32)

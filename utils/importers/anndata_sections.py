@@ -20,6 +20,7 @@ SECTION_COLUMNS = (
     *("sample_id", "sample", "sampleid", "slice", "slice_id", "section", "section_id", "slide", "slide_id"),
     *("orig.ident", "batch", "dataset", "capture_area", "puck"),
 )
+COORDINATES = ("array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres", "x", "y")  # never sections
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "donor_id", "donor", "subject", "subject_id", "individual")
 NOBODY = ("", "nan", "none", "unknown", "na", "n/a", "<na>")
 FEWEST = 3  # spots of a section
@@ -122,13 +123,15 @@ def separating_column(obs: pd.DataFrame, by_library: dict[str, Any], xy_px: np.n
     That is a column of library ids with several values; one that alone keeps spots apart which share a place or lie on
     each other; or, where the spots as a whole lie on no lattice, one whose values each lie on one.
     """
-    by_column = {column: labels for column in _in_order(obs) if (labels := _labels(obs[column])) is not None}
+    columns = [column for column in _in_order(obs) if str(column).lower() not in COORDINATES]
+    by_column = {column: labels for column in columns if (labels := _labels(obs[column])) is not None}
     for column, labels in by_column.items():
         of_libraries = len(by_library) > 1 and set(labels.astype(str)) <= set(by_library)
         if str(column).lower() in LIBRARY_COLUMNS or of_libraries:
             return column
     nearest_px = lattice.nearest_px(xy_px) if len(xy_px) > 1 else np.ones(1)
-    crowded = nearest_px.min() < CLOSE * np.median(nearest_px) or _repeated(array)
+    close = nearest_px.min() < CLOSE * np.median(nearest_px) and not _on_lattice(xy_px, None)  # no chosen neighbours
+    crowded = close or _repeated(array)
     for column, labels in by_column.items():
         if (crowded or str(column).lower() in SECTION_COLUMNS) and _keeps_apart(labels, xy_px, array, nearest_px):
             return column

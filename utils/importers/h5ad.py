@@ -143,7 +143,7 @@ def read_sample(sample: Sample, pitch_um: float | None = None, library_key: str 
 
 def _coordinates(path: Path, adata: Any) -> np.ndarray:
     """x and y (S, 2) of the spots in full-resolution pixels."""
-    stored = adata.obsm["spatial"] if "spatial" in adata.obsm else np.zeros((0, 0))
+    stored: Any = adata.obsm["spatial"] if "spatial" in adata.obsm else np.zeros((0, 0))
     named = next((list(names) for names in XY_COLUMNS if set(names) <= set(getattr(stored, "columns", ()))), None)
     xy_px = np.asarray(stored if named is None else stored[named], dtype=float)
     if xy_px.ndim != 2 or xy_px.shape[1] < 2 or not np.isfinite(xy_px).all():

@@ -23,7 +23,7 @@ START_RADIUS = 6.0  # nearest distances around the middle, where the first fit i
 MOST_WITHIN, ALL_WITHIN, MOST = 0.25, 0.5, 0.95
 HEXAGONAL = math.sqrt(3)  # step of a row over that of a column on Visium's array
 UNEVEN = 0.1  # by which that ratio, and the cosine between the steps, may be off
-FLAT = 1e-9  # of the squared steps: area of a place of spots that lie on a line
+FLAT = 1e-9  # of the squared steps: the area of a place is below it for spots on one line
 NO_NEIGHBOUR = 1.5  # pitches
 
 
@@ -70,7 +70,7 @@ def fit_lattice(where: str, xy_px: np.ndarray, array: np.ndarray | None = None) 
         staggered = is_staggered(stated) or _step_ratio(slopes) == HEXAGONAL
         pitch_px = _pitch_px(slopes, staggered, xy_px)
         fits = _all_at_their_places(off / pitch_px) and not _repeated(stated)
-        as_stated = Lattice(stated.astype(int), pitch_px, staggered, False, bool(np.linalg.det(slopes) < 0))
+        as_stated = Lattice(stated.astype(int), pitch_px, staggered, False, _area(slopes) < 0)
         if fits and _step_ratio(slopes) is not None and not _skips_places(xy_px, pitch_px):
             return as_stated
     try:
@@ -109,11 +109,17 @@ def _step_ratio(slopes: np.ndarray) -> float | None:
     """The longer over the shorter step of row and column, 1 or HEXAGONAL; 1 too for spots on a line; None on an array
     that is neither square nor hexagonal, as of places in skewed or other units."""
     lengths = np.sort(np.linalg.norm(slopes, axis=1))
-    if abs(np.linalg.det(slopes)) <= FLAT * np.square(lengths).sum():
+    if not _area(slopes):
         return 1.0
     if abs(slopes[0] @ slopes[1]) > UNEVEN * lengths.prod():
         return None
     return next((ratio for ratio in (1.0, HEXAGONAL) if abs(lengths[1] / lengths[0] / ratio - 1) <= UNEVEN), None)
+
+
+def _area(slopes: np.ndarray) -> float:
+    """Of a place, in square pixels; 0 for spots on one line, negative where places and pixels are mirror images."""
+    area = float(np.linalg.det(slopes))
+    return area if abs(area) > FLAT * np.square(slopes).sum() else 0.0
 
 
 def _pitch_px(slopes: np.ndarray, staggered: bool, xy_px: np.ndarray) -> float:
@@ -123,8 +129,7 @@ def _pitch_px(slopes: np.ndarray, staggered: bool, xy_px: np.ndarray) -> float:
     array; on a staggered one, where a column is half a pitch and a row sqrt(3)/2 of it, sqrt(3)/4 of that. Spots on one
     line have no area: their closest pair is taken.
     """
-    area_px2 = abs(np.linalg.det(slopes))
-    if area_px2 > FLAT * np.square(slopes).sum():
+    if area_px2 := abs(_area(slopes)):
         return math.sqrt(area_px2 * (4 / math.sqrt(3) if staggered else 1))
     return float(nearest_px(xy_px).min())
 

@@ -22,7 +22,7 @@ START_RADIUS = 6.0  # nearest distances around the middle, where the first fit i
 # are within a quarter, and none is nearer to another place than to its own.
 MOST_WITHIN, ALL_WITHIN, MOST = 0.25, 0.5, 0.95
 HEXAGONAL = math.sqrt(3)  # step of a row over that of a column on Visium's array
-UNEVEN = 0.1  # by which that ratio, and the cosine between the steps, may be off
+UNEVEN = 0.2  # by which that ratio, and the cosine between the steps, may be off: .11 on section MOB1
 FLAT = 1e-9  # of the squared steps: the area of a place is below it for spots on one line
 NO_NEIGHBOUR = 1.5  # pitches
 

@@ -94,7 +94,7 @@ def in_brackets(names: Iterable[str], most: int = 4) -> str:
 WRAPPERS = ("module", "_orig_mod", "model", "backbone", "encoder", "trunk", "visual")
 KINDS = (  # of several sets of weights the first of these kinds is taken, before any other
     re.compile(
-        r"(^|[._]|model|net|weights)(ema|momentum|averaged?|avg|swa|shadow|encoder_k|key_encoder)([._]|$)",
+        r"(^|[._]|model|net|weights)(ema|momentum|averaged?|avg|swa|polyak|shadow|encoder_k|key_encoder)([._]|$)",
         re.IGNORECASE,
     ),
     re.compile(r"(^|[._])(teacher|target)([._]|$)", re.IGNORECASE),

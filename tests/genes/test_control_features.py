@@ -21,6 +21,7 @@ FalseCode12 BLANK_0006 BLANK-0006 Blank-1 Blank-10-1 blank1 Blank UnassignedCode
 Unassigned Unassigned_NoFeatures unassigned-1 DeprecatedCodeword_0317 DEPRECATED_ENSG00000000001 Deprecated
 antisense_BCL2L15 antisense-PROKR2 Intergenic_Region_10014 INTERGENIC1 Intergenic GenomicControl_3 Genomic_Control_12
 ControlProbe_7 ERCC-00002 ERCC_00171 ERCC.00130 SIRV101 __no_feature __ambiguous __ambiguous[ENSG1+ENSG2]
+SysCtrl1 PosControl_2 Positive_Control_Probe_1 NegativeCodeword_3 NegCodeword4 POS_E(0.5) unmapped
 X__alignment_not_unique no_feature ambiguous N_unmapped N_noFeature NEG_A POS_B(32) Custom_Negative1
 """.split()
 CONTROLS += SPACED

@@ -24,7 +24,7 @@ def merged(names, ids=None, symbols=None):
 # ---- one file
 
 
-@pytest.mark.parametrize("mark", ["-", "."])
+@pytest.mark.parametrize("mark", ["-", ".", "_"])
 def test_numbered_copies_beside_their_symbol_are_that_symbol(mark):
     names = ["A", "TBCE", f"TBCE{mark}1", "HSPA14", f"HSPA14{mark}2", f"HSPA14{mark}1", "B"]
     assert merged(names) == ["A", "TBCE", "TBCE", "HSPA14", "HSPA14", "HSPA14", "B"]

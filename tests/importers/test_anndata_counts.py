@@ -79,6 +79,15 @@ def test_what_holds_no_counts_is_refused_and_named(adata, found):
     refused(f"a.h5ad: expected raw counts .* {found}", read_counts, "a.h5ad", adata)
 
 
+@pytest.mark.parametrize("form", [csr_matrix, csc_matrix])
+@pytest.mark.parametrize("part", ["indices", "data", "indptr"])
+def test_a_damaged_matrix_is_refused(form, part):
+    adata = anndata.AnnData(form(TRUE), var=pd.DataFrame(index=GENES))
+    values = getattr(adata.X, part)
+    setattr(adata.X, part, np.append(values[:-1], 10**6) if part == "indices" else values[:-1])
+    refused("a.h5ad: expected a matrix in X, found", read_counts, "a.h5ad", adata)
+
+
 def test_names_of_layers_that_say_counts_and_nothing_else():
     taken = ["counts", "count", "raw", "raw_counts", "counts_raw", "UMI", "X_counts", "rawcounts", "integer counts"]
     left = [
@@ -147,6 +156,11 @@ ENTREZ = [7157, 672, 675, 1956]
         (named(["A", "ENSG00000000001", "C", "D"], gene_ids=IDS), ["A", IDS[1], "C", "D"], IDS),
         (named(["TBCE", "TBCE-1", "C", "NKX2-1"], gene_ids=IDS), ["TBCE", "TBCE", "C", "NKX2-1"], IDS),
         (named(IDS, feature_name=["A", "B", f"B_{IDS[2]}", "D"]), ["A", "B", "B", "D"], IDS),
+        *((named(IDS, **{column: GENES}), GENES, IDS) for column in ("feature", "original_gene_symbols", "symbol-0")),
+        (named(IDS, alias_symbol=GENES, prev_symbols=GENES), IDS, IDS),
+        (named(IDS, gene_name=["A", "nan", "None", "-"]), ["A", *IDS[1:]], IDS),
+        (named(["A", "nan", "nan-1", "NA"], gene_ids=IDS), ["A", *IDS[1:]], IDS),  # missing symbols, made unique
+        (named(range(1, 5), gene_symbols=GENES, gene_ids=IDS), GENES, IDS),
     ],
 )
 def test_names_and_ids(var, genes, ids):
@@ -155,6 +169,7 @@ def test_names_and_ids(var, genes, ids):
 
 def test_numbers_are_no_names():
     refused("a.h5ad: expected gene names in var, found the numbers 0, 1, 2", gene_names, "a.h5ad", named(range(4)))
+    refused("a.h5ad: expected gene names in var, found the numbers 1, 2, 3", gene_names, "a.h5ad", named(range(1, 5)))
 
 
 def test_raw_takes_the_symbols_that_only_var_has():

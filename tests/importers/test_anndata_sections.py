@@ -77,6 +77,32 @@ def test_sections_that_no_column_separates():
     assert sections.separating_column(obs.assign(sample=labels), {}, xy_px, array) is None
 
 
+def test_chosen_spots_of_one_section_are_one_section():
+    """Every second place, numbered on: neighbours in a column are one pitch apart, in a row two."""
+    places = np.array([(row, column) for row in range(12) for column in range(row % 2, 12, 2)])[3:]
+    numbers = np.arange(len(places))
+    obs = pd.DataFrame({"array_row": numbers // 9, "array_col": numbers % 9, "stripe": places[:, 0] % 3})
+    for xy_px in (places * 100.0, places * (100.0, 200.0)):
+        assert sections.separating_column(obs, {}, xy_px, obs[["array_row", "array_col"]].to_numpy()) is None
+
+
+@pytest.mark.parametrize("values", [(0, 1), (0.0, 1.0), (False, True), ("0", "1")])
+def test_a_column_of_numbers_separates_sections(values):
+    obs, xy_px, array = joined(batch=np.repeat(values, N))
+    message = refused("expected one section", sections.check_one_section, "x", obs, {}, xy_px, array)
+    assert "split them with --library_key batch" in message and ".0" not in message
+    names = [name for name, _ in sections.split("x", anndata.AnnData(np.ones((2 * N, 1)), obs=obs), "batch", "a")]
+    assert names == (["False", "True"] if values[0] is False else ["a_0", "a_1"])
+
+
+def test_sections_without_any_column_are_refused():
+    obs, xy_px, array = joined()
+    refused("found two spots at one pixel and no column", sections.check_one_section, "x", obs, {}, xy_px, array)
+    obs.index = [f"{i}" for i in range(N)] * 2
+    xy_px[N:] += (3.3, 1.2)
+    refused("found the barcode 0 again and no column", sections.check_one_section, "x", obs, {}, xy_px, array)
+
+
 def entry(width):
     return {"images": {"hires": np.zeros((width, width, 3))}, "scalefactors": {"tissue_hires_scalef": 1.0}}
 
@@ -89,6 +115,7 @@ def test_libraries_of_uns():
     one = entry(9)
     uns = {"is_single": np.True_, "A": one, "empty": {}, "note": "text"}
     assert list(sections.libraries("x", adata_with(uns))) == ["A"]
+    assert sections.libraries("x", adata_with(one)) == {"": one}, "without a library's name"
     assert sections.libraries("x", anndata.AnnData(np.ones((2, 2)))) == {}
     refused("x: expected one section, found .*is_single", sections.libraries, "x", adata_with({"is_single": np.False_}))
 
@@ -101,12 +128,20 @@ def test_libraries_of_uns():
         ({"library_id": "B", "sample": "A"}, ["A"], "B"),
         ({"library_id": "0"}, ["A"], "A"),
         ({}, ["B"], "B"),
+        ({"in_tissue": 1, "array_row": 0, "batch": 1}, [], "1"),  # of 0 and 1, as batches are numbered
+        ({"in_tissue": 1, "batch": 0.0}, ["1"], "0"),
     ],
 )
 def test_the_library_of_the_section(columns, fitting, wanted):
-    found = {"A": {"images": 1}, "B": {"images": 2}}
+    found = {"A": {"images": 1}, "B": {"images": 2}} if wanted in "AB" else {"0": {"images": 1}, "1": {"images": 2}}
     obs = pd.DataFrame(columns, index=["s", "t"])
     assert sections.choose_library("x", found, obs, fitting) is found[wanted]
+
+
+def test_the_column_that_sections_were_split_by_names_the_library():
+    found = {"A": {"images": 1}, "B": {"images": 2}}
+    obs = pd.DataFrame({"library_id": "A", "mine": "B"}, index=["s", "t"])
+    assert sections.choose_library("x", found, obs, ["A"], "mine") is found["B"]
 
 
 def test_a_library_that_cannot_be_told_is_refused():

@@ -23,7 +23,8 @@ def test_is_staggered():
     assert is_staggered(VISIUM)
     assert not is_staggered(SQUARE)
     assert not is_staggered([(0, 0), (0, 2), (2, 4)])  # even rows alone
-    assert not is_staggered([(r, c + 1) for r, c in VISIUM])
+    assert is_staggered(VISIUM + np.array([0, 1])), "wherever rows and columns are counted from"
+    assert not is_staggered([*VISIUM, (0, 1)])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -47,6 +48,9 @@ def test_pitch_of_few_spots():
     assert fit_lattice("x", pixels(places, step=STEPS["visium"]), places).pitch_px == pytest.approx(100)
     places = np.array([(0, 0), (1, 1), (2, 2)])
     assert fit_lattice("x", pixels(places, turn=0.3), places).pitch_px == pytest.approx(100 * np.sqrt(2))
+    assert not any(
+        fit_lattice("x", pixels([(0, 0), place]), np.array([(0, 0), place])).mirrored for place in SQUARE[1:]
+    )
     refused("two spots or more", fit_lattice, "x", np.zeros((1, 2)), np.zeros((1, 2), int))
 
 
@@ -71,6 +75,37 @@ def test_places_that_do_not_fit_are_measured(places, step, kind, rng):
     found = fit_lattice("x", xy, stated)
     assert found.measured and found.pitch_px == pytest.approx(137.0, rel=1e-6)
     assert found.staggered == (step == "visium") and len(np.unique(found.array, axis=0)) == len(places)
+
+
+@pytest.mark.parametrize(("places", "step"), [(SQUARE, "square"), (VISIUM, "visium")])
+@pytest.mark.parametrize("kind", ["in pixels", "skewed", "stretched"])
+def test_places_of_no_known_array_are_measured(places, step, kind):
+    """They fit the pixels exactly, and the area of a place is not that of a spot."""
+    xy = pixels(places, 137.0, STEPS[step])
+    row, column = places.T
+    other = {"in pixels": xy[:, ::-1].round().astype(int), "stretched": np.column_stack([3 * row, column])}
+    skewed = (column - row) // 2 if step == "visium" else column + row
+    stated = other.get(kind, np.column_stack([row, skewed]))
+    found = fit_lattice("x", xy, stated)
+    assert found.measured and found.staggered == (step == "visium") and found.pitch_px == pytest.approx(137.0)
+
+
+@pytest.mark.parametrize("chosen", ["every second row", "odd numbers", "rows backwards", "columns first"])
+def test_visiums_array_however_it_is_numbered_and_cut(chosen):
+    places = np.array([(row, column) for row in range(12) for column in range(row % 2, 30, 2)])
+    kept = places[:, 0] % 2 == 0 if chosen == "every second row" else np.ones(len(places), bool)
+    stated = {"odd numbers": places + np.array([1, 0]), "rows backwards": (11, 0) + (-1, 1) * places}
+    stated |= {"columns first": places[:, ::-1]}
+    found = fit_lattice("x", pixels(places, 100.0, STEPS["visium"], turn=0.4)[kept], stated.get(chosen, places)[kept])
+    assert found.staggered and not found.measured and found.pitch_px == pytest.approx(100.0)
+
+
+def test_scattered_spots_keep_places_that_fit(rng):
+    places = np.array([(row, column) for row in range(40) for column in range(40)])
+    few = places[rng.permutation(len(places))[:12]]
+    found = fit_lattice("x", pixels(few, 100.0), few)
+    assert not found.measured and found.pitch_px == pytest.approx(100.0)
+    np.testing.assert_array_equal(found.array, few)
 
 
 def test_hand_printed_arrays_wobble(rng):

@@ -26,6 +26,21 @@ def test_features_of_one_to_three_columns(tmp_path, columns, ids):
     assert (matrix.genes.tolist(), matrix.gene_ids.tolist()) == (GENES, ids)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_folder_of_cell_ranger_2_calls_features_genes(tmp_path, zipped):
+    folder, end = write_folder(tmp_path / "m", zipped=zipped, columns=2), ".gz" if zipped else ""
+    (folder / f"features.tsv{end}").rename(folder / f"genes.tsv{end}")
+    matrix = visium.read_matrix(folder)
+    np.testing.assert_array_equal(matrix.counts.toarray(), COUNTS)
+    assert (matrix.genes.tolist(), matrix.gene_ids.tolist()) == (GENES, IDS)
+
+
+def test_barcodes_of_any_letters(tmp_path):
+    barcodes = [f"{barcode}-Gewebe ä" for barcode in BARCODES]  # of AnnData.concat with such keys
+    path = write_h5(tmp_path / "m.h5", barcodes=[barcode.encode() for barcode in barcodes])
+    assert visium.read_matrix(path).barcodes.tolist() == barcodes == visium.read_barcodes(path).tolist()
+
+
 def test_cell_ranger_2_keeps_genes_beside_the_counts(tmp_path):
     path = write_h5(tmp_path / "m.h5", group="mm10")
     with h5py.File(path, "a") as file:

@@ -154,6 +154,10 @@ def archived(folder):
     (folder / "GSM1_spatial.tar.gz").write_bytes(b"")
 
 
+def renamed(folder):
+    (folder / "spatial").rename(folder / "GSM1_P1_spatial")
+
+
 def segmented(folder):
     (folder / "outs").mkdir()
     (folder / "spatial").rename(folder / "outs" / "spatial")
@@ -174,6 +178,7 @@ def aggregated(folder):
         (packed, "gunzip"),
         (prefixed, "GEO download"),
         (archived, "GEO download"),
+        (renamed, "GEO download"),
         (segmented, "segmented"),
         (aggregated, "aggr"),
     ],

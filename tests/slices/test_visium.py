@@ -65,6 +65,12 @@ def test_positions_with_windows_line_ends_and_byte_order_mark(slice_dir):
     pd.testing.assert_frame_equal(found, visium.read_positions(slice_dir))
 
 
+@pytest.mark.parametrize("words", [("True", "False"), ("TRUE", "FALSE"), ("1.0", "0.0")])
+def test_tissue_as_words(tmp_path, words):
+    write_spatial(tmp_path, position_lines(in_tissue=[words[0], words[0], words[1], words[0]]))
+    assert visium.read_positions(tmp_path)["in_tissue"].tolist() == [True, True, False, True]
+
+
 def test_parquet_with_the_barcode_as_index(tmp_path):
     spatial = write_spatial(tmp_path, form="parquet")
     expected = visium.read_positions(tmp_path)
@@ -208,6 +214,10 @@ def test_bad_scale_factors(tmp_path, key, value):
 
 def test_missing_scale_factors(tmp_path):
     spatial = write_spatial(tmp_path, scales={"tissue_hires_scalef": 1.0})
+    refused("spot_diameter_fullres, found no such key", visium.read_scalefactors, tmp_path)
+    write_spatial(tmp_path, scales={"spot_diameter_fullres": 65})
+    assert visium.read_scalefactors(tmp_path) == {"spot_diameter_fullres": 65.0}, "without small images"
+    (spatial / "tissue_lowres_image.png").write_bytes(b"")
     refused("tissue_lowres_scalef, found no such key", visium.read_scalefactors, tmp_path)
     for text in ("{", "[1]", ""):
         (spatial / "scalefactors_json.json").write_text(text)

@@ -22,6 +22,7 @@ HEADINGS = (  # of the column of genes, in order of preference
     *("feature_name", "feature", "features", "name", "names", "gene_id", "gene_ids", "geneid", "ensembl_gene_id"),
     *("ensembl_id", "ensembl"),
 )
+LONE_HEADINGS = ("x", "v1", "0", "gene_list", "genelist")  # of a table's only column, which R and pandas call so
 FOREIGN = {b"PK\x03\x04": "a workbook or archive", b"\xd0\xcf\x11\xe0": "a workbook", b"\x1f\x8b": "a packed file"}
 TYPOGRAPHY: dict[int, str | None] = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212"), "-")
 TYPOGRAPHY |= dict.fromkeys(map(ord, "\u2018\u2019\u201c\u201d"), '"')
@@ -86,7 +87,9 @@ def _lines(text: str) -> list[str]:
 
 
 def _names_of_line(line: str) -> list[str]:
-    names = [name for name in map(_bare, NAME.findall(line)) if name]
+    bare = _bare(line)
+    one_cell = not set(bare) & set("\"'")  # "A, B, C", as a spreadsheet saves them
+    names = [name for name in map(_bare, NAME.findall(bare if one_cell else line)) if name]
     return names[1:] if names and _heading_name(names[0]) in HEADINGS else names
 
 
@@ -114,7 +117,7 @@ def _names_of_table(lines: list[str]) -> list[str]:
         rows[0] = [lines[0]]
     if all(len(row) == 1 for row in rows):
         names = [row[0] for row in rows]
-        return names[1:] if _heading_name(names[0]) in HEADINGS else names
+        return names[1:] if _heading_name(names[0]) in (*HEADINGS, *LONE_HEADINGS) else names
     if len(rows) == 2 and len(rows[0]) == 1 and _heading_name(rows[0][0]) in HEADINGS:
         return _names_of_line(lines[-1])
     heading, body = _split_heading(rows)

@@ -19,18 +19,19 @@ COLUMNS = ("alias_symbol", "prev_symbol", "ensembl_gene_id")  # of HGNC's comple
 # ---- control features
 
 CONTROL = re.compile(
-    r"""neg(ative)?[-_. ]?(control|ctrl|prb|probe)   # Xenium NegControlProbe_00042, CosMx NegPrb1, GeoMx NegProbe-WTX
+    r"""neg(ative)?[-_. ]?(prb|probe|codeword)       # CosMx NegPrb1, GeoMx NegProbe-WTX
+    |(neg(ative)?|pos(itive)?|sys(tem)?)[-_. ]?(control|ctrl)  # Xenium NegControlProbe_00042, CosMx SystemControl1
     |(custom[-_. ])?negative[-_. ]?(set[-_. ]?)?\d*$ # CosMx Negative1
-    |system[-_. ]?control|false[-_. ]?code           # CosMx
+    |false[-_. ]?code                                # CosMx
     |blank([-_. ]|\d|codeword|$)                     # Xenium BLANK_0006, MERSCOPE Blank-1
     |(unassigned|deprecated)([-_. ]|\d|codeword|$)   # Xenium UnassignedCodeword_0001
     |antisense[-_. ]                                 # Xenium antisense_BCL2L15
     |intergenic([-_. ]|\d|region|$)|genomic[-_. ]?control  # Xenium Prime Intergenic_Region_10014
-    |(positive[-_. ]?)?control[-_. ]?(probe|codeword|\d+$)|(pos|neg)_[a-h](\(\d+\))?$  # the latter of nCounter
+    |control[-_. ]?(probe|codeword|\d+$)|(pos|neg)_[a-h](\([\d.]+\))?$  # the latter of nCounter
     |ercc[-_.]\d{5}$|sirv\d                          # spike-ins
     |x?__                                            # HTSeq __no_feature, in R X__no_feature
     |(no_feature|ambiguous|too_low_aqual|not_aligned|alignment_not_unique)$
-    |n_(unmapped|multimapping|nofeature|ambiguous)$  # STAR""",
+    |(n_)?(unmapped|multimapping|nofeature|ambiguous)$  # STAR""",
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -74,7 +75,7 @@ def mapped_names(names: np.ndarray, symbols: Mapping[str, str]) -> np.ndarray:
 
 # ---- suffixes that make symbols unique
 
-SUFFIX = re.compile(r"(.+)([-.])([1-9]\d*)")  # anndata and Seurat: TBCE-1; R's make.unique and pandas: TBCE.1
+SUFFIX = re.compile(r"(.+)([-._])([1-9]\d*)")  # anndata: TBCE-1; R's make.unique, pandas: TBCE.1; by hand: TBCE_1
 WITH_ID = re.compile(r"(.+)[-_.]ENS[A-Z]*G\d+(\.\d+)?")  # CELLxGENE, scuttle: TBCE_ENSG00000284770
 NUMBERED = {  # beginnings of symbols X whose X-1 (or X.1) is a gene of its own beside X
     "-": re.compile(
@@ -83,11 +84,12 @@ NUMBERED = {  # beginnings of symbols X whose X-1 (or X.1) is a gene of its own 
         re.IGNORECASE,
     ),
     ".": re.compile(r"([A-Z]{1,2}\d{5,8}|.+-[A-Z]*\d+[A-Z]+\d+|ENS[A-Z]*\d+|[NX][MR]_\d+)$"),  # clones, ids
+    "_": re.compile(r"$"),  # none
 }
 
 
 def _suffixed(names: Iterable[str]) -> Iterator[tuple[int, str, str, int]]:
-    """Place, name without suffix, `-` or `.`, and number of each name that has such a suffix; no Ensembl ids."""
+    """Place, name without suffix, its mark, and number of each name that has such a suffix; no Ensembl ids."""
     for i, name in enumerate(names):
         if (parts := SUFFIX.fullmatch(name)) and not is_ensembl(name):
             yield i, parts[1], parts[2], int(parts[3])

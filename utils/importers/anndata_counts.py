@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
 
 from utils.genes.names import without_unique_suffixes
-from utils.slices.matrix import first_bad_count
+from utils.slices.matrix import first_bad_count, reading
 
 COUNT_WORDS = {"counts", "count", "raw", "rawcounts", "umi", "umis"}
 NEUTRAL_WORDS = {"x", "data", "matrix", "integer", "original"}  # a layer is taken as counts for words of these two only
@@ -26,8 +27,10 @@ TOTALS_DISAGREE = 0.01  # of the stated sum of all spots
 ID_COLUMNS = ("geneids", "geneid", "ensemblid", "ensemblids", "ensembl", "ensemblgeneid", "featureid", "ids", "id")
 SYMBOL_COLUMNS = (
     *("featurename", "genename", "genenames", "genesymbol", "genesymbols", "symbol", "symbols", "hgncsymbol"),
-    *("mgisymbol", "externalgenename", "geneshortname", "gene", "genes", "name", "names", "features"),
+    *("mgisymbol", "externalgenename", "geneshortname", "gene", "genes", "name", "names", "feature", "features"),
 )
+OTHER_SYMBOLS = re.compile(r"(?!.*(alias|prev|syn|old|orth|homolog)).*symbols?", re.IGNORECASE)  # gene_symbols_orig
+NO_SYMBOL = ("", "nan", "NaN", "NA", "<NA>", "N/A", "n/a", "None", "null", "-")  # texts made of missing symbols
 # Ensembl, FlyBase, WormBase, RefSeq, HGNC, MGI, and the numbers of NCBI or of a running index
 ID = re.compile(r"(ENS[A-Z]*[GT]\d+|FBgn\d+|WBGene\d+|[NX][MR]_\d+|HGNC:\d+|MGI:\d+|\d+)(\.\d+)?(_PAR_Y)?")
 GENE_KINDS = {"feature_types": "Gene Expression", "feature_biotype": "gene"}  # Space Ranger's, CELLxGENE's
@@ -97,7 +100,10 @@ def choose_matrix(where: str, adata: Any) -> tuple[Matrix, csr_matrix]:
     """The matrix with most genes of those that hold counts, and its counts (S, F) int32."""
     found = []
     for matrix in sorted(matrices(adata), key=lambda matrix: -len(matrix.var)):
-        counts = csr_matrix(matrix.values)
+        with reading(Path(where), f"a matrix in {matrix.where}"):
+            if issparse(matrix.values):
+                matrix.values.check_format(full_check=True)  # SciPy writes past its arrays where an index is too large
+            counts = csr_matrix(matrix.values)
         reason = why_no_counts(counts.data)
         if reason is None:
             counts = counts.astype(np.int32)
@@ -161,10 +167,10 @@ def _with_columns_of(var: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
 
 
 def _columns(var: pd.DataFrame, wanted: tuple[str, ...]) -> list[pd.Series]:
-    """Columns of these names, in this order, whatever their case and punctuation."""
+    """Columns of these names, in this order, whatever their case and punctuation, and a number that joining added."""
     by_name: dict[str, list[Any]] = {}
     for column in var.columns:
-        by_name.setdefault(re.sub(r"[\W_]", "", str(column).lower()), []).append(column)
+        by_name.setdefault(re.sub(r"-\d+$|[\W_]", "", str(column).lower()), []).append(column)
     return [var[column] for name in wanted for column in by_name.get(name, [])]
 
 
@@ -196,21 +202,24 @@ def gene_names(where: str, var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     unique are taken away again.
     """
     index = _texts(var.index)
-    columns = [texts for texts in map(_texts, _columns(var, SYMBOL_COLUMNS)) if _are_symbols(texts)]
+    others = [var[column] for column in var.columns if OTHER_SYMBOLS.match(str(column))]
+    texts_of_columns = map(_texts, [*_columns(var, SYMBOL_COLUMNS), *others])
+    columns = [texts for texts in texts_of_columns if _are_symbols(texts)]
     symbols = max(columns, key=np.count_nonzero, default=None)  # the fullest, the first of equals
     ids = next((texts for texts in map(_texts, _columns(var, ID_COLUMNS)) if _most([bool(t) for t in texts])), None)
     names = index
     if are_ids(index):
-        running = (index == np.arange(len(index)).astype(str)).all()
+        running = any((index == np.arange(first, first + len(index)).astype(str)).all() for first in (0, 1))
         if running and symbols is None and ids is None:
-            raise ValueError(f"{where}: expected gene names in var, found the numbers 0, 1, 2, ...; name the genes")
+            found = ", ".join(index[:3])
+            raise ValueError(f"{where}: expected gene names in var, found the numbers {found}, ...; name the genes")
         if ids is None or not all(text.isdigit() for text in index):  # else the column has better ids than the index
             ids = symbols if running else index
         names = symbols if symbols is not None else index if ids is None else ids
     ids = index if ids is None else ids
     ids = np.where(ids == "", index, ids).astype(str)
-    names = np.where(names == "", ids, names).astype(str)
-    return without_unique_suffixes(names, ids), ids
+    names = without_unique_suffixes(np.where(names == "", ids, names).astype(str), ids)
+    return np.where(np.isin(names, NO_SYMBOL), ids, names), ids
 
 
 def genes_among(var: pd.DataFrame) -> tuple[np.ndarray, list[str]]:

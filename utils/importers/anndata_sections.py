@@ -20,10 +20,18 @@ SECTION_COLUMNS = (
     *("sample_id", "sample", "sampleid", "slice", "slice_id", "section", "section_id", "slide", "slide_id"),
     *("orig.ident", "batch", "dataset", "capture_area", "puck"),
 )
+COORDINATES = ("array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres", "x", "y")  # never sections
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "donor_id", "donor", "subject", "subject_id", "individual")
 NOBODY = ("", "nan", "none", "unknown", "na", "n/a", "<na>")
 FEWEST = 3  # spots of a section
 CLOSE = 0.75  # of the distance between neighbours: nearer spots are of several sections
+
+
+def as_labels(values: pd.Series) -> pd.Series:
+    """Values as text; whole numbers in floating point without their fraction."""
+    if values.dtype.kind == "f" and (values.dropna() % 1 == 0).all():
+        values = values.astype("Int64")
+    return values.astype(str)
 
 
 def libraries(where: str, adata: Any) -> dict[str, dict[str, Any]]:
@@ -39,15 +47,20 @@ def libraries(where: str, adata: Any) -> dict[str, dict[str, Any]]:
             f"{where}: expected one section, found uns['spatial']['is_single'] False: spots of several arrays without "
             "images or places; get the file of each section"
         )
+    by_name = {"": spatial} if "images" in spatial else spatial  # without a library's name
     return {
         str(name): dict(entry)
-        for name, entry in spatial.items()
+        for name, entry in by_name.items()
         if isinstance(entry, dict) and (entry.get("images") or entry.get("scalefactors"))
     }
 
 
 def choose_library(
-    where: str, by_library: dict[str, dict[str, Any]], obs: pd.DataFrame, fitting: list[str]
+    where: str,
+    by_library: dict[str, dict[str, Any]],
+    obs: pd.DataFrame,
+    fitting: list[str],
+    library_key: str | None = None,
 ) -> dict[str, Any]:
     """The entry of the section: the only one, the one that a column of obs names, or the only one that fits.
 
@@ -57,19 +70,19 @@ def choose_library(
     by_library : entries of uns['spatial'] by library
     obs : DataFrame (S, ...), the spots of one section
     fitting : libraries whose image all spots lie on
+    library_key : the column that the section was split by
 
     Raises ValueError where several are left.
     """
     if len(by_library) < 2:
         return next(iter(by_library.values()), {})
-    named = {column: str(obs[column].iloc[0]) for column in obs if obs[column].astype(str).nunique() == 1}
-    by_obs = {name for name in named.values() if name in by_library}
-    for column in LIBRARY_COLUMNS:
-        if named.get(column) in by_library:
-            by_obs = {named[column]}
-    for names in (by_obs, set(fitting)):
+    columns = [library_key] if library_key is not None else _in_order(obs)
+    values = {column: set(as_labels(obs[column])) for column in columns}
+    named = {column: min(labels) for column, labels in values.items() if len(labels) == 1 and labels <= set(by_library)}
+    by_section = [name for column, name in named.items() if _is_section_column(column)]
+    for names in (by_section[:1], set(named.values()), set(fitting)):
         if len(names) == 1:
-            return by_library[names.pop()]
+            return by_library[next(iter(names))]
     raise ValueError(
         f"{where}: expected one library in uns['spatial'], found {', '.join(by_library)} and no column of obs "
         "that names this section's; remove the others, or add obs['library_id']"
@@ -77,7 +90,7 @@ def choose_library(
 
 
 def check_one_section(where: str, obs: pd.DataFrame, by_library: dict[str, Any], xy_px: np.ndarray, array: Any) -> None:
-    """Raises ValueError where several sections are joined and a column of obs separates them.
+    """Raises ValueError where several sections are joined, with the column of obs that separates them if there is one.
 
     Parameters
     ----------
@@ -88,8 +101,15 @@ def check_one_section(where: str, obs: pd.DataFrame, by_library: dict[str, Any],
     """
     column = separating_column(obs, by_library, xy_px, array)
     if column is None:
+        again = obs.index[obs.index.duplicated()]
+        if len(again) or _repeated(xy_px):
+            found = f"the barcode {again[0]} again" if len(again) else "two spots at one pixel"
+            raise ValueError(
+                f"{where}: expected one section, found {found} and no column of obs that tells sections apart; add one "
+                "and split them with --library_key, or remove repeated spots"
+            )
         return
-    values = list(dict.fromkeys(obs[column].astype(str)))
+    values = list(dict.fromkeys(as_labels(obs[column])))
     shown = ", ".join(values[:4]) + (", ..." if len(values) > 4 else "")
     raise ValueError(
         f"{where}: expected one section, found {len(values)} that obs['{column}'] tells apart ({shown}); split them "
@@ -103,13 +123,15 @@ def separating_column(obs: pd.DataFrame, by_library: dict[str, Any], xy_px: np.n
     That is a column of library ids with several values; one that alone keeps spots apart which share a place or lie on
     each other; or, where the spots as a whole lie on no lattice, one whose values each lie on one.
     """
-    by_column = {column: labels for column in _in_order(obs) if (labels := _labels(obs[column])) is not None}
+    columns = [column for column in _in_order(obs) if str(column).lower() not in COORDINATES]
+    by_column = {column: labels for column in columns if (labels := _labels(obs[column])) is not None}
     for column, labels in by_column.items():
         of_libraries = len(by_library) > 1 and set(labels.astype(str)) <= set(by_library)
         if str(column).lower() in LIBRARY_COLUMNS or of_libraries:
             return column
     nearest_px = lattice.nearest_px(xy_px) if len(xy_px) > 1 else np.ones(1)
-    crowded = nearest_px.min() < CLOSE * np.median(nearest_px) or _repeated(array)
+    close = nearest_px.min() < CLOSE * np.median(nearest_px) and not _on_lattice(xy_px, None)  # no chosen neighbours
+    crowded = close or _repeated(array)
     for column, labels in by_column.items():
         if (crowded or str(column).lower() in SECTION_COLUMNS) and _keeps_apart(labels, xy_px, array, nearest_px):
             return column
@@ -129,17 +151,21 @@ def _in_order(obs: pd.DataFrame) -> list[Any]:
 
     def order(column: Any) -> tuple[int, int]:
         name = str(column).lower()
-        known = SECTION_COLUMNS.index(name) if name in SECTION_COLUMNS else len(SECTION_COLUMNS)
+        known = SECTION_COLUMNS.index(name) if _is_section_column(column) else len(SECTION_COLUMNS)
         return known, obs[column].astype(str).nunique()
 
     return sorted(obs.columns, key=order)
 
 
+def _is_section_column(column: Any) -> bool:
+    return str(column).lower() in SECTION_COLUMNS
+
+
 def _labels(values: pd.Series) -> np.ndarray | None:
     """The values (S,) as text where they may name sections: several, none missing, each of a few spots or more."""
-    if values.dtype.kind == "f" or values.isna().any():
+    if values.isna().any():
         return None
-    labels = values.astype(str).to_numpy(dtype=str)
+    labels = as_labels(values).to_numpy(dtype=str)
     _, counts = np.unique(labels, return_counts=True)
     return labels if len(counts) > 1 and counts.min() >= FEWEST else None
 
@@ -182,7 +208,7 @@ def split(where: str, adata: Any, column: str, stem: str) -> list[tuple[str, np.
         raise ValueError(
             f"{where}: expected a section for each spot in obs['{column}'], found {number} without; fix it"
         )
-    labels = adata.obs[column].astype(str).to_numpy()
+    labels = as_labels(adata.obs[column]).to_numpy()
     by_name: dict[str, list[str]] = {}
     for label in dict.fromkeys(labels):
         by_name.setdefault(_folder_name(stem, label), []).append(label)

@@ -19,7 +19,6 @@ from utils.importers.anndata_counts import read_counts
 from utils.importers.images import to_rgb
 from utils.importers.source import Source, lie_on, place_spots
 from utils.slices.lattice import Lattice
-from utils.slices.matrix import check_once
 
 ARRAY = ["array_row", "array_col"]
 PIXEL_SIZES = {  # by the key that states it: its origin
@@ -66,6 +65,7 @@ def from_anndata(
     pitch_um: float | None = None,
     metadata: dict[str, Any] | None = None,
     diameter_px: float | None = None,
+    library_key: str | None = None,
 ) -> Source:
     """A slice of an AnnData whose spots have their centres at `xy_px` (S, 2) of the full-resolution image.
 
@@ -77,6 +77,7 @@ def from_anndata(
     pitch_um : distance between neighbouring spots where the user gives it
     metadata : what lies beside the file (HEST-1k)
     diameter_px : of a spot, where it is known
+    library_key : column of obs that the section was split by
 
     Raises
     ------
@@ -88,10 +89,15 @@ def from_anndata(
     adata, xy_px = (adata, xy_px) if kept.all() else (adata[kept], xy_px[kept])
     array, by_library = stated_array(adata.obs), sections.libraries(where, adata)
     sections.check_one_section(where, adata.obs, by_library, xy_px, array)
-    check_once(origin, adata.obs_names.to_numpy(dtype=object))
     spots, lattice, notes = place_spots(where, adata.obs_names, xy_px, array)
     counts = read_counts(where, adata)
-    entry = _library(where, adata.obs, by_library, xy_px, image is None)
+    fitting = [key for key, entry in by_library.items() if _fits(entry, xy_px)]
+    try:
+        entry = sections.choose_library(where, by_library, adata.obs, fitting, library_key)
+    except ValueError:
+        if image is None:
+            raise
+        entry = {}  # the image is a file, which needs none
     factors = _factors(entry)
     if "bin_size_um" in factors:
         lattice = replace(lattice, mirrored=False)  # the array of Visium HD is a mirror image of the pixels by itself
@@ -120,19 +126,6 @@ def from_anndata(
         notes=[*counts.notes, *notes],
         warnings=[*counts.warnings, *_other_scale(factors, lattice)],
     )
-
-
-def _library(
-    where: str, obs: pd.DataFrame, by_library: dict[str, Any], xy_px: np.ndarray, needed: bool
-) -> dict[str, Any]:
-    """The entry of uns['spatial'] that is of these spots; none where it is not needed and cannot be chosen."""
-    fitting = [key for key, entry in by_library.items() if _fits(entry, xy_px)]
-    try:
-        return sections.choose_library(where, by_library, obs, fitting)
-    except ValueError:
-        if needed:
-            raise
-        return {}
 
 
 def _fits(entry: dict[str, Any], xy_px: np.ndarray) -> bool:

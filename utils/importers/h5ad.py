@@ -9,6 +9,7 @@ Shapes: S spots.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ OTHER_FORMS = {  # what people give in place of an .h5ad, and what to do with it
     ".h5mu": "a MuData file: mudata.read(...).mod['rna'].write_h5ad(...)",
     ".zarr": "a zarr store: --format spatialdata, or anndata.read_zarr(...).write_h5ad(...)",
 }
+XY_COLUMNS = ("x", "y"), ("pxl_col_in_fullres", "pxl_row_in_fullres")  # of obsm['spatial'] as a table
 ZARR = (".zgroup", ".zattrs", "zarr.json")
 GZIP = b"\x1f\x8b"
 
@@ -114,7 +116,8 @@ def read_sample(sample: Sample, pitch_um: float | None = None, library_key: str 
     """The slice of one .h5ad, or one for each value of a column of obs; obsm['spatial'] is x, y in pixels."""
     import anndata
 
-    with reading(sample.path, "an .h5ad file"):
+    with reading(sample.path, "an .h5ad file"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of repeated names, which are looked at below
         adata = anndata.read_h5ad(sample.path)
     xy_px = _coordinates(sample.path, adata)
     if library_key is None:
@@ -127,7 +130,10 @@ def read_sample(sample: Sample, pitch_um: float | None = None, library_key: str 
         found = f"{len(parts)} in obs['{library_key}']"
         raise ValueError(f"{sample.image}: expected the image of one section, found {found}; import without --image")
     sources = [  # all of them are read before the first is written
-        from_anndata(adata[spots], name, sample.path, xy_px[spots], sample.image, pitch_um, sample.metadata)
+        from_anndata(
+            *(adata[spots], name, sample.path, xy_px[spots], sample.image, pitch_um, sample.metadata),
+            library_key=library_key,
+        )
         for name, spots in parts
     ]
     for source in sources:
@@ -137,7 +143,9 @@ def read_sample(sample: Sample, pitch_um: float | None = None, library_key: str 
 
 def _coordinates(path: Path, adata: Any) -> np.ndarray:
     """x and y (S, 2) of the spots in full-resolution pixels."""
-    xy_px = np.asarray(adata.obsm["spatial"], dtype=float) if "spatial" in adata.obsm else np.zeros((0, 0))
+    stored: Any = adata.obsm["spatial"] if "spatial" in adata.obsm else np.zeros((0, 0))
+    named = next((list(names) for names in XY_COLUMNS if set(names) <= set(getattr(stored, "columns", ()))), None)
+    xy_px = np.asarray(stored if named is None else stored[named], dtype=float)
     if xy_px.ndim != 2 or xy_px.shape[1] < 2 or not np.isfinite(xy_px).all():
         found = f"keys {', '.join(adata.obsm) or 'none'}" if not xy_px.size else f"shape {xy_px.shape} or no numbers"
         raise ValueError(

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from utils.images.units import plausible
 from utils.slices.lattice import Lattice
 from utils.slices.visium import DISAGREE, VISIUM_PITCH_UM
@@ -42,9 +44,9 @@ class Stated:
 
 
 def positive(value: Any) -> float | None:
-    """A positive finite number, None where something else or nothing is stated."""
+    """A positive finite number, also as the only one of an array (R writes such); None where none is stated."""
     try:
-        number = float(value)
+        number = float(np.asarray(value, dtype=float).item())
     except (TypeError, ValueError):
         return None
     return number if 0 < number < math.inf else None

@@ -183,7 +183,7 @@ def _um_per_fullres_px(planned: Plan, image: TissueImage) -> float:
     um_per_px, scale = planned.um_per_fullres_px, planned.source.scale
     if um_per_px is None:
         if not image.um_per_px:
-            or_pitch = "" if planned.spots is None else " or --spot_pitch_um (200 for legacy ST)"
+            or_pitch = "" if planned.lattice is None else " or --spot_pitch_um (200 for legacy ST)"
             raise ValueError(
                 f"{planned.source.path}: expected a scale (um per pixel) in the file, found none; give "
                 f"--um_per_px{or_pitch}"

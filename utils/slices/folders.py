@@ -68,8 +68,7 @@ def why_no_slice(folder: Path) -> str | None:
             "expected one section, found several joined by spaceranger aggr; give the outs/ of each section's own "
             "spaceranger count run"
         )
-    files = [path for place in places for path in sorted(place.iterdir()) if path.is_file()]
-    kept = [path.name for path in files if _is_as_geo_keeps_it(path)]
+    kept = [path.name for place in places for path in sorted(place.iterdir()) if _is_as_geo_keeps_it(path)]
     if kept:
         return (
             f"expected spatial/ with {POSITION_FILES[0]}, {SCALEFACTORS} and {HIRES}, unpacked, found "
@@ -80,7 +79,7 @@ def why_no_slice(folder: Path) -> str | None:
 
 
 def _is_as_geo_keeps_it(path: Path) -> bool:
-    """Whether a file is an archive, or one of Space Ranger's with a prefix, packed, or of spatial/ and not in it."""
+    """Whether a path is an archive, or one of Space Ranger's with a prefix, packed, or of spatial/ and not in it."""
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar", ".zip")):
         return True
     published, inside = _published_name(path.name), path.parent.name == "spatial"
@@ -90,7 +89,7 @@ def _is_as_geo_keeps_it(path: Path) -> bool:
 
 
 def _published_name(name: str) -> str | None:
-    """Space Ranger's name for a file of spatial/ or a matrix that has a prefix or is packed."""
+    """Space Ranger's name for spatial/, a file of it or a matrix that has a prefix or is packed."""
     plain = name.removesuffix(".gz")
-    known = (*SPATIAL_FILES, *MATRICES, "matrix.mtx", "features.tsv", "barcodes.tsv")
+    known = (*SPATIAL_FILES, *MATRICES, "spatial", "matrix.mtx", "features.tsv", "barcodes.tsv")
     return next((file for file in known if plain == file or plain.endswith(("_" + file, "-" + file, "." + file))), None)

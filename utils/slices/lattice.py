@@ -21,6 +21,10 @@ START_RADIUS = 6.0  # nearest distances around the middle, where the first fit i
 # A spot off its place, in pitches. Hand-printed legacy arrays wobble (one spot of section B4 lies .30 off): most spots
 # are within a quarter, and none is nearer to another place than to its own.
 MOST_WITHIN, ALL_WITHIN, MOST = 0.25, 0.5, 0.95
+HEXAGONAL = math.sqrt(3)  # step of a row over that of a column on Visium's array
+UNEVEN = 0.2  # by which that ratio, and the cosine between the steps, may be off: .11 on section MOB1
+FLAT = 1e-9  # of the squared steps: the area of a place is below it for spots on one line
+NO_NEIGHBOUR = 1.5  # pitches
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,20 @@ def fit_lattice(where: str, xy_px: np.ndarray, array: np.ndarray | None = None) 
     _check_apart(where, xy_px)
     if array is not None:
         stated = np.asarray(array)
-        staggered, slopes, off = is_staggered(stated), *_fit(stated, xy_px)
+        slopes, off = _fit(stated, xy_px)
+        staggered = is_staggered(stated) or _step_ratio(slopes) == HEXAGONAL
         pitch_px = _pitch_px(slopes, staggered, xy_px)
-        if _all_at_their_places(off / pitch_px) and not _repeated(stated) and not _skips_places(stated):
-            return Lattice(stated.astype(int), pitch_px, staggered, False, bool(np.linalg.det(slopes) < 0))
+        fits = _all_at_their_places(off / pitch_px) and not _repeated(stated)
+        as_stated = Lattice(stated.astype(int), pitch_px, staggered, False, _area(slopes) < 0)
+        if fits and _step_ratio(slopes) is not None and not _skips_places(xy_px, pitch_px):
+            return as_stated
     try:
         measured = array_places(where, xy_px)
     except ValueError as error:
         if array is None:
             raise
+        if fits:
+            return as_stated
         worst = int(np.argmax(off))
         raise ValueError(
             f"{where}: expected array places that fit the pixels, found the spot at row {stated[worst, 0]}, column "
@@ -82,9 +91,10 @@ def fit_lattice(where: str, xy_px: np.ndarray, array: np.ndarray | None = None) 
 
 
 def is_staggered(array: np.ndarray) -> bool:
-    """Whether places (S, 2) are those of Visium's array: row and column are both even or both odd."""
+    """Whether places (S, 2) are those of Visium's array: row and column are both even or both odd, wherever they are
+    counted from."""
     row, col = np.asarray(array).T
-    return bool(np.all((row + col) % 2 == 0)) and len(np.unique(row % 2)) == 2
+    return all(len(np.unique(parity)) == n for parity, n in (((row + col) % 2, 1), (row % 2, 2)))
 
 
 def _fit(array: np.ndarray, xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,6 +105,23 @@ def _fit(array: np.ndarray, xy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return slopes, np.linalg.norm(places @ slopes - pixels, axis=1)
 
 
+def _step_ratio(slopes: np.ndarray) -> float | None:
+    """The longer over the shorter step of row and column, 1 or HEXAGONAL; 1 too for spots on a line; None on an array
+    that is neither square nor hexagonal, as of places in skewed or other units."""
+    lengths = np.sort(np.linalg.norm(slopes, axis=1))
+    if not _area(slopes):
+        return 1.0
+    if abs(slopes[0] @ slopes[1]) > UNEVEN * lengths.prod():
+        return None
+    return next((ratio for ratio in (1.0, HEXAGONAL) if abs(lengths[1] / lengths[0] / ratio - 1) <= UNEVEN), None)
+
+
+def _area(slopes: np.ndarray) -> float:
+    """Of a place, in square pixels; 0 for spots on one line, negative where places and pixels are mirror images."""
+    area = float(np.linalg.det(slopes))
+    return area if abs(area) > FLAT * np.square(slopes).sum() else 0.0
+
+
 def _pitch_px(slopes: np.ndarray, staggered: bool, xy_px: np.ndarray) -> float:
     """Centre-to-centre distance between neighbouring spots (S, 2), from the affine map that _fit gives.
 
@@ -102,8 +129,7 @@ def _pitch_px(slopes: np.ndarray, staggered: bool, xy_px: np.ndarray) -> float:
     array; on a staggered one, where a column is half a pitch and a row sqrt(3)/2 of it, sqrt(3)/4 of that. Spots on one
     line have no area: their closest pair is taken.
     """
-    area_px2 = abs(np.linalg.det(slopes))
-    if area_px2 > 1e-9 * np.square(slopes).sum():
+    if area_px2 := abs(_area(slopes)):
         return math.sqrt(area_px2 * (4 / math.sqrt(3) if staggered else 1))
     return float(nearest_px(xy_px).min())
 
@@ -125,11 +151,10 @@ def _all_at_their_places(off: np.ndarray) -> bool:
     return bool(off.max() < ALL_WITHIN and np.mean(off < MOST_WITHIN) >= MOST)
 
 
-def _skips_places(array: np.ndarray) -> bool:
-    """Whether rows and columns are multiples of a step above one, as of bins numbered in units of smaller bins; ten
-    spots or more do not lie so by chance."""
-    steps = np.gcd.reduce(array.astype(np.int64) - array[0].astype(np.int64), axis=0)
-    return len(array) >= 10 and bool(steps.min() > 1)
+def _skips_places(xy_px: np.ndarray, pitch_px: float) -> bool:
+    """Whether no two spots (S, 2) are neighbours, as of places in pixels or bins numbered in units of smaller bins;
+    ten spots or more do not lie so by chance."""
+    return len(xy_px) >= 10 and bool(nearest_px(xy_px).min() > NO_NEIGHBOUR * pitch_px)
 
 
 def _repeated(rows: np.ndarray) -> bool:

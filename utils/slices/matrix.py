@@ -146,7 +146,7 @@ def check_once(path: Path, barcodes: np.ndarray) -> None:
 
 
 def _text(dataset: h5py.Dataset) -> np.ndarray:
-    return np.asarray(dataset.asstr()[:], dtype=str)
+    return np.asarray(dataset.asstr("utf-8")[:], dtype=str)
 
 
 @contextmanager
@@ -185,8 +185,9 @@ def _read_tsv(path: Path) -> Any:
         return pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
 
 
-def _part(folder: Path, name: str) -> Path:
-    path = first_of(folder, (name, name + ".gz"))
+def _part(folder: Path, name: str, old_name: str = "") -> Path:
+    """A file of a folder, plain or packed, or under the name that Cell Ranger 2 gave it."""
+    path = first_of(folder, (name, name + ".gz", *((old_name, old_name + ".gz") if old_name else ())))
     if path is None:
         raise ValueError(f"{folder}: expected {name} or {name}.gz, found {listing(folder)}; add the file")
     return path
@@ -194,7 +195,7 @@ def _part(folder: Path, name: str) -> Path:
 
 def _folder_features(folder: Path) -> list[np.ndarray]:
     """The same as _h5_features, from features.tsv (symbol; id, symbol; or id, symbol, kind)."""
-    table = _read_tsv(_part(folder, "features.tsv"))
+    table = _read_tsv(_part(folder, "features.tsv", "genes.tsv"))
     ids, names = (table[column].to_numpy(dtype=str) for column in (0, min(1, table.shape[1] - 1)))
     return [names, ids, table[2].to_numpy(dtype=str) if table.shape[1] > 2 else np.full(len(table), GENES)]
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.slices.folders import POSITION_FILES, SCALEFACTORS
+from utils.slices.folders import HIRES, LOWRES, POSITION_FILES, SCALEFACTORS
 from utils.slices.matrix import check_once, first_of, listing, reading
 
 if TYPE_CHECKING:
     import pandas as pd
 
 POSITION_COLUMNS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
-NEEDED_SCALES = ("tissue_hires_scalef", "tissue_lowres_scalef", "spot_diameter_fullres")
+SCALED = {"tissue_hires_scalef": HIRES, "tissue_lowres_scalef": LOWRES}  # needed where the image is there
 
 
 def _position_table(path: Path) -> pd.DataFrame:
@@ -61,6 +61,7 @@ def read_position_file(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     table = _position_table(path)
+    table["in_tissue"] = table["in_tissue"].astype(str).str.lower().replace({"true": "1", "false": "0"})
     numbers = np.column_stack([pd.to_numeric(table[c], errors="coerce").to_numpy(float) for c in POSITION_COLUMNS[1:]])
     bad = ~np.isfinite(numbers).all(axis=1) | (numbers[:, :3] != np.rint(numbers[:, :3])).any(axis=1)
     bad |= ~np.isin(numbers[:, 0], (0, 1))
@@ -77,14 +78,18 @@ def read_position_file(path: Path) -> pd.DataFrame:
 
 
 def read_scalefactors(root: str | Path) -> dict[str, float]:
-    """Read the numbers of scalefactors_json.json; those that are divided by are positive and finite."""
+    """Read the numbers of scalefactors_json.json; those that are divided by are positive and finite.
+
+    The scale of a small image may be missing where the image is.
+    """
     path = Path(root) / "spatial" / SCALEFACTORS
     if not path.is_file():
         raise ValueError(f"{path}: expected the scale factors of Space Ranger, found no such file; add it")
     with reading(path, "scale factors in JSON"):
         content = dict(json.loads(path.read_text(encoding="utf-8-sig")))
-    for key in (*NEEDED_SCALES, "bin_size_um", "microns_per_pixel"):
-        value = content.get(key, "no such key" if key in NEEDED_SCALES else 1)
+    needed = {"spot_diameter_fullres", *(key for key, image in SCALED.items() if (path.parent / image).exists())}
+    for key in (*SCALED, "spot_diameter_fullres", "bin_size_um", "microns_per_pixel"):
+        value = content.get(key, "no such key" if key in needed else 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{path}: expected a positive number as {key}, found {value}; correct it")
     return {key: float(value) for key, value in content.items() if isinstance(value, int | float)}

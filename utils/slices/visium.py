@@ -361,7 +361,7 @@ def _contradictions(slice_: Slice) -> list[str]:
 def _refuse_small_pixels(slice_: Slice, spots_px: float) -> None:
     """Raises ValueError where spots are so large against their distance because positions are in a small image's px."""
     for kind in ("hires", "lowres"):
-        if SPOT_DIAMETER[0] <= spots_px * slice_.scalefactors[f"tissue_{kind}_scalef"] <= SPOT_DIAMETER[1]:
+        if SPOT_DIAMETER[0] <= spots_px * slice_.scalefactors.get(f"tissue_{kind}_scalef", 1) <= SPOT_DIAMETER[1]:
             raise ValueError(
                 f"{slice_.root}: expected positions in full-resolution pixels, found spots {1 / spots_px:.2g} diameters"
                 f" apart, as in pixels of the {kind} image; divide the positions by tissue_{kind}_scalef"

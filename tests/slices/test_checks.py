@@ -108,6 +108,14 @@ def test_an_image_that_is_transparent_everywhere_is_refused(slide, tmp_path):
     refused("found an image of one colour", checks.check_axes, "clear.png", xy, image.size, 8.0, thumbnail, False)
 
 
+def test_a_grey_image_of_coloured_tissue_is_warned_of(slide, tmp_path):
+    image, paths, _ = slide
+    grey = np.asarray(image.convert("L").convert("RGB"))
+    assert "is grey, hires.png is coloured" in check_content(grey, paths["hires"])[0]
+    Image.fromarray(grey).resize((400, 300)).save(tmp_path / "grey.png")
+    assert check_content(pixels_of(image), tmp_path / "grey.png") == []
+
+
 def test_a_shift_is_warned_of_and_a_blank_image_tells_nothing(slide, tmp_path):
     image, paths, _ = slide
     shifted = np.roll(pixels_of(image), 12, 1)

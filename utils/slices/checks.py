@@ -22,6 +22,7 @@ FEW, FEW_FRACTION = 3, 0.02  # spots outside the image that are no reason to dou
 SIDE, SAME, RESEMBLING = 64, 0.9, 0.97
 COLOURS = 12.0  # of 255: mean difference of an export from the small image; a crop of it has other colours
 FLAT = 2.0  # grey levels: standard deviation of an image that shows nothing
+GREY = 0.1  # of the colour of its small image, below which an image has lost it
 THUMBNAIL_PX = 1000
 Thumbnail = tuple[np.ndarray, float]  # an image (h, w, 3) uint8 made small, and its pixels per pixel of the image
 # Fractions of spots with half of their disc on tissue: .90 and more on all real slices at hand, as they stand
@@ -175,6 +176,9 @@ def check_content(
             f"{path}: expected the image that {small_name} was made of, found another ({differs}; of the "
             f"same image the correlation is above {least}){hint}; give the image that the positions refer to, unchanged"
         )
+    colour = [np.ptp(colours, axis=2).mean() for colours in pixels]
+    if colour[0] < GREY * colour[1]:
+        return [f"{path}: is grey, {small_name} is coloured; tiles of it have no stain, give the image in colour"]
     if alike < RESEMBLING:
         return [f"{path}: resembles {small_name} (correlation {alike:.2f}) but may be shifted or cropped against it"]
     return []

@@ -29,6 +29,7 @@ INDIRECT = {
     "codespell": "make lint spells README, docs and code",
 }
 BROUGHT = {"httpx2": "huggingface_hub, whose own errors a test raises"}  # by what is asked for, for tests alone
+OPTIONAL = {"triton": "comes with torch for CUDA; without it FAVOR+ runs in chunks"}
 SHIPPED = ("model", "utils", "benchmarks")
 
 
@@ -81,7 +82,7 @@ def distributions_of(top: str) -> set[str]:
 
 @pytest.mark.parametrize("kind", ["shipped", "tests"])
 def test_every_import_is_asked_for(kind):
-    files, brought = (shipped_files(), {}) if kind == "shipped" else (files_of_tests(), BROUGHT)
+    files, brought = (shipped_files(), OPTIONAL) if kind == "shipped" else (files_of_tests(), BROUGHT | OPTIONAL)
     allowed = asked_for(*(extra for extra in extras() if kind == "tests" or extra != "test"))
     lacking = {top: path for top, path in imported(files).items() if not distributions_of(top) & allowed}
     assert lacking.keys() == brought.keys(), lacking

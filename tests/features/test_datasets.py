@@ -138,6 +138,7 @@ def test_the_scale_of_tiles_is_kept_as_it_is(work):
     ("one", "other", "same"),
     [
         ((32, 310 / 224), [32, 1.384], True),
+        ((32, 55 / 224), [32, 0.246], True),
         ((32, 3.5), (64, 3.5), False),
         ((32, 3.5), (32, 3.51), False),
         ((32, None), [32, None], True),

@@ -158,6 +158,8 @@ ENTREZ = [7157, 672, 675, 1956]
         (named(IDS, feature_name=["A", "B", f"B_{IDS[2]}", "D"]), ["A", "B", "B", "D"], IDS),
         *((named(IDS, **{column: GENES}), GENES, IDS) for column in ("feature", "original_gene_symbols", "symbol-0")),
         (named(IDS, alias_symbol=GENES, prev_symbols=GENES), IDS, IDS),
+        (named(IDS, symbol_source=["HGNC"] * 4, has_symbol=[True] * 4), IDS, IDS),
+        (named(IDS, gene_name=["A", "B", "", "D"], human_symbol=GENES), ["A", "B", IDS[2], "D"], IDS),
         (named(IDS, gene_name=["A", "nan", "None", "-"]), ["A", *IDS[1:]], IDS),
         (named(["A", "nan", "nan-1", "NA"], gene_ids=IDS), ["A", *IDS[1:]], IDS),  # missing symbols, made unique
         (named(range(1, 5), gene_symbols=GENES, gene_ids=IDS), GENES, IDS),

@@ -142,6 +142,8 @@ def test_the_column_that_sections_were_split_by_names_the_library():
     found = {"A": {"images": 1}, "B": {"images": 2}}
     obs = pd.DataFrame({"library_id": "A", "mine": "B"}, index=["s", "t"])
     assert sections.choose_library("x", found, obs, ["A"], "mine") is found["B"]
+    obs = pd.DataFrame({"library_id": "A", "sample": "S1"}, index=["s", "t"])
+    assert sections.choose_library("x", found, obs, ["A", "B"], "sample") is found["A"], "another column names it"
 
 
 def test_a_library_that_cannot_be_told_is_refused():

@@ -49,7 +49,7 @@ def test_every_format_becomes_slices_that_the_next_scripts_read(formats, simulat
     before = snapshot(*[path for path in [formats[form][0]] if path.is_dir()])
     out = tmp_path / "data" / "new"
     run("--format", form, *formats[form], "--out", out)
-    assert "1 slice in" in capsys.readouterr().out
+    assert "1 slice imported into" in capsys.readouterr().out
     assert snapshot(*[path for path in [formats[form][0]] if path.is_dir()]) == before
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     rows, warnings = splits.read_table(out, split=False)
@@ -85,7 +85,7 @@ def test_joined_sections_are_split_by_a_column(simulated, tmp_path, capsys):
     stderr_line(capsys, "joined.h5ad: expected one section, found 2 .*batch.*--library_key batch")
     assert not (tmp_path / "out").exists()
     run(*flags, "--library_key", "batch")
-    assert "2 slices in" in capsys.readouterr().out
+    assert "2 slices imported into" in capsys.readouterr().out
     for number, name in enumerate(("P01_1", "P02_1")):
         found, true = visium.read_slice(tmp_path / "out" / f"joined_{number}"), visium.read_slice(simulated / name)
         assert (found.counts != true.counts).nnz == 0 and found.spots["x_fullres_px"].tolist() == true.spots[

@@ -120,6 +120,12 @@ def test_a_table_beside_the_folder_names_its_image_and_pitch(folder, given):
     planned = layout.plan(Request(folder / given, name="P03_1"))
     assert planned.source.path.name == "b.png" and planned.pitch_um == 200
     assert layout.plan(Request(folder / given, name="P03_1", spot_pitch_um=55)).pitch_um == 55
+    for cell in ("./P03_1", "P03_1/", "P03_1/outs"):
+        (folder.parent / "slices.csv").write_text(f"slice,part,image\n{cell},training,b.png\nP04_1,?,\n")
+        assert layout.plan(Request(folder / given, name="P03_1")).source.path.name == "b.png"
+    (folder.parent / "slices.csv").write_text("name;value\n1;2\n")
+    with pytest.raises(ValueError, match="expected one full-resolution image"):
+        layout.plan(Request(folder / given, name="P03_1"))
     (folder.parent / "slices.csv").write_text("slice,image\nP04_1,b.png\n")
     with pytest.raises(ValueError, match=r"expected one full-resolution image, found .*a\.png"):
         layout.plan(Request(folder / given, name="P03_1"))

@@ -230,11 +230,11 @@ def tile_scale(slice_: SliceData) -> tuple[int, float | None]:
 
 
 def same_scale(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether two `tile_scale` agree, to a thousandth of the micrometres per pixel."""
+    """Whether two `tile_scale` agree, to a thousandth, or where one was rounded to three decimals."""
     (side, um_per_px), (other_side, other_um_per_px) = one, other
     if side != other_side or um_per_px is None or other_um_per_px is None:
         return (side, um_per_px) == (other_side, other_um_per_px)
-    return math.isclose(um_per_px, other_um_per_px, rel_tol=1e-3)
+    return math.isclose(um_per_px, other_um_per_px, rel_tol=1e-3, abs_tol=5.1e-4)
 
 
 def said_scale(scale: tuple) -> str:

@@ -105,7 +105,7 @@ def measured_depth(
             f"{path}: expected the depth of {samples.bits}-bit samples of which zero is white, found no MaxSampleValue "
             "or SignificantBits; convert it to 8-bit RGB"
         )
-    if colour >= 2**depth:
+    if colour > 2**depth or (colour == 2**depth and source != "MaxSampleValue"):  # some write 4,096 for 12 bits
         raise ImageError(
             f"{path}: expected values below {2**depth:,} ({depth} bits by {source}), found {colour:,}; correct "
             f"{source}, or convert the image to 8-bit RGB"

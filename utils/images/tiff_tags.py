@@ -15,11 +15,15 @@ ORIENTATION, PAGE_NAME, MAX_SAMPLE_VALUE, RESOLUTION_UNIT = 274, 285, 281, 296
 ASIDE = (  # what is never the scan: SlideLabel, label_image, macroimage, Thumbnail1, but not label-free, macrophages
     r"((label|ma[ck]ro|thumbnail|thumb|overview|preview|barcode)s?(image|img|pic|bild)?(?![a-z]|-free)"
     r"|(?<![a-z])(map|lbl)(?![a-z])"
-    r"|navigation|localizer|etikett|[uü]e?bersicht|vorschau|miniatur|[ée]tiquette|aper[çc]u|etiqueta|etichetta"
+    r"|(?<![a-z])(navigation|localizer|etikett|[uü]e?bersicht|vorschau|miniatur|[ée]tiquette|aper[çc]u|etiqueta"
+    r"|etichetta)(s?(bild|karte|image))?(?![a-z])"
     r"|标签|缩略图|概览|ラベル|サムネイル)"
 )
-KIND = (
-    r"\b(?:image)?(?:type|kind|role)\W{1,5}"  # before such a word: "ImageType: label", {"kind": "label"}, type="label"
+KINDS = ("name", "title", "type", "kind", "role", "imagetype")
+# "Image type: label", of a line or between bars, with nothing behind the word
+STATED = rf"(?:^|[|;])\W*(?:image[ _]?)?(?:name|type|kind|role)\W{{1,5}}({ASIDE})\W*?(?:$|[|;])"
+OF_ROOT = (
+    r"\A\s*(?:<\?[^>]*>\s*)?<\w+\b[^>]*?\b(?:image)?(?:type|kind|role)\s*=\s*[\"']([^\"']*)"  # <Image type="label">
 )
 ONLY_ASIDE = rf"\W*(slide|the)?[\W_]*{ASIDE}[\W_]*(image)?[\W_]*\d*\W*"  # nothing but such a name
 
@@ -40,14 +44,19 @@ def titles(key: Any, name: str) -> tuple[str, ...]:
 
 def _description_names(text: str) -> Iterator[str]:
     """What a description calls its image: a name in JSON, short text, lines that begin with such a word, its kind."""
-    if len(text) <= 60 and not set(text) & set("={<"):
+    if text.startswith("{"):
+        with suppress(ValueError):
+            yield from (str(value) for key, value in json.loads(text).items() if key.lower() in KINDS)
+    elif text.lstrip().startswith("<"):  # OME-XML describes all images of its file
+        if "<OME" not in text:
+            kinds = re.finditer(rf"<ImageType>([^<]*)</ImageType>|{OF_ROOT}", text, re.IGNORECASE)
+            yield from (kind[1] or kind[2] or "" for kind in kinds)
+    elif len(text) <= 60 and "=" not in text:
         yield text
-        return
-    with suppress(ValueError):
-        content = json.loads(text) if text.startswith("{") else {}
-        yield from (str(value) for key, value in content.items() if key.lower() in ("name", "title"))
-    before = KIND if text.lstrip().startswith("<") else rf"^\W*|\bname\W{{1,5}}|{KIND}"  # OME-XML names all its images
-    yield from (found[2] for found in re.finditer(rf"({before})({ASIDE})", text, re.IGNORECASE | re.MULTILINE))
+    else:
+        lines = re.IGNORECASE | re.MULTILINE
+        yield from (found[0] for found in re.finditer(rf"^\W*{ASIDE}", text, lines))
+        yield from (found[1] for found in re.finditer(STATED, text, lines))
 
 
 def max_sample_depth(key: Any) -> tuple[int, str] | None:

@@ -29,7 +29,7 @@ SYMBOL_COLUMNS = (
     *("featurename", "genename", "genenames", "genesymbol", "genesymbols", "symbol", "symbols", "hgncsymbol"),
     *("mgisymbol", "externalgenename", "geneshortname", "gene", "genes", "name", "names", "feature", "features"),
 )
-OTHER_SYMBOLS = re.compile(r"(?!.*(alias|prev|syn|old|orth|homolog)).*symbols?", re.IGNORECASE)  # gene_symbols_orig
+OTHER_SYMBOLS = re.compile(r"(?!.*(alias|prev|syn|old|orth|homolog)).*symbols?(_orig(inal)?)?", re.IGNORECASE)
 NO_SYMBOL = ("", "nan", "NaN", "NA", "<NA>", "N/A", "n/a", "None", "null", "-")  # texts made of missing symbols
 # Ensembl, FlyBase, WormBase, RefSeq, HGNC, MGI, and the numbers of NCBI or of a running index
 ID = re.compile(r"(ENS[A-Z]*[GT]\d+|FBgn\d+|WBGene\d+|[NX][MR]_\d+|HGNC:\d+|MGI:\d+|\d+)(\.\d+)?(_PAR_Y)?")
@@ -190,9 +190,10 @@ def are_ids(texts: np.ndarray) -> bool:
 
 
 def _are_symbols(texts: np.ndarray) -> bool:
-    """Whether some are filled, and most of these are neither ids nor descriptions of several words."""
+    """Whether some are filled, and most of these are distinct, and neither ids nor descriptions of several words."""
     filled = [text for text in texts if text]
-    return bool(filled) and not are_ids(texts) and not _most([" " in text for text in filled])
+    distinct = 2 * len(set(filled)) > len(filled)
+    return distinct and not are_ids(texts) and not _most([" " in text for text in filled])
 
 
 def gene_names(where: str, var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -202,9 +203,9 @@ def gene_names(where: str, var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     unique are taken away again.
     """
     index = _texts(var.index)
-    others = [var[column] for column in var.columns if OTHER_SYMBOLS.match(str(column))]
-    texts_of_columns = map(_texts, [*_columns(var, SYMBOL_COLUMNS), *others])
-    columns = [texts for texts in texts_of_columns if _are_symbols(texts)]
+    others = [var[column] for column in var.columns if OTHER_SYMBOLS.fullmatch(str(column))]
+    columns = [texts for texts in map(_texts, _columns(var, SYMBOL_COLUMNS)) if _are_symbols(texts)]
+    columns = columns or [texts for texts in map(_texts, others) if _are_symbols(texts)]
     symbols = max(columns, key=np.count_nonzero, default=None)  # the fullest, the first of equals
     ids = next((texts for texts in map(_texts, _columns(var, ID_COLUMNS)) if _most([bool(t) for t in texts])), None)
     names = index

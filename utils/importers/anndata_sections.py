@@ -76,10 +76,10 @@ def choose_library(
     """
     if len(by_library) < 2:
         return next(iter(by_library.values()), {})
-    columns = [library_key] if library_key is not None else _in_order(obs)
+    columns = _in_order(obs) if library_key is None else [library_key, *_in_order(obs)]
     values = {column: set(as_labels(obs[column])) for column in columns}
     named = {column: min(labels) for column, labels in values.items() if len(labels) == 1 and labels <= set(by_library)}
-    by_section = [name for column, name in named.items() if _is_section_column(column)]
+    by_section = [name for column, name in named.items() if column == library_key or _is_section_column(column)]
     for names in (by_section[:1], set(named.values()), set(fitting)):
         if len(names) == 1:
             return by_library[next(iter(names))]
@@ -123,7 +123,7 @@ def separating_column(obs: pd.DataFrame, by_library: dict[str, Any], xy_px: np.n
     That is a column of library ids with several values; one that alone keeps spots apart which share a place or lie on
     each other; or, where the spots as a whole lie on no lattice, one whose values each lie on one.
     """
-    columns = [column for column in _in_order(obs) if str(column).lower() not in COORDINATES]
+    columns = [column for column in _in_order(obs) if _is_section_column(column) or not _is_measured(obs[column])]
     by_column = {column: labels for column in columns if (labels := _labels(obs[column])) is not None}
     for column, labels in by_column.items():
         of_libraries = len(by_library) > 1 and set(labels.astype(str)) <= set(by_library)
@@ -159,6 +159,11 @@ def _in_order(obs: pd.DataFrame) -> list[Any]:
 
 def _is_section_column(column: Any) -> bool:
     return str(column).lower() in SECTION_COLUMNS
+
+
+def _is_measured(values: pd.Series) -> bool:
+    """Whether a column holds coordinates or other numbers, which tell no sections apart."""
+    return values.dtype.kind == "f" or str(values.name).lower() in COORDINATES
 
 
 def _labels(values: pd.Series) -> np.ndarray | None:

@@ -71,6 +71,8 @@ def check_spots(source: Source, shown: Path | np.ndarray, scale: float, thumbnai
     xy_px, size = source.spots[SPOT_COLUMNS[2:]].to_numpy(float) * scale, image_size(shown)
     inside = checks.spots_on_image(where, xy_px, size)
     radius_px, small = source.spot_diameter_px / 2 * scale, (thumbnail.pixels, thumbnail.scale)
+    if source.image is not None:
+        checks.check_not_blank(where, small)
     axes = checks.check_axes(where, xy_px[inside], size, radius_px, small, source.lattice.mirrored)
     return int((~inside).sum()), axes
 

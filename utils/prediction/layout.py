@@ -209,6 +209,7 @@ def _spots_on_image(
         warnings = [*planned.slice_.warnings, *warnings]
     else:
         kept = checks.spots_on_image(where, xy_image_px, size)
+        checks.check_not_blank(where, thumbnail)
         mirrored = planned.lattice is not None and planned.lattice.mirrored
         warnings = checks.check_axes(where, xy_image_px[kept], size, radius_px, thumbnail, mirrored)
     for warning in warnings:

@@ -46,6 +46,7 @@ def check_image(
     """
     xy_px, size = slice_.xy_fullres_px * source.scale, (image.width, image.height)
     inside = spots_on_image(f"{source.path}", xy_px, size)
+    check_not_blank(f"{source.path}", thumbnail)
     warnings = _check_scale(slice_, source, image)
     exported = source.kind == "fullres" and source.scale != 1
     if exported:
@@ -66,6 +67,15 @@ def check_image(
     hd = "bin_size_um" in slice_.scalefactors  # whose array is a mirror image of the pixels by itself
     mirrored = slice_.lattice is not None and slice_.lattice.mirrored and not hd
     return inside, warnings + check_axes(f"{source.path}", xy_px[inside], size, radius_px, thumbnail, mirrored)
+
+
+def check_not_blank(where: str, thumbnail: Thumbnail) -> None:
+    """Raises ValueError where there is nothing on an image that tiles are to be cut from."""
+    if np.ptp(thumbnail[0]) < FLAT:
+        raise ValueError(
+            f"{where}: expected tissue under the spots, found an image of one colour, transparent or empty everywhere; "
+            "export it again, without alpha"
+        )
 
 
 def spots_on_image(where: str, xy_px: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -214,8 +224,8 @@ def check_axes(
 ) -> list[str]:
     """Spots against the tissue, as they stand and with swapped or mirrored axes.
 
-    Raises ValueError where the image is empty, where hardly a spot lies on tissue, or where most would with swapped or
-    mirrored axes and do not now.
+    Raises ValueError where hardly a spot lies on tissue, or where most would with swapped or mirrored axes and do not
+    now.
 
     Parameters
     ----------
@@ -226,11 +236,6 @@ def check_axes(
     thumbnail : the image (h, w, 3) uint8 made small, and its pixels per pixel of the image
     mirrored : whether array places and pixels are mirror images of each other
     """
-    if np.ptp(thumbnail[0]) < FLAT:
-        raise ValueError(
-            f"{where}: expected tissue under the spots, found an image of one colour, transparent or empty everywhere; "
-            "export it again, without alpha"
-        )
     mask = tissue.tissue_mask(thumbnail[0])
 
     def on_tissue(centres_px: np.ndarray) -> float:

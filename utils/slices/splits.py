@@ -135,14 +135,21 @@ def _listed(data: Path, table: Path) -> tuple[list[SliceRow], list[str]]:
 
 
 def row_of(folder: Path) -> SliceRow | None:
-    """The line of a slice folder, or of the one that an outs/ is in, in the slices.csv beside it; None without one."""
+    """Image and pitch of a slice folder, or of the one that an outs/ is in, by its line of the slices.csv beside it;
+    None without one, or where that is no table of slices."""
     folder = folder.absolute()
     folder = folder.parent if folder.name == "outs" else folder
-    table = folder.parent / "slices.csv"
-    if not table.exists():
+    table, names = folder.parent / "slices.csv", (folder.name, f"{folder.name}/outs")
+    try:
+        lines = _read_cells(table)[1] if table.exists() else []
+    except ValueError:
         return None
-    found = [(where, cells) for where, cells in _read_cells(table)[1] if cells.get("slice") == folder.name]
-    return _row(folder.parent, found[0][1], found[0][0]) if found else None
+    found = [(where, cells) for where, cells in lines if PurePath(cells["slice"]).as_posix() in names]
+    if len(found) != 1:
+        return None
+    (where, cells) = found[0]
+    image = _inside(cells["image"], where) if cells.get("image") else None
+    return SliceRow(folder.name, "", "", _pitch_um(cells.get("spot_pitch_um", ""), where), image)
 
 
 def _found(data: Path) -> tuple[list[SliceRow], list[str]]:

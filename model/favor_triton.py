@@ -18,13 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 N_BLOCK, M_BLOCK = 64, 32  # tokens and random features of a program
+WIDTHS = (16, 32, 64)  # of a head; a product takes powers of two from 16 on
 LEAST_CAPABILITY = (8, 0)  # of the GPU: TF32 and bf16
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels take heads (B, H, N, E) of this device and width."""
-    width = x.shape[-1]
-    return width >= 16 and width & (width - 1) == 0 and torch.cuda.get_device_capability(x.device) >= LEAST_CAPABILITY
+    """Whether the kernels take heads (B, H, N, E) of this device and width: wider ones need more memory on the chip."""
+    return x.shape[-1] in WIDTHS and torch.cuda.get_device_capability(x.device) >= LEAST_CAPABILITY
 
 
 # ---- what the kernels share

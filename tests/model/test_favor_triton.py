@@ -57,6 +57,13 @@ def test_kernels_equal_the_plain_form(interpreted, name):
         assert (found.double() - wanted).norm() <= rounding * (wanted.norm() + 0.1 * gradient.norm())
 
 
+def test_the_count_of_operations_is_of_these_blocks():
+    from benchmarks import device_count
+    from model import favor_triton
+
+    assert device_count.M_BLOCK == favor_triton.M_BLOCK
+
+
 def test_the_result_lies_as_the_next_layer_reads_it(interpreted):
     for out in interpreted["heads that lie one after the other"]:
         assert out.transpose(1, 2).is_contiguous()

@@ -241,6 +241,7 @@ class ImageEncoder(nn.Module):
         self.n_prefix = int(getattr(self.trunk, "num_prefix_tokens", 0))
         self.to_vector = nn.Linear(len(crop_scales) * self.trunk.head_hidden_size, width)
         self.to_token = nn.Linear(self.trunk.num_features, width)
+        self.n_frozen = 0  # blocks of a ViT before the first that trains, set by model/tuning.py
 
     def train(self, mode: bool = True) -> ImageEncoder:
         super().train(mode)
@@ -254,18 +255,38 @@ class ImageEncoder(nn.Module):
                 module.eval()
         return self
 
-    def features(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """The trunk alone: tiles (B, 3, Z, Z) -> pooled features (B, scales * C'), tokens (B, P, C)."""
-        crops = torch.cat([self._square(tiles, scale) for scale in self.crop_scales])
+    @torch.no_grad()
+    def frozen_part(self, tiles: Tensor) -> Tensor | None:
+        """Output (scales * B, P, C) of the frozen blocks, shared with the momentum encoder; None without any."""
+        if self.n_frozen == 0:
+            return None
+        trunk = self.trunk
+        hidden = trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(self._crops(tiles)))))
+        for block in trunk.blocks[: self.n_frozen]:
+            hidden = block(hidden)
+        return hidden
+
+    def features(self, tiles: Tensor, frozen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The trunk alone: tiles (B, 3, Z, Z) -> pooled features (B, scales * C'), tokens (B, P, C). `frozen` saves a
+        second run of `frozen_part`."""
         with self._precision(tiles):
-            raw = self.trunk.forward_features(
-                ((crops - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-            )
+            raw = self.trunk.forward_features(self._crops(tiles)) if frozen is None else self._after(frozen)
             pooled = self.trunk.forward_head(raw, pre_logits=True).unflatten(0, (len(self.crop_scales), -1))
         pooled, raw = pooled.transpose(0, 1).flatten(1), raw[: len(tiles)]
         if raw.ndim == 4:  # a feature map, NCHW or (swin) NHWC
             raw = raw.flatten(2).transpose(1, 2) if raw.shape[1] == self.trunk.num_features else raw.flatten(1, 2)
         return pooled, raw
+
+    def _after(self, hidden: Tensor) -> Tensor:
+        """What timm's ViT does after its frozen blocks."""
+        for block in self.trunk.blocks[self.n_frozen :]:
+            hidden = block(hidden)
+        return self.trunk.norm(hidden)
+
+    def _crops(self, tiles: Tensor) -> Tensor:
+        """Tiles (B, 3, Z, Z) -> what the trunk reads, one scale after the other: (scales * B, 3, side, side)."""
+        crops = torch.cat([self._square(tiles, scale) for scale in self.crop_scales])
+        return ((crops - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def _precision(self, tiles: Tensor) -> AbstractContextManager[Any]:
         """fp32 for the training of depthwise convolutions on a CPU, where their gradients are slower in bf16."""
@@ -282,8 +303,8 @@ class ImageEncoder(nn.Module):
         size = (self.side, self.side)
         return F.interpolate(square, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
 
-    def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        pooled, tokens = self.features(tiles)
+    def forward(self, tiles: Tensor, frozen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        pooled, tokens = self.features(tiles, frozen)
         return self.to_vector(pooled), tokens
 
     def project_tokens(self, tokens: Tensor, at_most: int) -> Tensor:

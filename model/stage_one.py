@@ -23,6 +23,8 @@ from model.image_encoder import ImageEncoder, Weights
 from model.momentum import FeatureQueue, HostNumbers, momentum_at, momentum_encoder, update_momentum
 from utils import distributed
 
+FrozenParts = tuple[Tensor | None, Tensor | None]
+
 
 @dataclass(frozen=True)
 class StageOneSizes:
@@ -118,7 +120,9 @@ class StageOne(HostNumbers):
         """torch.compile, with its options, for all encoders; names of parameters stay as they are. `encode_images` and
         `encode_genes` then fill smaller batches up to `batch_size`, for which alone they are compiled."""
         self.n_rows = batch_size
-        for block in self.gene_encoder.blocks[: self.gene_encoder.n_frozen]:  # run once for both gene encoders
+        images, genes = self.image_encoder, self.gene_encoder
+        frozen = (*genes.blocks[: genes.n_frozen], *(images.trunk.blocks[: images.n_frozen] if images.n_frozen else ()))
+        for block in frozen:  # run once for an encoder and its momentum encoder
             block.compile(**options)
         for encoder in (self.image_encoder, self.gene_encoder, *(encoder_m for encoder_m, _ in self.momentum_pairs())):
             encoder.compile(**options)
@@ -145,12 +149,16 @@ class StageOne(HostNumbers):
         missing = (self.n_rows or 0) - len(rows)
         return rows if missing <= 0 else torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])])
 
+    def frozen_parts(self, tiles: Tensor, bins: Tensor) -> FrozenParts:
+        """What an encoder and its momentum encoder have in common, of images and of genes."""
+        return self.image_encoder.frozen_part(tiles), self.gene_encoder.frozen_part(bins)
+
     @torch.no_grad()
-    def encode_m(self, tiles: Tensor, bins: Tensor, spots: Tensor, frozen: Tensor | None) -> Pair | None:
-        """Features of the momentum encoders; `frozen` is the gene encoder's `frozen_part` of the bins."""
+    def encode_m(self, tiles: Tensor, bins: Tensor, spots: Tensor, frozen: FrozenParts) -> Pair | None:
+        """Features of the momentum encoders; `frozen` are the `frozen_parts` of tiles and bins."""
         if self.image_encoder_m is None or self.gene_encoder_m is None:
             return None
-        return gather_pair(self.image_encoder_m(tiles)[0], self.gene_encoder_m(bins, frozen)[0], spots)
+        return gather_pair(self.image_encoder_m(tiles, frozen[0])[0], self.gene_encoder_m(bins, frozen[1])[0], spots)
 
     def match(
         self, gene_tokens: Tensor, image_tokens: Tensor, spots: Tensor, generator: torch.Generator
@@ -211,9 +219,9 @@ class StageOne(HostNumbers):
         expression : (B, R), NaN where not measured, or None
         expression_weight, matching_weight : of these losses beside the contrast
         """
-        vector, raw_tokens = self.image_encoder(tiles)
-        frozen = self.gene_encoder.frozen_part(bins)
-        gene_vector, gene_tokens = self.gene_encoder(bins, frozen)
+        frozen = self.frozen_parts(tiles, bins)
+        vector, raw_tokens = self.image_encoder(tiles, frozen[0])
+        gene_vector, gene_tokens = self.gene_encoder(bins, frozen[1])
         pair = gather_pair(vector, gene_vector, spots)
         pair_m = self.encode_m(tiles, bins, spots, frozen)
         if pair_m is None and alpha > 0:

@@ -65,7 +65,20 @@ def tune(encoder: ImageEncoder, what: str) -> None:
             raise ValueError("--tune norm: expected an encoder with norm layers, found none; use last:N, none or all")
         for parameter in affine:
             parameter.requires_grad_(True)
+    encoder.n_frozen = n_frozen_blocks(trunk)
     encoder.train(encoder.training)  # frozen parts change to evaluation mode
+
+
+def n_frozen_blocks(trunk: Any) -> int:
+    """Blocks of a timm ViT before the first that trains, 0 if its stem trains; 0 for other trunks, whose layers are not
+    one sequence."""
+    from timm.models import VisionTransformer
+
+    if getattr(type(trunk), "forward_features", None) is not VisionTransformer.forward_features:
+        return 0
+    layer_of, n_layers = layers(trunk)
+    trained = (layer_of[name] for name, parameter in trunk.named_parameters() if parameter.requires_grad)
+    return max(min(trained, default=n_layers) - 1, 0)
 
 
 def rate_fractions(encoder: ImageEncoder, decay: float) -> dict[nn.Parameter, float]:

@@ -1,6 +1,7 @@
 """stage_one.py: losses, gradients and momentum encoders of whole steps, on a tiny model; the published size is slow."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from small_stage_one import BATCH, batch_of, stage_one, step_of
 from model.contrastive import Pair
 from model.momentum import momentum_at
 from model.stage_one import StageOne, StageOneSizes
+from model.tuning import tune
 
 
 def test_losses_are_finite_scalars_that_add_up():
@@ -155,7 +157,7 @@ def pairs_of(model, batch):
     """Both pairs as the contrast takes them, through the encoders alone."""
     tiles, bins, spots = (batch[name] for name in ("tiles", "bins", "spots"))
     pair = Pair(model.encode_images(tiles)[0], model.encode_genes(bins)[0], spots)
-    return pair, model.encode_m(tiles, bins, spots, model.gene_encoder.frozen_part(bins))
+    return pair, model.encode_m(tiles, bins, spots, model.frozen_parts(tiles, bins))
 
 
 @pytest.mark.parametrize(("alpha", "queue"), [(0.4, 0), (0.0, 10), (0.4, 10)])
@@ -245,15 +247,22 @@ def test_losses_fall_on_one_batch():
 
 
 def test_the_frozen_trunk_is_shared_and_run_once():
-    model, calls = stage_one(), {}
+    model, calls = stage_one(), Counter()
     model.gene_encoder.freeze_trunk(1)
+    tune(model.image_encoder, "last:2")
     model.reset_momentum_encoders()
-    for side, encoder in (("encoder", model.gene_encoder), ("momentum", model.gene_encoder_m)):
-        for i, block in enumerate(encoder.blocks):
-            block.register_forward_hook(lambda *_, key=(side, i): calls.__setitem__(key, calls.get(key, 0) + 1))
+    blocks = {
+        "gene": model.gene_encoder.blocks,
+        "gene_m": model.gene_encoder_m.blocks,
+        "image": model.image_encoder.trunk.blocks,
+        "image_m": model.image_encoder_m.trunk.blocks,
+    }
+    for side, of_side in blocks.items():
+        for i, block in enumerate(of_side):
+            block.register_forward_hook(lambda *_, key=(side, i): calls.update([key]))
     step_of(model, batch_of())
-    once = {("encoder", 0): 1, ("encoder", 1): 1, ("encoder", 2): 1, ("momentum", 1): 1, ("momentum", 2): 1}
-    assert calls == once
+    first_run = {"gene": 0, "gene_m": 1, "image": 0, "image_m": 4}
+    assert calls == {(side, i): 1 for side, of_side in blocks.items() for i in range(first_run[side], len(of_side))}
     shared = [t is p for t, p in zip(model.gene_encoder_m.parameters(), model.gene_encoder.parameters(), strict=True)]
     assert shared == [not p.requires_grad for p in model.gene_encoder.parameters()]
 

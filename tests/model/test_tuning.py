@@ -157,6 +157,48 @@ def test_a_step_moves_what_trains_and_nothing_else_and_the_momentum_encoder_shar
     assert all(p.grad is None for name, p in encoder.named_parameters() if name in shared)
 
 
+@pytest.mark.parametrize(
+    ("name", "what", "n_frozen"),
+    [
+        ("test_vit", "last:2", 4),
+        ("test_vit2", "last:1", 7),  # a register token, and a norm behind the pooling
+        ("test_vit3", "last:3", 6),  # pooled by attention
+        ("vit_tiny_patch16_224", "none", 12),
+        ("test_vit", "none", 6),
+        ("test_vit", "last:6", 0),
+        ("test_vit", "norm", 0),
+        ("test_vit", "all", 0),
+        ("resnet18", "last:2", 0),
+        ("swin_tiny_patch4_window7_224", "none", 0),
+    ],
+)
+def test_blocks_before_the_first_that_trains_run_once_for_both_encoders(name, what, n_frozen):
+    encoder = encoder_of(name)
+    seen = torch.rand(2, 3, encoder.side, encoder.side)
+    expected = encoder.eval()(seen)
+    tuning.tune(encoder, what)
+    frozen = encoder.frozen_part(seen)
+    assert encoder.n_frozen == n_frozen and (frozen is None) == (n_frozen == 0)
+    for same in (encoder, momentum_encoder(encoder)):
+        torch.testing.assert_close(same(seen, frozen), expected)
+        if frozen is not None:
+            assert not frozen.requires_grad
+            assert (same(seen, frozen + torch.randn_like(frozen))[0] - expected[0]).abs().max() > 1e-3, "used"
+
+
+@pytest.mark.parametrize("what", ["last:2", "none"])
+def test_gradients_are_those_without_sharing(what):
+    encoder, gradients = encoder_of(crop_scales=(1.0, 0.5)), []
+    tuning.tune(encoder.train(), what)
+    for frozen in (None, encoder.frozen_part(tiles())):
+        encoder.zero_grad()
+        vector, tokens = encoder(tiles(), frozen)
+        (vector.square().sum() + encoder.to_token(tokens).square().sum()).backward()
+        gradients.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients)
+    assert len(gradients[0]) > 3
+
+
 # ---- rates
 
 

@@ -1,6 +1,6 @@
 """What a GPU must confirm, in one run of at most eight minutes, and what can be counted without one.
 
-    python -m benchmarks.device --count                   # the table of docs/speed.md, without a GPU
+    python -m benchmarks.device --count                   # the tables of docs/speed.md, without a GPU
     python -m benchmarks.device --check                   # on a GPU: right, and not slower than 1.5 times the count?
     python -m benchmarks.device --device cpu --quick      # does it run?
 
@@ -79,7 +79,7 @@ class Check:
 def parse_args(argv: list[str] | None = None) -> Settings:
     parser = shared_settings.Parser(__doc__)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--count", action="store_true", help="count, and write the table into docs/speed.md")
+    parser.add_argument("--count", action="store_true", help="count, and write the tables into docs/speed.md")
     parser.add_argument("--check", action="store_true", help="fail where something is wrong, or slower than counted")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, neither compiled nor counted: does it run?")
     parser.add_argument("--batch_size", type=shared_settings.count, default=64, help="of what is timed")
@@ -315,6 +315,7 @@ def main(settings: Settings) -> None:
         for mark, lines in (
             ("parts", device_count.parts_table(Sizes(batch_size=settings.batch_size))),
             ("count", device_count.table()),
+            ("cohorts", device_count.cohorts_table(of_batch(Sizes(), LARGEST))),
         ):
             text = "\n".join(lines)
             print(text, flush=True)

@@ -2,8 +2,8 @@
 
 Each operator that torch runs is noted: its floating-point operations by the formulas of torch's FlopCounterMode, the
 bytes of what it reads and writes, and the memory that is held then. An operator takes max(operations / rate, bytes /
-bandwidth). What a compiler fuses is not taken into account; `matrix_s`, the time of the matrix products and attentions
-alone, is what it cannot go below.
+bandwidth) on its own. `fused_s` is the time if a compiler fused what lies between the matrix products
+(device_fusion.py); `matrix_s`, that of the matrix products and attentions alone, is what it cannot go below.
 """
 
 from __future__ import annotations
@@ -23,10 +23,16 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.device_fusion import Graph, size_of
 from benchmarks.device_work import PARTS, Sizes
 
 SPOTS, EPOCHS = 75_760, 100  # of the published training
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # of a host; FlopCounterMode has those of a GPU
+COHORTS = (  # what is done to them, the part that does it, spots or tiles
+    ("HEST-1k, an epoch of stage one", "stage_one", 2_000_000),
+    ("HEST-1k, 100 epochs of stage two on kept features", "stage_two", 200_000_000),
+    ("TCGA, prediction of 30,000 slides of 23,000 tiles", "prediction", 690_000_000),
+)
 READ = ("_local_scalar_dense", "item", "is_nonzero")  # by the host
 FAVOR_PRODUCTS = {"favor": 4, "favor_backward": 10}  # of N x E x M in a head, by model/favor_triton.py
 M_BLOCK = 32  # random features are filled up to a multiple of it there
@@ -56,18 +62,14 @@ def tensors_in(values: object) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
-def size_of(x: Tensor) -> int:
-    """Bytes that reading it touches: an expanded tensor is as large as what lies behind it."""
-    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
-
-
 class Cost(TorchDispatchMode):
     """Adds up what the operators within it cost on a card; `held` are bytes that exist before."""
 
     def __init__(self, card: Card = H100, held: int = 0):
         super().__init__()
         self.card = card
-        self.operations, self.nbytes, self.seconds, self.matrix_s = 0, 0, 0.0, 0.0
+        self.operations, self.nbytes, self.seconds = 0, 0, 0.0
+        self.graph = Graph()
         self.live = self.peak = held
         self.by_name: Counter[str] = Counter()  # seconds
         self.storages: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -103,14 +105,24 @@ class Cost(TorchDispatchMode):
         operations = formula(*args, **kwargs, out_val=out) if formula else 0
         low = any(x.dtype in (torch.bfloat16, torch.float16) for x in read)
         rate = self.card.matrix if low else self.card.fp32
-        self._add(name, operations, nbytes, self.card.seconds(operations, nbytes, rate))
+        seconds = self._add(name, operations, nbytes, rate)
+        self.graph.note(operations > 0, seconds, read, fresh, changed)
 
-    def _add(self, name: str, operations: int, nbytes: int, seconds: float) -> None:
+    def _add(self, name: str, operations: int, nbytes: int, rate: float) -> float:
+        seconds = self.card.seconds(operations, nbytes, rate)
         self.operations += operations
         self.nbytes += nbytes
         self.seconds += seconds
-        self.matrix_s += seconds if operations else 0.0
         self.by_name[name] += seconds  # type: ignore[assignment]
+        return seconds
+
+    @property
+    def matrix_s(self) -> float:
+        return self.graph.product_seconds()
+
+    @property
+    def fused_s(self) -> float:
+        return self.matrix_s + sum(self.card.seconds(0, nbytes, 1.0) for nbytes in self.graph.kernel_bytes())
 
     def _favor(self, name: str, args: Any, results: list[Tensor]) -> None:
         """FAVOR+ in kernels that keep its features on the chip: q, k, v and the like are read once."""
@@ -119,7 +131,7 @@ class Cost(TorchDispatchMode):
         operations = 2 * FAVOR_PRODUCTS[name] * q.numel() * blocks * M_BLOCK
         nbytes = sum(map(size_of, (*tensors_in(args), *results)))
         rate = self.card.tf32 if args[-1] else self.card.fp32
-        self._add(name, operations, nbytes, self.card.seconds(operations, nbytes, rate))
+        self.graph.note(True, self._add(name, operations, nbytes, rate), tensors_in(args), results, [])
 
     def _hold(self, results: list[Tensor]) -> None:
         for x in results:
@@ -186,7 +198,8 @@ def hours(seconds: float, batch_size: int) -> float:
 
 
 def rows(batch_sizes: tuple[int, ...] = (32, 64, 256)) -> Iterator[str]:
-    for name, tune in (("deit_base_patch16_224.fb_in1k", "all"), ("vit_large_patch16_224", "last:4")):
+    deit, vit_l = "deit_base_patch16_224.fb_in1k", "vit_large_patch16_224"
+    for name, tune in ((deit, "all"), (deit, "last:6"), (vit_l, "last:4")):
         for distil in (True, False):
             for batch_size in batch_sizes:
                 cost = count("stage_one", Sizes(name, tune=tune, distil=distil, batch_size=batch_size))
@@ -201,6 +214,7 @@ def rows(batch_sizes: tuple[int, ...] = (32, 64, 256)) -> Iterator[str]:
                     f"{1000 * cost.seconds:.0f}",
                     f"{favor / cost.seconds:.0%}",
                     f"{hours(cost.seconds, batch_size):.2f}",
+                    f"{hours(cost.fused_s, batch_size):.2f}",
                     f"{hours(cost.matrix_s, batch_size):.2f}",
                 ]
                 yield f"| {' | '.join(cells)} |"
@@ -208,8 +222,9 @@ def rows(batch_sizes: tuple[int, ...] = (32, 64, 256)) -> Iterator[str]:
 
 def table() -> Iterator[str]:
     """Of docs/speed.md: a training step of stage one, and its cost in the published training."""
-    yield "| encoder | distillation | batch | TFLOP | GB moved | peak, GiB | ms a step | FAVOR+ | hours | at least |"
-    yield f"| {' | '.join(['---'] * 10)} |"
+    heads = ("encoder", "distillation", "batch", "TFLOP", "GB moved", "peak, GiB", "ms a step", "FAVOR+")
+    yield f"| {' | '.join([*heads, 'hours', 'fused', 'at least'])} |"
+    yield f"| {' | '.join(['---'] * (len(heads) + 3))} |"
     yield from rows()
 
 
@@ -223,3 +238,14 @@ def parts_table(sizes: Sizes) -> Iterator[str]:
         per_spot = (amount / sizes.batch_size for amount in (cost.operations / 1e9, cost.nbytes / 1e6))
         cells = [name, *(f"{amount:.1f}" for amount in (*per_spot, cost.peak / 2**30))]
         yield f"| {' | '.join([*cells, f'{sizes.batch_size / cost.seconds:,.0f}'])} |"
+
+
+def cohorts_table(sizes: Sizes) -> Iterator[str]:
+    """Of docs/speed.md: hours of public cohorts on one card."""
+    yield "| work | spots | EFLOP | hours | fused |"
+    yield f"| {' | '.join(['---'] * 5)} |"
+    for name, part, n_spots in COHORTS:
+        cost, n_batches = count(part, sizes), n_spots / sizes.batch_size
+        hours_of = (n_batches * seconds / 3600 for seconds in (cost.seconds, cost.fused_s))
+        cells = [name, f"{n_spots:,}", f"{n_batches * cost.operations / 1e18:.2f}", *(f"{x:.1f}" for x in hours_of)]
+        yield f"| {' | '.join(cells)} |"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import distributed, settings
+from utils import arguments, distributed, settings
 from utils.features import dataset
 from utils.files.atomic import write_record, write_whole
 from utils.files.exclusive import exclusive_folder
@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group.add_argument(
         "--encoder", type=Path, default=Path("encoder_model/best_epoch_weights.pth"), help="checkpoint of stage one"
     )
-    group.add_argument("--neighbours", type=settings.count, default=8, help="nearest spots that are candidates")
+    group.add_argument("--neighbours", type=arguments.count, default=8, help="nearest spots that are candidates")
     settings.add_memory(parser)
     return Settings(**vars(parser.parse_args(argv)))
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils import settings
+from utils import arguments, settings
 from utils.files.exclusive import exclusive
 from utils.files.hashing import content_hash
 from utils.images import tiles
@@ -54,19 +54,19 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     )
     group.add_argument(
         "--tile_um",
-        type=settings.positive,
+        type=arguments.positive,
         default=112.0,
         help="side of the tissue square, um; more includes the surroundings: 310 in the benchmark of few spots",
     )
-    group.add_argument("--tile_px", type=settings.count, default=224, help="side of the tile, pixels")
+    group.add_argument("--tile_px", type=arguments.count, default=224, help="side of the tile, pixels")
     group.add_argument(
         "--crop_size",
-        type=settings.count,
+        type=arguments.count,
         help="side in pixels of the source, cut unscaled; replaces --tile_um and --tile_px",
     )
     group.add_argument(
         "--spot_pitch_um",
-        type=settings.positive,
+        type=arguments.positive,
         help="centre to centre, um, on square arrays (200 on legacy ST); slices.csv may state it slice by slice",
     )
     group.add_argument("--jpeg", action="store_true", help="also a JPEG per tile, for inspection; no script reads them")
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         "--huge", action="store_true", help="accept large images that have to be decoded as a whole, in memory"
     )
     group.add_argument(
-        "--shard", type=settings.shard, default=(0, 1), help="I/N: every N-th slice from the I-th on (default: all)"
+        "--shard", type=arguments.shard, default=(0, 1), help="I/N: every N-th slice from the I-th on (default: all)"
     )
     return Settings(**vars(parser.parse_args(argv)))
 
@@ -164,7 +164,7 @@ def main(args: Settings) -> None:
     split = {"split": args.part != "all", "val_strip": args.val_strip, "allow_leak": args.allow_leak}
     rows, warnings = splits.read_table(args.data, args.slices, **split)
     settings.warn(warnings)
-    rows = settings.of_shard(settings.chosen(rows, args.part), args.shard, "slices")
+    rows = arguments.of_shard(settings.chosen(rows, args.part), args.shard, "slices")
     if not rows:
         return
     number = 0

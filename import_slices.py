@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import settings
+from utils import arguments, settings
 from utils.files.exclusive import exclusive_folder
 from utils.words import count_of
 
@@ -42,7 +42,7 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = settings.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help="what to import; docs/own_data.md says what it holds"
     )
@@ -50,12 +50,12 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group.add_argument("--format", choices=FORMATS, required=True, help="what SOURCE is")
     group.add_argument("--out", type=Path, required=True, help="folder of slices, new or not; later given as --data")
     group.add_argument("--image", type=Path, help="full-resolution H&E of the only slice, if SOURCE does not hold it")
-    group.add_argument("--bin", type=settings.count, help="Visium HD: bin size in um (default: 16)")
+    group.add_argument("--bin", type=arguments.count, help="Visium HD: bin size in um (default: 16)")
     group.add_argument(
         "--library_key", metavar="COLUMN", help="column of obs that tells joined sections apart: a slice for each value"
     )
     group.add_argument(
-        "--spot_pitch_um", type=settings.positive, help="um between neighbouring spots, if it is not known"
+        "--spot_pitch_um", type=arguments.positive, help="um between neighbouring spots, if it is not known"
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     settings.add_memory(parser)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from utils import arguments
 from utils import settings as flags
 from utils.files.exclusive import exclusive_folder
 from utils.genes import lists as gene_lists
@@ -60,10 +61,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     parser = flags.shared(__doc__, part="all", unused=("tiles", "device", "seed", "workers"))
     group = parser.add_argument_group("panels")
     group.add_argument(
-        "--n_top_genes", type=flags.count, default=300, help="target genes: the highest expressed of all train slices"
+        "--n_top_genes",
+        type=arguments.count,
+        default=300,
+        help="target genes: the highest expressed of all train slices",
     )
     group.add_argument(
-        "--n_input_genes", type=flags.count, default=2000, help="input genes: the most variable of all train slices"
+        "--n_input_genes", type=arguments.count, default=2000, help="input genes: the most variable of all train slices"
     )
     group.add_argument(
         "--target_genes", type=Path, help="file of target genes, e.g. one per line; replaces --n_top_genes"
@@ -79,7 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     group.add_argument(
         "--gene_aliases", type=Path, help="other names of genes: a table laid out as HGNC's complete set"
     )
-    group.add_argument("--min_counts", type=flags.count_or_zero, default=0, help="drop spots with fewer counts")
+    group.add_argument("--min_counts", type=arguments.count_or_zero, default=0, help="drop spots with fewer counts")
     flags.add_memory(parser)
     return Settings(**vars(parser.parse_args(argv)))
 

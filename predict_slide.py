@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import distributed, settings
+from utils import arguments, distributed, settings
 from utils.files import atomic, exclusive
 from utils.files.atomic import write_record, write_whole
 from utils.prediction import slides as slide_list
@@ -65,14 +65,14 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = settings.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("slides", nargs="+", type=Path, metavar="SLIDE", help="images, slice folders, tables (.csv)")
     group = parser.add_argument_group("slides")
-    group.add_argument("--um_per_px", type=settings.positive, help="um per pixel of the image, if it lacks it")
+    group.add_argument("--um_per_px", type=arguments.positive, help="um per pixel of the image, if it lacks it")
     group.add_argument("--positions", type=Path, help="Space Ranger positions of the spots, in place of a grid")
     group.add_argument("--mask", type=Path, help="image of any size; pixels above zero are tissue")
     group.add_argument(
-        "--spot_pitch_um", type=settings.positive, help="um between spots (default: the model's, or that of the slice)"
+        "--spot_pitch_um", type=arguments.positive, help="um between spots (default: the model's, or that of the slice)"
     )
     group.add_argument("--huge", action="store_true", help="accept large images that are decoded as a whole")
     group.add_argument("--grid", choices=["hexagonal", "square"], help="of the spots (default: the model's)")
@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         help="standard deviation over 8 flipped and rotated tiles; 9 x the time. It is no error bar: the layers "
         "interval_low and interval_high, which are always written, hold the measured value at a stated rate",
     )
-    group.add_argument("--batch_size", type=settings.count, default=32, help="spots encoded at a time")
+    group.add_argument("--batch_size", type=arguments.count, default=32, help="spots encoded at a time")
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16"],
@@ -100,16 +100,16 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     )
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, required=True, help="one slide: its folder; several: a folder each below it")
-    group.add_argument("--maps", type=settings.count_or_zero, default=12, help="genes to draw, best by validation PCC")
+    group.add_argument("--maps", type=arguments.count_or_zero, default=12, help="genes to draw, best by validation PCC")
     group.add_argument("--spatialdata", action="store_true", help="also predictions.zarr; needs spatialdata")
     group = parser.add_argument_group("machine")
     group.add_argument(
-        "--shard", type=settings.shard, default=(0, 1), help="I/N: every N-th slide from the I-th on (default: all)"
+        "--shard", type=arguments.shard, default=(0, 1), help="I/N: every N-th slide from the I-th on (default: all)"
     )
     group.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA if there is a device"
     )
-    group.add_argument("--workers", type=settings.count_or_zero, help="threads that cut tiles (default: up to 4)")
+    group.add_argument("--workers", type=arguments.count_or_zero, help="threads that cut tiles (default: up to 4)")
     settings.add_memory(parser)
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return Settings(**vars(parser.parse_args(argv)))
@@ -289,7 +289,7 @@ def main(args: Settings) -> None:
     check_flags(args)
     given = slide_list.Request(Path(), args.um_per_px, args.positions, args.mask, args.spot_pitch_um)
     slides = slide_list.list_slides(args.slides, args.out, given)
-    requests = settings.of_shard(slides, args.shard, "slides")
+    requests = arguments.of_shard(slides, args.shard, "slides")
     if not requests:
         return
     from utils.prediction import members

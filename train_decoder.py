@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from utils import distributed
+from utils import arguments, distributed
 from utils import settings as flags
 from utils.features import dataset
 from utils.files.arrays import ArrayStore
@@ -52,16 +52,16 @@ def parse_args(argv: list[str] | None = None) -> StageTwoSettings:
         help="scale that is predicted: Pearson residuals, log1p of counts per 10,000, or counts per 10,000",
     )
     group.add_argument(
-        "--context", type=flags.count_or_zero, default=18, help="nearest spots that the decoder attends to"
+        "--context", type=arguments.count_or_zero, default=18, help="nearest spots that the decoder attends to"
     )
     group.add_argument(
         "--decoder_layers",
-        type=flags.count_or_zero,
+        type=arguments.count_or_zero,
         default=6,
         help="Transformer blocks; 0: ridge and linear expansion alone",
     )
     group.add_argument(
-        "--decoder_width", type=flags.count, default=64, help="width of the Transformer, a multiple of 4"
+        "--decoder_width", type=arguments.count, default=64, help="width of the Transformer, a multiple of 4"
     )
     group.add_argument(
         "--tta",

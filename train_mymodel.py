@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model import tuning
-from utils import distributed
+from utils import arguments, distributed
 from utils import settings as flags
 from utils.features import dataset
 from utils.files.arrays import ArrayStore
@@ -56,34 +56,39 @@ def parse_args(argv: list[str] | None = None) -> StageOneSettings:
     )
     group.add_argument(
         "--layer_decay",
-        type=flags.fraction_above_zero,
+        type=arguments.fraction_above_zero,
         default=1.0,
         help="factor of the learning rate from a layer of the image encoder to the one below; 1: none",
     )
     gene_weights.add_flags(parser)
     group = parser.add_argument_group("method")
-    group.add_argument("--width", type=flags.count, default=512, help="width of the space of images and profiles")
-    group.add_argument("--fusion_blocks", type=flags.count, default=3, help="blocks of the fusion module")
+    group.add_argument("--width", type=arguments.count, default=512, help="width of the space of images and profiles")
+    group.add_argument("--fusion_blocks", type=arguments.count, default=3, help="blocks of the fusion module")
     group.add_argument(
-        "--queue_size", type=flags.count_or_zero, default=4096, help="earlier spots that are kept as negatives; 0: none"
+        "--queue_size",
+        type=arguments.count_or_zero,
+        default=4096,
+        help="earlier spots that are kept as negatives; 0: none",
     )
     group.add_argument(
-        "--alpha", type=flags.fraction, default=0.4, help="weight of the momentum encoders' soft targets; 0: none"
+        "--alpha", type=arguments.fraction, default=0.4, help="weight of the momentum encoders' soft targets; 0: none"
     )
     group.add_argument(
-        "--expression_weight", type=flags.not_negative, default=5.0, help="weight of the expression loss; 0: none"
+        "--expression_weight", type=arguments.not_negative, default=5.0, help="weight of the expression loss; 0: none"
     )
     group.add_argument(
-        "--components", type=flags.count, default=10, help="principal components that this loss predicts"
+        "--components", type=arguments.count, default=10, help="principal components that this loss predicts"
     )
-    group.add_argument("--matching_weight", type=flags.not_negative, default=1.0, help="weight of the matching loss")
+    group.add_argument(
+        "--matching_weight", type=arguments.not_negative, default=1.0, help="weight of the matching loss"
+    )
     group.add_argument(
         "--batch_neighbours",
-        type=flags.count_or_zero,
+        type=arguments.count_or_zero,
         default=8,
         help="half of a batch are spots at random, each with one of so many nearest spots; 0: all at random",
     )
-    group.add_argument("--accumulate", type=flags.count, default=1, help="batches per step of the optimiser")
+    group.add_argument("--accumulate", type=arguments.count, default=1, help="batches per step of the optimiser")
     return StageOneSettings(**flags.parse_training(parser, argv))
 
 

@@ -28,6 +28,7 @@ from benchmarks import accuracy_folds as folds
 from benchmarks import accuracy_table
 from benchmarks.accuracy_run import ROOT, Run, Settings, finish
 from benchmarks.speed import put_into
+from utils import arguments
 from utils import settings as shared_settings
 from utils.files.atomic import write_whole
 from utils.slices import splits
@@ -40,7 +41,7 @@ def absolute(text: str) -> Path:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--data", type=absolute, help="folder of slices")
     parser.add_argument("--out", type=absolute, default="results/accuracy", help="tiles, models, results; gigabytes")
     parser.add_argument("--runs", type=absolute, default=str(ROOT / "benchmarks/runs"), help="a JSON per finished run")
@@ -50,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         default="default",
         help="default: the sections C2 to C5 and B4; patients: leave one out; given: the split of slices.csv",
     )
-    count = shared_settings.count_or_zero
+    count = arguments.count_or_zero
     parser.add_argument("--seeds", type=count, nargs="+", help="default: 0 1 2, with --small 0")
     parser.add_argument("--only", nargs=2, metavar=("FOLD", "SEED"), help="this run alone, then the table of all")
     parser.add_argument("--small", action="store_true", help="fewer epochs, one seed")
@@ -60,9 +61,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--keep", action="store_true", help="put the table into benchmarks/RESULTS.md")
     parser.add_argument("--encoder", default=folds.DEFAULT_ENCODER, help="image encoder, name of a timm model")
     parser.add_argument("--encoder_weights", help="timm, none or a file (default: those of EfficientNet-Lite0)")
-    parser.add_argument(
-        "--tile_px", type=shared_settings.count, default=folds.DEFAULT_PX, help="side of the tiles, pixels"
-    )
+    parser.add_argument("--tile_px", type=arguments.count, default=folds.DEFAULT_PX, help="side of the tiles, pixels")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--workers", type=count, help="as every script takes it")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -25,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed import machine_name, put_into
+from utils import arguments
 from utils import settings as shared_settings
 from utils.evaluation import metrics
 from utils.genes import panels as gene_panels
@@ -45,10 +46,10 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of slices")
-    parser.add_argument("--n_top_genes", type=shared_settings.count, default=300, help="genes, highest count first")
-    parser.add_argument("--seed", type=shared_settings.count_or_zero, default=0)
+    parser.add_argument("--n_top_genes", type=arguments.count, default=300, help="genes, highest count first")
+    parser.add_argument("--seed", type=arguments.count_or_zero, default=0)
     parser.add_argument("--keep", action="store_true", help="put the table into benchmarks/RESULTS.md")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return Settings(**vars(parser.parse_args(argv)))

@@ -35,7 +35,7 @@ from benchmarks.device_count import Card
 from benchmarks.device_work import PARTS, RATES, SMALL, Sizes, Work, batch_of, of_batch, stage_one, stage_one_model
 from model import performer
 from model.stage_one import StageOne
-from utils import distributed
+from utils import arguments, distributed
 from utils import settings as shared_settings
 from utils.evaluation.gallery import top_k
 from utils.files.atomic import write_record
@@ -77,12 +77,12 @@ class Check:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--count", action="store_true", help="count, and write the tables into docs/speed.md")
     parser.add_argument("--check", action="store_true", help="fail where something is wrong, or slower than counted")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, neither compiled nor counted: does it run?")
-    parser.add_argument("--batch_size", type=shared_settings.count, default=64, help="of what is timed")
+    parser.add_argument("--batch_size", type=arguments.count, default=64, help="of what is timed")
     parser.add_argument("--out", type=Path, default=FOLDER / "device.json", help="where the figures go")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return Settings(**vars(parser.parse_args(argv)))

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import domain_kinds as kinds
 from benchmarks.speed import machine_name, put_into
+from utils import arguments
 from utils import settings as shared_settings
 from utils.files.atomic import write_record, write_whole
 from utils.slices import splits, visium
@@ -57,12 +58,12 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--data", type=Path, help="folder of four slices or more of one patient; simulated ones alone")
     parser.add_argument("--out", type=Path, default=Path("results/domain"))
     parser.add_argument("--part", choices=["scores", "intervals"], default="scores")
-    parser.add_argument("--seed", type=shared_settings.count_or_zero, default=0)
-    parser.add_argument("--tile_px", type=shared_settings.count, default=TILE_PX, help="side of the tiles, pixels")
+    parser.add_argument("--seed", type=arguments.count_or_zero, default=0)
+    parser.add_argument("--tile_px", type=arguments.count, default=TILE_PX, help="side of the tiles, pixels")
     parser.add_argument("--decoder", type=Path, default=Path("decoder_model/best_epoch_weights.pth"))
     parser.add_argument("--held_out", help="slice of a patient that the decoder was trained on")
     parser.add_argument("--unseen", help="slice of another patient")

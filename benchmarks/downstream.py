@@ -24,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed import machine_name, put_into
+from utils import arguments
 from utils import settings as shared_settings
 from utils.evaluation import metrics
 from utils.evaluation.bootstrap import blocks
@@ -62,9 +63,9 @@ class Pair:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--predictions", type=Path, required=True, help="predictions.h5ad of a slice with counts")
-    parser.add_argument("--seed", type=shared_settings.count_or_zero, default=0, help="of the clusters (default: 0)")
+    parser.add_argument("--seed", type=arguments.count_or_zero, default=0, help="of the clusters (default: 0)")
     parser.add_argument("--keep", action="store_true", help="put the table into docs/downstream.md")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return Settings(**vars(parser.parse_args(argv)))

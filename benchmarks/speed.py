@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import speed_growth
 from benchmarks.speed_setting import SMALL, Setting, Sizes, Work
+from utils import arguments
 from utils import settings as shared_settings
 from utils.files.atomic import write_record, write_whole
 
@@ -63,8 +64,8 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = shared_settings.Parser(__doc__)
-    count, count_or_zero = shared_settings.count, shared_settings.count_or_zero
+    parser = arguments.Parser(__doc__)
+    count, count_or_zero = arguments.count, arguments.count_or_zero
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--batch_size", type=count, default=8, help="of the encoders and of training")
     parser.add_argument("--small", action="store_true", help="tiny sizes, nothing is written")

@@ -12,7 +12,7 @@ from spaceranger_folders import refused
 from tiny_runs import FLAGS
 
 import train_mymodel
-from utils import settings
+from utils import arguments, settings
 from utils.slices.splits import SliceRow
 
 ROOT = Path(__file__).parents[1]
@@ -95,13 +95,13 @@ def test_every_flag_explains_itself_or_is_plain(script, capsys):
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (settings.count, {"1": 1, "4096": 4096}, ["0", "-1", "1.5", "1e3", "", "x", "nan"]),
-        (settings.count_or_zero, {"0": 0, "7": 7}, ["-1", "0.5", "none"]),
-        (settings.positive, {"1e-4": 1e-4, "112": 112.0}, ["0", "-1", "nan", "inf", "x"]),
-        (settings.not_negative, {"0": 0.0, "1e-2": 0.01}, ["-1e-9", "nan", "inf"]),
-        (settings.fraction_above_zero, {"1": 1.0, "1e-3": 0.001}, ["0", "-0.1", "1.1", "nan"]),
-        (settings.fraction, {"0": 0.0, "1": 1.0, "0.4": 0.4}, ["-0.1", "1.1", "nan"]),
-        (settings.shard, {"1/4": (0, 4), "4/4": (3, 4)}, ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "", "1/2/3"]),
+        (arguments.count, {"1": 1, "4096": 4096}, ["0", "-1", "1.5", "1e3", "", "x", "nan"]),
+        (arguments.count_or_zero, {"0": 0, "7": 7}, ["-1", "0.5", "none"]),
+        (arguments.positive, {"1e-4": 1e-4, "112": 112.0}, ["0", "-1", "nan", "inf", "x"]),
+        (arguments.not_negative, {"0": 0.0, "1e-2": 0.01}, ["-1e-9", "nan", "inf"]),
+        (arguments.fraction_above_zero, {"1": 1.0, "1e-3": 0.001}, ["0", "-0.1", "1.1", "nan"]),
+        (arguments.fraction, {"0": 0.0, "1": 1.0, "0.4": 0.4}, ["-0.1", "1.1", "nan"]),
+        (arguments.shard, {"1/4": (0, 4), "4/4": (3, 4)}, ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "", "1/2/3"]),
     ],
 )
 def test_values_of_flags(kind, good, bad):
@@ -179,7 +179,7 @@ def test_the_lowest_rate_is_a_hundredth_unless_told():
 def test_shards_take_every_item_once(capsys):
     items = list(range(11))
     for number in (1, 2, 4, 12):
-        shards = [settings.of_shard(items, (i, number), "slides") for i in range(number)]
+        shards = [arguments.of_shard(items, (i, number), "slides") for i in range(number)]
         assert sorted(item for shard in shards for item in shard) == items
     assert capsys.readouterr().out == "shard 12 of 12: none of 11 slides belongs to it\n"
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from utils import distributed, memory, words
+from utils import arguments, distributed, memory, words
 
 PARTS = ("train", "val", "test")
 # flags of places, machine and time, which do not change what a script computes
@@ -144,106 +142,9 @@ class HasPart(Protocol):
 
 S = TypeVar("S", bound=HasDebug)
 R = TypeVar("R", bound=HasPart)
-T = TypeVar("T")
 
 
-UNUSED = "not used by this script; accepted so that the same flags fit all"
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it is, the kind of value that a flag takes, and the default of every flag that has "
-    "one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        said, default = action.help or "", action.default
-        without = default is None or default is False or default == argparse.SUPPRESS or action.required
-        if without or said == UNUSED or "(default" in said:
-            return action.help
-        values = default if isinstance(default, list) else [default]
-        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-        return f"{said} (default: {shown.replace('%', '%%')})".strip()
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return METAVARS.get(action.type) or super()._get_default_metavar_for_optional(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """No abbreviated flags; a wrong flag gives one line, not the usage page, and the flag that may be meant."""
-
-    def __init__(self, description: str | None, prog: str | None = None):
-        super().__init__(description=description, prog=prog, formatter_class=Help, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        unknown = message.partition("unrecognized arguments: ")[2].split()
-        given = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-        meant = dict.fromkeys(flag for word in given for flag in words.nearest(word, self._option_string_actions))
-        hint = f"; did you mean {' '.join(meant)}?" if meant else ""
-        print(f"{self.prog}: {message}{hint} (see {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def _number(text: str, kind: type, low: float, high: float, open_low: bool, what: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not (low < value if open_low else low <= value) or not value <= high:
-        raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
-    return value
-
-
-def count(text: str) -> int:
-    return _number(text, int, 1, math.inf, False, "a whole number of at least 1")
-
-
-def count_or_zero(text: str) -> int:
-    return _number(text, int, 0, math.inf, False, "a whole number of at least 0")
-
-
-def positive(text: str) -> float:
-    return _number(text, float, 0, sys.float_info.max, True, "a number above 0")
-
-
-def fraction(text: str) -> float:
-    return _number(text, float, 0, 1, False, "a number from 0 to 1")
-
-
-def fraction_above_zero(text: str) -> float:
-    return _number(text, float, 0, 1, True, "a number above 0, at most 1")
-
-
-def not_negative(text: str) -> float:
-    return _number(text, float, 0, sys.float_info.max, False, "a number of at least 0")
-
-
-def shard(text: str) -> tuple[int, int]:
-    """Index from 0, and number of shards, of "I/N" with I from 1."""
-    numbers = re.fullmatch(r"(\d+)/(\d+)", text)
-    index, number = (int(numbers[1]) - 1, int(numbers[2])) if numbers else (-1, 0)
-    if not 0 <= index < number:
-        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 1/4, found {text!r}")
-    return index, number
-
-
-def of_shard(items: list[T], shard: tuple[int, int], unit: str) -> list[T]:
-    """Every N-th of the items from the I-th on; prints a line where none belongs to the shard.
-
-    Parameters
-    ----------
-    shard : see `shard`
-    unit : what the line calls the items
-    """
-    index, number = shard
-    if not items[index::number]:
-        print(f"shard {index + 1} of {number}: none of {len(items)} {unit} belongs to it")
-    return items[index::number]
-
-
-METAVARS: dict[Any, str] = {Path: "PATH", int: "N", count: "N", count_or_zero: "N", float: "X"}
-METAVARS |= dict.fromkeys((positive, fraction, fraction_above_zero, not_negative), "X") | {shard: "I/N"}
-
-
-def shared(description: str | None, part: str | None = None, unused: Collection[str] = ()) -> Parser:
+def shared(description: str | None, part: str | None = None, unused: Collection[str] = ()) -> arguments.Parser:
     """A parser with the flags of every script.
 
     Parameters
@@ -251,24 +152,30 @@ def shared(description: str | None, part: str | None = None, unused: Collection[
     part : default of --part, None where the script has no such flag
     unused : names of flags that the script accepts and has no use for
     """
-    parser = Parser(description)
+    parser = arguments.Parser(description)
     group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, default=Path("data/Breast_cancer"), help="folder of slices")
-    tiles = UNUSED if "tiles" in unused else "folder of tiles, a folder per slice in it"
+    tiles = arguments.UNUSED if "tiles" in unused else "folder of tiles, a folder per slice in it"
     group.add_argument("--tiles", type=Path, default=Path("data/Breast_cancer_image_process"), help=tiles)
-    panels = UNUSED if "panels" in unused else "folder of gene files, a folder per slice in it (default: inside --data)"
+    panels = (
+        arguments.UNUSED
+        if "panels" in unused
+        else "folder of gene files, a folder per slice in it (default: inside --data)"
+    )
     group.add_argument("--panels", type=Path, help=panels)
     group.add_argument("--slices", type=Path, help="table of slices (default: slices.csv in --data, if there)")
     if part is not None:
         group.add_argument("--part", choices=[*PARTS, "all"], default=part, help="slices to use")
     add_split(group)
     group = parser.add_argument_group("machine")
-    device = UNUSED if "device" in unused else "auto: CUDA if there is a device, else the CPU"
+    device = arguments.UNUSED if "device" in unused else "auto: CUDA if there is a device, else the CPU"
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=device)
-    seed = UNUSED if "seed" in unused else "of all random draws"
-    group.add_argument("--seed", type=count_or_zero, default=0, help=seed)
+    seed = arguments.UNUSED if "seed" in unused else "of all random draws"
+    group.add_argument("--seed", type=arguments.count_or_zero, default=0, help=seed)
     workers = "processes that read tiles, or threads that cut them (default: up to 4; none to read without a GPU)"
-    group.add_argument("--workers", type=count_or_zero, help=UNUSED if "workers" in unused else workers)
+    group.add_argument(
+        "--workers", type=arguments.count_or_zero, help=arguments.UNUSED if "workers" in unused else workers
+    )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -287,7 +194,7 @@ def add_split(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_training(parser: Parser, out: str) -> None:
+def add_training(parser: arguments.Parser, out: str) -> None:
     """The published hyperparameters of both training scripts, names and defaults kept."""
     group = parser.add_argument_group("training")
     group.add_argument("--out", type=Path, default=Path(out), help="folder of the checkpoints")
@@ -295,19 +202,25 @@ def add_training(parser: Parser, out: str) -> None:
         "--logs", type=Path, default=Path("logs"), help="folder of the logs: log.jsonl, loss curves, TensorBoard events"
     )
     group.add_argument(
-        "--batch_size", type=count, default=32, help="spots of a step, over all processes; the candidates of stage one"
+        "--batch_size",
+        type=arguments.count,
+        default=32,
+        help="spots of a step, over all processes; the candidates of stage one",
     )
-    group.add_argument("--Init_Epoch", type=count_or_zero, default=0, help="number of the first epoch")
+    group.add_argument("--Init_Epoch", type=arguments.count_or_zero, default=0, help="number of the first epoch")
     group.add_argument(
-        "--Epoch", type=count, default=100, help="number of epochs; with --Init_Epoch the number to stop before"
+        "--Epoch",
+        type=arguments.count,
+        default=100,
+        help="number of epochs; with --Init_Epoch the number to stop before",
     )
     group.add_argument(
-        "--Init_lr", type=positive, default=1e-4, help="highest learning rate, not scaled with --batch_size"
+        "--Init_lr", type=arguments.positive, default=1e-4, help="highest learning rate, not scaled with --batch_size"
     )
-    group.add_argument("--Min_lr", type=not_negative, help="last learning rate (default: Init_lr * 0.01)")
-    group.add_argument("--momentum", type=fraction, default=0.9, help="first beta of AdamW")
+    group.add_argument("--Min_lr", type=arguments.not_negative, help="last learning rate (default: Init_lr * 0.01)")
+    group.add_argument("--momentum", type=arguments.fraction, default=0.9, help="first beta of AdamW")
     group.add_argument(
-        "--weight_decay", type=not_negative, default=1e-2, help="of AdamW; not applied to norms and biases"
+        "--weight_decay", type=arguments.not_negative, default=1e-2, help="of AdamW; not applied to norms and biases"
     )
     group.add_argument(
         "--lr_decay_type",
@@ -332,12 +245,17 @@ def add_training(parser: Parser, out: str) -> None:
         "--resume", action="store_true", help="continue from last_epoch_weights.pth in --out, to the same end"
     )
     group.add_argument(
-        "--save_every", type=count_or_zero, default=1000, help="steps between two saves; 0: only after an epoch"
+        "--save_every",
+        type=arguments.count_or_zero,
+        default=1000,
+        help="steps between two saves; 0: only after an epoch",
     )
-    group.add_argument("--max_minutes", type=positive, help="save and stop after so long, for queues with a time limit")
+    group.add_argument(
+        "--max_minutes", type=arguments.positive, help="save and stop after so long, for queues with a time limit"
+    )
 
 
-def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
+def add_encoders(parser: arguments.Parser) -> argparse._ArgumentGroup:
     """Both encoders of stage one; returns the group of the image encoder, for the script's own."""
     images = group = parser.add_argument_group("image encoder")
     group.add_argument(
@@ -346,10 +264,10 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
         metavar="NAME",
         help="a timm model, or hf-hub:OWNER/MODEL (docs/encoders.md)",
     )
-    group.add_argument("--image_size", type=count, default=224, help="side of the encoder's input, pixels")
+    group.add_argument("--image_size", type=arguments.count, default=224, help="side of the encoder's input, pixels")
     group.add_argument(
         "--crop_scales",
-        type=fraction_above_zero,
+        type=arguments.fraction_above_zero,
         nargs="+",
         default=[1.0],
         help="centred squares that the encoder sees, fractions of the tile's side; 1 0.5: the tile and its middle",
@@ -361,37 +279,41 @@ def add_encoders(parser: Parser) -> argparse._ArgumentGroup:
         help="timm (downloads), none (random), or a file: .pth, .safetensors",
     )
     group.add_argument(
-        "--image_tokens", type=count, default=50, help="image tokens that the fusion module reads, at most"
+        "--image_tokens", type=arguments.count, default=50, help="image tokens that the fusion module reads, at most"
     )
     group = parser.add_argument_group("gene encoder")
-    group.add_argument("--gene_depth", type=count, default=6, help="Performer blocks")
-    group.add_argument("--gene_width", type=count, default=200, help="width of the Performer")
+    group.add_argument("--gene_depth", type=arguments.count, default=6, help="Performer blocks")
+    group.add_argument("--gene_width", type=arguments.count, default=200, help="width of the Performer")
     group.add_argument(
-        "--gene_heads", type=count, default=10, help="attention heads of the Performer, each of width 64"
+        "--gene_heads", type=arguments.count, default=10, help="attention heads of the Performer, each of width 64"
     )
-    group.add_argument("--gene_tokens", type=count, default=64, help="tokens that the genes are pooled into")
-    group.add_argument("--downsample_counts", type=count, help="counts that each spot is downsampled to before binning")
+    group.add_argument("--gene_tokens", type=arguments.count, default=64, help="tokens that the genes are pooled into")
+    group.add_argument(
+        "--downsample_counts", type=arguments.count, help="counts that each spot is downsampled to before binning"
+    )
     group.add_argument(
         "--pretrain_genes", action="store_true", help="pretrain the gene encoder by masked-bin prediction"
     )
     group.add_argument(
         "--pretrain_epochs",
-        type=count,
+        type=arguments.count,
         default=20,
         help="epochs of pretraining; the best by held-out cross entropy is kept",
     )
-    group.add_argument("--pretrain_lr", type=positive, default=1e-3, help="highest learning rate of pretraining")
+    group.add_argument(
+        "--pretrain_lr", type=arguments.positive, default=1e-3, help="highest learning rate of pretraining"
+    )
     group.add_argument("--pretrain_data", type=Path, help="folder of .h5ad files with raw counts, without images")
     return images
 
 
-def add_evaluation(parser: Parser, out: str) -> argparse._ArgumentGroup:
+def add_evaluation(parser: arguments.Parser, out: str) -> argparse._ArgumentGroup:
     """The flags of both evaluation scripts; returns their group, for the script's own."""
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--image_weights", metavar="WEIGHTS", help="of the baselines' pretrained encoder (default: as stage one)"
     )
-    group.add_argument("--batch_size", type=count, default=32, help="spots encoded at a time")
+    group.add_argument("--batch_size", type=arguments.count, default=32, help="spots encoded at a time")
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16"],
@@ -402,18 +324,18 @@ def add_evaluation(parser: Parser, out: str) -> argparse._ArgumentGroup:
     return group
 
 
-def add_memory(parser: Parser) -> None:
+def add_memory(parser: arguments.Parser) -> None:
     group = parser.add_argument_group("memory")
     group.add_argument(
         "--memory",
-        type=positive,
+        type=arguments.positive,
         default=4.0,
         metavar="GIB",
         help="GiB of memory for arrays that grow with the number of spots; beyond it they are on disk",
     )
 
 
-def parse_training(parser: Parser, argv: list[str] | None) -> dict[str, Any]:
+def parse_training(parser: arguments.Parser, argv: list[str] | None) -> dict[str, Any]:
     """Values of the flags by name; --Min_lr has its default, which depends on --Init_lr."""
     flags = vars(parser.parse_args(argv))
     lowest = flags["Init_lr"] * 0.01 if flags["Min_lr"] is None else flags["Min_lr"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import settings
+from utils import arguments, settings
 
 DATA = Path("data/Breast_cancer")
 OUTPUTS = [Path(name) for name in ("encoder_model", "decoder_model", "logs", "results")]
@@ -33,7 +33,7 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = settings.Parser(DESCRIPTION, prog="python -m utils.doctor")
+    parser = arguments.Parser(DESCRIPTION, prog="python -m utils.doctor")
     group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, help=f"folder of slices (default: {DATA}, where it is there)")
     group.add_argument(

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils import settings
+from utils import arguments, settings
 from utils.report.tables import ceiling_line, expression_lines, leak_lines, read_metrics, results_file, retrieval_lines
 
 
@@ -36,7 +36,7 @@ def report_lines(results: list[Path], truth: Path | None) -> list[str]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = settings.Parser(__doc__, prog="python -m utils.report")
+    parser = arguments.Parser(__doc__, prog="python -m utils.report")
     parser.add_argument(
         "results", type=Path, nargs="+", help="folder with retrieval/ and similarity/; of several runs each"
     )

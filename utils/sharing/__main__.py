@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import settings
+from utils import arguments, settings
 from utils.sharing.export import export
 from utils.training import checkpoint
 from utils.training.shared_folder import FILES
@@ -26,7 +26,7 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = settings.Parser(__doc__, prog="python -m utils.sharing")
+    parser = arguments.Parser(__doc__, prog="python -m utils.sharing")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a trained model of either stage")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a new or an empty folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import settings
+from utils import arguments, settings
 from utils.simulation.slices import write_slices
 from utils.words import count_of
 
@@ -26,17 +26,17 @@ class Settings:
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    parser = settings.Parser(__doc__, prog="python -m utils.simulation")
+    parser = arguments.Parser(__doc__, prog="python -m utils.simulation")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument(
-        "--patients", type=settings.count, default=6, help="the last one is test, the one before it validation"
+        "--patients", type=arguments.count, default=6, help="the last one is test, the one before it validation"
     )
-    parser.add_argument("--slices_per_patient", type=settings.count, default=1, help="sections of each patient")
-    parser.add_argument("--spots", type=settings.count, default=300, help="spots under tissue, per slice")
-    parser.add_argument("--genes", type=settings.count, default=600, help="genes that are simulated")
-    parser.add_argument("--seed", type=settings.count_or_zero, default=0, help="fixes every pixel and count")
+    parser.add_argument("--slices_per_patient", type=arguments.count, default=1, help="sections of each patient")
+    parser.add_argument("--spots", type=arguments.count, default=300, help="spots under tissue, per slice")
+    parser.add_argument("--genes", type=arguments.count, default=600, help="genes that are simulated")
+    parser.add_argument("--seed", type=arguments.count_or_zero, default=0, help="fixes every pixel and count")
     parser.add_argument(
-        "--um_per_px", type=settings.positive, default=1.0, help="pixel size of the H&E, um; 0.5 shows nuclei better"
+        "--um_per_px", type=arguments.positive, default=1.0, help="pixel size of the H&E, um; 0.5 shows nuclei better"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return Settings(**vars(parser.parse_args(argv)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils import settings
+from utils import arguments, settings
 from utils.files import tensors as tensor_files
 from utils.genes import lists as gene_lists
 from utils.genes import names as gene_names
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from model.gene_encoder import GeneEncoder
 
 
-def add_flags(parser: settings.Parser) -> None:
+def add_flags(parser: arguments.Parser) -> None:
     group = parser.add_argument_group("gene weights")
     group.add_argument("--gene_weights", type=Path, help="released scBERT checkpoint, e.g. panglao_pretrain.pth")
     group.add_argument("--gene2vec", type=Path, help="gene positions: .npy with --gene_vocab, or .txt: gene v1 v2 ...")
@@ -30,7 +30,7 @@ def add_flags(parser: settings.Parser) -> None:
         "--gene_aliases", type=Path, help="other names of genes: a table laid out as HGNC's complete set"
     )
     group.add_argument(
-        "--tune_block", type=settings.count_or_zero, default=4, help="block that trains with --gene_weights, from 0"
+        "--tune_block", type=arguments.count_or_zero, default=4, help="block that trains with --gene_weights, from 0"
     )
 
 

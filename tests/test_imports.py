@@ -19,7 +19,7 @@ LAYERS = (
     ("utils.training", "utils.evaluation", "utils.simulation"),
     ("utils.features", "utils.importers"),
     ("model", "utils.images", "utils.genes", "utils.slices"),
-    ("utils.files", "utils.distributed", "utils.memory", "utils.settings", "utils.words"),
+    ("utils.files", "utils.distributed", "utils.memory", "utils.settings", "utils.arguments", "utils.words"),
 )
 # What is stricter than the layers: tensors in and tensors out, arrays in and numbers out, images without slices.
 NARROWER = {
@@ -36,6 +36,7 @@ NARROWER = {
             "utils.files",
             "utils.slices",
             "utils.settings",
+            "utils.arguments",
             "utils.words",
         ),
     ),

@@ -203,12 +203,19 @@ def test_tiles_missing_interrupted_or_of_another_scale(own, seen):
     )
 
 
+def test_scales_within_a_thousandth_are_one(own, capsys):
+    for name, um_per_px in (("P01_1", 3.4994), ("P03_1", 3.5006)):  # either side of what three decimals tell apart
+        path = own / "tiles" / name / tiles.RECORD
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"um_per_px": um_per_px}))
+    assert look(capsys, own / "data", own / "tiles", own / "panels")[2] == []
+
+
 def test_two_tile_scales_and_two_panels(own, seen):
     record = json.loads((own / "tiles/P03_1" / tiles.RECORD).read_text())
     (own / "tiles/P03_1" / tiles.RECORD).write_text(json.dumps(record | {"um_per_px": 1.0}))
     path = own / "panels/P03_1" / gene_panels.FILES["input"]
     shutil.copy(own / "panels/P03_1" / gene_panels.FILES["target"], path)
-    seen(expect=[r"in the tiles: 32 px at 1\.0 um per px and 32 px at 3\.5", r"in the input genes: 2 different panels"])
+    seen(expect=[r"in the tiles: 32 px at 1 um per px and 32 px at 3\.5", r"in the input genes: 2 different panels"])
 
 
 def test_a_spot_without_tile(own, seen):

@@ -15,6 +15,7 @@ import numpy as np
 
 from utils.doctor.findings import GIB, Findings, existing
 from utils.doctor.settings import Settings
+from utils.features import dataset
 from utils.genes import panels as gene_panels
 from utils.images import tiles
 from utils.images.image import open_image
@@ -166,7 +167,7 @@ def check_tiles(checked: Checked, settings: Settings, findings: Findings) -> Non
             f"{min(lacking)}); run image_tilling.py again"
         )
     um_per_px = record.get("um_per_px")
-    checked.tile_scale = (pack.size, round(um_per_px, 3) if um_per_px is not None and record.get("resampled") else None)
+    checked.tile_scale = (pack.size, um_per_px if record.get("resampled") else None)
     side = "" if um_per_px is None else f" at {um_per_px:.3f} um per px, {pack.size * um_per_px:.0f} um wide"
     findings.log(f"  {len(pack.barcodes):,} tiles of {pack.size} px{side}, from {record.get('image')}")
 
@@ -215,9 +216,9 @@ def check_panel_origin(checked: list[Checked], findings: Findings) -> None:
 
 def check_tile_scales(checked: list[Checked], findings: Findings) -> None:
     """All slices have tiles of one scale, or none has tiles."""
-    scales = {slice_.tile_scale for slice_ in checked if slice_.tile_scale is not None}
-    if len(scales) > 1:
-        found = " and ".join(sorted(f"{px} px at {um or 'no stated'} um per px" for px, um in scales))
+    scales = [slice_.tile_scale for slice_ in checked if slice_.tile_scale is not None]
+    if not all(dataset.same_scale(scale, scales[0]) for scale in scales):
+        found = " and ".join(sorted({dataset.said_scale(scale) for scale in scales}))
         fix = "run image_tilling.py on all slices with the same --tile_um and --tile_px"
         findings.problem(f"in the tiles: {found}", fix)
     without = [slice_.name for slice_ in checked if scales and slice_.tile_scale is None]

@@ -144,8 +144,9 @@ def main(settings: Settings) -> None:
     print(text)
     if settings.keep:
         put_into(DOCS / "parts.md", "parts", text)
-        if len(results) > 1:
-            parts_table.draw_curve(results, DOCS / "parts.png")
+        curve = parts_table.curve_of(results)
+        if len(curve) > 1:
+            parts_table.draw_curve(curve, DOCS / "parts.png")
 
 
 if __name__ == "__main__":

@@ -208,14 +208,14 @@ def retrieval_figures(path: Path, matching: bool) -> dict[str, dict[str, float |
 
 
 def patients_told_apart(encoder: Path, flags: list[str]) -> float:
-    """Accuracy of a linear classifier of three train patients on features of the pretrained encoder.
+    """Accuracy of a linear classifier of the first three patients on features of the pretrained encoder.
 
     Trained on the spots left of each slice's middle and tested on those right of it, and the other way round: spots
     that lie together look alike, whoever's they are.
     """
     from sklearn.linear_model import LogisticRegression
 
-    args = get_accuracy_image.parse_args([*flags, "--encoder", str(encoder), "--part", "train", "--allow_leak"])
+    args = get_accuracy_image.parse_args([*flags, "--encoder", str(encoder), "--part", "all", "--allow_leak"])
     state = checkpoint.load(encoder, "stage_one", "--encoder")
     slices = split.load_evaluation(args, state, "--encoder", ("input",))[1][:3]
     with distributed.running("cpu", "fp32") as accelerator:

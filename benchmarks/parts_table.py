@@ -95,8 +95,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     """Both tables, and what they were made with."""
     s = result["settings"]
     told_apart, unseen = s["patients_told_apart"], s["patients"] - s["train"] - s["val"]
+    trained_on = "one train slice with a strip for validation" if s["one_slice"] else f"{s['train']} train patients"
     head = (
-        f"{s['train']} train patients x {s['spots']} spots, {unseen} unseen, batch effects "
+        f"{trained_on} x {s['spots']} spots, {unseen} unseen, batch effects "
         f"{s['batch_effects']:g} (three patients told apart by frozen features: {_figure(told_apart)}, chance 0.333), "
         f"seeds {', '.join(map(str, s['seeds']))}, {s['date']}, {s['machine']}. Chance: "
         f"{s['chance']['neighbours']:.3f} among neighbours, {s['chance']['recall_at_10']:.3f} for R@10, 0.5 for AUC."
@@ -104,7 +105,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     rows = [
         f"| {name} | "
         + " | ".join(_figure(of[key]) for key in FIGURES)
-        + f" | {of['steps']} | {_seconds(of['seconds'])} |"
+        + f" | {of['seeds']} | {of['steps']} | {_seconds(of['seconds'])} |"
         for name, of in result["methods"].items()
     ]
     keys = ("contrastive_neighbours", "recall_at_10", "reranked_neighbours", "pcc_residuals")
@@ -116,8 +117,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         [
             head,
             "",
-            f"| method | {' | '.join(FIGURES.values())} | steps | seconds |",
-            "| --- |" + " --- |" * (len(FIGURES) + 2),
+            f"| method | {' | '.join(FIGURES.values())} | seeds | steps | seconds |",
+            "| --- |" + " --- |" * (len(FIGURES) + 3),
             *rows,
             "",
             f"| difference | {' | '.join(FIGURES[key] for key in keys)} |",
@@ -127,11 +128,19 @@ def markdown(result: Mapping[str, Any]) -> str:
     )
 
 
+def curve_of(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first result and those that differ from it in the number of train patients, by that number."""
+    same = ("patients", "val", "spots", "steps", "batch_effects", "one_slice", "flags")
+    first = results[0]["settings"]
+    others = [result for result in results if all(result["settings"][key] == first[key] for key in same)]
+    by_train = {result["settings"]["train"]: result for result in reversed(others)}
+    return [by_train[train] for train in sorted(by_train)]
+
+
 def draw_curve(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Retrieval of each method over the number of train patients, one result each."""
+    """Retrieval of each method over the number of train patients, of the results of `curve_of`."""
     from utils.evaluation import plotting
 
-    results = sorted(results, key=lambda result: result["settings"]["train"])
     shared = [name for name in results[0]["methods"] if all(name in result["methods"] for result in results)]
     patients = np.array([result["settings"]["train"] for result in results])
     keys = {"contrastive_neighbours": "neighbours", "recall_at_10": "recall_at_10"}

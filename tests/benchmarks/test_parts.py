@@ -42,6 +42,13 @@ def test_rivals_of_the_same_depth_are_the_nearest_in_rank():
     assert [set(row[1:].tolist()) for row in found[[0, 4]]] == [{2, 4}, {0, 2}]
 
 
+def test_the_curve_has_the_results_that_differ_in_train_patients_alone():
+    settings = vars(parts.parse_args(["--out", "x.json"]))
+    made = [{"train": 12}, {"train": 4, "batch_effects": 3.0}, {"train": 4}, {"train": 1}, {"steps": 9}, {"train": 12}]
+    results = [{"settings": settings | changed, "number": i} for i, changed in enumerate(made)]
+    assert [result["number"] for result in parts_table.curve_of(results)] == [3, 2, 0]
+
+
 def test_auc_of_a_gallery():
     scores = np.array([[2.0, 1.0, 0.0], [0.5, 3.0, 0.5]])
     assert parts_run.auc_of(scores, np.array([0, 1])) == 1.0
@@ -72,5 +79,6 @@ def test_a_quick_benchmark_has_the_stated_keys_and_is_not_repeated(tmp_path, cap
     assert "full - none" in result["differences"] and "| full |" in printed
     parts.main(settings)
     assert "full_seed0" not in capsys.readouterr().out and json.loads(out.read_text()) == result
-    parts_table.draw_curve([result, result | {"settings": result["settings"] | {"train": 4}}], tmp_path / "parts.png")
+    more = result | {"settings": result["settings"] | {"train": 4}}
+    parts_table.draw_curve(parts_table.curve_of([result, more]), tmp_path / "parts.png")
     assert (tmp_path / "parts.png").stat().st_size > 1000

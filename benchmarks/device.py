@@ -315,6 +315,7 @@ def main(settings: Settings) -> None:
         for mark, lines in (
             ("parts", device_count.parts_table(Sizes(batch_size=settings.batch_size))),
             ("count", device_count.table()),
+            ("operators", device_count.operators_table(of_batch(Sizes(), LARGEST))),
             ("cohorts", device_count.cohorts_table(of_batch(Sizes(), LARGEST))),
         ):
             text = "\n".join(lines)

@@ -187,6 +187,8 @@ def count(part: str, sizes: Sizes, card: Card = H100) -> Cost:
     with counting():
         device = torch.device("cpu")
         work = work_of(model, sizes, device, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+        with Cost(card):
+            work.run()  # makes what later batches find: the optimiser's moments
         with Cost(card, held) as cost:
             work.run()
     return cost
@@ -238,6 +240,15 @@ def parts_table(sizes: Sizes) -> Iterator[str]:
         per_spot = (amount / sizes.batch_size for amount in (cost.operations / 1e9, cost.nbytes / 1e6))
         cells = [name, *(f"{amount:.1f}" for amount in (*per_spot, cost.peak / 2**30))]
         yield f"| {' | '.join([*cells, f'{sizes.batch_size / cost.seconds:,.0f}'])} |"
+
+
+def operators_table(sizes: Sizes, most: int = 10) -> Iterator[str]:
+    """Of docs/speed.md: where the time of a training step of stage one goes, each operator on its own."""
+    cost = count("stage_one", sizes)
+    yield "| operator | ms | of the step |"
+    yield "| --- | --- | --- |"
+    for name, seconds in cost.by_name.most_common(most):
+        yield f"| `{name}` | {1000 * seconds:.1f} | {seconds / cost.seconds:.0%} |"
 
 
 def cohorts_table(sizes: Sizes) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 A fused kernel reads each tensor from outside once and writes those that are read elsewhere; what lies between stays on
 the chip. Operators are fused that are neither matrix products, convolutions nor attention, that follow one another, and
-that have the same number of such products before them: so no kernel waits for itself.
+that have the same depth: the largest number of times that a product was followed by other work on the way to them. No
+kernel then waits for itself. Compilers come near to this, not to it: some keep the kernel of a norm or a sum apart.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 Key = tuple[int, int]  # a storage, and how often it had been written
+Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # of a view: offset, shape, strides
 
 
 def size_of(x: Tensor) -> int:
@@ -25,13 +27,18 @@ def size_of(x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Operator:
-    """`product`: a matrix product, convolution or attention; `seconds` count for these alone."""
+    """`product`: a matrix product, convolution or attention; `seconds` count for these alone. `reads` and `writes` have
+    the bytes of each part of a storage."""
 
     product: bool
     seconds: float
-    depth: int  # products that must be done before it
-    reads: dict[Key, int]  # bytes
+    depth: int
+    reads: dict[Key, dict[Place, int]]
     writes: dict[Key, int]
+
+    def depth_after(self, product: bool) -> int:
+        """Least depth of an operator that must wait for this one."""
+        return self.depth + (self.product and not product)
 
 
 class Graph:
@@ -40,32 +47,40 @@ class Graph:
     def __init__(self) -> None:
         self.operators: list[Operator] = []
         self.maker: dict[Key, int] = {}  # operator that wrote it
+        self.readers: dict[Key, list[int]] = {}
         self.changed: set[Key] = set()  # written into what was there before
+        self.nbytes: dict[int, int] = {}  # of a storage
         self.number = itertools.count()
         self.versions: weakref.WeakKeyDictionary[Any, Key] = weakref.WeakKeyDictionary()
+        self.last: dict[int, int] = {}  # version of a storage
 
     def _key(self, x: Tensor) -> Key:
         storage = x.untyped_storage()
         if storage not in self.versions:
             self.versions[storage] = (next(self.number), 0)
+            self.nbytes[self.versions[storage][0]] = storage.nbytes()
         return self.versions[storage]
 
     def note(
         self, product: bool, seconds: float, read: list[Tensor], fresh: list[Tensor], changed: list[Tensor]
     ) -> None:
         """An operator that ran, with the tensors that it read, made, and wrote into."""
-        reads: dict[Key, int] = {}
+        reads: dict[Key, dict[Place, int]] = {}
         for x in read:
-            key = self._key(x)
-            reads[key] = max(reads.get(key, 0), size_of(x))
-        makers = (self.operators[self.maker[key]] for key in reads if key in self.maker)
-        depth = max((maker.depth + (maker.product and not product) for maker in makers), default=0)
+            place = int(x.storage_offset()), tuple(x.shape), x.stride()
+            reads.setdefault(self._key(x), {})[place] = size_of(x)
+        before = [self.maker[key] for key in reads if key in self.maker]
+        before += [reader for x in changed for reader in self.readers.get(self._key(x), ())]
+        depth = max((self.operators[i].depth_after(product) for i in before), default=0)
         for x in changed:
             number, version = self._key(x)
             self.versions[x.untyped_storage()] = (number, version + 1)
+            self.last[number] = version + 1
             self.changed.add((number, version + 1))
         writes = {self._key(x): size_of(x) for x in (*fresh, *changed)}
         self.maker |= dict.fromkeys(writes, len(self.operators))
+        for key in reads:
+            self.readers.setdefault(key, []).append(len(self.operators))
         self.operators.append(Operator(product, seconds, depth, reads, writes))
 
     def kernels(self) -> list[list[Operator]]:
@@ -91,18 +106,21 @@ class Graph:
 
     def kernel_bytes(self) -> Iterator[int]:
         """What each fused kernel reads and writes."""
-        readers: dict[Key, list[int]] = {}
-        for i, operator in enumerate(self.operators):
-            for key in operator.reads:
-                readers.setdefault(key, []).append(i)
-        place = {id(operator): i for i, operator in enumerate(self.operators)}
+        index = {id(operator): i for i, operator in enumerate(self.operators)}
         for kernel in self.kernels():
-            inside = {place[id(operator)] for operator in kernel}
+            inside = {index[id(operator)] for operator in kernel}
             made = {key: n for operator in kernel for key, n in operator.writes.items()}
-            read = {key: n for operator in kernel for key, n in operator.reads.items() if key not in made}
-            left = {key for key in made if key in self.changed and key not in readers}  # an updated weight
-            written = {key: n for key, n in made.items() if key in left or not inside.issuperset(readers.get(key, ()))}
-            yield sum(read.values()) + sum(written.values())
+            read: dict[Key, dict[Place, int]] = {}
+            for operator in kernel:
+                for key, places in operator.reads.items():
+                    read.setdefault(key, {}).update(places)
+            n_read = sum(min(sum(p.values()), self.nbytes[key[0]]) for key, p in read.items() if key not in made)
+            yield n_read + sum(n for key, n in made.items() if self._leaves(key, inside))
+
+    def _leaves(self, key: Key, inside: set[int]) -> bool:
+        """Whether what a kernel of the operators `inside` made is read by others, or is a tensor that it updated."""
+        updated = key in self.changed and self.last[key[0]] == key[1]
+        return updated or not inside.issuperset(self.readers.get(key, ()))
 
     def product_seconds(self) -> float:
         return sum(operator.seconds for operator in self.operators if operator.product)

@@ -50,6 +50,7 @@ STAGE_TWO = "--decoder_layers 1 --decoder_width 32 --Init_lr 1e-3 --Epoch 3 --pr
 TILE_PX, BATCH_SIZE, N_GENES = 64, 32, 600
 PANELS = "--n_input_genes 300 --n_top_genes 100"
 AUC_OTHERS = 9  # mismatched pairs to each pair
+N_TOLD_APART = 3  # patients
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,9 @@ def retrieval_figures(path: Path, matching: bool) -> dict[str, dict[str, float |
 # ---- batch effects
 
 
-def patients_told_apart(encoder: Path, flags: list[str]) -> float:
-    """Accuracy of a linear classifier of the first three patients on features of the pretrained encoder.
+def patients_told_apart(encoder: Path, flags: list[str]) -> float | None:
+    """Accuracy of a linear classifier of the first three patients of any part, on features of the pretrained encoder;
+    None of fewer patients.
 
     Trained on the spots left of each slice's middle and tested on those right of it, and the other way round: spots
     that lie together look alike, whoever's they are.
@@ -217,7 +219,9 @@ def patients_told_apart(encoder: Path, flags: list[str]) -> float:
 
     args = get_accuracy_image.parse_args([*flags, "--encoder", str(encoder), "--part", "all", "--allow_leak"])
     state = checkpoint.load(encoder, "stage_one", "--encoder")
-    slices = split.load_evaluation(args, state, "--encoder", ("input",))[1][:3]
+    slices = split.load_evaluation(args, state, "--encoder", ("input",))[0][:N_TOLD_APART]
+    if len(slices) < N_TOLD_APART:
+        return None
     with distributed.running("cpu", "fp32") as accelerator:
         inference = cache.Inference(accelerator, args.batch_size, args.workers)
         features = cache.pretrained_features(state, state["settings"], slices, inference, None)

@@ -129,7 +129,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def curve_of(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The first result and those that differ from it in the number of train patients, by that number."""
+    """The first result and those that differ from it in the number of train patients alone, by that number."""
     same = ("patients", "val", "spots", "steps", "batch_effects", "one_slice", "flags")
     first = results[0]["settings"]
     others = [result for result in results if all(result["settings"][key] == first[key] for key in same)]
@@ -137,8 +137,22 @@ def curve_of(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [by_train[train] for train in sorted(by_train)]
 
 
+def unseen_in_all(results: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, float]]:
+    """Mean of a figure by method, of each result, over the patients that every result has."""
+    by_patient = [
+        {name: {row["patient"]: row[key] for row in of["per_patient"]} for name, of in result["methods"].items()}
+        for result in results
+    ]
+    shared = set.intersection(*(set(of) for methods in by_patient for of in methods.values()))
+    return [
+        {name: float(np.mean([of[patient] for patient in shared])) for name, of in methods.items()}
+        for methods in by_patient
+    ]
+
+
 def draw_curve(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Retrieval of each method over the number of train patients, of the results of `curve_of`."""
+    """Retrieval of each method over the number of train patients, of the results of `curve_of`: means over the patients
+    that are unseen in all of them."""
     from utils.evaluation import plotting
 
     shared = [name for name in results[0]["methods"] if all(name in result["methods"] for result in results)]
@@ -146,8 +160,9 @@ def draw_curve(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     keys = {"contrastive_neighbours": "neighbours", "recall_at_10": "recall_at_10"}
     figure, panels = plotting.new_figure(9.0, 3.6, columns=len(keys))
     for axes, (key, chance) in zip(panels, keys.items(), strict=True):
+        values = unseen_in_all(results, key)
         for i, name in enumerate(shared):
-            plotting.curve(axes, i, name, patients, np.array([result["methods"][name][key] for result in results]))
+            plotting.curve(axes, i, name, patients, np.array([of_result[name] for of_result in values]))
         axes.axhline(results[0]["settings"]["chance"][chance], color=plotting.FAINT, ls="--", lw=1.2, label="chance")
         axes.set(xscale="log", xticks=patients, xticklabels=patients, ylim=(0, None))
         axes.minorticks_off()

@@ -241,7 +241,7 @@ class ImageEncoder(nn.Module):
         self.n_prefix = int(getattr(self.trunk, "num_prefix_tokens", 0))
         self.to_vector = nn.Linear(len(crop_scales) * self.trunk.head_hidden_size, width)
         self.to_token = nn.Linear(self.trunk.num_features, width)
-        self.n_frozen = 0  # blocks of a ViT before the first that trains, set by model/tuning.py
+        self.n_frozen = 0  # blocks of a plain ViT before the first that trains, set by model/tuning.py
 
     def train(self, mode: bool = True) -> ImageEncoder:
         super().train(mode)

@@ -150,7 +150,9 @@ class StageOne(HostNumbers):
         return rows if missing <= 0 else torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])])
 
     def frozen_parts(self, tiles: Tensor, bins: Tensor) -> FrozenParts:
-        """What an encoder and its momentum encoder have in common, of images and of genes."""
+        """What an encoder and its momentum encoder have in common, of images and of genes; None without the latter."""
+        if not self.sizes.momentum_encoders:
+            return None, None
         return self.image_encoder.frozen_part(tiles), self.gene_encoder.frozen_part(bins)
 
     @torch.no_grad()

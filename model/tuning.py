@@ -1,7 +1,8 @@
 """Which layers of the image encoder train (`--tune`), and at which learning rate (`--layer_decay`).
 
-Layers are timm's own (`group_matcher`): a stem, blocks, and the layers after them. Torch is imported late, so that a
-script can check its flags with `choice`.
+Layers are timm's own (`group_matcher`): a stem, blocks, and the layers after them. All that a ViT does before its
+blocks is its stem; timm 1.0.20 does not say so of registers and of the norm before the blocks. Torch is imported late,
+so that a script can check its flags with `choice`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from model.image_encoder import ImageEncoder
+
+
+BEFORE_BLOCKS = ("cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed.", "norm_pre.")  # of a ViT
 
 
 def choice(text: str) -> str:
@@ -37,7 +41,18 @@ def layers(trunk: Any) -> tuple[dict[str, int], int]:
     named = chain(trunk.named_parameters(), [("/after", None)])  # a name that no block has
     with_after: Any = SimpleNamespace(named_parameters=lambda: named)
     layer_of: Any = group_parameters(with_after, trunk.group_matcher(coarse=False), reverse=True)
-    return layer_of, layer_of.pop("/after")
+    n_layers = layer_of.pop("/after")
+    if is_plain_vit(trunk):
+        layer_of |= {name: 0 for name in layer_of if name.startswith(BEFORE_BLOCKS)}
+        n_layers = 1 + len(trunk.blocks)
+    return layer_of, n_layers
+
+
+def is_plain_vit(trunk: Any) -> bool:
+    """Whether it is timm's VisionTransformer, or computes as it does: stem, blocks and norm, one after the other."""
+    from timm.models import VisionTransformer
+
+    return getattr(type(trunk), "forward_features", None) is VisionTransformer.forward_features
 
 
 def tune(encoder: ImageEncoder, what: str) -> None:
@@ -70,11 +85,8 @@ def tune(encoder: ImageEncoder, what: str) -> None:
 
 
 def n_frozen_blocks(trunk: Any) -> int:
-    """Blocks of a timm ViT before the first that trains, 0 if its stem trains; 0 for other trunks, whose layers are not
-    one sequence."""
-    from timm.models import VisionTransformer
-
-    if getattr(type(trunk), "forward_features", None) is not VisionTransformer.forward_features:
+    """Blocks of a plain ViT before the first that trains, 0 if its stem trains; 0 for other trunks."""
+    if not is_plain_vit(trunk):
         return 0
     layer_of, n_layers = layers(trunk)
     trained = (layer_of[name] for name, parameter in trunk.named_parameters() if parameter.requires_grad)

@@ -7,5 +7,5 @@ prediction, report, sharing
 training, evaluation, simulation
 features, importers
 images, genes, slices, and model beside utils
-files, and the modules settings, distributed, memory and words
+files, and the modules settings, arguments, distributed, memory and words
 """

@@ -17,8 +17,8 @@ UNUSED = "not used by this script; accepted so that the same flags fit all"
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it is, the kind of value that a flag takes, and the default of every flag that has "
-    "one."""
+    """The script's docstring as it is, the kind of value that a flag takes, and the default of every flag that has
+    one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said, default = action.help or "", action.default

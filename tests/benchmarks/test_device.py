@@ -75,6 +75,20 @@ def test_the_table_of_parts_gives_what_a_spot_costs():
     assert spots_per_s == pytest.approx(SMALL.batch_size / cost.seconds, rel=0.01)
 
 
+def test_operators_are_named_by_their_part_of_a_step():
+    _, _, *lines = device_count.operators_table(SMALL, most=3)
+    by_name = device_count.count("stage_one", SMALL).by_name
+    assert [line.split("`")[1] for line in lines] == [name for name, _ in by_name.most_common(3)]
+
+
+def test_hours_of_cohorts_are_those_of_their_spots():
+    _, _, *lines = device_count.cohorts_table(SMALL)
+    cells = lines[1].split("|")
+    cost = device_count.count("stage_two", SMALL)
+    hours = 200_000_000 / SMALL.batch_size * cost.seconds / 3600
+    assert float(cells[4]) == pytest.approx(hours, rel=0.01) and float(cells[5]) < float(cells[4])
+
+
 def test_what_failed_and_what_is_slow_is_named():
     checks = {"loss": {"value": 0.2, "passed": False}, "gradients": {"value": 0.0, "passed": True}}
     parts = {"stage_one": {"ratio": 1.4}, "stage_two": {"ratio": 1.6}}

@@ -60,3 +60,34 @@ def test_weights_that_are_changed_in_place_are_written(x):
     assert bytes_of(counted(step, torch.randn(4, 4))) == [4 * (16 + 16)]
     weight = torch.randn(4, 4)
     assert bytes_of(counted(lambda: weight.mul_(0.5).add_(x[:4]))) == [4 * (16 + 16 + 16)]
+
+
+def test_an_update_that_its_own_kernel_reads_again_is_written(x):
+    moment, weight = torch.randn(6, 4), torch.randn(6, 4)
+
+    def step():  # as AdamW: the moment is updated, then read
+        moment.lerp_(x, 0.1)
+        weight.addcmul_(moment, moment)
+
+    assert bytes_of(counted(step)) == [4 * (3 * 24 + 2 * 24)]
+
+
+def test_an_update_waits_for_what_reads_the_weight_before(x):
+    weight = torch.randn(4, 4)
+
+    def step():
+        y = x @ weight
+        weight.mul_(0.5)
+        return y.relu() @ weight
+
+    cost = counted(step)
+    assert [operator.depth for operator in cost.graph.operators if not operator.product] == [1, 1]
+
+
+def test_parts_of_a_tensor_are_read_each(x):
+    def step(w):
+        q, k, v = (x @ w).chunk(3, dim=1)
+        return (q + k + v) @ torch.eye(4)
+
+    cost = counted(step, torch.randn(4, 12))
+    assert bytes_of(cost)[-1] == 4 * (3 * 24 + 24)

@@ -49,6 +49,15 @@ def test_the_curve_has_the_results_that_differ_in_train_patients_alone():
     assert [result["number"] for result in parts_table.curve_of(results)] == [3, 2, 0]
 
 
+def test_points_of_the_curve_are_of_the_same_patients():
+    many, few = ({"methods": {"none": {"per_patient": []}}} for _ in range(2))
+    for result, figures in ((many, {"P3": 0.5, "P4": 0.7}), (few, {"P2": 0.0, "P3": 0.4, "P4": 0.2})):
+        rows = [{"patient": patient, "recall_at_10": value} for patient, value in figures.items()]
+        result["methods"]["none"]["per_patient"] = rows
+    found = parts_table.unseen_in_all([few, many], "recall_at_10")
+    assert [of["none"] for of in found] == pytest.approx([0.3, 0.6])
+
+
 def test_auc_of_a_gallery():
     scores = np.array([[2.0, 1.0, 0.0], [0.5, 3.0, 0.5]])
     assert parts_run.auc_of(scores, np.array([0, 1])) == 1.0
@@ -82,3 +91,14 @@ def test_a_quick_benchmark_has_the_stated_keys_and_is_not_repeated(tmp_path, cap
     more = result | {"settings": result["settings"] | {"train": 4}}
     parts_table.draw_curve(parts_table.curve_of([result, more]), tmp_path / "parts.png")
     assert (tmp_path / "parts.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("unused", "found"), [("", "three"), ("P02_1", None)])
+def test_patients_are_told_apart_whatever_part_they_belong_to(trained, tmp_path, unused, found):
+    """Of a checkpoint of one train slice: what is told apart are slices of the table, not those it was trained on."""
+    parts_of = {"P01_1": "train", "P02_1": "val", "P03_1": "test"}
+    lines = [f"{name},{name[:3]},{part}" for name, part in parts_of.items() if name != unused]
+    (tmp_path / "slices.csv").write_text("\n".join(["slice,patient,part", *lines]) + "\n")
+    flags = [word for name in ("data", "tiles", "panels") for word in (f"--{name}", str(getattr(trained, name)))]
+    told = parts_run.patients_told_apart(trained.encoder, [*flags, "--slices", str(tmp_path / "slices.csv")])
+    assert told is None if found is None else 1 / 3 < told <= 1

@@ -72,6 +72,24 @@ def test_the_last_blocks_and_what_follows_train(name, what, expected):
     assert all(p.requires_grad for part in (encoder.to_vector, encoder.to_token) for p in part.parameters())
 
 
+def test_the_stem_of_a_vit_is_all_that_comes_before_its_blocks(monkeypatch):
+    def as_in_timm_1_0_20(self, coarse=False):
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    monkeypatch.setattr(timm.models.VisionTransformer, "group_matcher", as_in_timm_1_0_20)
+    for name, part in (("test_vit2", "reg_token"), ("vit_xsmall_patch16_clip_224", "norm_pre.weight")):
+        encoder = encoder_of(name)
+        tuning.tune(encoder, "last:2")
+        assert (
+            not encoder.trunk.get_parameter(part).requires_grad and encoder.trunk.blocks[-1].norm1.weight.requires_grad
+        )
+        fractions, n_blocks = tuning.rate_fractions(encoder, 0.5), len(encoder.trunk.blocks)
+        assert fractions[encoder.trunk.get_parameter(part)] == 0.5 ** (n_blocks + 1)
+
+
 @pytest.mark.parametrize(("name", "n"), [("test_vit", 6), ("resnet18", 8)])
 def test_more_blocks_than_there_are_is_refused_with_their_number(name, n):
     with pytest.raises(ValueError, match=rf"--tune: expected at most last:{n}, .*found last:{n + 1}"):
@@ -186,9 +204,10 @@ def test_blocks_before_the_first_that_trains_run_once_for_both_encoders(name, wh
             assert (same(seen, frozen + torch.randn_like(frozen))[0] - expected[0]).abs().max() > 1e-3, "used"
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "vit_xsmall_patch16_clip_224"])  # registers, norm_pre
 @pytest.mark.parametrize("what", ["last:2", "none"])
-def test_gradients_are_those_without_sharing(what):
-    encoder, gradients = encoder_of(crop_scales=(1.0, 0.5)), []
+def test_gradients_are_those_without_sharing(name, what):
+    encoder, gradients = encoder_of(name, crop_scales=(1.0, 0.5)), []
     tuning.tune(encoder.train(), what)
     for frozen in (None, encoder.frozen_part(tiles())):
         encoder.zero_grad()
@@ -196,7 +215,7 @@ def test_gradients_are_those_without_sharing(what):
         (vector.square().sum() + encoder.to_token(tokens).square().sum()).backward()
         gradients.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*gradients)
-    assert len(gradients[0]) > 3
+    assert set(gradients[1]) == {name for name, p in encoder.named_parameters() if p.requires_grad}
 
 
 # ---- rates
@@ -212,6 +231,8 @@ def test_fractions_are_timms_layer_decay(name):
     groups = param_groups_layer_decay(with_head, weight_decay=0.1, layer_decay=0.7)
     expected = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     names = {key: expected[id(p)] for key, p in with_head.named_parameters()}
+    stem = {key for key in names if key.startswith("reg_token")}  # which timm 1.0.20 takes for a last layer
+    names |= {key: names["pos_embed"] for key in stem}
     fractions = tuning.rate_fractions(encoder, 0.7)
     assert len(fractions) == len(under(encoder, ""))
     for key, p in encoder.trunk.named_parameters():

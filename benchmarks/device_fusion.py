@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 Key = tuple[int, int]  # a storage, and how often it had been written
-Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # of a view: offset, shape, strides
+Place = tuple[Any, ...]  # of a view: offset, shape, strides
 
 
 def size_of(x: Tensor) -> int:
@@ -67,7 +67,7 @@ class Graph:
         """An operator that ran, with the tensors that it read, made, and wrote into."""
         reads: dict[Key, dict[Place, int]] = {}
         for x in read:
-            place = int(x.storage_offset()), tuple(x.shape), x.stride()
+            place = x.storage_offset(), tuple(x.shape), x.stride()
             reads.setdefault(self._key(x), {})[place] = size_of(x)
         before = [self.maker[key] for key in reads if key in self.maker]
         before += [reader for x in changed for reader in self.readers.get(self._key(x), ())]

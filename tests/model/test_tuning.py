@@ -231,8 +231,9 @@ def test_fractions_are_timms_layer_decay(name):
     groups = param_groups_layer_decay(with_head, weight_decay=0.1, layer_decay=0.7)
     expected = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     names = {key: expected[id(p)] for key, p in with_head.named_parameters()}
-    stem = {key for key in names if key.startswith("reg_token")}  # which timm 1.0.20 takes for a last layer
-    names |= dict.fromkeys(stem, names["pos_embed"])
+    for key in names:
+        if key.startswith("reg_token"):  # which timm 1.0.20 takes for a last layer
+            names[key] = names["pos_embed"]
     fractions = tuning.rate_fractions(encoder, 0.7)
     assert len(fractions) == len(under(encoder, ""))
     for key, p in encoder.trunk.named_parameters():

@@ -118,12 +118,14 @@ def run_all(settings: Settings) -> dict[str, Any]:
     cohort.prepare(any(name.endswith(MISMATCHED) for name in settings.methods))
     assert settings.out is not None
     records: dict[str, list[dict[str, Any]]] = {}
+    about: dict[str, Any] = {}
     result: dict[str, Any] = {}
     for seed in settings.seeds:
         for name in settings.methods:
             run = Run(cohort, name, seed, settings.steps, settings.flags)
             records.setdefault(name, []).append(run.finish())
-            result = {"settings": describe(settings, run)} | parts_table.summarise(records)
+            about = about or describe(settings, run)
+            result = {"settings": about} | parts_table.summarise(records)
             write_whole(settings.out, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     return result
 

@@ -112,6 +112,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     against = [
         f"| {name} | " + " | ".join(_difference(of.get(key)) for key in keys) + " |"
         for name, of in result["differences"].items()
+        if any(of.get(key) for key in keys)
     ]
     return "\n".join(
         [

@@ -23,7 +23,7 @@ from model.image_encoder import ImageEncoder, Weights
 from model.momentum import FeatureQueue, HostNumbers, momentum_at, momentum_encoder, update_momentum
 from utils import distributed
 
-FrozenParts = tuple[Tensor | None, Tensor | None]
+FrozenParts = tuple[Tensor | None, Tensor | None]  # of images (scales * B, P, C) and of genes (B, G, W), C, W widths
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ def favor(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, fast: bool) -> tu
     (phi + EPSILON) C equals phi C plus EPSILON times the sum of C's rows. `fast` is explained at `_products`. One
     operator of torch's, which torch.compile takes as it is.
     """
+    if (kernels := _gpu_kernels(q)) is not None:
+        return kernels.forward(q, k, v, _scaled(projection), EPSILON, fast)
     with _products(q.device.type, fast):
         largest, context = _key_context(k, v, projection)
         out, denominator = _attend(q, context, projection)

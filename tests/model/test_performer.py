@@ -97,6 +97,34 @@ def test_exponents_that_would_overflow_are_lowered(size):
         assert (x.grad - y.grad).norm() < 0.01 * y.grad.norm() + 1e-6
 
 
+def test_kernels_that_serve_the_heads_compute_attention_and_gradients(monkeypatch):
+    (q, k, v), projection, called = random_qkv(requires_grad=True), orthogonal_projection(M, E), []
+
+    class Kernels:
+        @staticmethod
+        def forward(q, k, v, scaled, epsilon, fast):
+            called.append(("forward", scaled, epsilon, fast))
+            largest, context = performer._key_context(k, v, projection)
+            out, denominator = performer._attend(q, context, projection)
+            return out, largest, context, denominator
+
+        @staticmethod
+        def backward(gradient, q, k, v, scaled, largest, context, out, denominator, epsilon, fast):
+            called.append(("backward", scaled, epsilon, fast))
+            return q + 1, k + 2, v + 3
+
+    monkeypatch.setattr(performer, "_gpu_kernels", lambda x: Kernels)
+    out = performer.favor_attention(q, k, v, projection)
+    torch.testing.assert_close(out, plain_attention(q, k, v, projection))
+    out.sum().backward()
+    for found, x, added in ((q.grad, q, 1), (k.grad, k, 2), (v.grad, v, 3)):
+        torch.testing.assert_close(found, x + added)
+    assert [name for name, *_ in called] == ["forward", "backward"]
+    for _, scaled, epsilon, fast in called:
+        torch.testing.assert_close(scaled, projection / projection.shape[1] ** 0.25)
+        assert (epsilon, fast) == (performer.EPSILON, False)
+
+
 def test_any_layout_of_the_heads_gives_the_same():
     projection = orthogonal_projection(M, E, torch.Generator().manual_seed(1))
     straight, turned = random_qkv(requires_grad=True), random_qkv(requires_grad=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import distributed, settings
-from utils.files.atomic import write_record, write_whole
+from utils.files.atomic import write_figure, write_record, write_whole
 from utils.files.exclusive import exclusive_folder
 from utils.report.tables import expression_lines, leak_note
 from utils.training import checkpoint, split
@@ -160,7 +160,7 @@ def draw_figures(out: Path, predictions: Predictions, measured: list[Measured], 
     columns = {method: f"pcc_residuals_{method}" for method in predictions}
     pcc_by_method = {method: table[column].to_numpy() for method, column in columns.items() if column in table}
     histogram = plotting.pcc_histogram(pcc_by_method, "Correlation per gene, Pearson residuals")
-    plotting.save(histogram, out / "pcc_histogram.png")
+    write_figure(out / "pcc_histogram.png", histogram)
     for slice_, predicted in zip(measured, predictions["model"], strict=True):
         scored = metrics.scored_pearson_per_gene(predicted, slice_.expression)
         pcc = np.where(slice_.measured, scored, np.nan)
@@ -172,7 +172,7 @@ def draw_figures(out: Path, predictions: Predictions, measured: list[Measured], 
             panels = {"measured": slice_.expression[:, gene], "predicted": predicted[:, gene]}
             title = f"{name}: {table['gene'][gene]}, {kind} gene, PCC {pcc[gene]:.2f}"
             figure = spot_maps(slice_.spots, panels, title, unit)
-            plotting.save(figure, out / f"map_{name.replace('/', '_')}_{kind}.png")
+            write_figure(out / f"map_{name.replace('/', '_')}_{kind}.png", figure)
 
 
 def write_page(

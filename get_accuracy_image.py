@@ -18,7 +18,7 @@ import numpy as np
 
 from utils import arguments, distributed, settings
 from utils.features import dataset
-from utils.files.atomic import write_record, write_whole
+from utils.files.atomic import write_figure, write_record, write_whole
 from utils.files.exclusive import exclusive_folder
 from utils.report.tables import GALLERIES, RETRIEVAL_METHODS, leak_note, retrieval_lines
 from utils.training import checkpoint, split
@@ -243,7 +243,7 @@ def compute_metrics(scored: list[ScoredSlice], seed: int) -> dict[str, Any]:
         galleries = [s.galleries[name] for s in scored]
         metrics[name] = retrieval.evaluate_gallery(scores, galleries, [s.blocks for s in scored], seed=seed)
     metrics["slice"] = retrieval.mean_slice_figures([retrieval.slice_figures(*s.ranks) for s in scored])
-    return expression.plain(metrics)
+    return expression.json_values(metrics)
 
 
 def retrieval_examples(slice_: SliceData, scored: ScoredSlice, seed: int) -> list[RetrievalExample]:
@@ -324,7 +324,7 @@ def draw_recall(path: Path, scored: list[ScoredSlice]) -> None:
         for i, way in enumerate(("image to gene", "gene to image"))
     }
     chance = np.mean([np.minimum(k / len(s.rows), 1) for s in scored], axis=0)
-    plotting.save(plotting.retrieval_curve(k, recall, chance), path)
+    write_figure(path, plotting.retrieval_curve(k, recall, chance))
 
 
 @exclusive_folder("out")

@@ -164,7 +164,7 @@ def main(args: Settings) -> None:
     split = {"split": args.part != "all", "val_strip": args.val_strip, "allow_leak": args.allow_leak}
     rows, warnings = splits.read_table(args.data, args.slices, **split)
     settings.warn(warnings)
-    rows = arguments.of_shard(settings.chosen(rows, args.part), args.shard, "slices")
+    rows = arguments.of_shard(splits.chosen(rows, args.part), args.shard, "slices")
     if not rows:
         return
     number = 0

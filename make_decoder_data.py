@@ -264,7 +264,7 @@ def main(settings: Settings) -> None:
     if settings.full_vocabulary and settings.input_genes is None:
         raise ValueError("--full_vocabulary: expected --input_genes with the vocabulary, found none; give the file")
     for part in ("train", settings.part):
-        flags.chosen(rows, part)
+        splits.chosen(rows, part)
 
     features = (visium.read_slice_genes(splits.slice_folder(settings.data, row)) for row in rows)
     slice_names = gene_names.slice_names(features)

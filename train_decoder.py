@@ -4,7 +4,8 @@
     python train_decoder.py --target residuals --resume
 
 Reads tiles and target genes of the train and validation slices; the features of a tile are computed once and kept in
-<out>/features/. Writes decoder_model/{best,last}_epoch_weights.pth, slices.csv beside them, and logs/stage_two/<time>/.
+<out>/features/. Writes decoder_model/{best,last,previous}_epoch_weights.pth, slices.csv beside them, and
+logs/stage_two/<time>/.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from utils import arguments, distributed
 from utils import settings as flags
 from utils.features import dataset
 from utils.files.arrays import ArrayStore
+from utils.files.atomic import write_figure
 from utils.files.exclusive import exclusive_folder
 from utils.settings import StageTwoSettings
 from utils.slices import splits
@@ -367,7 +369,7 @@ def train(
             print(report(row), flush=True)
             trainer.after_epoch(row["val_pcc_residuals"], val_pcc=torch.from_numpy(val_pcc), interval=interval)
     log = trainer.run_log
-    plotting.save(plotting.loss_curves(log.rows, {"loss": 1.0}, "Stage two"), log.folder / "epoch_loss.png")
+    write_figure(log.folder / "epoch_loss.png", plotting.loss_curves(log.rows, {"loss": 1.0}, "Stage two"))
     print(f"{settings.out / checkpoint.BEST}: validation PCC per gene {trainer.best:.4f}; log in {log.folder}")
 
 
@@ -380,11 +382,10 @@ def main(settings: StageTwoSettings) -> None:
     check_patients(slices, settings)
     with distributed.running(settings.device, settings.precision) as accelerator:
         train(encoder, slices, rows, accelerator, settings)
-    if settings.export is not None and distributed.is_main():
+    if settings.export is not None:
         from utils.sharing import export
 
-        export.export(settings.out / checkpoint.BEST, settings.export)
-        print(f"{settings.export}: to share")
+        export.export_best(settings)
 
 
 if __name__ == "__main__":

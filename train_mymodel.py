@@ -4,7 +4,7 @@
     python train_mymodel.py --resume
 
 Reads tiles (image_tilling.py) and input genes (make_decoder_data.py) of the train and validation slices; writes
-encoder_model/{best,last}_epoch_weights.pth, slices.csv beside them, and logs/stage_one/<time>/.
+encoder_model/{best,last,previous}_epoch_weights.pth, slices.csv beside them, and logs/stage_one/<time>/.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from utils import arguments, distributed
 from utils import settings as flags
 from utils.features import dataset
 from utils.files.arrays import ArrayStore
+from utils.files.atomic import write_figure
 from utils.files.exclusive import exclusive_folder
 from utils.settings import StageOneSettings
 from utils.slices import splits
@@ -301,7 +302,7 @@ def draw_losses(trainer: Trainer) -> None:
 
     rows = trainer.run_log.rows
     chance = {f"{name}_loss": rows[-1][f"{name}_chance"] for name in ("contrast", "matching")}
-    plotting.save(plotting.loss_curves(rows, chance, "Stage one"), trainer.run_log.folder / "epoch_loss.png")
+    write_figure(trainer.run_log.folder / "epoch_loss.png", plotting.loss_curves(rows, chance, "Stage one"))
 
 
 def make_trainer(
@@ -390,11 +391,10 @@ def main(settings: StageOneSettings) -> None:
     slices, rows = load_data(settings)
     with distributed.running(settings.device, settings.precision) as accelerator:
         train(slices, rows, accelerator, settings)
-    if settings.export is not None and distributed.is_main():
+    if settings.export is not None:
         from utils.sharing import export
 
-        export.export(settings.out / checkpoint.BEST, settings.export)
-        print(f"{settings.export}: to share")
+        export.export_best(settings)
 
 
 if __name__ == "__main__":

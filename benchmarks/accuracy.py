@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import accuracy_folds as folds
 from benchmarks import accuracy_table
 from benchmarks.accuracy_run import ROOT, Run, Settings, finish
-from benchmarks.speed import put_into
+from benchmarks.record import put_into
 from utils import arguments
 from utils import settings as shared_settings
 from utils.files.atomic import write_whole

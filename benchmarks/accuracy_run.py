@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import accuracy_folds as folds
 from benchmarks.accuracy_folds import RULES, Fold
-from benchmarks.speed import machine_name
+from benchmarks.record import machine_name
 from utils import settings as shared_settings
 from utils.files.atomic import write_whole
 from utils.files.hashing import content_hash

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accuracy_folds import LAST_CHANGE, RULES
+from benchmarks.record import table_lines
 
 BASELINES = ("mean", "depth", "ridge", "ridge_neighbours", "ridge_tta_lowrank", "knn")
 STRONGER = ("ridge_scales", "ridge_finetuned", "st_net", "retrieval", "stage_two_pretrained")
@@ -62,14 +63,10 @@ def between(ends: Sequence[float], digits: str = ".3f") -> str:
     return f"[{ends[0]:{digits}}, {ends[1]:{digits}}]"
 
 
-def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
-
-
 def origin(records: Records, flags: str) -> str:
     """Command, dates and machines of runs, and a warning where the benchmark has changed since."""
     dates, machines = (sorted({record[name] for record in records}) for name in ("date", "machine"))
-    text = f"`python benchmarks/accuracy.py --data DATA{flags}`, {' to '.join({dates[0]: 0, dates[-1]: 0})}, "
+    text = f"`python benchmarks/accuracy.py --data DATA{flags}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
     text += "; ".join(machines) + "."
     if any(record["rules"] != RULES for record in records):
         text = f"**Out of date**: since these runs {LAST_CHANGE}; they are to be repeated.\n\n{text}"

@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.speed import machine_name, put_into
+from benchmarks.record import machine_name, put_into, table_lines
 from utils import arguments
 from utils import settings as shared_settings
 from utils.evaluation import metrics
@@ -81,15 +81,15 @@ def main(settings: Settings) -> None:
         f"{machine_name('cpu')}, seed {settings.seed}: highest mean correlation per gene against residuals that "
         f"counting noise leaves, {len(panel)} genes, {DRAWS} splits.",
         "",
-        "| slice | spots | counts a spot, median | ceiling |",
-        "| --- | --- | --- | --- |",
     ]
+    cells = []
     for slice_ in slices:
         all_counts: Any = slice_.counts  # sparse
         total = np.asarray(all_counts.sum(1)).ravel()
         counts = (all_counts @ gene_panels.gather(slice_.genes, panel)).toarray()
         r = ceiling(counts, total, settings.seed)
-        lines.append(f"| {slice_.name} | {len(total)} | {np.median(total):,.0f} | {r:.3f} |")
+        cells.append((slice_.name, f"{len(total)}", f"{np.median(total):,.0f}", f"{r:.3f}"))
+    lines += table_lines(("slice", "spots", "counts a spot, median", "ceiling"), cells)
     text = "\n".join(lines)
     print(text)
     if settings.keep:

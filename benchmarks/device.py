@@ -310,7 +310,7 @@ def failures(results: dict[str, Any], timed: bool) -> list[str]:
 
 def main(settings: Settings) -> None:
     if settings.count:
-        from benchmarks.speed import put_into
+        from benchmarks.record import put_into
 
         for mark, lines in (
             ("parts", device_count.parts_table(Sizes(batch_size=settings.batch_size))),

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.device_fusion import Graph, size_of
 from benchmarks.device_work import PARTS, Sizes
+from benchmarks.record import table_lines
 
 SPOTS, EPOCHS = 75_760, 100  # of the published training
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # of a host; FlopCounterMode has those of a GPU
@@ -199,14 +200,14 @@ def hours(seconds: float, batch_size: int) -> float:
     return SPOTS // batch_size * EPOCHS * seconds / 3600
 
 
-def rows(batch_sizes: tuple[int, ...] = (32, 64, 256)) -> Iterator[str]:
+def rows(batch_sizes: tuple[int, ...] = (32, 64, 256)) -> Iterator[list[str]]:
     deit, vit_l = "deit_base_patch16_224.fb_in1k", "vit_large_patch16_224"
     for name, tune in ((deit, "all"), (deit, "last:6"), (vit_l, "last:4")):
         for distil in (True, False):
             for batch_size in batch_sizes:
                 cost = count("stage_one", Sizes(name, tune=tune, distil=distil, batch_size=batch_size))
                 favor = sum(seconds for op, seconds in cost.by_name.items() if op.startswith("favor"))
-                cells = [
+                yield [
                     f"{name.split('.')[0]}, --tune {tune}",
                     "on" if distil else "off",
                     f"{batch_size}",
@@ -219,44 +220,42 @@ def rows(batch_sizes: tuple[int, ...] = (32, 64, 256)) -> Iterator[str]:
                     f"{hours(cost.fused_s, batch_size):.2f}",
                     f"{hours(cost.matrix_s, batch_size):.2f}",
                 ]
-                yield f"| {' | '.join(cells)} |"
 
 
-def table() -> Iterator[str]:
+def table() -> list[str]:
     """Of docs/speed.md: a training step of stage one, and its cost in the published training."""
     heads = ("encoder", "distillation", "batch", "TFLOP", "GB moved", "peak, GiB", "ms a step", "FAVOR+")
-    yield f"| {' | '.join([*heads, 'hours', 'fused', 'at least'])} |"
-    yield f"| {' | '.join(['---'] * (len(heads) + 3))} |"
-    yield from rows()
+    return table_lines((*heads, "hours", "fused", "at least"), list(rows()))
 
 
-def parts_table(sizes: Sizes) -> Iterator[str]:
+def parts_table(sizes: Sizes) -> list[str]:
     """Of docs/speed.md: what a batch of each part costs, per spot."""
-    yield "| part | GFLOP a spot | MB moved a spot | peak, GiB | spots/s |"
-    yield f"| {' | '.join(['---'] * 5)} |"
+    rows = []
     for part, (_, work_of) in PARTS.items():
         cost = count(part, sizes)
         name = f"{part.replace('_', ' ')}: {(work_of.__doc__ or '').strip().rstrip('.').lower()}"
         per_spot = (amount / sizes.batch_size for amount in (cost.operations / 1e9, cost.nbytes / 1e6))
         cells = [name, *(f"{amount:.1f}" for amount in (*per_spot, cost.peak / 2**30))]
-        yield f"| {' | '.join([*cells, f'{sizes.batch_size / cost.seconds:,.0f}'])} |"
+        rows.append([*cells, f"{sizes.batch_size / cost.seconds:,.0f}"])
+    return table_lines(("part", "GFLOP a spot", "MB moved a spot", "peak, GiB", "spots/s"), rows)
 
 
-def operators_table(sizes: Sizes, most: int = 10) -> Iterator[str]:
+def operators_table(sizes: Sizes, most: int = 10) -> list[str]:
     """Of docs/speed.md: where the time of a training step of stage one goes, each operator on its own."""
     cost = count("stage_one", sizes)
-    yield "| operator | ms | of the step |"
-    yield "| --- | --- | --- |"
-    for name, seconds in cost.by_name.most_common(most):
-        yield f"| `{name}` | {1000 * seconds:.1f} | {seconds / cost.seconds:.0%} |"
+    rows = [
+        (f"`{name}`", f"{1000 * seconds:.1f}", f"{seconds / cost.seconds:.0%}")
+        for name, seconds in cost.by_name.most_common(most)
+    ]
+    return table_lines(("operator", "ms", "of the step"), rows)
 
 
-def cohorts_table(sizes: Sizes) -> Iterator[str]:
-    """Of docs/speed.md: hours of public cohorts on one card."""
-    yield "| work | spots | EFLOP | hours | fused |"
-    yield f"| {' | '.join(['---'] * 5)} |"
+def cohorts_table(sizes: Sizes) -> list[str]:
+    """Of docs/speed.md: hours of public cohorts on one GPU."""
+    rows = []
     for name, part, n_spots in COHORTS:
         cost, n_batches = count(part, sizes), n_spots / sizes.batch_size
         hours_of = (n_batches * seconds / 3600 for seconds in (cost.seconds, cost.fused_s))
-        cells = [name, f"{n_spots:,}", f"{n_batches * cost.operations / 1e18:.2f}", *(f"{x:.1f}" for x in hours_of)]
-        yield f"| {' | '.join(cells)} |"
+        operations = f"{n_batches * cost.operations / 1e18:.2f}"
+        rows.append([name, f"{n_spots:,}", operations, *(f"{x:.1f}" for x in hours_of)])
+    return table_lines(("work", "spots", "EFLOP", "hours", "fused"), rows)

@@ -26,11 +26,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import domain_kinds as kinds
-from benchmarks.speed import machine_name, put_into
+from benchmarks.record import machine_name, put_into, table_lines
 from utils import arguments
 from utils import settings as shared_settings
-from utils.files.atomic import write_record, write_whole
+from utils.files.atomic import write_figure, write_record, write_whole
 from utils.slices import splits, visium
+from utils.slices.lattice import nearest_px
 
 if TYPE_CHECKING:
     from utils.features.domain import Domain
@@ -240,12 +241,6 @@ def simulated_sections(settings: Settings) -> list[Section]:
 # ---- scores: figures
 
 
-def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a positive score is above a negative one, ties counting half."""
-    above = positive[:, None] > negative
-    return float(above.mean() + (positive[:, None] == negative).mean() / 2)
-
-
 def by_slide(units: list[dict[str, Any]], figure: Callable[[list[dict[str, Any]]], float], seed: int) -> list[float]:
     """95 % interval of a figure over bootstrap draws of slices."""
     slices, rng = sorted({u["slice"] for u in units}), np.random.default_rng(seed)
@@ -256,18 +251,25 @@ def by_slide(units: list[dict[str, Any]], figure: Callable[[list[dict[str, Any]]
 
 def summarise(units: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """A line per model and kind: fraction of spots flagged, and AUROC of the slide's score against clean crops."""
+    import torch
+
+    from model import losses
+
+    def scores(some: list[dict[str, Any]]) -> torch.Tensor:
+        return torch.tensor([u["slide_score"] for u in some], dtype=torch.float64)
+
     lines = []
     for group in dict.fromkeys(u["model"] for u in units):
         own = [u for u in units if u["model"] == group]
-        negative = np.array([u["slide_score"] for u in own if u["kind"] == "clean"])
+        negative = scores([u for u in own if u["kind"] == "clean"])
         for kind in dict.fromkeys(u["kind"] for u in own):
             chosen = [u for u in own if u["kind"] == kind]
 
             def flagged(some: list[dict[str, Any]]) -> float:
                 return float(np.mean([u["flagged"] for u in some]))
 
-            def separated(some: list[dict[str, Any]], clean: np.ndarray = negative) -> float:
-                return auroc(np.array([u["slide_score"] for u in some]), clean)
+            def separated(some: list[dict[str, Any]], clean: torch.Tensor = negative) -> float:
+                return float(losses.pair_auc(scores(some), clean))
 
             line = {"model": group, "kind": kind, "n_units": len(chosen), "flagged": flagged(chosen)}
             line |= {"flagged_interval": by_slide(chosen, flagged, seed), "warned": sum(u["warned"] for u in chosen)}
@@ -289,11 +291,7 @@ def score_table(lines: list[dict[str, Any]]) -> str:
         cells += [f"{line['flagged']:.0%} [{low:.0%}, {high:.0%}]"]
         cells += [separated, str(line["warned"])]
         rows.append(cells)
-    return markdown([head, ["---"] * len(head), *rows])
-
-
-def markdown(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return "\n".join(table_lines(head, rows))
 
 
 # ---- intervals
@@ -324,8 +322,7 @@ def interval_line(adata: Any, ends: dict[str, np.ndarray], tested_on: str, seed:
 
     measured = adata.layers["measured"]
     xy = adata.obsm["spatial"]
-    pitch = float(np.median(np.sort(np.linalg.norm(xy[:, None] - xy, axis=2), axis=1)[:, 1]))
-    blocks = bootstrap.blocks(xy, pitch)
+    blocks = bootstrap.blocks(xy, float(np.median(nearest_px(xy))))
     line: dict[str, Any] = {"tested on": tested_on, "n_spots": adata.n_obs, "n_genes": adata.n_vars}
     shape = np.ones(adata.shape)
     both = {
@@ -375,8 +372,6 @@ def draw_error(path: Path, points: dict[str, tuple[np.ndarray, np.ndarray]]) -> 
     """Error of each spot against its score, and the median of the error in tenths of the spots by score."""
     import matplotlib.pyplot as plt
 
-    from utils.evaluation import plotting
-
     figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
     for name, (score, error) in points.items():
         dots = axes.scatter(score, error, s=6, alpha=0.35, linewidths=0)
@@ -386,7 +381,7 @@ def draw_error(path: Path, points: dict[str, tuple[np.ndarray, np.ndarray]]) -> 
     axes.axvline(1, color="grey", linestyle=":", label="limit")
     axes.set(xscale="log", xlabel="out-of-domain score", ylabel="error of the spot (deviations of the gene)")
     axes.legend()
-    plotting.save(figure, path)
+    write_figure(path, figure)
 
 
 def interval_table(figures: dict[str, Any]) -> str:
@@ -398,7 +393,7 @@ def interval_table(figures: dict[str, Any]) -> str:
             low, high = line[name]["interval"]
             cells += [f"{line[name]['coverage']:.3f} [{low:.3f}, {high:.3f}]", f"{line[name]['width']:.2f}"]
         rows.append([*cells, f"{line['score_error_spearman']:.2f}"])
-    return markdown([head, ["---"] * len(head), *rows])
+    return "\n".join(table_lines(head, rows))
 
 
 # ---- main

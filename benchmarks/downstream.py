@@ -23,11 +23,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.speed import machine_name, put_into
+from benchmarks.record import machine_name, put_into, table_lines
 from utils import arguments
 from utils import settings as shared_settings
 from utils.evaluation import metrics
 from utils.evaluation.bootstrap import blocks
+from utils.slices.lattice import nearest_px
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -157,8 +158,6 @@ def read_predictions(path: Path) -> AnnData:
 
 def pair_of(adata: AnnData, name: str) -> Pair:
     """One slice of the file. Raises ValueError where fewer than two genes or 30 spots can be compared."""
-    from scipy.spatial import cKDTree
-
     one = adata[adata.obs["slice"] == name]
     order = np.argsort(-np.nan_to_num(one.var["val_pcc"].to_numpy(), nan=-2.0), kind="stable")
     predicted, measured = (np.asarray(values, np.float64)[:, order] for values in (one.X, one.layers["measured"]))
@@ -169,7 +168,7 @@ def pair_of(adata: AnnData, name: str) -> Pair:
             "genes; give a larger slice"
         )
     xy = np.asarray(one.obsm["spatial"], np.float64)
-    pitch = float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))
+    pitch = float(np.median(nearest_px(xy)))
     return Pair(name, xy, pitch, predicted[:, kept], measured[:, kept], int((~kept).sum()))
 
 
@@ -243,10 +242,6 @@ def cluster_rows(pair: Pair, seed: int) -> list[Row]:
     ]
 
 
-def markdown(rows: list[Row], heads: tuple[str, str, str]) -> list[str]:
-    return [f"| {' | '.join(heads)} |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
 def tables(pair: Pair, seed: int) -> list[str]:
     n_spots, n_genes = pair.predicted.shape
     best = min(BEST, n_genes)
@@ -254,9 +249,9 @@ def tables(pair: Pair, seed: int) -> list[str]:
         "",
         f"Slice {pair.name}: {n_spots} spots, {n_genes} genes ({pair.n_left_out} left out: flat or not measured).",
         "",
-        *markdown(sound_rows(pair), ("agreement with the measurement, median over genes", f"best {best}", "all")),
+        *table_lines(("agreement with the measurement, median over genes", f"best {best}", "all"), sound_rows(pair)),
         "",
-        *markdown(misleading_rows(pair, seed), ("figure", "predicted", "measured")),
+        *table_lines(("figure", "predicted", "measured"), misleading_rows(pair, seed)),
     ]
 
 

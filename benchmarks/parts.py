@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import parts_table
 from benchmarks.parts_run import MISMATCHED, PARTS, Cohort, Run, patients_told_apart
-from benchmarks.speed import machine_name, put_into
+from benchmarks.record import machine_name, put_into
 from utils import arguments
 from utils import settings as shared_settings
 from utils.files.atomic import write_whole
@@ -80,13 +80,13 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser = arguments.Parser(__doc__)
     count, count_or_zero = arguments.count, arguments.count_or_zero
     parser.add_argument("--out", type=Path, help="the JSON; slices and runs go into a folder of its name, 1 GB")
-    parser.add_argument("--patients", type=count, default=26, help="simulated, a slice each (26)")
-    parser.add_argument("--train", type=count, default=12, help="of them for training, the first ones (12)")
-    parser.add_argument("--val", type=count, default=4, help="for validation, the next ones; the last are unseen (4)")
-    parser.add_argument("--spots", type=count, default=400, help="of a slice (400)")
-    parser.add_argument("--steps", type=count, default=1200, help="of stage one, in whole epochs (1200)")
+    parser.add_argument("--patients", type=count, default=26, help="simulated, a slice each")
+    parser.add_argument("--train", type=count, default=12, help="of them for training, the first ones")
+    parser.add_argument("--val", type=count, default=4, help="for validation, the next ones; the last are unseen")
+    parser.add_argument("--spots", type=count, default=400, help="of a slice")
+    parser.add_argument("--steps", type=count, default=1200, help="of stage one, in whole epochs")
     parser.add_argument(
-        "--batch_effects", type=arguments.positive, default=1.0, help="of stain and genes between patients (1)"
+        "--batch_effects", type=arguments.positive, default=1.0, help="of stain and genes between patients"
     )
     parser.add_argument("--one_slice", action="store_true", help="train on one slice, validate on a strip of it")
     parser.add_argument("--seeds", type=count_or_zero, nargs="+", default=(0,))

@@ -159,11 +159,8 @@ class Run:
 
     def n_steps(self) -> int:
         """Steps that stage one took."""
-        return int(
-            checkpoint.load(self.encoder.with_name("last_epoch_weights.pth"), "stage_one", "--encoder")["model"][
-                "n_steps"
-            ]
-        )
+        last = checkpoint.load(self.encoder.with_name("last_epoch_weights.pth"), "stage_one", "--encoder")
+        return int(last["model"]["n_steps"])
 
     def stage_two(self, train: list[str], evaluated: list[str]) -> dict[str, dict[str, float]]:
         """PCC per gene against residuals of each patient: at the initialisation, and after training."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.record import table_lines
 from utils.evaluation.bootstrap import block_bootstrap_interval
+from utils.files.atomic import write_figure
 
 FIGURES = {  # key: heading
     "contrastive_neighbours": "contrastive",
@@ -103,14 +105,12 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{s['chance']['neighbours']:.3f} among neighbours, {s['chance']['recall_at_10']:.3f} for R@10, 0.5 for AUC."
     )
     rows = [
-        f"| {name} | "
-        + " | ".join(_figure(of[key]) for key in FIGURES)
-        + f" | {of['seeds']} | {of['steps']} | {_seconds(of['seconds'])} |"
+        [name, *(_figure(of[key]) for key in FIGURES), str(of["seeds"]), str(of["steps"]), _seconds(of["seconds"])]
         for name, of in result["methods"].items()
     ]
     keys = ("contrastive_neighbours", "recall_at_10", "reranked_neighbours", "pcc_residuals")
     against = [
-        f"| {name} | " + " | ".join(_difference(of.get(key)) for key in keys) + " |"
+        [name, *(_difference(of.get(key)) for key in keys)]
         for name, of in result["differences"].items()
         if any(of.get(key) for key in keys)
     ]
@@ -118,13 +118,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         [
             head,
             "",
-            f"| method | {' | '.join(FIGURES.values())} | seeds | steps | seconds |",
-            "| --- |" + " --- |" * (len(FIGURES) + 3),
-            *rows,
+            *table_lines(["method", *FIGURES.values(), "seeds", "steps", "seconds"], rows),
             "",
-            f"| difference | {' | '.join(FIGURES[key] for key in keys)} |",
-            "| --- |" + " --- |" * len(keys),
-            *against,
+            *table_lines(["difference", *(FIGURES[key] for key in keys)], against),
         ]
     )
 
@@ -169,4 +165,4 @@ def draw_curve(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.minorticks_off()
         plotting.label(axes, "Train patients", "Fraction of spots", FIGURES[key])
     plotting.legend(panels[-1])
-    plotting.save(figure, path)
+    write_figure(path, figure)

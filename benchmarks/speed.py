@@ -15,8 +15,6 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
-import platform
-import re
 import resource
 import statistics
 import sys
@@ -30,10 +28,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import speed_growth
+from benchmarks.record import machine_name, put_into, table_lines
 from benchmarks.speed_setting import SMALL, Setting, Sizes, Work
 from utils import arguments
 from utils import settings as shared_settings
-from utils.files.atomic import write_record, write_whole
+from utils.files.atomic import write_record
 
 PARTS = {  # part -> module of its function, which takes a Setting, prepares all it needs and returns a Work
     **dict.fromkeys(
@@ -43,7 +42,6 @@ PARTS = {  # part -> module of its function, which takes a Setting, prepares all
 }
 FOLDER = Path(__file__).parent
 LONG_S = 60  # a side that takes longer is not repeated
-MARK = "<!-- speed: {} -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,18 +168,8 @@ def measure(part: str, settings: Settings) -> dict[str, Any]:
 # ---- the table
 
 
-def machine_name(device: str) -> str:
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*: (.*)", text)
-    return f"{torch.get_num_threads()} threads, {model[1] if model else platform.processor()}"
-
-
-def table_row(part: str, figures: dict[str, Any]) -> str:
-    cells = [
+def table_row(part: str, figures: dict[str, Any]) -> list[str]:
+    return [
         part,
         "{plain_s:.3g} ({plain_range_s[0]:.3g} to {plain_range_s[1]:.3g})".format(**figures),
         "{ours_s:.3g} ({ours_range_s[0]:.3g} to {ours_range_s[1]:.3g})".format(**figures),
@@ -191,7 +179,6 @@ def table_row(part: str, figures: dict[str, Any]) -> str:
         f"{figures['peak_mib']:,.0f}",
         figures["note"],
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -201,23 +188,9 @@ def table(results: dict[str, Any]) -> str:
         "`{command}`, {date}, {machine}, seed {seed}: batch {batch_size}, medians of {rounds} turns (lowest to "
         "highest).".format(**results),
         "",
-        f"| {' | '.join(heads)} |",
-        f"| {' | '.join('---' for _ in heads)} |",
-        *(table_row(part, figures) for part, figures in results["parts"].items()),
+        *table_lines(heads, [table_row(part, figures) for part, figures in results["parts"].items()]),
     ]
     return "\n".join(lines)
-
-
-def put_into(path: Path, name: str, text: str) -> None:
-    """Replace the text between the two marks of `name`; a new pair of them is put at the end."""
-    mark, whole = MARK.format(name), path.read_text()
-    block = f"{mark}\n{text}\n{mark}"
-    if whole.count(mark) == 2:
-        before, _, after = whole.split(mark)
-        whole = before + block + after
-    else:
-        whole += f"\n{block}\n"
-    write_whole(path, whole.encode())
 
 
 def keep_part(settings: Settings, results: dict[str, Any]) -> None:

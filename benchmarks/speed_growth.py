@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.record import table_lines
+
 SIZES, SMALL = (1, 10, 100, 1000), (1, 3)  # numbers of slices
 SPOTS, GENES, GENES_A_SPOT = 1000, 2000, 100
 N_BATCHES, BATCH, TILE_PX = 200, 32, 16
@@ -57,17 +59,18 @@ class Watch:
 
 
 def table(rows: Sequence[Growth]) -> str:
+    heads = ("part", "slices", "spots", "seconds", "CPU seconds", "CPU ms an item", "memory, MiB")
+    cells = []
+    for part, n, seconds, cpu_s, items, memory in rows:
+        times = (f"{value:.3g}" for value in (seconds, cpu_s, 1000 * cpu_s / items))
+        cells.append((part, f"{n:,}", f"{n * SPOTS:,}", *times, f"{memory:,.0f}"))
     lines = [
         f"slices of {SPOTS:,} spots, each size measured once. Memory: highest resident memory of the process, without "
         "the pages of mapped files and libraries. Start-up: imports, reading all slices. Loading: 6,400 tiles. "
         "Bank: features of stage two, 18 kB a spot in sparse files, with neighbours. Decoder: ten steps of 32 spots.",
         "",
-        "| part | slices | spots | seconds | CPU seconds | CPU ms an item | memory, MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        *table_lines(heads, cells),
     ]
-    for part, n, seconds, cpu_s, items, memory in rows:
-        cells = f"{seconds:.3g} | {cpu_s:.3g} | {1000 * cpu_s / items:.3g} | {memory:,.0f}"
-        lines.append(f"| {part} | {n:,} | {n * SPOTS:,} | {cells} |")
     return "\n".join(lines)
 
 

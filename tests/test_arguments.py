@@ -13,7 +13,6 @@ from tiny_runs import FLAGS
 
 import train_mymodel
 from utils import arguments, settings
-from utils.slices.splits import SliceRow
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {
@@ -182,13 +181,6 @@ def test_shards_take_every_item_once(capsys):
         shards = [arguments.of_shard(items, (i, number), "slides") for i in range(number)]
         assert sorted(item for shard in shards for item in shard) == items
     assert capsys.readouterr().out == "shard 12 of 12: none of 11 slides belongs to it\n"
-
-
-def test_slices_of_a_part():
-    rows = [SliceRow(name, name, part, None, None) for name, part in (("a", "train"), ("b", "test"), ("c", ""))]
-    assert [row.slice for row in settings.chosen(rows, "all")] == ["a", "b", "c"]
-    assert [row.slice for row in settings.chosen(rows, "test")] == ["b"]
-    refused("expected a slice of part val, found slices of part train, test; ", settings.chosen, rows, "val")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_runs import STAGES, Work, different, progress  # noqa: E402
 
-from benchmarks.speed import machine_name, put_into  # noqa: E402
+from benchmarks.record import machine_name, put_into  # noqa: E402
 
 FAULTS = ("bad_input", "bad_files", "odd_input", "sharing_refused", "import_slices")
 FUZZ = (

@@ -22,7 +22,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said, default = action.help or "", action.default
-        without = default is None or default is False or default == argparse.SUPPRESS or action.required
+        without = default in (None, "", argparse.SUPPRESS) or default is False or action.required
         if without or said == UNUSED or "(default" in said:
             return action.help
         values = default if isinstance(default, list) else [default]

@@ -133,15 +133,7 @@ class HasDebug(Protocol):
     def debug(self) -> bool: ...
 
 
-class HasPart(Protocol):
-    """A row of the table of slices."""
-
-    @property
-    def part(self) -> str: ...
-
-
 S = TypeVar("S", bound=HasDebug)
-R = TypeVar("R", bound=HasPart)
 
 
 def shared(description: str | None, part: str | None = None, unused: Collection[str] = ()) -> arguments.Parser:
@@ -380,17 +372,6 @@ def require_new_folder(path: Path, flag: str) -> Path:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{flag}: expected a new or an empty folder, found {path} with something in it; name another")
     return path
-
-
-def chosen(rows: list[R], part: str) -> list[R]:
-    """Rows of the table of slices that belong to --part."""
-    matching = [row for row in rows if part == "all" or row.part == part]
-    if not matching:
-        there = ", ".join(dict.fromkeys(row.part for row in rows if row.part)) or "none"
-        raise ValueError(
-            f"expected a slice of part {part}, found slices of part {there}; correct slices.csv, or give another --part"
-        )
-    return matching
 
 
 def warn(warnings: list[str]) -> None:

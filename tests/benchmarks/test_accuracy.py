@@ -299,7 +299,7 @@ def test_ablations_are_compared_with_the_default(rng):
 @pytest.mark.parametrize("name, flags", [("accuracy", []), ("ablations", ["--small", "--ablations"])])
 def test_the_tables_of_results_md_are_those_of_the_kept_runs(name, flags, capsys):
     accuracy.main(accuracy.parse_args(["--table", *flags]))
-    text, mark = capsys.readouterr().out.strip(), f"<!-- speed: {name} -->"
+    text, mark = capsys.readouterr().out.strip(), f"<!-- table: {name} -->"
     assert accuracy.RESULTS.read_text().split(mark)[1].strip() == text
 
 

@@ -7,11 +7,6 @@ import pytest
 from benchmarks import domain, domain_kinds
 
 
-def test_auroc_is_the_fraction_of_pairs_in_order():
-    assert domain.auroc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == pytest.approx(3.5 / 4)
-    assert domain.auroc(np.array([1.0]), np.array([2.0, 3.0])) == 0
-
-
 def test_an_interval_is_over_slices():
     units = [{"slice": name, "flagged": value} for name, value in (("a", 0.0), ("a", 0.0), ("b", 1.0), ("b", 1.0))]
     mean = lambda some: float(np.mean([u["flagged"] for u in some]))  # noqa: E731

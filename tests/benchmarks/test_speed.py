@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import speed, speed_growth
+from benchmarks import record, speed, speed_growth
 from utils.images.tiles import TilePack
 from utils.slices import splits, visium
 
@@ -28,7 +28,7 @@ FIGURES = {
 
 
 def test_a_row_gives_times_ratio_rate_and_memory():
-    cells = [cell.strip() for cell in speed.table_row("retrieval", FIGURES).strip("|").split("|")]
+    cells = speed.table_row("retrieval", FIGURES)
     assert cells[:5] == ["retrieval", "30 (29 to 31.5)", "5 (4.9 to 5.1)", "**6.00**", "2 spots/s"]
     assert cells[5:] == ["4,096", "1,024", "plain: 2 of 10 spots"]
 
@@ -36,12 +36,12 @@ def test_a_row_gives_times_ratio_rate_and_memory():
 def test_the_table_replaces_the_last_one_of_its_name_and_no_other(tmp_path):
     page = tmp_path / "RESULTS.md"
     page.write_text("# Results\n\ntext\n")
-    speed.put_into(page, "cpu", "one")
-    speed.put_into(page, "gpu", "two")
-    speed.put_into(page, "cpu", "three")
+    record.put_into(page, "cpu", "one")
+    record.put_into(page, "gpu", "two")
+    record.put_into(page, "cpu", "three")
     assert page.read_text() == (
-        "# Results\n\ntext\n\n<!-- speed: cpu -->\nthree\n<!-- speed: cpu -->\n\n<!-- speed: gpu -->\ntwo\n"
-        "<!-- speed: gpu -->\n"
+        "# Results\n\ntext\n\n<!-- table: cpu -->\nthree\n<!-- table: cpu -->\n\n<!-- table: gpu -->\ntwo\n"
+        "<!-- table: gpu -->\n"
     )
 
 

@@ -151,10 +151,11 @@ def test_per_gene_table_means_over_the_slices_that_measured_the_gene(two_slices)
     assert table["counts_per_10k"][0] == pytest.approx(per_10k)
 
 
-def test_plain_leaves_nothing_json_cannot_say():
-    found = expression.plain({1: np.float32(0.5), "a": (np.nan, np.inf, np.int64(2)), "b": np.array([1.0, np.nan])})
+def test_json_values_leave_nothing_json_cannot_say():
+    values = {1: np.float32(0.5), "a": (np.nan, np.inf, np.int64(2)), "b": np.array([1.0, np.nan])}
+    found = expression.json_values(values)
     assert found == {"1": 0.5, "a": [None, None, 2], "b": [1.0, None]}
-    assert expression.plain({"flag": np.bool_(True), "text": "x", "none": None})["flag"] is True
+    assert expression.json_values({"flag": np.bool_(True), "text": "x", "none": None})["flag"] is True
 
 
 def test_wrong_input_is_named(two_slices):

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from utils.evaluation import plotting
+from utils.files.atomic import write_figure
 
 
 def lines(axes):
@@ -26,7 +27,7 @@ def test_loss_curves_show_every_loss_and_its_chance_dashed():
 
 
 def test_loss_curves_of_no_epoch_at_all(tmp_path):
-    plotting.save(plotting.loss_curves([]), tmp_path / "loss.png")
+    write_figure(tmp_path / "loss.png", plotting.loss_curves([]))
 
 
 def test_histogram_counts_all_defined_genes_of_every_method():
@@ -45,12 +46,12 @@ def test_retrieval_curve_draws_both_directions_and_chance():
     assert axes.get_xscale() == "log"
 
 
-def test_save_writes_whole_files_of_the_kind_their_name_says(tmp_path):
+def test_figures_are_whole_files_of_the_kind_their_name_says(tmp_path):
     path = tmp_path / "new" / "curve.png"
     figure = plotting.retrieval_curve(np.array([1, 2]), {}, np.array([0.1, 0.2]))
-    assert plotting.save(figure, path) == path
+    assert write_figure(path, figure) == path
     assert Image.open(path).format == "PNG"
-    plotting.save(figure, tmp_path / "new" / "curve.svg")
+    write_figure(tmp_path / "new" / "curve.svg", figure)
     assert sorted(p.name for p in path.parent.iterdir()) == ["curve.png", "curve.svg"]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import EllipseCollection
 
-from utils.evaluation import plotting
+from utils.files.atomic import write_figure
 from utils.report.spot_maps import spot_maps
 from utils.report.spots import SpotsOnImage
 
@@ -42,7 +42,7 @@ def test_measured_and_predicted_share_one_range_and_true_sizes(tmp_path, scale):
     assert not histology.collections and histology.get_xlabel() == "50 µm"
     top, bottom = sorted(histology.get_ylim(), reverse=True)
     assert histology.yaxis_inverted() and top > 60 > 20 > bottom
-    plotting.save(figure, tmp_path / "map.png")
+    write_figure(tmp_path / "map.png", figure)
 
 
 @pytest.mark.parametrize("value", [2.0, np.nan])
@@ -51,7 +51,7 @@ def test_maps_without_image_of_a_flat_or_missing_gene(tmp_path, value):
     figure = spot_maps(spots(), panels, "GENE", "counts")
     assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["measured", "predicted"]
     assert figure.axes[0].get_xlabel() == "x (image px)"
-    plotting.save(figure, tmp_path / "map.png")
+    write_figure(tmp_path / "map.png", figure)
 
 
 def test_the_deviation_has_a_range_of_its_own_from_zero(tmp_path):
@@ -61,4 +61,4 @@ def test_the_deviation_has_a_range_of_its_own_from_zero(tmp_path):
     assert deviation.get_title(loc="left") == "prediction std"
     assert discs(predicted).get_clim()[0] == 5 and discs(deviation).get_clim()[0] == 0
     assert discs(deviation).get_clim()[1] == pytest.approx(np.percentile(std, 99))
-    plotting.save(figure, tmp_path / "map.png")
+    write_figure(tmp_path / "map.png", figure)

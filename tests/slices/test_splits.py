@@ -277,3 +277,11 @@ def test_strip_of_any_slice(seed):
 def test_strip_of_very_few_spots():
     assert splits.strip_parts(np.zeros((1, 2)), 1.0).tolist() == ["val"]
     assert splits.strip_parts(grid(1, 4), 10.0).tolist() == ["train", "train", "gap", "val"]
+
+
+def test_slices_of_a_part():
+    rows = [SliceRow(name, name, part, None, None) for name, part in (("a", "train"), ("b", "test"), ("c", ""))]
+    assert [row.slice for row in splits.chosen(rows, "all")] == ["a", "b", "c"]
+    assert [row.slice for row in splits.chosen(rows, "test")] == ["b"]
+    with pytest.raises(ValueError, match="expected a slice of part val, found slices of part train, test; "):
+        splits.chosen(rows, "val")

@@ -218,7 +218,7 @@ def check_tile_scales(checked: list[Checked], findings: Findings) -> None:
     """All slices have tiles of one scale, or none has tiles."""
     scales = [slice_.tile_scale for slice_ in checked if slice_.tile_scale is not None]
     if not all(dataset.same_scale(scale, scales[0]) for scale in scales):
-        found = " and ".join(sorted({dataset.said_scale(scale) for scale in scales}))
+        found = " and ".join(sorted({dataset.describe_scale(scale) for scale in scales}))
         fix = "run image_tilling.py on all slices with the same --tile_um and --tile_px"
         findings.problem(f"in the tiles: {found}", fix)
     without = [slice_.name for slice_ in checked if scales and slice_.tile_scale is None]

@@ -86,7 +86,7 @@ def figures(
         found |= {"mse": metrics.mse(pred, true), "mae": metrics.mae(pred, true)}
     if errors and per_gene:
         found["sd_ratio"] = metrics.sd_ratio(pred, true)
-    return plain(found)
+    return json_values(found)
 
 
 def _gene_figures(pred: np.ndarray, true: np.ndarray) -> dict[str, float]:
@@ -143,7 +143,7 @@ def evaluate(predictions: Predictions, slices: Sequence[MeasuredSlice], fitted_s
         result["pooled"][scale] = _figures_by_method(
             together, np.concatenate(truth), np.concatenate(log_depth), measured_in_all, errors
         )
-    return plain(result)
+    return json_values(result)
 
 
 def mean_figures(per_slice: Sequence[Figures]) -> Figures:
@@ -179,14 +179,14 @@ def per_gene_table(predictions: Predictions, slices: Sequence[MeasuredSlice], ge
     return pd.DataFrame(columns)
 
 
-def plain(obj: Any) -> Any:
+def json_values(obj: Any) -> Any:
     """A copy of Python numbers, lists and dicts only, with NaN and infinity, which JSON lacks, as None."""
     if isinstance(obj, Mapping):
-        return {str(key): plain(value) for key, value in obj.items()}
+        return {str(key): json_values(value) for key, value in obj.items()}
     if isinstance(obj, np.ndarray | np.generic):
-        return plain(obj.tolist())
+        return json_values(obj.tolist())
     if isinstance(obj, list | tuple):
-        return [plain(value) for value in obj]
+        return [json_values(value) for value in obj]
     if isinstance(obj, float):
         return float(obj) if math.isfinite(obj) else None
     return obj

@@ -5,7 +5,6 @@ a grey print still reads; the level of chance is dashed.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,6 @@ if TYPE_CHECKING:  # matplotlib takes half a second: it is imported by the funct
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT = "#333333", "#8c8c8c"
-DPI = 150
 
 
 def loss_curves(
@@ -101,15 +99,6 @@ def retrieval_curve(
     label(axes, "First k candidates", "Recall (fraction of spots)", title)
     legend(axes)
     return figure
-
-
-def save(figure: "Figure", path: Path | str) -> Path:
-    """Write a figure to `<name>.part` and rename it: an interrupted run leaves the old file as it was."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format=path.suffix.lstrip(".") or "png", dpi=DPI, facecolor="white")
-    return part.replace(path)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):

@@ -195,8 +195,8 @@ def load_slices(
                 )
         if not same_scale(tile_scale(slice_), tile_scale(first)):
             raise ValueError(
-                f"{slice_.pack.folder}: expected tiles of {said_scale(tile_scale(first))} like those of {first.name}, "
-                f"found {said_scale(tile_scale(slice_))}; run image_tilling.py again on all slices"
+                f"{slice_.pack.folder}: expected tiles of {describe_scale(tile_scale(first))} like those of "
+                f"{first.name}, found {describe_scale(tile_scale(slice_))}; run image_tilling.py again on all slices"
             )
         slices.append(replace(slice_, panels={role: slice_.panels[role].like(first.panels[role]) for role in roles}))
     return slices
@@ -237,7 +237,7 @@ def same_scale(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return math.isclose(um_per_px, other_um_per_px, rel_tol=1e-3, abs_tol=5.1e-4)
 
 
-def said_scale(scale: tuple) -> str:
+def describe_scale(scale: tuple) -> str:
     """A `tile_scale` in words."""
     size, um_per_px = scale
     return f"{size} px" + (" without a stated scale" if um_per_px is None else f" at {um_per_px:g} um per px")

@@ -7,7 +7,10 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PART = ".part"
 
@@ -31,6 +34,14 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write bytes; an interrupted write leaves the old file as it was."""
     with whole_file(path) as part:
         part.write_bytes(data)
+
+
+def write_figure(path: Path, figure: Figure, dpi: int = 150) -> Path:
+    """Write a figure of matplotlib in the format of the path's ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part:
+        figure.savefig(part, format=path.suffix.lstrip("."), dpi=dpi, facecolor="white")
+    return path
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from utils.images.samples import Samples
+from utils.words import count_of
 
 # Photometric interpretations, compressions, extra samples and a tag
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, MASK, CMYK, YCBCR = 0, 1, 2, 3, 4, 5, 6
@@ -52,7 +53,7 @@ def page_samples(key: Any) -> tuple[Samples | None, str, tuple[str, ...]]:
     if spare < 0 or (n_colours == 1 and spare):
         return None, f"expected grey or RGB, and alpha where the file states it, found {n} channels; {TO_RGB}", ()
     if spare:
-        notes = (*notes, f"{spare} further channel{'s' if spare > 1 else ''} of no stated meaning ignored")
+        notes = (*notes, f"{count_of(spare, 'further channel')} of no stated meaning ignored")
     samples, problem = plain_samples(key, found, tuple(range(n_colours)), alpha, premultiplied)
     return samples, problem, notes
 

@@ -14,9 +14,8 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from utils.evaluation import plotting
 from utils.evaluation.metrics import PREDICTABLE_PCC, UNITS
-from utils.files.atomic import whole_file
+from utils.files.atomic import whole_file, write_figure
 from utils.prediction import geojson, trust
 from utils.prediction.layout import SlideSpots
 from utils.prediction.slides import file_name
@@ -161,10 +160,10 @@ def write_maps(folder: Path, prediction: Prediction, n_maps: int) -> None:
         name = prediction.genes[gene]
         title = f"{spots.name}: {name}, validation PCC {prediction.val_pcc[gene]:.2f}"
         figure = spot_maps(spots, panels, title, prediction.unit, None if std is None else std[:, gene])
-        plotting.save(figure, folder / f"{file_name(name)}.png")
+        write_figure(folder / f"{file_name(name)}.png", figure)
     title = f"{spots.name}: out-of-domain score, above 1 a spot is unlike those of training"
     figure = spot_maps(spots, {"out of domain": prediction.domain_score}, title, "distance to train spots / limit")
-    plotting.save(figure, folder / "domain_score.png")
+    write_figure(folder / "domain_score.png", figure)
 
 
 def gene_columns(prediction: Prediction) -> dict[str, np.ndarray]:

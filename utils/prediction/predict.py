@@ -58,17 +58,17 @@ def predict_slide(run: Run, image: TissueImage, spots: SlideSpots, folder: Path)
     """Mean over the members of their predictions of the tiles as they are. The deviation is over the members, or with
     `run.prediction_std` over the eight flipped and rotated tiles."""
     memory = ArrayStore(run.memory, folder)
-    over_members, over_turns = RunningMoments(memory), RunningMoments(memory)
+    over_members, over_symmetries = RunningMoments(memory), RunningMoments(memory)
     score, slide_score, n = np.zeros(len(spots.barcodes)), 0.0, len(run.members)
     for member in run.members:
         features, statistics = slide_features.kept_features(run, member, image, spots, folder)
         for view in range(features.shape[1]):
             predicted = predict_view(run, member, features[:, view], spots, memory)
-            (over_turns if view else over_members).add(predicted)
+            (over_symmetries if view else over_members).add(predicted)
         of_spots, of_slide = domain.scores(statistics, member.state["domain"])
         score += of_spots / n
         slide_score += of_slide / n
-    std = over_turns.std if run.prediction_std else over_members.std
+    std = over_symmetries.std if run.prediction_std else over_members.std
     intervals = [member.state["interval"] for member in run.members]
     low, high = (np.mean([ends[end].numpy() for ends in intervals], axis=0) for end in ("low", "high"))
     return SlidePrediction(over_members.mean, std, (low, high), score, slide_score)

@@ -13,6 +13,7 @@ import numpy as np
 from utils.evaluation.metrics import SCALES, UNITS
 from utils.report.page import Table
 from utils.report.tables import GALLERIES, RETRIEVAL_METHODS
+from utils.words import count_of
 
 SCALE_NOTES = {
     "lognorm": "For comparison with the literature. This scale contains sequencing depth, which is predictable from "
@@ -48,7 +49,7 @@ def similarity_tables(metrics: Mapping[str, Any]) -> list[Table]:
     tables = []
     for scale in sorted(SCALES, key=lambda scale: scale != "residuals"):
         rows = [[method, *(values[figure] for figure in FIGURES)] for method, values in metrics[scale].items()]
-        note = f"{SCALE_NOTES[scale]} Means over {several} slice{'s'[: several != 1]}; errors in the fitted scale only."
+        note = f"{SCALE_NOTES[scale]} Means over {count_of(several, 'slice')}; errors in the fitted scale only."
         tables.append(Table(f"Expression, {UNITS[scale]}", ["method", *FIGURES.values()], rows, note))
     return tables
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
 import tomllib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from utils import settings
+from utils import distributed, settings
+from utils.files import hashing
 from utils.files.atomic import publishable, whole_file, write_record, write_whole
+from utils.settings import TrainingSettings
 from utils.sharing.model_card import model_card
 from utils.slices import splits
 from utils.training import checkpoint
 from utils.training.shared_folder import CARD, CONFIG, LIBRARY, WEIGHTS, described
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def export_best(flags: TrainingSettings) -> None:
+    """--export of a training: its best epoch; of several processes the first writes it."""
+    if flags.export is not None and distributed.is_main():
+        export(flags.out / checkpoint.BEST, flags.export)
+        print(f"{flags.export}: to share")
 
 
 def export(path: Path, folder: Path, flag: str = "--export") -> None:
@@ -42,7 +51,7 @@ def write(state: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / WEIGHTS) as part:
         save_file(tensors, part, metadata={"format": "pt"})
-    config = describe(rest, tensors) | {"weights_sha256": checkpoint.model_hash(folder / WEIGHTS)}
+    config = describe(rest, tensors) | {"weights_sha256": hashing.file_hash(folder / WEIGHTS)}
     val_pcc = tensors["val_pcc"].tolist() if "val_pcc" in tensors else None
     write_whole(folder / CARD, model_card(config, val_pcc).encode())
     write_record(folder / CONFIG, config)
@@ -69,10 +78,7 @@ def describe(rest: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     mean, std = (tensors[f"model.image_encoder.{name}"].flatten().tolist() for name in ("mean", "std"))
     size_px, um_per_px = rest["tile_scale"]
     versions = {name: metadata.version(name) for name in ("torch", "timm", "safetensors")}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "slices.csv"
-        splits.write_table([splits.SliceRow(**row) for row in rest["table"]], path)
-        table_hash = checkpoint.model_hash(path)
+    table = splits.table_bytes(splits.SliceRow(**row) for row in rest["table"])
     return {
         "library_name": LIBRARY,
         "versions": {"magic": tomllib.loads(PYPROJECT.read_text())["project"]["version"], **versions},
@@ -81,7 +87,7 @@ def describe(rest: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
         "metrics": rest.get("row", {}),
         "tile_scale": {"side_px": size_px, "um_per_px": um_per_px},
         "normalisation": {"channels": "RGB from 0 to 1", "mean": mean, "std": std},
-        "training_table_sha256": table_hash,
+        "training_table_sha256": hashlib.sha256(table).hexdigest(),
         **{key: value for key, value in rest.items() if key not in ("row", "tile_scale")},
         "tensors": {name: described(tensor) for name, tensor in tensors.items()},
     }

@@ -1,4 +1,4 @@
-"""Paints the tissue of `simulate_tissue` in haematoxylin and eosin, and measures what a tile of the image shows.
+"""Paints the tissue of `tissue.grow_tissue` in haematoxylin and eosin, and measures what a tile of the image shows.
 
 Two layers of optical density are painted, one per stain; light that passes them fades by the law of Beer and Lambert,
 I = I0 exp(-h H - e E), with the stain's absorption of red, green and blue in H and E.

@@ -14,11 +14,10 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from utils.files.atomic import write_whole
+from utils.settings import PARTS
 from utils.slices.lattice import neighbour_tree
 from utils.slices.visium import is_slice, why_no_slice
 from utils.words import count_of
-
-PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -272,7 +271,7 @@ def check_identical(rows: Iterable[SliceRow], hashes: dict[str, str], allow_leak
     Parameters
     ----------
     rows : slices; those without a part or a hash are not compared
-    hashes : reader.counts_hash by slice
+    hashes : `content.counts_hash` by slice
     allow_leak : warn instead of stopping
     """
     groups: dict[str, list[SliceRow]] = {}
@@ -286,6 +285,17 @@ def check_identical(rows: Iterable[SliceRow], hashes: dict[str, str], allow_leak
 def of_part(rows: Iterable[SliceRow], *parts: str) -> list[SliceRow]:
     """The rows of the given parts, in order."""
     return [row for row in rows if row.part in parts]
+
+
+def chosen(rows: Sequence[SliceRow], part: str) -> list[SliceRow]:
+    """The rows that belong to --part. Raises ValueError where there are none."""
+    matching = [row for row in rows if part == "all" or row.part == part]
+    if not matching:
+        there = ", ".join(dict.fromkeys(row.part for row in rows if row.part)) or "none"
+        raise ValueError(
+            f"expected a slice of part {part}, found slices of part {there}; correct slices.csv, or give another --part"
+        )
+    return matching
 
 
 def slice_folder(data: str | Path, row: SliceRow) -> Path:
@@ -304,11 +314,16 @@ def format_table(rows: Iterable[SliceRow]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def write_table(rows: Iterable[SliceRow], path: str | Path) -> None:
-    """Write slices.csv; an interrupted write leaves the old file whole."""
+def table_bytes(rows: Iterable[SliceRow]) -> bytes:
+    """slices.csv as `write_table` writes it."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(_cells, rows)])
-    write_whole(Path(path), text.getvalue().encode())
+    return text.getvalue().encode()
+
+
+def write_table(rows: Iterable[SliceRow], path: str | Path) -> None:
+    """Write slices.csv; an interrupted write leaves the old file whole."""
+    write_whole(Path(path), table_bytes(rows))
 
 
 def strip_parts(xy_px: np.ndarray, pitch_px: float) -> np.ndarray:

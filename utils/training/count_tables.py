@@ -19,6 +19,7 @@ from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
 from utils.settings import SharedSettings
 from utils.slices import content, splits
+from utils.slices.matrix import whole_counts
 
 LEAST_SEEN = 10  # panel genes that a spot must express before another one of the same counts is taken for the same spot
 
@@ -134,11 +135,7 @@ def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix, np.n
     except Exception as error:  # whatever a corrupt file makes HDF5 or anndata stumble over
         reason = words.cut(error)
         raise ValueError(f"{path}: expected an h5ad file with counts in X, found: {reason}; write it again") from error
-    bad = ~((counts.data >= 0) & (counts.data == np.rint(counts.data)) & np.isfinite(counts.data))
-    if bad.any():
-        raise ValueError(
-            f"{path}: expected raw counts (0, 1, 2, ...) in X, found {counts.data[bad][0]}; put them there"
-        )
+    counts.data = whole_counts(f"{path}, X", counts.data)
     names = gene_names.without_unique_suffixes(adata.var_names.to_numpy())
     of_genes = ~gene_names.are_controls(names)
     if not of_genes.all():

@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.features import dataset
 from utils.genes import panels as gene_panels
-from utils.settings import EvaluationSettings, SharedSettings, TrainingSettings, chosen, warn
+from utils.settings import EvaluationSettings, SharedSettings, TrainingSettings, warn
 from utils.slices import splits
 from utils.words import count_of
 
@@ -101,7 +101,7 @@ def rows_of_part(settings: EvaluationSettings, state: dict[str, Any]) -> list[sp
     rows, warnings = read_split(settings)
     warn(warnings)
     in_strips = settings.part == "val" and state["settings"]["val_strip"]
-    return chosen(rows, "train" if in_strips else settings.part)
+    return splits.chosen(rows, "train" if in_strips else settings.part)
 
 
 def check_panel_origin(slices: list[dataset.SliceData], train: list[str]) -> None:
@@ -210,6 +210,6 @@ def check_tiles(folder: Path, found: tuple[int, float | None], wanted: tuple, fl
     """Tiles must be of the side in pixels and the micrometres per pixel that a model was trained on."""
     if not dataset.same_scale(found, wanted):
         raise ValueError(
-            f"{folder}: expected tiles of {dataset.said_scale(wanted)}, as {flag} was trained on, found tiles of "
-            f"{dataset.said_scale(found)}; cut them with image_tilling.py --tile_um and --tile_px"
+            f"{folder}: expected tiles of {dataset.describe_scale(wanted)}, as {flag} was trained on, found tiles of "
+            f"{dataset.describe_scale(found)}; cut them with image_tilling.py --tile_um and --tile_px"
         )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from model.stage_two import StageTwo
+    from utils.evaluation.expression import MeasuredSlice
     from utils.features.dataset import SliceData
     from utils.report.spots import SpotsOnImage
 
@@ -43,13 +44,21 @@ class Settings(settings.EvaluationSettings):
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one slice. S spots of the part, G target genes."""
+    """What was measured of one slice. A spots of the slice, S of the part, G target genes."""
 
     spots: SpotsOnImage
-    counts: np.ndarray  # (S, G)
-    total_counts: np.ndarray  # (S,) over all genes
-    measured: np.ndarray  # (G,) bool
-    expression: np.ndarray  # (S, G) in the units of the model's target
+    slice: MeasuredSlice
+    expression: np.ndarray  # (S, G) in the units of the model's target, NaN for a gene that the slice lacks
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(S, G)."""
+        return self.slice["counts"][self.slice["rows"]]
+
+    @property
+    def total_counts(self) -> np.ndarray:
+        """Over all genes: (S,)."""
+        return self.slice["total_counts"][self.slice["rows"]]
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
@@ -110,7 +119,7 @@ def predict_baselines(
 
     several, inference = [*trained_on, *slices], cache.Inference(accelerator, args.batch_size, args.workers)
     features = cache.pretrained_features(state, state["encoder_settings"], several, inference, args.image_weights)
-    features = [baselines.standardise(of_slice) for of_slice in features]
+    features = baselines.standardise(features, len(trained_on))
     parts: dict[str, list] = {"train": [], "val": []}
     for slice_, of_slice in zip(trained_on, features, strict=False):
         panel = slice_.panels["target"]
@@ -119,33 +128,38 @@ def predict_baselines(
         for part, images in parts.items():
             rows = slice_.rows_of(part)
             if len(rows):
-                images.append(cache.as_images(slice_, of_slice, part) | {"target": target[rows]})
+                log_depth = np.log(slice_.total_counts[rows])
+                of_part = baselines.images_of(slice_, of_slice, part)
+                images.append(of_part | {"target": target[rows], "log_depth": log_depth})
     n_spots = sum(len(image["target"]) for image in parts["train"])
     print(f"baselines: fitted on {count_of(n_spots, 'train spot')}", flush=True)
     fitted = baselines.fit_baselines(parts["train"], parts["val"])
     evaluated = zip(slices, features[len(trained_on) :], strict=True)
-    images = [cache.as_images(slice_, of_slice, args.part) for slice_, of_slice in evaluated]
+    images = [baselines.images_of(slice_, of_slice, args.part) for slice_, of_slice in evaluated]
     return {method: [predict(of_slice) for of_slice in images] for method, predict in fitted.items()}
 
 
 def read_measured(slice_: SliceData, part: str, target: str) -> Measured:
-    from utils.evaluation import metrics
+    from utils.evaluation import expression
     from utils.report.spots import spots_on_image
 
     rows, panel = slice_.rows_of(part), slice_.panels["target"]
-    counts, total_counts = panel.read_counts()[rows], slice_.total_counts[rows]
-    expression = metrics.to_scale(target, counts, total_counts)
-    return Measured(spots_on_image(slice_, rows), counts, total_counts, panel.measured, expression)
+    measured = expression.MeasuredSlice(
+        name=slice_.name,
+        counts=panel.read_counts(),
+        total_counts=slice_.total_counts,
+        rows=rows,
+        measured=panel.measured,
+    )
+    truth = np.where(panel.measured, expression.truth_of(measured, target), np.nan)
+    return Measured(spots_on_image(slice_, rows), measured, truth)
 
 
 def evaluate(predictions: Predictions, measured: list[Measured], state: dict) -> tuple[dict[str, Any], pd.DataFrame]:
     """The body of metrics.json, and the table of genes."""
     from utils.evaluation import expression
 
-    truth: list[expression.MeasuredSlice] = [
-        {"name": m.spots.name, "counts": m.counts, "total_counts": m.total_counts, "measured": m.measured}
-        for m in measured
-    ]
+    truth = [of_slice.slice for of_slice in measured]
     metrics = expression.evaluate(predictions, truth, state["target"])
     table = expression.per_gene_table(predictions, truth, state["genes"])
     table.insert(1, "val_pcc", state["val_pcc"].numpy())
@@ -163,7 +177,7 @@ def draw_figures(out: Path, predictions: Predictions, measured: list[Measured], 
     write_figure(out / "pcc_histogram.png", histogram)
     for slice_, predicted in zip(measured, predictions["model"], strict=True):
         scored = metrics.scored_pearson_per_gene(predicted, slice_.expression)
-        pcc = np.where(slice_.measured, scored, np.nan)
+        pcc = np.where(slice_.slice["measured"], scored, np.nan)
         known = np.flatnonzero(np.isfinite(pcc))
         if not len(known):
             continue
@@ -193,7 +207,7 @@ def write_page(
         page.SliceMaps(
             **vars(slice_.spots),
             predicted=predicted,
-            measured=np.where(slice_.measured, slice_.expression, np.nan),
+            measured=slice_.expression,
         )
         for slice_, predicted in zip(measured, predictions["model"], strict=True)
     ]
@@ -229,10 +243,9 @@ def write_predictions(
     obs = {"total_counts": np.concatenate([slice_.total_counts for slice_ in measured])}
     predicted = np.concatenate(predictions["model"])
     adata = anndata_files.spots_anndata([slice_.spots for slice_ in measured], predicted, var, obs)
-    known = [np.where(slice_.measured, slice_.expression, np.nan) for slice_ in measured]
     layers = {
         "lognorm": anndata_files.predicted_lognorm([state], predicted),
-        "measured": np.concatenate(known),
+        "measured": np.concatenate([slice_.expression for slice_ in measured]),
         "counts": np.concatenate([slice_.counts for slice_ in measured]),
     }
     for name, values in layers.items():

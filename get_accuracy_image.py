@@ -184,18 +184,19 @@ def predict_depths(
 
     several, inference = [*trained_on, *slices], cache.Inference(accelerator, args.batch_size, args.workers)
     features = cache.pretrained_features(state, state["settings"], several, inference, args.image_weights)
-    features = [baselines.standardise(of_slice) for of_slice in features]
+    features = baselines.standardise(features, len(trained_on))
 
-    def images(part: str, some_slices: list, some_features: list) -> list:
-        all_images = [cache.as_images(s, f, part) for s, f in zip(some_slices, some_features, strict=True)]
-        return [images for images in all_images if len(images["log_depth"])]
+    def rings(part: str, some_slices: list[SliceData], some_features: list[np.ndarray]) -> list[np.ndarray]:
+        images = [baselines.images_of(s, f, part)["rings"] for s, f in zip(some_slices, some_features, strict=True)]
+        return [of_slice for of_slice in images if len(of_slice)]
 
-    train, val = (images(part, trained_on, features[: len(trained_on)]) for part in ("train", "val"))
-    x_train, x_val = ([baselines.rings(of_slice) for of_slice in part] for part in (train, val))
-    y_train, y_val = ([of_slice["log_depth"] for of_slice in part] for part in (train, val))
+    x_train, x_val = (rings(part, trained_on, features[: len(trained_on)]) for part in ("train", "val"))
+    y_train, y_val = (
+        [np.log(slice_.total_counts[rows]) for slice_ in trained_on if len(rows := slice_.rows_of(part))]
+        for part in ("train", "val")
+    )
     ridge = baselines.fit_depth(x_train, y_train, x_val, y_val)
-    evaluated = images(args.part, slices, features[len(trained_on) :])
-    return [ridge.predict(baselines.rings(of_slice))[:, 0] for of_slice in evaluated]
+    return [ridge.predict(x)[:, 0] for x in rings(args.part, slices, features[len(trained_on) :])]
 
 
 def score_slice(

@@ -206,7 +206,13 @@ def choose(role: str, train: list[Survey], known: gene_names.KnownNames, setting
 
 
 def without_counts(
-    surveyed: Survey, spots: pd.DataFrame, measured: np.ndarray, role: str, choice: Choice, train: list[Survey]
+    surveyed: Survey,
+    spots: pd.DataFrame,
+    measured: np.ndarray,
+    role: str,
+    choice: Choice,
+    train: list[Survey],
+    val_strip: bool,
 ) -> anndata.AnnData:
     """A panel file without its counts: `measured` (P,) marks the genes that the slice has, uns['magic'] the choice."""
     import anndata
@@ -223,6 +229,7 @@ def without_counts(
         "how": choice.how,
         "train_slices": np.array([other.row.slice for other in train]),
         "train_hashes": np.array([other.counts_hash for other in train]),
+        "val_strip": val_strip,
         "counts_hash": surveyed.counts_hash,
         "files_hash": surveyed.files_hash,
         "spot_pitch_fullres_px": surveyed.pitch_px,
@@ -247,7 +254,8 @@ def write_panels(
         measured, gathering = np.isin(choice.genes, names), gene_panels.gather(names, choice.genes)
         if not measured.all():
             print(f"{surveyed.row.slice}: {(~measured).sum()} of {len(measured)} {role} genes are not in this slice")
-        adata = without_counts(surveyed, slice_.spots.loc[surveyed.kept], measured, role, choice, train)
+        spots = slice_.spots.loc[surveyed.kept]
+        adata = without_counts(surveyed, spots, measured, role, choice, train, settings.val_strip)
         blocks = ((slice_.counts[span][surveyed.kept[span]] @ gathering).sorted_indices() for span in spans)
         path = gene_panels.panel_path(settings.data, settings.panels, surveyed.row.slice, role)
         gene_panels.write_panel(path, adata, blocks)

@@ -161,13 +161,13 @@ def read_measured(planned: Plan, spots: SlideSpots, run: Run) -> MeasuredGenes |
 
 
 def evaluate(
-    out: Path, name: str, measured_genes: MeasuredGenes, predicted: np.ndarray, val_pcc: np.ndarray, run: Run
+    out: Path, measured_genes: MeasuredGenes, predicted: np.ndarray, val_pcc: np.ndarray, run: Run
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Writes metrics.json and genes.csv of a slice with counts; returns both."""
     from utils.prediction import measured
 
     mean = np.mean([member.model.target_mean.cpu().numpy() for member in run.members], axis=0)
-    metrics, table = measured.evaluate(name, measured_genes, predicted, mean, val_pcc, run.members[0].state)
+    metrics, table = measured.evaluate(measured_genes, predicted, mean, val_pcc, run.members[0].state)
     write_record(out / "metrics.json", metrics)
     write_whole(out / "genes.csv", table.to_csv(index=False).encode())
     return metrics, table
@@ -229,7 +229,7 @@ def predict_one(planned: Plan, key: dict[str, Any], run: Run, args: Settings) ->
     val_pcc = np.mean([member.state["val_pcc"].numpy() for member in run.members], axis=0)
     found = read_measured(planned, spots, run)
     if found is not None:
-        metrics, table = evaluate(out, spots.name, found, predicted.predicted, val_pcc, run)
+        metrics, table = evaluate(out, found, predicted.predicted, val_pcc, run)
         extra = {"measured": found.in_scale(state["target"]), "counts": found.counts}
         extra |= {"total_counts": found.total_counts, "gene_table": table}
     prediction = outputs.Prediction(

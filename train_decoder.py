@@ -200,7 +200,7 @@ def predictor(data: Data, accelerator: Accelerator, settings: StageTwoSettings) 
 
 
 def validate(model: StageTwo, data: Data, predict: Predict) -> tuple[np.ndarray, dict[str, Tensor]]:
-    """PCC per gene against residuals on validation spots, mean over slices, (G,), an undefined one counting as 0; and
+    """PCC per gene against residuals on validation spots (G,), mean over slices, NaN for a gene that none measured; and
     what intervals of the measured values are made of (`intervals_of`)."""
     from utils.evaluation import metrics
 
@@ -212,7 +212,8 @@ def validate(model: StageTwo, data: Data, predict: Predict) -> tuple[np.ndarray,
             numbers.append(spots)
             pcc = metrics.scored_pearson_per_gene(predictions[-1], np.nan_to_num(true))
             per_slice.append(np.where(np.isfinite(true).all(0), pcc, np.nan))
-    pcc = np.nansum(per_slice, axis=0) / np.maximum(np.isfinite(per_slice).sum(0), 1)
+    known = np.isfinite(per_slice).sum(0)
+    pcc = np.where(known > 0, np.nansum(per_slice, axis=0) / np.maximum(known, 1), np.nan)
     mean, sd = model.target_mean.cpu().numpy(), model.target_sd.cpu().numpy()
     measured = data.target[np.concatenate(numbers)] * sd + mean
     return pcc, intervals_of(measured, np.concatenate(predictions))
@@ -292,7 +293,7 @@ def begin(trainer: Trainer, model: StageTwo, data: Data, predict: Predict, setti
     size, seed = settings.batch_size, settings.seed
     print(warm_start_decoder(model, data.bank, data.slices, data.target, data.truth, size, seed))
     val_pcc, interval = validate(model, data, predict)
-    row = {"epoch": settings.Init_Epoch - 1, "val_pcc_residuals": float(val_pcc.mean())}
+    row = {"epoch": settings.Init_Epoch - 1, "val_pcc_residuals": float(np.nanmean(val_pcc))}
     trainer.begin(row["val_pcc_residuals"], row=row, val_pcc=torch.from_numpy(val_pcc), interval=interval)
 
 
@@ -365,7 +366,7 @@ def train(
             loss = train_one_epoch(trainer, model, data, order, settings)
             with trainer.interruptible():
                 val_pcc, interval = validate(model, data, predict)
-            row = trainer.log({"loss": loss, "val_pcc_residuals": float(val_pcc.mean())})
+            row = trainer.log({"loss": loss, "val_pcc_residuals": float(np.nanmean(val_pcc))})
             print(report(row), flush=True)
             trainer.after_epoch(row["val_pcc_residuals"], val_pcc=torch.from_numpy(val_pcc), interval=interval)
     log = trainer.run_log

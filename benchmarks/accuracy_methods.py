@@ -74,16 +74,11 @@ class Tissue:
     def images(self, features: Sequence[np.ndarray], part: str) -> list[baselines.Slice]:
         """Spots of a part as the baselines read them, with features (S, C) standardised in each slice."""
         images = []
-        for slice_, values, target in zip(self.slices, features, self.targets, strict=True):
+        standardised = baselines.standardise(features, len(features))
+        for slice_, values, target in zip(self.slices, standardised, self.targets, strict=True):
             if len(rows := slice_.rows_of(part)):
-                image = baselines.Slice(
-                    features=baselines.standardise(values)[rows],
-                    xy=slice_.xy_fullres_px[rows],
-                    pitch=slice_.pitch_fullres_px,
-                    log_depth=np.log(slice_.total_counts[rows]),
-                    target=target[rows],
-                )
-                images.append(image)
+                of_part, log_depth = baselines.images_of(slice_, values, part), np.log(slice_.total_counts[rows])
+                images.append(baselines.Slice(**of_part, log_depth=log_depth, target=target[rows]))
         return images
 
     def table(self, values: Predictions) -> Table:
@@ -154,10 +149,10 @@ def fit_ridge_tta(tissue: Tissue, averaged: Sequence[np.ndarray]) -> tuple[float
     """Ridge on averaged features and their rings, along few components of the target where validation prefers it:
     validation PCC, predictions of the test slices."""
     train, val, test = (tissue.images(averaged, part) for part in ("train", "val", "test"))
-    x_train, x_val = ([baselines.rings(image) for image in part] for part in (train, val))
+    x_train, x_val = ([image["rings"] for image in part] for part in (train, val))
     y_train = [np.nan_to_num(image["target"]) for image in train]  # a gene not measured is at its expectation, 0
     fitted = fit_ridge(x_train, y_train, x_val, [image["target"] for image in val], ranks=RANKS)
-    return fitted.val_pcc, [fitted.predict(baselines.rings(image)) for image in test]
+    return fitted.val_pcc, [fitted.predict(image["rings"]) for image in test]
 
 
 def fit_baselines(

@@ -129,6 +129,7 @@ def evaluate(run: Run) -> dict[str, Any]:
             name=slice_.name,
             counts=slice_.panels["target"].read_counts(),
             total_counts=slice_.total_counts,
+            rows=slice_.rows_of("test"),
             measured=slice_.panels["target"].measured,
         )
         for slice_ in tissue.test

@@ -36,15 +36,17 @@ def test_the_eight_views_are_all_rotations_and_reflections(rng):
 
 def image(rng, n=40):
     xy = np.column_stack([np.arange(n) % 8, np.arange(n) // 8]).astype(float)
-    return {"features": rng.normal(size=(n, 6)), "xy": xy, "pitch": 1.0, "target": rng.normal(size=(n, 5))}
+    features = rng.normal(size=(n, 6))
+    rings = baselines.ring_features(features, xy, 1.0)
+    return {"features": features, "rings": rings, "target": rng.normal(size=(n, 5))}
 
 
 def test_ridge_on_averaged_features_is_a_low_rank_ridge_on_rings(rng):
     train, val, other = [image(rng), image(rng)], [image(rng)], image(rng)
-    x = [[baselines.ring_features(p["features"], p["xy"], 1.0) for p in part] for part in (train, val)]
+    x = [[p["rings"] for p in part] for part in (train, val)]
     y = [[p["target"] for p in part] for part in (train, val)]
     direct = fit_ridge(x[0], y[0], x[1], y[1], ranks=RANKS)
-    expected = direct.predict(baselines.ring_features(other["features"], other["xy"], 1.0))
+    expected = direct.predict(other["rings"])
     parts = {"train": train, "val": val, "test": [other]}
     tissue = SimpleNamespace(images=lambda averaged, part: parts[part])
     val_pcc, (found,) = accuracy_methods.fit_ridge_tta(tissue, [])

@@ -16,14 +16,15 @@ def linear_slices(n_slices, n_spots=60, width=8, n_genes=5, noise=0.5, seed=0):
 
 
 def test_standardise_gives_mean_zero_and_deviation_one_and_does_not_blow_up_noise():
-    features = np.random.default_rng(0).normal(5, 3, size=(50, 3)).astype(np.float16)
+    features = np.random.default_rng(0).normal(5, 3, size=(80, 3)).astype(np.float16)
     features[:, 2] = 1.0
     features[0, 2] = 1.001
-    done = baselines.standardise(features)
+    done, small = baselines.standardise([features, features[:9]], 1)
     assert done.dtype == np.float32
     np.testing.assert_allclose(done[:, :2].mean(axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(done[:, :2].std(axis=0), 1, rtol=1e-5)
     assert np.abs(done[:, 2]).max() < 1.1
+    np.testing.assert_allclose(small, done[:9], err_msg="too few spots for a mean and a deviation of their own")
 
 
 @pytest.mark.parametrize("width", [8, 300])
@@ -112,13 +113,15 @@ def make_slice(x, y, seed):
     column, row = np.meshgrid(np.arange(10), np.arange(6))
     xy = np.column_stack([column.ravel(), row.ravel()]) * 100.0
     log_depth = np.random.default_rng(seed).normal(8, 1, size=60)
-    return {"features": baselines.standardise(x), "xy": xy, "pitch": 100.0, "target": y, "log_depth": log_depth}
+    (features,) = baselines.standardise([x], 1)
+    rings = baselines.ring_features(features, xy, 100.0)
+    return {"features": features, "rings": rings, "target": y, "log_depth": log_depth}
 
 
 def test_all_baselines_predict_every_gene_and_learn_what_there_is():
     slices = [make_slice(x, y, seed) for seed, (x, y) in enumerate(zip(*linear_slices(4), strict=True))]
     rows = baselines.fit_baselines(slices[:2], slices[2:3])
-    unseen = {key: slices[3][key] for key in ("features", "xy", "pitch")}
+    unseen = {key: slices[3][key] for key in ("features", "rings")}
     predicted = {row: predict(unseen) for row, predict in rows.items()}
     assert list(predicted) == ["mean", "depth", "ridge", "ridge_neighbours", "knn"]
     assert all(p.shape == (60, 5) and np.isfinite(p).all() for p in predicted.values())

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.ndimage import gaussian_filter
 
 from utils.evaluation.bootstrap import block_bootstrap_interval, blocks
@@ -28,25 +29,39 @@ def test_blocks_do_not_depend_on_unit_or_order():
         blocks(xy, 0)
 
 
-def test_equal_blocks_leave_no_width_and_two_blocks_reach_their_means():
-    ids = np.repeat([0, 1], 50)
-    assert block_bootstrap_interval(np.tile([0.0, 1.0], 50), ids) == (0.5, 0.5)
-    low, high = block_bootstrap_interval(np.repeat([0.0, 1.0], 50), ids)
-    assert (low, high) == (0, 1)
+def test_equal_blocks_leave_no_width():
+    assert block_bootstrap_interval(np.tile([0.0, 1.0], 50), np.repeat([0, 1], 50)) == (0.5, 0.5)
+
+
+def test_blocks_of_one_size_give_the_interval_of_student():
+    values = np.array([0.1, 0.5, 0.2, 0.9, 0.4, 0.8])
+    low, high = block_bootstrap_interval(np.repeat(values, 3), np.repeat(np.arange(6), 3), n_draws=100_000)
+    mean, half = values.mean(), stats.t.ppf(0.975, 5) * values.std(ddof=1) / 6**0.5
+    np.testing.assert_allclose([low, high], [mean - half, mean + half], atol=0.01 * half)
+
+
+def test_degrees_of_freedom_are_those_of_the_slices_that_vary():
+    """One slice of four blocks, one of a hundred alike: half the interval of the first slice's mean."""
+    ids = np.concatenate([np.arange(4), np.arange(100)])
+    values, strata = np.concatenate([[0.0, 1, 3, 4], np.zeros(100)]), np.repeat(["a", "b"], [4, 100])
+    both = block_bootstrap_interval(values, ids, n_draws=100_000, strata=strata)
+    alone = block_bootstrap_interval(values[:4], ids[:4], n_draws=100_000)
+    np.testing.assert_allclose(both, np.divide(alone, 2), atol=0.02)
 
 
 def test_a_block_weighs_as_many_spots_as_it_has():
-    """Blocks of 3 ones and 1 zero: the four equally likely draws have means 1, 3/4, 3/4, 0."""
+    """Blocks of 3 ones and 1 zero: the two equally likely draws of one block have means 1 and 0."""
     values, ids = np.array([1.0, 1, 1, 0]), np.array([0, 0, 0, 1])
-    assert block_bootstrap_interval(values, ids, level=0.2) == (0.75, 0.75)
-    assert block_bootstrap_interval(values, ids, level=0.95) == (0, 1)
+    low, high = block_bootstrap_interval(values, ids, n_draws=100_000)
+    assert (low + high) / 2 == pytest.approx(0.75)
+    assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 1) * 0.5, rel=0.01)
 
 
 def test_a_single_block_is_resampled_by_spot():
     values = (np.arange(100) < 30).astype(float)
     low, high = block_bootstrap_interval(values, np.zeros(100, dtype=int))
     assert 0.15 < low < 0.3 < high < 0.45
-    assert block_bootstrap_interval(np.array([1.0]), np.array([0])) == (1, 1)
+    assert np.isnan(block_bootstrap_interval(np.array([1.0]), np.array([0]))).all(), "one spot has no interval"
 
 
 def test_slices_count_alike_and_keep_their_own_blocks():
@@ -66,6 +81,17 @@ def test_same_seed_same_interval_and_nan_is_not_hidden():
     assert np.isnan(block_bootstrap_interval(values, ids)).all()
     with pytest.raises(ValueError, match="found 100, 99, 100"):
         block_bootstrap_interval(values, ids[1:])
+
+
+@pytest.mark.parametrize("n_blocks", [(4,), (10,), (4, 60), (4, 60, 60), (30, 100)])
+def test_coverage_of_few_blocks_and_of_slices_of_different_size(n_blocks):
+    """Independent block effects about a true mean of 0, 400 times."""
+    rng, covered = np.random.default_rng(0), 0
+    strata, ids = np.repeat(np.arange(len(n_blocks)), n_blocks), np.concatenate([np.arange(n) for n in n_blocks])
+    for draw in range(400):
+        low, high = block_bootstrap_interval(rng.normal(size=len(ids)), ids, n_draws=400, seed=draw, strata=strata)
+        covered += low <= 0 <= high
+    assert 0.925 <= covered / 400 <= 0.98
 
 
 def test_coverage_on_autocorrelated_slices_where_single_spots_fail():

@@ -19,6 +19,7 @@ def made_up_slice(name, n_spots, n_genes=60, seed=0):
         "name": name,
         "counts": counts,
         "total_counts": counts.sum(axis=1) + rng.poisson(depth / 2),
+        "rows": np.arange(n_spots),
         "measured": np.ones(n_genes, dtype=bool),
     }
 
@@ -125,6 +126,17 @@ def test_pooled_figures_take_all_spots_and_the_genes_measured_everywhere(two_sli
     assert found["pooled"]["lognorm"]["model"]["pcc_gene_mean"] == pytest.approx(r.mean())
     assert found["n_genes"] == 60
     json.dumps(found, allow_nan=False)
+
+
+def test_residuals_of_some_spots_are_those_of_the_whole_slice():
+    whole = made_up_slice("A", 90)
+    rows = np.arange(20, 45)
+    residuals = metrics.to_scale("residuals", whole["counts"], whole["total_counts"])
+    found = expression.evaluate({"model": [residuals[rows]]}, [dict(whole, rows=rows)], "residuals")
+    assert found["n_spots"] == 25
+    assert found["residuals"]["model"]["mse"] == 0 and found["residuals"]["model"]["pcc_gene_mean"] == pytest.approx(1)
+    table = expression.per_gene_table({"model": [residuals[rows]]}, [dict(whole, rows=rows)], ["G"] * 60)
+    assert table["pcc_residuals_model"].to_numpy() == pytest.approx(np.ones(60))
 
 
 def test_mean_over_slices_uses_the_slices_that_have_a_figure():

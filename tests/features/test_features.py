@@ -11,6 +11,7 @@ from tiny_runs import data_flags, row
 
 from model.image_encoder import ImageEncoder
 from utils import distributed
+from utils.evaluation import baselines
 from utils.features import cache, dataset
 from utils.files.arrays import ArrayStore
 
@@ -187,14 +188,14 @@ def test_the_pretrained_encoder_sees_the_tile_as_stage_one_does(tiled, scales):
 
 
 def test_what_the_baselines_read(tiled, rng):
+    """Spots beside the strip keep all their neighbours."""
     made = rng.random((70, 4))
+    whole = baselines.ring_features(made, tiled.xy_fullres_px, tiled.pitch_fullres_px)
     for part in ("train", "val", "all"):
         rows = tiled.rows_of(part)
-        found = cache.as_images(tiled, made, part)
+        found = baselines.images_of(tiled, made, part)
         np.testing.assert_array_equal(found["features"], made[rows])
-        np.testing.assert_array_equal(found["xy"], tiled.xy_fullres_px[rows])
-        np.testing.assert_allclose(found["log_depth"], np.log(tiled.total_counts[rows]))
-        assert found["pitch"] == tiled.pitch_fullres_px
+        np.testing.assert_array_equal(found["rings"], whole[rows])
 
 
 def test_names_of_image_weights(tmp_path):

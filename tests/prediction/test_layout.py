@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from utils.evaluation import metrics
 from utils.images.image import open_image
 from utils.prediction import layout, measured
 from utils.prediction.slides import Request
@@ -177,7 +178,10 @@ def test_what_was_measured_follows_the_spots_asked_for(folder):
     dense = source.counts.toarray()[::-2]
     np.testing.assert_array_equal(found.counts, np.column_stack([dense[:, 3], 0 * dense[:, 0], dense[:, 0]]))
     np.testing.assert_array_equal(found.total_counts, dense.sum(1))
-    assert found.measured.tolist() == [True, False, True]
+    assert found.slice["measured"].tolist() == [True, False, True]
+    whole = metrics.to_scale("residuals", source.counts.toarray()[:, [3, 0]], source.counts.toarray().sum(1))[::-2]
+    np.testing.assert_allclose(found.in_scale("residuals")[:, [0, 2]], whole)
+    assert np.isnan(found.in_scale("residuals")[:, 1]).all()
     by_id = measured.read_measured(
         visium.open_slice(folder), [f"{source.gene_ids[3]}.7", "NO_GENE", source.gene_ids[0]], spots, 1e9
     )

@@ -2,13 +2,15 @@
 
 Shapes: S spots of one slice, N train spots, P features, G genes, R rank of the train features.
 A linear probe on a strong encoder equals the best trained heads (HEST-bench). All take features that were standardised
-per slice (stain differs between slices): by `standardise`, or by the caller where a slice is too small for that.
-Penalties and the number of neighbours are chosen on validation slices.
+per slice by `standardise`, as stain differs between slices. Penalties and the number of neighbours are chosen on
+validation slices.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -16,16 +18,19 @@ from scipy.spatial import KDTree
 from sklearn.neighbors import NearestNeighbors
 
 from utils.evaluation.ridge import Ridge, Slices, check_tables, fit_ridge, mean_over_spots, validation_pcc
+from utils.features.neighbourhoods import MIN_SD, MIN_SPOTS
+
+if TYPE_CHECKING:
+    from utils.features.dataset import SliceData
 
 RINGS = ((0.0, 1.2), (1.2, 2.3))  # in pitches: on a Visium array the 6 nearest spots and the 12 behind them
 
 
 class Images(TypedDict):
-    """Features of one slice's spots."""
+    """Features of some spots of one slice."""
 
     features: np.ndarray  # (S, P) standardised
-    xy: np.ndarray  # (S, 2) spot centres, in the unit of `pitch`
-    pitch: float
+    rings: np.ndarray  # (S, 3 P) of `ring_features`, with all of the slice's spots as neighbours
 
 
 class Slice(Images):
@@ -35,14 +40,33 @@ class Slice(Images):
     log_depth: np.ndarray  # (S,) log total counts
 
 
-def standardise(features: np.ndarray, min_sd: float = 1e-3) -> np.ndarray:
-    """Features of ONE slice with mean 0 and deviation 1 over its spots: (S, P) -> (S, P), half precision to single.
+def standardise(features: Sequence[np.ndarray], n_trained: int) -> list[np.ndarray]:
+    """Features with mean 0 and deviation 1 over the spots of each slice: per slice (S, P) -> (S, P), half precision to
+    single.
 
-    A feature with a smaller deviation is divided by `min_sd`, or its noise would become a signal.
+    A slice of fewer than MIN_SPOTS spots takes the mean and deviation of the first `n_trained` slices together, those
+    of training, as the decoder does. A feature with a smaller deviation than MIN_SD is divided by that, or its noise
+    would become a signal.
     """
-    features = np.asarray(features)
-    centred = features - features.mean(axis=0, dtype=np.float64)
-    return (centred / np.maximum(centred.std(axis=0), min_sd)).astype(np.result_type(features, np.float32))
+    small = any(len(of_slice) < MIN_SPOTS for of_slice in features)
+    trained = _moments(np.concatenate(features[:n_trained])) if small else None
+    done = []
+    for of_slice in map(np.asarray, features):
+        mean, sd = trained if trained is not None and len(of_slice) < MIN_SPOTS else _moments(of_slice)
+        done.append(((of_slice - mean) / np.maximum(sd, MIN_SD)).astype(np.result_type(of_slice, np.float32)))
+    return done
+
+
+def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean = features.mean(axis=0, dtype=np.float64)
+    return mean, (features - mean).std(axis=0)
+
+
+def images_of(slice_: SliceData, features: np.ndarray, part: str) -> Images:
+    """What the baselines read of the spots of a part, from standardised features (A, P) of all spots."""
+    rows = slice_.rows_of(part)
+    rings = ring_features(features, slice_.xy_fullres_px, slice_.pitch_fullres_px)
+    return {"features": features[rows], "rings": rings[rows]}
 
 
 def ring_features(features: np.ndarray, xy: np.ndarray, pitch: float) -> np.ndarray:
@@ -146,12 +170,12 @@ def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Cal
 
     Returns
     -------
-    {"mean", "depth", "ridge", "ridge_neighbours", "knn"}: each a function of a slice (features, xy, pitch) that
+    {"mean", "depth", "ridge", "ridge_neighbours", "knn"}: each a function of a slice's images that
     predicts (S, G) in the scale of `target`, "depth" in log total counts, the same column for every gene.
     """
     x_train, x_val = [s["features"] for s in train], [s["features"] for s in val]
     y_train, y_val = _filled([s["target"] for s in train]), [s["target"] for s in val]
-    rings_train, rings_val = [rings(s) for s in train], [rings(s) for s in val]
+    rings_train, rings_val = [s["rings"] for s in train], [s["rings"] for s in val]
     profile = mean_profile(y_train)
     depth = fit_depth(rings_train, [s["log_depth"] for s in train], rings_val, [s["log_depth"] for s in val])
     ridge = fit_ridge(x_train, y_train, x_val, y_val)
@@ -159,9 +183,9 @@ def fit_baselines(train: Sequence[Slice], val: Sequence[Slice]) -> dict[str, Cal
     knn = fit_knn(x_train, y_train, x_val, y_val)
     return {
         "mean": lambda s: np.tile(profile, (len(s["features"]), 1)),
-        "depth": lambda s: np.repeat(depth.predict(rings(s)), len(profile), axis=1),
+        "depth": lambda s: np.repeat(depth.predict(s["rings"]), len(profile), axis=1),
         "ridge": lambda s: ridge.predict(s["features"]),
-        "ridge_neighbours": lambda s: ridge_neighbours.predict(rings(s)),
+        "ridge_neighbours": lambda s: ridge_neighbours.predict(s["rings"]),
         "knn": lambda s: knn.predict(s["features"]),
     }
 
@@ -171,10 +195,6 @@ def _filled(targets: Slices) -> Slices:
     known = np.sum([np.isfinite(t).sum(axis=0) for t in targets], axis=0)
     mean = np.sum([np.nansum(t, axis=0, dtype=np.float64) for t in targets], axis=0) / np.maximum(known, 1)
     return [np.where(np.isfinite(t), t, mean) for t in targets]
-
-
-def rings(slice_: Images) -> np.ndarray:
-    return ring_features(slice_["features"], slice_["xy"], slice_["pitch"])
 
 
 def _unit_length(x: np.ndarray) -> np.ndarray:

@@ -2,11 +2,15 @@
 
 Shapes: S spots, K blocks. Neighbouring spots see overlapping tissue, so their hits and errors are correlated, and a
 bootstrap over single spots gives intervals that are far too narrow. Blocks are nearly independent of each other.
-Sources: Künsch 1989, Ann. Stat. 17:1217 (block bootstrap); Hesterberg 2015, Am. Stat. 69:371 (expanded percentiles).
+Sources: Künsch 1989, Ann. Stat. 17:1217 (block bootstrap); McCarthy and Snowden 1985, Vital Health Stat. 2:95 (draws of
+K - 1 units); Hesterberg 2015, Am. Stat. 69:371 (percentiles are too narrow for few units); Satterthwaite 1946,
+Biometrics Bull. 2:110 (degrees of freedom).
 """
 
+import math
+
 import numpy as np
-from scipy.special import ndtr, stdtrit
+from scipy.special import stdtrit
 
 _DRAWS_AT_ONCE = 200  # bounds memory: 200 x 20,000 blocks of a Visium HD slice are 32 MB
 
@@ -46,9 +50,11 @@ def block_bootstrap_interval(
     """Interval of the mean of `values`, or, with `strata`, of the mean over slices of each slice's own mean.
 
     Blocks are drawn with replacement within their slice; a mean is a ratio of sums, as blocks at the tissue's edge
-    are small. Percentiles are taken a little wider than `level` (Hesterberg 2015), which for few blocks corrects for
-    the bootstrap's missing factor (K - 1) / K and for the normal quantile. A slice of one block is resampled by spot.
-    Its interval is too narrow, and so is any interval where spots are correlated over more than a block.
+    are small. The interval is the mean and, on both sides, Student's quantile times the deviation of the resampled
+    means: percentiles are far too narrow for few blocks. It may reach below 0 or above 1 for fractions. The slices'
+    degrees of freedom are joined by Satterthwaite's rule: where a small slice makes most of the variance, it also sets
+    how well that is known. A slice of one block is resampled by spot. Its interval is too narrow, and so is any
+    interval where spots are correlated over more than a block.
 
     Parameters
     ----------
@@ -61,7 +67,7 @@ def block_bootstrap_interval(
 
     Returns
     -------
-    low, high. Both NaN where a value is.
+    low, high. Both NaN where a value is, and where a slice has a single spot.
     """
     values, block_ids = np.asarray(values, dtype=np.float64), np.asarray(block_ids)
     strata = np.zeros(len(values)) if strata is None else np.asarray(strata)
@@ -71,10 +77,16 @@ def block_bootstrap_interval(
         )
     rng = np.random.default_rng(seed)
     slices = [(values[strata == name], units(block_ids[strata == name])) for name in np.unique(strata)]
-    means = np.mean([_resampled_means(in_slice, unit, n_draws, rng) for in_slice, unit in slices], axis=0)
-    tail = _expanded_tail(level, n_blocks=sum(int(unit.max()) + 1 for _, unit in slices), n_slices=len(slices))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    n_units = np.array([int(unit.max()) + 1 for _, unit in slices])
+    if n_units.min() < 2:
+        return math.nan, math.nan
+    variances = np.array([_resampled_means(in_slice, unit, n_draws, rng).var() for in_slice, unit in slices])
+    mean = np.mean([in_slice.mean() for in_slice, _ in slices])
+    if not variances.any():
+        return float(mean), float(mean)
+    freedom = variances.sum() ** 2 / np.sum(variances**2 / (n_units - 1))
+    half = stdtrit(freedom, (1 + level) / 2) * np.sqrt(variances.sum()) / len(slices)
+    return float(mean - half), float(mean + half)
 
 
 def units(block_ids: np.ndarray) -> np.ndarray:
@@ -85,8 +97,11 @@ def units(block_ids: np.ndarray) -> np.ndarray:
 
 
 def draw(n_units: int, n_draws: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of K units is drawn when K are drawn with replacement: (n_draws, K)."""
-    return rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=n_draws)
+    """How often each of K units is drawn when K - 1 are drawn with replacement: (n_draws, K).
+
+    The means of K - 1 have the variance of the mean of K: those of K draws would have (K - 1) / K of it.
+    """
+    return rng.multinomial(max(n_units - 1, 1), np.full(n_units, 1 / n_units), size=n_draws)
 
 
 def _resampled_means(values: np.ndarray, unit: np.ndarray, n_draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -96,11 +111,3 @@ def _resampled_means(values: np.ndarray, unit: np.ndarray, n_draws: int, rng: np
         times = draw(len(sums), min(_DRAWS_AT_ONCE, n_draws - start), rng)
         means.append((times @ sums) / (times @ sizes))
     return np.concatenate(means)
-
-
-def _expanded_tail(level: float, n_blocks: int, n_slices: int) -> float:
-    """Probability to cut off at each end: (1 - level) / 2, less where blocks are few (Hesterberg 2015, section 5.3)."""
-    freedom = n_blocks - n_slices
-    if freedom < 1:
-        return (1 - level) / 2
-    return float(ndtr(np.sqrt(n_blocks / freedom) * stdtrit(freedom, (1 - level) / 2)))

@@ -34,12 +34,18 @@ Predictions = Mapping[str, Sequence[np.ndarray]]  # by method, per slice (S, G)
 
 
 class MeasuredSlice(TypedDict):
-    """What was measured on one slice."""
+    """What was measured on one slice: A spots, of which S are evaluated. Residuals need all of them."""
 
     name: str
-    counts: np.ndarray  # (S, G) raw counts of the panel
-    total_counts: np.ndarray  # (S,) over ALL genes of the slice
+    counts: np.ndarray  # (A, G) raw counts of the panel
+    total_counts: np.ndarray  # (A,) over ALL genes of the slice
+    rows: np.ndarray  # (S,) the evaluated spots
     measured: np.ndarray  # (G,) bool: the slice has this gene
+
+
+def truth_of(slice_: MeasuredSlice, scale: str) -> np.ndarray:
+    """What was measured in the evaluated spots (S, G), in one of `metrics.SCALES`."""
+    return metrics.to_scale(scale, slice_["counts"], slice_["total_counts"])[slice_["rows"]]
 
 
 def figures(
@@ -120,16 +126,16 @@ def evaluate(predictions: Predictions, slices: Sequence[MeasuredSlice], fitted_s
     """
     _check(predictions, slices, fitted_scale)
     result: dict[str, Any] = {
-        "n_spots": sum(len(s["counts"]) for s in slices),
+        "n_spots": sum(len(s["rows"]) for s in slices),
         "n_genes": int(np.any([s["measured"] for s in slices], axis=0).sum()),
         "pooled": {},
         "per_slice": {s["name"]: {} for s in slices},
     }
-    log_depth = [np.log(np.maximum(s["total_counts"], 1)) for s in slices]
+    log_depth = [np.log(np.maximum(s["total_counts"][s["rows"]], 1)) for s in slices]
     measured_in_all = np.all([s["measured"] for s in slices], axis=0)
     for scale in metrics.SCALES:
         errors = scale == fitted_scale
-        truth = [metrics.to_scale(scale, s["counts"], s["total_counts"]) for s in slices]
+        truth = [truth_of(s, scale) for s in slices]
         for i, slice_ in enumerate(slices):
             of_slice = {method: preds[i] for method, preds in predictions.items()}
             result["per_slice"][slice_["name"]][scale] = _figures_by_method(
@@ -164,14 +170,14 @@ def per_gene_table(predictions: Predictions, slices: Sequence[MeasuredSlice], ge
     profile has no correlation per gene and no column.
     """
     measured = np.array([s["measured"] for s in slices], dtype=bool)
-    depth = [np.asarray(metrics.to_scale("counts", s["counts"], s["total_counts"])).mean(axis=0) for s in slices]
+    depth = [truth_of(s, "counts").mean(axis=0) for s in slices]
     columns: dict[str, Any] = {
         "gene": list(genes),
         "n_slices": measured.sum(axis=0),
         "counts_per_10k": _mean_of_rows(np.where(measured, depth, np.nan)),
     }
     for scale in metrics.SCALES:
-        truth = [metrics.to_scale(scale, s["counts"], s["total_counts"]) for s in slices]
+        truth = [truth_of(s, scale) for s in slices]
         for method, preds in predictions.items():
             if method != "mean":
                 r = [metrics.scored_pearson_per_gene(p, t) for p, t in zip(preds, truth, strict=True)]
@@ -210,7 +216,7 @@ def _check(predictions: Predictions, slices: Sequence[MeasuredSlice], fitted_sca
     if not names or len(set(names)) < len(names):
         raise ValueError(f"slices: expected at least one, with names of their own, found {names}")
     for method, preds in predictions.items():
-        shapes, expected = [np.shape(p) for p in preds], [np.shape(s["counts"]) for s in slices]
+        shapes, expected = [np.shape(p) for p in preds], [(len(s["rows"]), np.shape(s["counts"])[1]) for s in slices]
         if shapes != expected:
             raise ValueError(f"{method}: expected predictions of shapes {expected}, found {shapes}")
 

@@ -122,9 +122,9 @@ def reranking_weight(
 
 
 def reciprocal_ranks(scores: np.ndarray, gallery: Gallery) -> np.ndarray:
-    """1 / rank of the true candidate, tied ones above it: (S, K) -> (S,)."""
+    """1 / rank of the true candidate, tied ones and NaN above it: (S, K) -> (S,)."""
     true = np.take_along_axis(scores, gallery.truth[:, None], axis=1)
-    return 1 / np.sum((scores >= true) & (gallery.candidates >= 0), axis=1)
+    return 1 / np.sum(~(scores < true) & (gallery.candidates >= 0), axis=1)
 
 
 def ranks_from_embeddings(a: np.ndarray, b: np.ndarray, block: int = 1024) -> np.ndarray:
@@ -217,5 +217,5 @@ def evaluate_gallery(
         interval = block_bootstrap_interval(
             np.concatenate(found), np.concatenate(block_ids), n_draws=n_draws, seed=seed, strata=strata
         )
-        intervals[method] = list(interval)
+        intervals[method] = np.clip(interval, 0, 1).tolist()
     return figures | {"interval": intervals}

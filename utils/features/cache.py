@@ -232,14 +232,3 @@ def pretrained_features(
     size, what = sizes["image_size"], "features by the pretrained encoder"
     how = TileEncoder(encode, size, accelerator.device, inference.batch_size, inference.workers, what)
     return [np.concatenate(list(encode_slice(how, slice_))) for slice_ in slices]
-
-
-def as_images(slice_: dataset.SliceData, features: np.ndarray, part: str) -> dict[str, Any]:
-    """What the baselines read of the spots of a part: features, places, pitch, log depth."""
-    rows = slice_.rows_of(part)
-    return {
-        "features": features[rows],
-        "xy": slice_.xy_fullres_px[rows],
-        "pitch": slice_.pitch_fullres_px,
-        "log_depth": np.log(slice_.total_counts[rows]),
-    }

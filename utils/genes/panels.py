@@ -204,6 +204,7 @@ class Panel:
     pitch_fullres_px: float
     train_slices: list[str]  # that the panel was chosen on
     counts_hash: str
+    val_strip: bool = False  # whether the spots of validation strips were left out of the choice
     files_hash: str = ""  # of the slice's matrix and positions that it was written from
     columns: np.ndarray | None = None  # (P,) of the file, -1 for a gene that it lacks; None: all, in its order
 
@@ -281,6 +282,7 @@ def read_panel(path: Path) -> Panel:
                 pitch_fullres_px=float(note["spot_pitch_fullres_px"][()]),
                 train_slices=np.atleast_1d(_texts(note["train_slices"])).tolist(),
                 counts_hash=str(_texts(note["counts_hash"])),
+                val_strip="val_strip" in note and bool(note["val_strip"][()]),
                 files_hash=str(_texts(note["files_hash"])) if "files_hash" in note else "",
             )
     except (OSError, KeyError, TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """What was measured of the predicted genes on a slice that has counts, and the metrics of the prediction.
 
 The counts are read straight from the slice's matrix, without panel files.
-Shapes: S spots, G genes of the slice, P predicted genes.
+Shapes: S predicted spots, G genes of the slice, P predicted genes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from utils.evaluation import expression
-from utils.evaluation.metrics import to_scale
 from utils.genes import names as gene_names
 from utils.genes import panels as gene_panels
 from utils.slices import visium
@@ -24,14 +23,22 @@ from utils.slices.visium import Slice
 class MeasuredGenes:
     """Counts of the predicted genes; a gene that the slice lacks is a column of zeros, not `measured`."""
 
-    counts: np.ndarray  # (S, P)
-    total_counts: np.ndarray  # (S,) over all genes of the slice
-    measured: np.ndarray  # (P,) bool
+    slice: expression.MeasuredSlice
     content: str  # hash of all the slice's counts, which is the same for the section under another name
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Of the predicted spots: (S, P)."""
+        return self.slice["counts"][self.slice["rows"]]
+
+    @property
+    def total_counts(self) -> np.ndarray:
+        """Of the predicted spots, over all genes: (S,)."""
+        return self.slice["total_counts"][self.slice["rows"]]
 
     def in_scale(self, target: str) -> np.ndarray:
         """(S, P) in the units of the target; NaN for a gene that the slice lacks."""
-        return np.where(self.measured, to_scale(target, self.counts, self.total_counts), np.nan)
+        return np.where(self.slice["measured"], expression.truth_of(self.slice, target), np.nan)
 
 
 def read_measured(slice_: Slice, genes: list[str], barcodes: np.ndarray, memory: float) -> MeasuredGenes | None:
@@ -55,11 +62,13 @@ def read_measured(slice_: Slice, genes: list[str], barcodes: np.ndarray, memory:
         counts[span], total[span] = (part @ gathering).toarray(), np.asarray(part.sum(1)).ravel()
     rows = source.spots.index.get_indexer(pd.Index(barcodes))
     content = visium.counts_hash(source.counts, source.spots.index.to_numpy(str), source.genes, memory)
-    return MeasuredGenes(counts[rows], total[rows], np.isin(genes, names), content)
+    measured = expression.MeasuredSlice(
+        name=slice_.name, counts=counts, total_counts=total, rows=rows, measured=np.isin(genes, names)
+    )
+    return MeasuredGenes(measured, content)
 
 
 def evaluate(
-    name: str,
     measured: MeasuredGenes,
     predicted: np.ndarray,
     target_mean: np.ndarray,
@@ -70,20 +79,12 @@ def evaluate(
 
     Parameters
     ----------
-    name : of the slice
     predicted : (S, P), in the units of the target
     target_mean : (P,), the mean profile of the train slices, which is the baseline; of several models the mean
     val_pcc : (P,), validation PCC, of several models the mean
     state : the checkpoint, of which genes and target are read
     """
-    truth: list[expression.MeasuredSlice] = [
-        {
-            "name": name,
-            "counts": measured.counts,
-            "total_counts": measured.total_counts,
-            "measured": measured.measured,
-        }
-    ]
+    truth = [measured.slice]
     mean = np.broadcast_to(target_mean, predicted.shape)
     metrics = expression.evaluate({"model": [predicted], "mean": [mean]}, truth, state["target"])
     table = expression.per_gene_table({"model": [predicted]}, truth, state["genes"])

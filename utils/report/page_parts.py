@@ -12,7 +12,7 @@ import numpy as np
 
 from utils.evaluation.metrics import SCALES, UNITS
 from utils.report.page import Table
-from utils.report.tables import GALLERIES, RETRIEVAL_METHODS
+from utils.report.tables import GALLERIES, RETRIEVAL_METHODS, over_runs
 from utils.words import count_of
 
 SCALE_NOTES = {
@@ -59,8 +59,7 @@ def retrieval_tables(metrics: Mapping[str, Any]) -> list[Table]:
     rows: list[list[str | float | int | None]] = []
     for gallery, title in GALLERIES.items():
         scores = metrics[gallery]
-        intervals = {method: "{:.3f} to {:.3f}".format(*scores["interval"][method]) for method in RETRIEVAL_METHODS}
-        cells = [f"{scores[method]:.3f} ({intervals[method]})" for method in RETRIEVAL_METHODS]
+        cells = [over_runs([scores[method]], scores["interval"][method]) for method in RETRIEVAL_METHODS]
         rows.append([title, scores["chance"], *cells])
     note = "Fraction of images that pick their own profile; 95 % intervals over blocks of neighbouring spots."
     columns = ["R@1", "R@5", "R@10", "median_rank"]

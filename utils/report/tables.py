@@ -36,13 +36,13 @@ def read_metrics(results: Path, evaluation: str) -> Metrics:
 
 
 def over_runs(values: Sequence[float | None], interval: Sequence[float] | None = None) -> str:
-    """One run: the figure, with its interval where there is one; several: mean and deviation over runs."""
+    """One run: the figure, with its interval where it has one; several: mean and deviation over runs."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
     if len(known) > 1:
         return f"{np.mean(known):.3f} ± {np.std(known, ddof=1):.3f}"
-    return f"{known[0]:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    return f"{known[0]:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval and None not in interval else "")
 
 
 def line(cells: Sequence[str]) -> str:
@@ -65,8 +65,8 @@ def retrieval_lines(runs: list[Metrics]) -> list[str]:
 
 
 def fitted_scale(metrics: Metrics) -> str:
-    """The scale that the methods were fitted in: the one that has errors."""
-    return next(scale for scale in SCALES if metrics[scale]["model"]["mse"] is not None)
+    """The scale that the methods were fitted in: the one that has errors; residuals where no gene varies."""
+    return next((scale for scale in SCALES if metrics[scale]["model"]["mse"] is not None), "residuals")
 
 
 def expression_lines(runs: list[Metrics]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,13 +83,14 @@ def _figures(config: dict[str, Any], val_pcc: Sequence[float] | None) -> list[st
     lines = [f"- {name}: {value:.4g}" for name, value in metrics if name.startswith("val_") and value is not None]
     if val_pcc is None:
         return lines
-    order = sorted(range(len(val_pcc)), key=lambda i: -val_pcc[i])[:NAMED]
+    known = [i for i, value in enumerate(val_pcc) if math.isfinite(value)]  # the others no validation slice measured
+    order = sorted(known, key=lambda i: -val_pcc[i])[:NAMED]
     best = ", ".join(f"{config['genes'][i]} {val_pcc[i]:.2f}" for i in order)
-    below = sum(value < PREDICTABLE_PCC for value in val_pcc)
+    below = sum(not value >= PREDICTABLE_PCC for value in val_pcc)
     return [
         *lines,
         f"- PCC per gene against Pearson residuals (0 is chance), the {len(order)} best: {best}",
-        f"- {below} of {len(val_pcc)} genes are below {PREDICTABLE_PCC}: do not rely on their predictions",
+        f"- {below} of {len(val_pcc)} genes are below {PREDICTABLE_PCC} or not known: do not rely on their predictions",
     ]
 
 

@@ -130,6 +130,7 @@ def read_resumed(out: Path, kind: str, about: dict[str, Any]) -> dict[str, Any]:
             continue
         if errors:
             print(f"warning: {errors[0]}; going on from the one before it")
+            distributed.wait()  # until every process has read them
             if distributed.is_main():  # set the last one aside, so that the next save does not put it over the good one
                 if (out / LAST).exists():
                     (out / LAST).replace(out / CORRUPT)
@@ -139,12 +140,20 @@ def read_resumed(out: Path, kind: str, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_run(state: dict[str, Any], about: dict[str, Any], path: Path) -> None:
-    for key in ("sizes", "genes", "tile_scale", "counts_hashes", "target", "encoder_hash"):  # the last two of stage two
-        if state.get(key) != about.get(key):
+    keys = ("sizes", "genes", "tile_scale", "counts_hashes", "target", "encoder_hash")  # the last two of stage two
+    same = {key: state.get(key) == about.get(key) for key in keys} | {"split": _split(state) == _split(about)}
+    for key, is_same in same.items():
+        if not is_same:
             raise ValueError(
                 f"--resume: {path}: expected the {key} of this run, found others; use the same data and flags, or "
                 "another --out"
             )
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, str], bool]:
+    """Part of each slice that training reads, and whether strips of train slices are for validation."""
+    parts = {row["slice"]: row["part"] for row in state["table"] if row["part"] in ("train", "val")}
+    return parts, state["settings"]["val_strip"]
 
 
 def model_hash(path: Path) -> str:

@@ -45,7 +45,7 @@ def load_training(
                 + (", or use --val_strip" if part == "val" else "")
             )
     slices = dataset.load_slices(used, settings, roles, settings.val_strip, downsample_counts=downsample_counts)
-    check_panel_origin(slices, [row.slice for row in used if row.part == "train"])
+    check_panel_origin(slices, [row.slice for row in used if row.part == "train"], settings.val_strip)
     if settings.val_strip:
         print("\n".join(strip_sizes(slices)))
     warn(splits.check_identical(used, dataset.counts_hashes(slices), settings.allow_leak))
@@ -97,15 +97,16 @@ def load_evaluation(
 
 
 def rows_of_part(settings: EvaluationSettings, state: dict[str, Any]) -> list[splits.SliceRow]:
-    """Rows of the table that belong to --part; of validation strips those of the train slices."""
+    """Rows of the table that belong to --part; with validation strips those of the train slices too."""
     rows, warnings = read_split(settings)
     warn(warnings)
-    in_strips = settings.part == "val" and state["settings"]["val_strip"]
-    return splits.chosen(rows, "train" if in_strips else settings.part)
+    if settings.part == "val" and state["settings"]["val_strip"]:
+        return splits.of_part(rows, "train", "val")
+    return splits.chosen(rows, settings.part)
 
 
-def check_panel_origin(slices: list[dataset.SliceData], train: list[str]) -> None:
-    """A panel must have been chosen on train slices alone."""
+def check_panel_origin(slices: list[dataset.SliceData], train: list[str], val_strip: bool) -> None:
+    """A panel must have been chosen on train spots alone."""
     allowed = set(train)
     for slice_ in slices:
         for panel in slice_.panels.values():
@@ -114,6 +115,11 @@ def check_panel_origin(slices: list[dataset.SliceData], train: list[str]) -> Non
                 raise ValueError(
                     f"{panel.path}: expected genes chosen on the train part ({', '.join(train)}), found some chosen on "
                     f"{', '.join(foreign)}; run make_decoder_data.py with this split"
+                )
+            if val_strip and not panel.val_strip:
+                raise ValueError(
+                    f"{panel.path}: expected genes chosen without the validation strips, found some chosen on whole "
+                    "slices; run make_decoder_data.py with --val_strip"
                 )
 
 

@@ -158,7 +158,7 @@ class Trainer:
         if others:
             print(f"warning: --resume with {others}: the end is close to that of an unbroken run, not equal")
         try:
-            for name in self.parts.keys() - {"model"}:
+            for name in (self.parts.keys() & state.keys()) - {"model"}:  # another precision: with or without a scaler
                 self.parts[name].load_state_dict(state[name])
         except ValueError as error:  # torch's, of groups of parameters
             raise ValueError(
@@ -205,10 +205,15 @@ class Trainer:
         self.schedule.step()
 
     def after_step(self, step: int, figures: StepFigures) -> None:
-        """`step` steps of the epoch are done. Leaves the run, once it is saved, where it was asked to."""
-        self.n_steps = step
-        reason = self._reason_to_stop() if distributed.n_processes() == 1 or step % figures.every == 0 else None
-        if reason or (self.flags.save_every and step % self.flags.save_every == 0):
+        """`step` batches of the epoch are done, with --accumulate several since the last call. Leaves the run, once it
+        is saved, where it was asked to."""
+
+        def due(every: int) -> bool:
+            return every > 0 and step // every > before // every
+
+        before, self.n_steps = self.n_steps, step
+        reason = self._reason_to_stop() if distributed.n_processes() == 1 or due(figures.every) else None
+        if reason or due(self.flags.save_every):
             self.sums = distributed.mean(figures.read())
             self._save()
         if reason:

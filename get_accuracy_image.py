@@ -355,7 +355,8 @@ def main(args: Settings) -> None:
     write_page(out / "report.html", metrics, slices, scored, state, args)
     write_record(out / "metrics.json", metrics)
     print("\n".join([count_of(metrics["n_spots"], "spot"), *retrieval_lines([metrics])]))
-    print(f"reranked: matching weighs {weight:g}, fitted on the validation spots")
+    same = ", which are those evaluated here" if args.part == "val" else ""
+    print(f"reranked: matching weighs {weight:g}, fitted on the validation spots{same}")
     print(f"results in {out}")
 
 

@@ -157,3 +157,6 @@ def test_reciprocal_ranks_by_hand_ties_count_against_and_padding_does_not():
     scores = np.array([[3.0, 2.0, 2.0, 9.0], [1.0, 0.0, 0.5, 0.2]])
     gallery = retrieval.Gallery(np.array([[0, 1, 2, -1], [1, 0, 2, 3]]), np.array([1, 0]))
     np.testing.assert_allclose(retrieval.reciprocal_ranks(scores, gallery), [1 / 3, 1.0])
+    scores[:, 0] = np.nan
+    found = retrieval.reciprocal_ranks(scores, gallery)
+    np.testing.assert_allclose(found, [1 / 3, 1 / 4], err_msg="a candidate of NaN ranks above the true one")

@@ -95,7 +95,9 @@ def test_every_train_slice_has_a_spot_in_the_ridge_however_few_are_drawn(trained
     )
     monkeypatch.setattr(initialisation, "START_SPOTS", 1)
     monkeypatch.setattr(decoder_initialisation, "LANDMARKS", 2)
-    state = run_decoder(trained, tmp_path, "--slices", tmp_path / "slices.csv", "--val_strip", "--allow_leak")
+    split = ("--slices", tmp_path / "slices.csv", "--val_strip", "--panels", tmp_path / "panels")
+    trained.run("make_decoder_data", *split)
+    state = run_decoder(trained, tmp_path, *split, "--allow_leak")
     landmarks, again, first, second = (spots.tolist() for spots in drawn[:4])
     assert first[0] < 70 <= second[0] and landmarks == again == first + second
     assert state["sizes"]["landmarks"] == len(state["model"]["decoder.ridge.landmarks"]) == 2

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from spaceranger_folders import refused
 from tiny_runs import data_flags, row
 
 from model.image_encoder import ImageEncoder
@@ -185,6 +186,14 @@ def test_the_pretrained_encoder_sees_the_tile_as_stage_one_does(tiled, scales):
         expected = fresh.features(cache.to_float(torch.from_numpy(tiled.pack.read(tiled.tile_rows)), 32))[0]
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_beyond_half_precision_are_refused(tmp_path):
+    made = np.ones((3, 2, 4), np.float32)
+    made[1, 0, 2] = 70_000
+    refused("found 70000; use --precision fp32", cache.in_budget, iter([made]), 3, ArrayStore(1.0, tmp_path))
+    refused("found 70000", cache.write_features, tmp_path / "f.npy", iter([made]), 3)
+    assert not list(tmp_path.glob("f.npy*")), "no half a file is left"
 
 
 def test_what_the_baselines_read(tiled, rng):

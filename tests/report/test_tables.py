@@ -73,6 +73,12 @@ def test_the_error_is_in_the_scale_that_was_fitted(results, capsys):
     report_command.main([str(results)])
     assert "MSE, residuals" in capsys.readouterr().out
     assert tables.fitted_scale({"lognorm": {"model": {"mse": 0.0}}}) == "lognorm", "an error of 0 is one"
+    none = {scale: {"model": {"mse": None}} for scale in ("lognorm", "residuals", "counts")}
+    assert tables.fitted_scale(none) == "residuals", "of a single spot no figure is defined"
+
+
+def test_a_single_spot_has_no_interval():
+    assert tables.over_runs([1.0], [None, None]) == "1.000"
 
 
 def test_several_runs_give_mean_and_deviation(results, tmp_path, capsys):

@@ -13,7 +13,11 @@ from utils.files import atomic, tensors
 from utils.training import checkpoint
 from utils.training.checkpoint import CORRUPT, LAST, PREVIOUS
 
-ABOUT = {"sizes": {"width": 4}, "genes": ["a", "b"], "tile_scale": [32, 3.5], "counts_hashes": {"s": "h"}}
+TABLE = [{"slice": "s", "part": "train"}, {"slice": "v", "part": "val"}, {"slice": "t", "part": "test"}]
+ABOUT = {
+    **{"sizes": {"width": 4}, "genes": ["a", "b"], "tile_scale": [32, 3.5], "counts_hashes": {"s": "h"}},
+    **{"table": TABLE, "settings": {"val_strip": False}},
+}
 
 
 @pytest.fixture
@@ -189,6 +193,9 @@ def test_a_useless_last_one_is_named_and_the_one_before_it_used(tmp_path, capsys
         ("counts_hashes", {"s": "other"}),
         ("target", "residuals"),
         ("encoder_hash", "other"),
+        ("table", [TABLE[0] | {"part": "val"}, TABLE[1] | {"part": "train"}, TABLE[2]]),
+        ("table", TABLE[:1]),
+        ("settings", {"val_strip": True}),
     ],
 )
 def test_resume_refuses_a_run_on_other_things(tmp_path, key, value):
@@ -196,14 +203,21 @@ def test_resume_refuses_a_run_on_other_things(tmp_path, key, value):
     for number in range(2):
         save_last(tmp_path, number, **about)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    said = "split" if key in ("table", "settings") else key
     refused(
-        f"--resume: .*{LAST}: expected the {key} of this run, found others",
+        f"--resume: .*{LAST}: expected the {said} of this run, found others",
         checkpoint.read_resumed,
         tmp_path,
         "stage_two",
         about | {key: value},
     )
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_test_slices_may_be_others_at_resume(tmp_path):
+    save_last(tmp_path, 0)
+    about = ABOUT | {"table": [*TABLE[:2], {"slice": "another", "part": "test"}]}
+    assert checkpoint.read_resumed(tmp_path, "stage_two", about)["step"] == 0
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])

@@ -22,11 +22,18 @@ def training(work, rows, **changed):
     return split.load_training(rows, data_flags(work, **changed), ROLES)
 
 
+def choose_without_strips(work):
+    """Panels of P01_1 that are chosen without its validation strip."""
+    (work.out / "strips.csv").write_text("slice,patient,part\nP01_1,P01,train\n")
+    work.run("make_decoder_data", "--slices", work.out / "strips.csv", "--val_strip")
+
+
 def test_training_needs_a_train_and_a_validation_part(work):
     rows = [row("P01_1"), row("P02_1", "val"), row("P03_1", "test")]
     assert [one.name for one in training(work, rows)] == ["P01_1", "P02_1"], "test slices are not even read"
     refused("expected a slice of part val, found none; .*or use --val_strip", training, work, [rows[0], rows[2]])
     refused("expected a slice of part train, found none; name one in slices.csv$", training, work, rows[1:])
+    choose_without_strips(work)
     assert len(training(work, rows[:1], val_strip=True)) == 1
     refused("expected a slice of part train", training, work, rows[1:], val_strip=True)
 
@@ -45,8 +52,9 @@ def test_a_batch_larger_than_the_train_set_is_refused(work):
     rows = [row("P01_1"), row("P02_1", "val")]
     refused("--batch_size: expected at most the 70 train spots, found 71", training, work, rows, batch_size=71)
     assert training(work, rows, batch_size=70)
-    n = len(training(work, rows, val_strip=True)[0].rows_of("train"))
-    refused(f"the {n} train spots", training, work, rows, batch_size=70, val_strip=True)
+    choose_without_strips(work)
+    n = len(training(work, rows[:1], val_strip=True)[0].rows_of("train"))
+    refused(f"the {n} train spots", training, work, rows[:1], batch_size=70, val_strip=True)
 
 
 def test_the_same_counts_in_two_parts_are_refused(work, tmp_path, capsys):
@@ -142,7 +150,24 @@ def test_a_leak_is_recorded_of_evaluated_slices_and_of_a_models_own_table():
     assert split.leaks_of_table(state_of(leaky, encoder_table=encoder)) == ["P01 (test, train)", "P02 (test, val)"]
 
 
+def test_a_panel_chosen_on_the_strip_is_refused(work):
+    rows = [row("P01_1")]
+    said = "expected genes chosen without the validation strips, found .* run make_decoder_data.py with --val_strip"
+    refused(said, training, work, rows, val_strip=True)
+    choose_without_strips(work)
+    assert training(work, rows, val_strip=True)
+
+
+def test_with_strips_val_is_strips_and_validation_slices(work):
+    (work.out / "slices.csv").write_text("slice,patient,part\nP01_1,P01,train\nP02_1,P02,val\nP03_1,P03,test\n")
+    flags = data_flags(work, part="val", slices=work.out / "slices.csv", val_strip=True)
+    for strip, expected in ((True, ["P01_1", "P02_1"]), (False, ["P02_1"])):
+        found = split.rows_of_part(flags, {"settings": {"val_strip": strip}})
+        assert [one.slice for one in found] == expected
+
+
 def test_a_validation_strip_is_stated_in_spots(work, capsys):
+    choose_without_strips(work)
     slice_ = training(work, [row("P01_1")], val_strip=True)[0]
     numbers = [(slice_.part == part).sum() for part in ("train", "val", "gap")]
     assert sum(numbers) == 70 and numbers[1] == 17

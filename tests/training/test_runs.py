@@ -97,6 +97,9 @@ def test_the_strip_is_evaluated_as_val(strip, tmp_path, part, n_spots, name):
         work.run(script, *split, "--part", part, "--out", tmp_path / script)
         metrics = json.loads((tmp_path / script / "metrics.json").read_text())
         assert metrics["n_spots"] == n_spots and list(metrics["per_slice"]) == [name]
+    if part == "val":
+        genes = pd.read_csv(tmp_path / "decoder_similarity" / "genes.csv")
+        np.testing.assert_allclose(genes["pcc_residuals_model"], genes["val_pcc"], atol=1e-5)
 
 
 # ---- genes that a slice lacks
@@ -113,7 +116,7 @@ def test_a_gene_is_neither_learnt_nor_judged_where_it_was_not_measured(trained, 
     (tmp_path / "list.txt").write_text("\n".join(names))
     for name, lost in (("P02_1", names[2]), ("P03_1", names[5])):
         rewrite_matrix(work.data / name, lambda c, b, n, lost=lost: (c[:, n != lost], b, n[n != lost]))
-    work.run("make_decoder_data", "--target_genes", tmp_path / "list.txt")
+    work.run("make_decoder_data", "--target_genes", tmp_path / "list.txt", "--val_strip")
     work.run("train_decoder", "--encoder", trained.encoder, "--val_strip", "--Epoch", 1)
     assert all(value.isfinite().all() for value in state(work, "train_decoder", LAST)["model"].values())
     work.run("decoder_similarity")

@@ -153,6 +153,28 @@ def test_an_epoch_without_interruption_is_saved_as_often_as_asked(broken, traine
     assert seen == [(0, 0), (0, 3), (1, 0)]
 
 
+def test_steps_of_several_batches_are_saved_at_the_next_step(broken, trained, monkeypatch):
+    """Eight batches, three to a step: saves are asked for after 2, 4, 6 and 8."""
+    seen = []
+    monkeypatch.setattr(checkpoint, "save_last", lambda out, kind, **state: seen.append(state["step"]))
+    broken.run("train_mymodel", "--Epoch", 1, "--batch_size", 8, "--accumulate", 3, "--save_every", 2)
+    assert seen == [0, 3, 6, 0]
+
+
+def test_a_run_is_gone_on_with_in_half_precision(broken, trained, capsys, monkeypatch):
+    """fp16 has a scaler of gradients, which a file of fp32 lacks."""
+    broken.run("train_mymodel", "--Epoch", 1)
+    init = Trainer.__init__
+
+    def with_scaler(self, *args):
+        init(self, *args)
+        self.parts["scaler"] = torch.amp.GradScaler("cpu")
+
+    monkeypatch.setattr(Trainer, "__init__", with_scaler)
+    broken.run("train_mymodel", "--Epoch", 1, "--resume")
+    assert "going on at epoch 1, step 0" in capsys.readouterr().out
+
+
 def test_a_run_ends_with_its_minutes(broken, unbroken, trained, capsys):
     script = "train_mymodel"
     assert broken.exit_code(script, *flags_of(script, trained), "--max_minutes", 1e-9) == 0

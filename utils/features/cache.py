@@ -148,12 +148,23 @@ def encode_slice(encoder: TileEncoder, slice_: dataset.SliceData) -> Iterator[np
             bar.update(len(features))
 
 
+def _half(features: np.ndarray) -> np.ndarray:
+    """In half precision, as features are kept. Raises ValueError where that cannot hold them."""
+    half = features.astype("<f2")
+    if not np.isfinite(half).all():
+        raise ValueError(
+            f"features of the image encoder: expected numbers within ±{np.finfo(np.float16).max:,.0f}, found "
+            f"{features[~np.isfinite(half)][0]:g}; use --precision fp32, or another image encoder"
+        )
+    return half
+
+
 def in_budget(batches: Iterator[np.ndarray], n_spots: int, store: ArrayStore) -> np.ndarray:
     """Batches of features put together: (S, V + T, D) float16, memory-mapped beyond the budget."""
     first = next(batches)
     features, done = store.empty((n_spots, *first.shape[1:]), np.float16), 0
     for batch in chain([first], batches):
-        features[done : done + len(batch)] = batch
+        features[done : done + len(batch)] = _half(batch)
         done += len(batch)
     return features
 
@@ -166,7 +177,7 @@ def write_features(path: Path, batches: Iterator[np.ndarray], n_spots: int) -> N
             if file.tell() == 0:
                 header = {"descr": "<f2", "fortran_order": False, "shape": (n_spots, *batch.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
-            file.write(batch.astype("<f2").tobytes())
+            file.write(_half(batch).tobytes())
 
 
 def read_features(path: Path, note: Path, record: dict[str, object]) -> np.ndarray | None:

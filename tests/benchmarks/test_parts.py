@@ -29,6 +29,16 @@ def test_seeds_are_averaged_before_patients_and_methods_are_compared_patient_by_
     assert "none_mismatched - none" not in found["differences"], "their data differ"
 
 
+def test_what_re_ranking_gains_on_the_contrast_alone():
+    matching, none = record([0.5, 0.6, 0.7]), record([0.1, 0.2, 0.3])
+    for name, of in matching["per_patient"].items():
+        of["reranked_neighbours"] += 0.1 if name == "P0" else 0.2
+    found = parts_table.summarise({"none": [none], "matching": [matching]})["differences"]
+    own = found["matching: reranked_neighbours - contrastive_neighbours"]["reranked_neighbours"]
+    alone = found["matching: reranked_neighbours - none: contrastive_neighbours"]["reranked_neighbours"]
+    assert own["mean"] == pytest.approx(0.5 / 3) and alone["mean"] == pytest.approx(0.5 / 3 + 0.4)
+
+
 def test_a_difference_is_null_where_a_method_has_no_figure():
     assert parts_table.difference([0.1, None], [0.2, 0.3]) is None
     assert parts_table.difference([0.1], [0.2]) is None

@@ -1,14 +1,25 @@
 """Count matrices in every form, what must be refused about them, and their hash."""
 
+import gzip
 import hashlib
 
 import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from spaceranger_folders import BARCODES, COUNTS, GENES, IDS, refused, write_folder, write_h5, write_spatial
+from spaceranger_folders import (
+    BARCODES,
+    COUNTS,
+    GENES,
+    IDS,
+    position_lines,
+    refused,
+    write_folder,
+    write_h5,
+    write_spatial,
+)
 
-from utils.slices import visium
+from utils.slices import content, visium
 
 
 @pytest.fixture
@@ -61,6 +72,38 @@ def test_order_of_the_preferred_matrix(tmp_path):
     assert visium.read_matrix(tmp_path).counts.sum() == COUNTS.sum()
     write_h5(tmp_path / "filtered_feature_bc_matrix.h5", counts=2 * np.eye(4, dtype=int))
     assert visium.read_matrix(tmp_path).counts.sum() == 8
+
+
+def test_a_matrix_of_three_files_in_the_slice_folder_is_the_slices_matrix(tmp_path):
+    """As in a GEO download whose prefix was cut off; spots are in another order than in the positions."""
+    spatial = write_spatial(tmp_path / "S1", position_lines(BARCODES[::-1]))
+    for path in write_folder(tmp_path / "m", zipped=True).iterdir():
+        path.rename(tmp_path / "S1" / path.name)
+    found = visium.read_slice(tmp_path / "S1")
+    assert found.matrix == tmp_path / "S1" and found.spots.index.tolist() == BARCODES
+    np.testing.assert_array_equal(found.counts.toarray(), COUNTS)
+    assert found.spots["y_fullres_px"].tolist() == [1100, 1100, 1000, 1000]
+    known = content.files_hash(tmp_path / "S1")
+    for other in (tmp_path / "S1" / ".DS_Store", tmp_path / "S1" / "he.tif", spatial / "aligned_fiducials.jpg"):
+        other.write_bytes(b"another")
+    assert content.files_hash(tmp_path / "S1") == known
+    barcodes = gzip.compress("".join(f"{barcode}\n" for barcode in BARCODES[::-1]).encode())
+    (tmp_path / "S1" / "barcodes.tsv.gz").write_bytes(barcodes)
+    assert content.files_hash(tmp_path / "S1") not in (known, None)
+
+
+def test_counts_are_of_the_spots_that_were_matched(slice_dir):
+    opened = visium.open_slice(slice_dir)
+    write_h5(slice_dir / "filtered_feature_bc_matrix.h5", barcodes=BARCODES[::-1])
+    assert "filtered_feature_bc_matrix.h5" in refused("expected the barcodes that were there", opened.with_counts)
+    write_h5(slice_dir / "filtered_feature_bc_matrix.h5", COUNTS[:2], BARCODES[:2])
+    refused("expected the barcodes that were there", opened.with_counts)
+
+
+def test_a_matrix_with_a_prefix_is_named(tmp_path):
+    write_spatial(tmp_path)
+    (tmp_path / "GSM1_matrix.mtx.gz").write_bytes(b"")
+    refused("cut the prefix off its name", visium.read_slice, tmp_path)
 
 
 def test_antibodies_are_dropped(slice_dir):
@@ -120,6 +163,11 @@ def test_damaged_matrices(slice_dir):
     with h5py.File(path, "a") as file:
         del file["matrix/indptr"]
     refused("indptr", visium.read_matrix, slice_dir)
+    path.write_bytes(whole)
+    with h5py.File(path, "a") as file:
+        del file["matrix/data"]
+        file.create_group("matrix/data")
+    refused("h5: expected a 10x matrix in HDF5, found", visium.read_matrix, slice_dir)
 
 
 @pytest.mark.parametrize(("key", "value"), [("indices", [9] * 9), ("indptr", [0, 9, 1, 2, 9]), ("shape", [4, 7])])

@@ -202,6 +202,12 @@ def test_missing_and_damaged_position_files(tmp_path):
     refused("parquet: expected", visium.read_positions, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["p.zip", "p.xz", "p.tar", "p.zst", "p.bz2"])
+def test_a_table_of_positions_that_cannot_be_unpacked(tmp_path, name):
+    (tmp_path / name).write_bytes(b"no such archive")
+    refused(f"{name}: expected a table of spot positions, found", visium.read_position_file, tmp_path / name)
+
+
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), None, "0.2", True])
 @pytest.mark.parametrize("key", ["tissue_hires_scalef", "spot_diameter_fullres"])
 def test_bad_scale_factors(tmp_path, key, value):

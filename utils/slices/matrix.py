@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import math
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ LARGEST = np.iinfo(np.int32).max
 LONGEST_SPAN = 2**22  # numbers; longer ones gain nothing
 CHUNK = 2**16  # numbers of a compressed piece of a matrix that is written
 GENES = "Gene Expression"  # the kind of feature that is read
+FEATURES = "features.tsv", "genes.tsv"  # the latter is Cell Ranger 2's name
 
 
 def runs(starts: np.ndarray, stops: np.ndarray, most: float) -> Iterator[slice]:
@@ -121,14 +121,20 @@ class CountMatrix:
     gene_ids: np.ndarray
 
 
+class FileError(ValueError):
+    """A file that cannot be read: one line with its path, what was expected, what was found, and how to fix it."""
+
+
 @contextmanager
 def reading(path: Path, expected: str) -> Iterator[None]:
     """Turn whatever a library raises on a damaged file into one line that names the file."""
     try:
         yield
-    except (OSError, EOFError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, zlib.error) as error:
+    except (FileError, MemoryError):
+        raise
+    except Exception as error:  # h5py, pandas, SciPy and what they unpack with raise what they like
         found = cut(error) or type(error).__name__
-        raise ValueError(f"{path}: expected {expected}, found: {found}; copy or export the file again") from error
+        raise FileError(f"{path}: expected {expected}, found: {found}; copy or export the file again") from error
 
 
 def first_of(folder: Path, names: Iterable[str]) -> Path | None:
@@ -195,7 +201,7 @@ def _part(folder: Path, name: str, old_name: str = "") -> Path:
 
 def _folder_features(folder: Path) -> list[np.ndarray]:
     """The same as _h5_features, from features.tsv (symbol; id, symbol; or id, symbol, kind)."""
-    table = _read_tsv(_part(folder, "features.tsv", "genes.tsv"))
+    table = _read_tsv(_part(folder, *FEATURES))
     ids, names = (table[column].to_numpy(dtype=str) for column in (0, min(1, table.shape[1] - 1)))
     return [names, ids, table[2].to_numpy(dtype=str) if table.shape[1] > 2 else np.full(len(table), GENES)]
 
@@ -253,8 +259,18 @@ def _barcodes(path: Path) -> np.ndarray:
 
 
 def slice_matrix(root: Path) -> Path | None:
-    """The matrix that a slice is read from, filtered before raw, HDF5 before folder; None without any."""
-    return first_of(root, MATRICES)
+    """The matrix that a slice is read from, filtered before raw, HDF5 before folder; None without any.
+
+    It is `root` where matrix.mtx and its tables lie in it, as in a GEO download.
+    """
+    return first_of(root, MATRICES) or (root if first_of(root, ("matrix.mtx", "matrix.mtx.gz")) else None)
+
+
+def matrix_files(path: Path) -> list[Path]:
+    """The files that a matrix is read from; others beside them are none of its."""
+    if path.is_file():
+        return [path]
+    return [_part(path, "barcodes.tsv"), _part(path, *FEATURES), _part(path, "matrix.mtx")]
 
 
 def read_barcodes(path: Path) -> np.ndarray:
@@ -275,11 +291,11 @@ def _check_genes(path: Path, of_probes: bool) -> None:
 
 def _matrix_path(root: Path) -> Path:
     """The matrix of a slice's root (filtered before raw, HDF5 before folder), or the path itself."""
-    itself = root.is_file() or first_of(root, ("matrix.mtx", "matrix.mtx.gz")) is not None
-    path = root if itself else slice_matrix(root)
+    path = root if root.is_file() else slice_matrix(root)
     if path is None:
         found = listing(root) if root.is_dir() else "nothing"
-        fix = "gunzip the matrix, or cut the prefix off its name" if "feature_bc_matrix" in found else "add the matrix"
+        prefixed = "feature_bc_matrix" in found or "matrix.mtx" in found
+        fix = "gunzip the matrix, or cut the prefix off its name" if prefixed else "add the matrix"
         raise ValueError(f"{root}: expected counts ({', '.join(MATRICES)}), found {found}; {fix}")
     return path
 

@@ -220,6 +220,11 @@ class Slice:
     def with_counts(self, memory: float = math.inf) -> CountedSlice:
         """The slice and the counts of its spots; more than `memory` bytes of them stay in their HDF5 file."""
         matrix = read_matrix(self.matrix or self.root, memory)
+        if self.rows.max() >= len(matrix.barcodes) or (matrix.barcodes[self.rows] != self.spots.index).any():
+            raise ValueError(
+                f"{self.matrix or self.root}: expected the barcodes that were there when the slice was opened, found "
+                "others; leave the files alone while they are read"
+            )
         counts = (
             matrix.counts.select(self.rows) if isinstance(matrix.counts, StoredCounts) else matrix.counts[self.rows]
         )

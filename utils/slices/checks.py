@@ -14,9 +14,8 @@ from PIL import Image
 
 from utils.images import tissue
 from utils.images.image import TissueImage, open_image
-from utils.slices.visium import DISAGREE, SIZE, Slice, SourceImage
+from utils.slices.visium import DISAGREE, FEW, FEW_FRACTION, SIZE, Slice, SourceImage
 
-FEW, FEW_FRACTION = 3, 0.02  # spots outside the image that are no reason to doubt it
 # Correlation of two grey images of SIDE x SIDE px. The five HER2+ sections and a Visium one have .99 with themselves in
 # other colours, .80 at most with one another (neighbouring sections), .85 mirrored, .89 to .95 shifted by 2 % of a side
 SIDE, SAME, RESEMBLING = 64, 0.9, 0.97

@@ -20,6 +20,7 @@ from spaceranger_folders import (
 )
 
 from utils.slices import content, visium
+from utils.slices.matrix import read_genes
 
 
 @pytest.fixture
@@ -35,6 +36,35 @@ def slice_dir(tmp_path):
 def test_features_of_one_to_three_columns(tmp_path, columns, ids):
     matrix = visium.read_matrix(write_folder(tmp_path / "m", zipped=False, columns=columns))
     assert (matrix.genes.tolist(), matrix.gene_ids.tolist()) == (GENES, ids)
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_missing_symbol_is_the_genes_id_and_quotes_of_r_are_no_part_of_a_name(tmp_path, quote):
+    """As R writes a table of features whose symbols are missing."""
+    names = ["NA", "TP53", "", "TP53 "]
+    folder, expected = write_folder(tmp_path / "m", zipped=False), [IDS[0], "TP53", IDS[2], "TP53"]
+    lines = ["\t".join(f"{quote}{cell}{quote}" for cell in line) for line in zip(IDS, names, strict=True)]
+    (folder / "features.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "barcodes.tsv").write_text("".join(f"{quote}{barcode}{quote}\n" for barcode in BARCODES))
+    path = write_h5(tmp_path / "m.h5")
+    with h5py.File(path, "a") as file:
+        del file["matrix/features/name"]
+        file["matrix/features/name"] = [f"{quote}{name}{quote}".encode() for name in names]
+    for form in (folder, path):
+        matrix = visium.read_matrix(form)
+        assert matrix.genes.tolist() == expected and matrix.gene_ids.tolist() == IDS
+        assert matrix.barcodes.tolist() == BARCODES
+        np.testing.assert_array_equal(matrix.counts.toarray(), COUNTS)
+        assert read_genes(form)[0].tolist() == expected
+
+
+def test_features_between_commas_or_blanks_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "m", zipped=False)
+    for mark in (",", " "):
+        lines = [mark.join(line) for line in zip(IDS, GENES, strict=True)]
+        (folder / "features.tsv").write_text("\n".join(lines) + "\n")
+        message = refused("expected names of genes, found ENSG0", visium.read_matrix, folder)
+        assert message.endswith("separate the columns by tabs")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -111,7 +141,7 @@ def test_antibodies_are_dropped(slice_dir):
     write_h5(slice_dir / "filtered_feature_bc_matrix.h5", kinds=kinds)
     found = visium.read_slice(slice_dir)
     np.testing.assert_array_equal(found.counts.toarray(), COUNTS[:, [0, 2, 3]])
-    assert found.genes.tolist() == ["NA", "GAPDH", "TP53"]
+    assert found.genes.tolist() == ["EPCAM", "GAPDH", "TP53"]
     path = write_h5(slice_dir / "only.h5", kinds=["Antibody Capture"] * 4)
     refused("Gene Expression, found .*Antibody Capture", visium.read_matrix, path)
 

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
 
-from utils.genes.names import are_controls
+from utils.genes.names import are_controls, named, stripped
 from utils.words import cut
 
 MATRICES = (
@@ -165,8 +165,8 @@ def _h5_group(path: Path) -> Iterator[h5py.Group]:
 def _h5_features(group: h5py.Group) -> list[np.ndarray]:
     """Names, ids and kinds (features,)."""
     if "features" in group:
-        return [_text(group["features"][key]) for key in ("name", "id", "feature_type")]
-    names, ids = _text(group["gene_names"]), _text(group["genes"])
+        return [stripped(_text(group["features"][key])) for key in ("name", "id", "feature_type")]
+    names, ids = (stripped(_text(group[key])) for key in ("gene_names", "genes"))
     return [names, ids, np.full(len(names), GENES)]
 
 
@@ -184,11 +184,13 @@ def _h5_counts(path: Path, group: h5py.Group, memory: float) -> csr_matrix | Sto
     return StoredCounts(path, places[:-1], np.diff(places), np.ones(shape[1], bool), int(longest(memory)))
 
 
-def _read_tsv(path: Path) -> Any:
+def _read_tsv(path: Path) -> list[np.ndarray]:
+    """The columns of a table without a header."""
     import pandas as pd
 
     with reading(path, "a table of text separated by tabs"):
-        return pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
+        table = pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
+        return [stripped(table[column].to_numpy(dtype=str)) for column in table]
 
 
 def _part(folder: Path, name: str, old_name: str = "") -> Path:
@@ -201,9 +203,8 @@ def _part(folder: Path, name: str, old_name: str = "") -> Path:
 
 def _folder_features(folder: Path) -> list[np.ndarray]:
     """The same as _h5_features, from features.tsv (symbol; id, symbol; or id, symbol, kind)."""
-    table = _read_tsv(_part(folder, *FEATURES))
-    ids, names = (table[column].to_numpy(dtype=str) for column in (0, min(1, table.shape[1] - 1)))
-    return [names, ids, table[2].to_numpy(dtype=str) if table.shape[1] > 2 else np.full(len(table), GENES)]
+    ids, *others = _read_tsv(_part(folder, *FEATURES))
+    return [others[0] if others else ids, ids, others[1] if len(others) > 1 else np.full(len(ids), GENES)]
 
 
 def _folder_counts(folder: Path) -> csr_matrix:
@@ -253,7 +254,7 @@ def _cleaned(path: Path, counts: csr_matrix, of_genes: np.ndarray) -> csr_matrix
 def _barcodes(path: Path) -> np.ndarray:
     """The barcodes (S,) of a folder."""
     path = _part(path, "barcodes.tsv")
-    barcodes = _read_tsv(path)[0].to_numpy(dtype=str)
+    barcodes = _read_tsv(path)[0]
     check_once(path, barcodes)
     return barcodes
 
@@ -335,7 +336,7 @@ def read_genes(root: str | Path) -> tuple[np.ndarray, np.ndarray]:
     path = _matrix_path(Path(root))
     names, ids, kinds = _features(path, of_slice=True)
     of_genes = _are_genes(path, names, kinds)
-    return names[of_genes], ids[of_genes]
+    return named(path, names[of_genes], ids[of_genes]), ids[of_genes]
 
 
 def count_controls(root: str | Path) -> int:
@@ -365,7 +366,8 @@ def read_matrix(root: str | Path, memory: float = math.inf) -> CountMatrix:
     of_genes = _are_genes(path, features[0], features[2])
     stored = isinstance(counts, StoredCounts)
     counts = replace(counts, of_genes=of_genes) if stored else _cleaned(path, counts, of_genes)
-    return CountMatrix(counts, barcodes, features[0][of_genes], features[1][of_genes])
+    names, ids = (part[of_genes] for part in features[:2])
+    return CountMatrix(counts, barcodes, named(path, names, ids), ids)
 
 
 def write_matrix(

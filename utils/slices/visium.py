@@ -103,6 +103,7 @@ class Slice:
     folder, root : Path, as given, and the folder that holds spatial/
     spots : DataFrame (S, 4), index barcode, columns array_row, array_col, x_fullres_px, y_fullres_px: the spots under
         tissue that have counts, in the order of the matrix; without a matrix all under tissue, in that of the positions
+    off_tissue_px : ndarray (N, 2), centres of the positions that are not under tissue
     unmatched : dict, how many spots were left aside, by reason
     rows : ndarray (S,), rows of the spots in the matrix
     matrix : Path or None, the count matrix
@@ -117,6 +118,7 @@ class Slice:
     folder: Path
     root: Path
     spots: pd.DataFrame
+    off_tissue_px: np.ndarray
     unmatched: dict[str, int]
     rows: np.ndarray
     matrix: Path | None
@@ -271,7 +273,8 @@ def open_slice(folder: str | Path, name: str | None = None, spot_pitch_um: float
     lattice = fit_positions(root, positions)
     spots, rows, unmatched = _match(root, positions, barcodes)
     pitch_um, small = _positive(root, spot_pitch_um), _small_images(root, scalefactors)
-    slice_ = Slice(name, folder, root, spots, unmatched, rows, matrix, lattice, scalefactors, pitch_um, small, ())
+    off = positions.loc[~positions["in_tissue"], list(POSITIONS_PX)].to_numpy(float)
+    slice_ = Slice(name, folder, root, spots, off, unmatched, rows, matrix, lattice, scalefactors, pitch_um, small, ())
     return replace(slice_, warnings=tuple(_contradictions(slice_)))
 
 

@@ -19,7 +19,6 @@ COLUMNS = ("alias_symbol", "prev_symbol", "ensembl_gene_id")  # of HGNC's comple
 # ---- names as files hold them
 
 NO_SYMBOL = ("", "nan", "NaN", "NA", "<NA>", "N/A", "n/a", "None", "null", "-")  # texts made of missing symbols
-SEPARATED = re.compile(r"[\t,; ]")
 
 
 def stripped(texts: Iterable[str]) -> np.ndarray:
@@ -30,17 +29,13 @@ def stripped(texts: Iterable[str]) -> np.ndarray:
 def named(where: str | Path, names: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """The names (G,) with the ids (G,) in place of missing symbols, which would become one gene.
 
-    Raises ValueError where several genes have neither (a single NA or nan may be a symbol), or where most names hold
-    what separates columns.
+    Raises ValueError where several genes have neither; a single NA or nan may be a symbol.
     """
     names = np.where(np.isin(names, NO_SYMBOL), ids, names)
     nameless = np.isin(names, NO_SYMBOL)
     if "" in names or nameless.sum() > 1:
         found = f"{nameless.sum()} of {len(names)} genes without"
         raise ValueError(f"{where}: expected a name or an id of each gene, found {found}; name them or leave them out")
-    several = [name for name in names if SEPARATED.search(name)]
-    if 2 * len(several) > len(names):
-        raise ValueError(f"{where}: expected names of genes, found {several[0]}; separate the columns by tabs")
     return names
 
 

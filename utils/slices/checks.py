@@ -137,7 +137,8 @@ def check_positions(slice_: Slice, source: SourceImage, size: tuple[int, int], t
         return [float(tissue.on_tissue(xy_px * scale, mask, thumbnail[1], 0.0).mean()) for xy_px in sides]
 
     def fit(scale: float) -> float:
-        return float(np.subtract(*on_tissue(scale)))
+        under, beside = on_tissue(scale)
+        return under - beside
 
     def off_centre(scale: float) -> float:
         corners = np.array([np.min([xy.min(0) for xy in sides], 0), np.max([xy.max(0) for xy in sides], 0)])
@@ -146,11 +147,11 @@ def check_positions(slice_: Slice, source: SourceImage, size: tuple[int, int], t
     best = max((scale for scale in SCALES if off_centre(scale) < off_centre(1)), key=fit, default=1.0)
     if fit(1) >= MISFIT or fit(best) < FIT:
         return []
-    under, beside = on_tissue(1)
+    (under, beside), (best_under, best_beside) = on_tissue(1), on_tissue(best)
     what = "the full-resolution image" if source.kind == "fullres" else f"tissue_{source.kind}_scalef"
     return [
         f"{source.path}: {under:.0%} of the positions in tissue and {beside:.0%} of the others lie on what looks like "
-        f"tissue, {on_tissue(best)[0]:.0%} and {on_tissue(best)[1]:.0%} at {best:.2f} times the scale: check {what}"
+        f"tissue, {best_under:.0%} and {best_beside:.0%} at {best:.2f} times the scale: check {what}"
     ]
 
 

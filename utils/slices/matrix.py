@@ -203,7 +203,11 @@ def _part(folder: Path, name: str, old_name: str = "") -> Path:
 
 def _folder_features(folder: Path) -> list[np.ndarray]:
     """The same as _h5_features, from features.tsv (symbol; id, symbol; or id, symbol, kind)."""
-    ids, *others = _read_tsv(_part(folder, *FEATURES))
+    path = _part(folder, *FEATURES)
+    ids, *others = _read_tsv(path)
+    joined = [] if others else [line for line in ids if any(mark in line for mark in ",; ")]
+    if 2 * len(joined) > len(ids):  # a few genes have names with commas
+        raise ValueError(f"{path}: expected columns separated by tabs, found {joined[0]}; write it with tabs")
     return [others[0] if others else ids, ids, others[1] if len(others) > 1 else np.full(len(ids), GENES)]
 
 

@@ -115,11 +115,11 @@ def predict_baselines(
 ) -> Predictions:
     """Baselines on the pretrained encoder's features, fitted on the slices and the target of the model."""
     from utils.evaluation import baselines, metrics
-    from utils.features import cache
+    from utils.features import cache, neighbourhoods
 
     several, inference = [*trained_on, *slices], cache.Inference(accelerator, args.batch_size, args.workers)
     features = cache.pretrained_features(state, state["encoder_settings"], several, inference, args.image_weights)
-    features = baselines.standardise(features, len(trained_on))
+    features = baselines.standardise(features, len(trained_on), neighbourhoods.MIN_SPOTS)
     parts: dict[str, list] = {"train": [], "val": []}
     for slice_, of_slice in zip(trained_on, features, strict=False):
         panel = slice_.panels["target"]
@@ -129,13 +129,16 @@ def predict_baselines(
             rows = slice_.rows_of(part)
             if len(rows):
                 log_depth = np.log(slice_.total_counts[rows])
-                of_part = baselines.images_of(slice_, of_slice, part)
+                of_part = baselines.images_of(of_slice, slice_.xy_fullres_px, slice_.pitch_fullres_px, rows)
                 images.append(of_part | {"target": target[rows], "log_depth": log_depth})
     n_spots = sum(len(image["target"]) for image in parts["train"])
     print(f"baselines: fitted on {count_of(n_spots, 'train spot')}", flush=True)
     fitted = baselines.fit_baselines(parts["train"], parts["val"])
     evaluated = zip(slices, features[len(trained_on) :], strict=True)
-    images = [baselines.images_of(slice_, of_slice, args.part) for slice_, of_slice in evaluated]
+    images = [
+        baselines.images_of(of_slice, slice_.xy_fullres_px, slice_.pitch_fullres_px, slice_.rows_of(args.part))
+        for slice_, of_slice in evaluated
+    ]
     return {method: [predict(of_slice) for of_slice in images] for method, predict in fitted.items()}
 
 

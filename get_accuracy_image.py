@@ -180,15 +180,18 @@ def predict_depths(
 ) -> list[np.ndarray]:
     """Log total counts, relative to the slice's mean, by ridge on the pretrained encoder's features: (S,) per slice."""
     from utils.evaluation import baselines
-    from utils.features import cache
+    from utils.features import cache, neighbourhoods
 
     several, inference = [*trained_on, *slices], cache.Inference(accelerator, args.batch_size, args.workers)
     features = cache.pretrained_features(state, state["settings"], several, inference, args.image_weights)
-    features = baselines.standardise(features, len(trained_on))
+    features = baselines.standardise(features, len(trained_on), neighbourhoods.MIN_SPOTS)
 
     def rings(part: str, some_slices: list[SliceData], some_features: list[np.ndarray]) -> list[np.ndarray]:
-        images = [baselines.images_of(s, f, part)["rings"] for s, f in zip(some_slices, some_features, strict=True)]
-        return [of_slice for of_slice in images if len(of_slice)]
+        return [
+            baselines.ring_features(of_slice, slice_.xy_fullres_px, slice_.pitch_fullres_px)[rows]
+            for slice_, of_slice in zip(some_slices, some_features, strict=True)
+            if len(rows := slice_.rows_of(part))
+        ]
 
     x_train, x_val = (rings(part, trained_on, features[: len(trained_on)]) for part in ("train", "val"))
     y_train, y_val = (

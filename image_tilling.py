@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     group.add_argument(
         "--spot_pitch_um",
         type=arguments.positive,
-        help="centre to centre, um, on square arrays (200 on legacy ST); slices.csv may state it slice by slice",
+        help="centre to centre, um, of square arrays for which slices.csv states none (200 on legacy ST)",
     )
     group.add_argument("--jpeg", action="store_true", help="also a JPEG per tile, for inspection; no script reads them")
     group.add_argument(
@@ -95,10 +95,22 @@ def plan_cut(slice_: visium.Slice, source: visium.SourceImage, args: Settings) -
     return tiles.Cut(*named, um_per_px, crop, args.tile_px, True, source.scale)
 
 
+def open_slice(row: splits.SliceRow, args: Settings) -> visium.Slice:
+    """The slice with the pitch of its row, else of its array or bins, else of --spot_pitch_um."""
+    folder, flag_um = splits.slice_folder(args.data, row), args.spot_pitch_um
+    slice_ = visium.open_slice(folder, row.slice, row.spot_pitch_um)
+    known_um = slice_.known_pitch_um
+    if flag_um is None or known_um is None:
+        return slice_ if flag_um is None else visium.open_slice(folder, row.slice, flag_um)
+    if flag_um != known_um:
+        by = "its array" if row.spot_pitch_um is None else "slices.csv"
+        print(f"warning: {row.slice}: spots are {known_um:g} um apart by {by}; --spot_pitch_um is not used")
+    return slice_
+
+
 def tile_slice(row: splits.SliceRow, args: Settings) -> int:
     """The tiles of one slice, unless they are there; returns how many spots have one."""
-    pitch_um = args.spot_pitch_um or row.spot_pitch_um
-    slice_ = visium.open_slice(splits.slice_folder(args.data, row), row.slice, pitch_um)
+    slice_ = open_slice(row, args)
     source = slice_.source_image(args.source, row.image)
     cut, image_hash = plan_cut(slice_, source, args), content_hash(source.path)
     outside, action = outside_of_kept(slice_, args.tiles / row.slice, cut, image_hash, args.jpeg), "are there"

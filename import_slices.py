@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         "--library_key", metavar="COLUMN", help="column of obs that tells joined sections apart: a slice for each value"
     )
     group.add_argument(
-        "--spot_pitch_um", type=arguments.positive, help="um between neighbouring spots, if it is not known"
+        "--spot_pitch_um", type=arguments.positive, help="um between neighbouring spots, in place of what SOURCE states"
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     settings.add_memory(parser)

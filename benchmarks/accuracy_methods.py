@@ -77,7 +77,8 @@ class Tissue:
         standardised = baselines.standardise(features, len(features))
         for slice_, values, target in zip(self.slices, standardised, self.targets, strict=True):
             if len(rows := slice_.rows_of(part)):
-                of_part, log_depth = baselines.images_of(slice_, values, part), np.log(slice_.total_counts[rows])
+                of_part = baselines.images_of(values, slice_.xy_fullres_px, slice_.pitch_fullres_px, rows)
+                log_depth = np.log(slice_.total_counts[rows])
                 images.append(baselines.Slice(**of_part, log_depth=log_depth, target=target[rows]))
         return images
 

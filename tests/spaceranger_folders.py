@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 COUNTS = np.array([[0, 3, 1, 0], [2, 0, 0, 5], [0, 0, 0, 7], [1, 1, 1, 1]], dtype=np.int32)  # spots x genes
 BARCODES = [f"{letter * 16}-1" for letter in "ACGT"]
-GENES = ["NA", "TP53", "GAPDH", "TP53"]
+GENES = ["EPCAM", "TP53", "GAPDH", "TP53"]
 IDS = [f"ENSG{i}" for i in range(4)]
 SCALES = {"tissue_hires_scalef": 0.2, "tissue_lowres_scalef": 0.06, "spot_diameter_fullres": 65.0, "note": "text"}
 HEADER = "barcode,in_tissue,array_row,array_col,pxl_row_in_fullres,pxl_col_in_fullres"

@@ -19,7 +19,7 @@ def test_standardise_gives_mean_zero_and_deviation_one_and_does_not_blow_up_nois
     features = np.random.default_rng(0).normal(5, 3, size=(80, 3)).astype(np.float16)
     features[:, 2] = 1.0
     features[0, 2] = 1.001
-    done, small = baselines.standardise([features, features[:9]], 1)
+    done, small = baselines.standardise([features, features[:9]], 1, min_spots=64)
     assert done.dtype == np.float32
     np.testing.assert_allclose(done[:, :2].mean(axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(done[:, :2].std(axis=0), 1, rtol=1e-5)

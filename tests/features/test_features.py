@@ -202,7 +202,7 @@ def test_what_the_baselines_read(tiled, rng):
     whole = baselines.ring_features(made, tiled.xy_fullres_px, tiled.pitch_fullres_px)
     for part in ("train", "val", "all"):
         rows = tiled.rows_of(part)
-        found = baselines.images_of(tiled, made, part)
+        found = baselines.images_of(made, tiled.xy_fullres_px, tiled.pitch_fullres_px, rows)
         np.testing.assert_array_equal(found["features"], made[rows])
         np.testing.assert_array_equal(found["rings"], whole[rows])
 

@@ -133,8 +133,20 @@ def test_the_report_counts_by_how_they_were_found(known):
     assert str(gene_names.match_genes(["A"], ["A"], known)) == "1 exact, 0 by alias, 0 by id, 0 unmatched"
 
 
+@pytest.mark.parametrize("missing", ["", "NA", "nan", "-"])
+def test_genes_without_a_symbol_have_their_id_or_are_refused(missing):
+    names, ids = np.array([missing, "TP53", missing]), np.array(IDS[:3])
+    assert gene_names.named("x", names, ids).tolist() == [IDS[0], "TP53", IDS[2]]
+    refused("x: expected a name or an id of each gene, found 2 of 3", gene_names.named, "x", names, names)
+
+
+def test_a_single_missing_symbol_may_be_a_symbol():
+    names = np.array(["nan", "na", "w"])  # of the fly
+    assert gene_names.named("x", names, names).tolist() == names.tolist()
+
+
 def test_ids_are_known_from_the_slices_own_tables(tmp_path):
-    for name, symbols in (("A", ["NA", "TP53", "GAPDH", IDS[3]]), ("B", [IDS[0], "TP53", IDS[2], "FOURTH"])):
+    for name, symbols in (("A", ["EPCAM", "TP53", "GAPDH", IDS[3]]), ("B", [IDS[0], "TP53", IDS[2], "FOURTH"])):
         write_spatial(tmp_path / name)
         path = tmp_path / name / "filtered_feature_bc_matrix.h5"
         write_h5(path)
@@ -142,7 +154,7 @@ def test_ids_are_known_from_the_slices_own_tables(tmp_path):
         path.unlink()
         write_matrix(path, counts.counts.toarray(), counts.barcodes, symbols, IDS)
     symbols = gene_names.slice_names(map(visium.read_slice_genes, [tmp_path / "A", tmp_path / "B"])).symbols
-    assert symbols == dict(zip(IDS, ["NA", "TP53", "GAPDH", "FOURTH"], strict=True))
+    assert symbols == dict(zip(IDS, ["EPCAM", "TP53", "GAPDH", "FOURTH"], strict=True))
     own = gene_names.known_names(None, symbols)
     assert found(["GAPDH", "FOURTH", "ENSG1"], IDS, own) == {"GAPDH": IDS[2], "FOURTH": IDS[3], "ENSG1": IDS[1]}
     assert found(["ENSG2"], ["X", "GAPDH"], own) == {"ENSG2": "GAPDH"}

@@ -162,6 +162,18 @@ def test_a_square_array_needs_its_pitch_unless_pixels_are_given(data):
     assert record(cut(data, "--spot_pitch_um", 200, "--tile_um", 112))["crop"] == pytest.approx(28)
 
 
+def test_the_flag_states_the_pitch_of_slices_whose_pitch_is_unknown_alone(data, capsys):
+    crops = [record(cut(data, "--tile_um", 112))["crop"]]  # a Visium array
+    crops.append(record(cut(data, "--tile_um", 112, "--spot_pitch_um", 200))["crop"])
+    assert "slice: spots are 100 um apart by its array; --spot_pitch_um is not used" in capsys.readouterr().out
+    lines = [f"S{i}-1,1,{i // 3},{i % 3},{60 + 50 * (i // 3)},{60 + 50 * (i % 3)}" for i in range(9)]
+    write_spatial(data / "slice", lines, scales=SCALES)
+    (data / "slices.csv").write_text("slice,spot_pitch_um\nslice,100\n")
+    crops.append(record(cut(data, "--tile_um", 112, "--spot_pitch_um", 200))["crop"])
+    assert "slice: spots are 100 um apart by slices.csv; --spot_pitch_um is not used" in capsys.readouterr().out
+    assert crops == pytest.approx([1.12 * PITCH_PX, 1.12 * PITCH_PX, 1.12 * 50])
+
+
 # ---- which spots
 
 

@@ -49,6 +49,16 @@ def test_a_slice_is_written_as_space_ranger_writes_it(source, root, tmp_path):
     assert visium.read_scalefactors(found.root)["spot_diameter_fullres"] == 55
 
 
+def test_a_missing_symbol_is_written_as_the_genes_id(source, tmp_path):
+    genes, ids = source.genes.astype(object), source.gene_ids
+    genes[:3], genes[3] = ["NA", "", '"NA"'], f'"{genes[3]}"'
+    import_slice(replace(source, genes=genes.astype(str)), tmp_path)
+    found = visium.read_slice(tmp_path / "S1")
+    assert found.genes.tolist() == [*ids[:3], *source.genes[3:]] and (found.counts != source.counts).nnz == 0
+    nameless = replace(source, genes=genes.astype(str), gene_ids=genes.astype(str))
+    refused(f"{source.origin}: expected a name or an id of each gene, found 3 of 60", import_slice, nameless, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["he.png", "tissue_hires_image.png", ".he.png", "cytassist_image.tiff"])
 def test_the_image_is_found_in_the_folder_whatever_it_was_called(source, tmp_path, name):
     (tmp_path / name).write_bytes(source.image.read_bytes())

@@ -80,6 +80,27 @@ def test_a_header_without_the_first_cell_and_with_quotes(tmp_path):
     assert found.genes.tolist() == ["A", "B", "A", "C"] and (found.counts != true.counts).nnz == 0
 
 
+@pytest.mark.parametrize("header", ["\tA\tB\tA\tC", "A\tB\tA\tC"])
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path, header):
+    folder = write_square_legacy(tmp_path / "mouse")
+    true, text = only(folder), (folder / "counts.tsv").read_text()
+    (folder / "counts.tsv").write_text(text.replace("\tA\tB\tA\tC", "\ufeff" + header), encoding="utf-8")
+    (folder / "spots.tsv").write_text("\ufeff" + (folder / "spots.tsv").read_text(), encoding="utf-8")
+    found = only(folder)
+    assert found.genes.tolist() == ["A", "B", "A", "C"] and (found.counts != true.counts).nnz == 0
+
+
+@pytest.mark.parametrize(("cell", "found"), [("", "an empty cell"), ("NA", "NA")])
+def test_a_cell_without_a_count_is_named(tmp_path, cell, found):
+    folder = write_square_legacy(tmp_path / "mouse")
+    lines = [line.split("\t") for line in (folder / "counts.tsv").read_text().splitlines()]
+    lines[2][4] = cell
+    (folder / "counts.tsv").write_text("\n".join(map("\t".join, lines)) + "\n")
+    refused(
+        f"counts.tsv: expected raw counts .* found {found} in the row 4x3, column C; correct the cell", only, folder
+    )
+
+
 def test_genes_in_rows_are_turned(tmp_path):
     folder = write_square_legacy(tmp_path / "mouse")
     true = only(folder)

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image, ImageFilter
 from spaceranger_folders import refused
@@ -187,6 +189,65 @@ def test_a_part_of_a_smooth_image_correlates_with_the_whole_but_has_other_colour
 def test_the_whole_scan_passes(scanned):
     source, (inside, warnings) = scanned(lambda scan: scan)
     assert source.scale == 1 and inside.all() and warnings == []
+
+
+def scaled(slice_, kind, factor):
+    """Warnings about positions on a small image whose scale factor is wrong by `factor`."""
+    small = slice_.small_image(kind)
+    with open_image(small.path) as image:
+        size, thumbnail = (image.width, image.height), image.thumbnail(checks.THUMBNAIL_PX)
+    return checks.check_positions(slice_, replace(small, scale=small.scale * factor), size, thumbnail)
+
+
+@pytest.mark.parametrize("name", ["P01_1", "P02_1", "P03_1"])
+@pytest.mark.parametrize("factor", [0.6, 0.8, 1.0, 1.6])
+def test_a_scale_at_which_positions_off_tissue_lie_on_it_is_warned_of(simulated, name, factor):
+    warnings = scaled(visium.open_slice(simulated / name), "hires", factor)
+    assert len(warnings) == (factor != 1)
+    for line in warnings:
+        assert line.endswith("check tissue_hires_scalef")
+        assert float(line.split(" times the scale")[0].split()[-1]) == pytest.approx(1 / factor, rel=0.1)
+
+
+def test_only_an_image_whose_scale_nothing_else_shows_is_checked_by_positions(scanned, tmp_path):
+    """A scan alone, exported at twice its size: all positions lie on its upper left quarter."""
+    for name in ("hires", "lowres"):
+        (tmp_path / "S1" / "spatial" / f"tissue_{name}_image.png").unlink()
+    for factor in (1, 1.6):
+        _, (_, warnings) = scanned(lambda scan, factor=factor: scan.resize([round(factor * n) for n in scan.size]))
+        assert "to check its scale by" in warnings[-1] and len(warnings) == (1 if factor == 1 else 2)
+        assert factor == 1 or "times the scale: check the full-resolution image" in warnings[0]
+
+
+def test_one_of_several_sections_on_a_capture_area_is_no_other_scale(simulated):
+    """Four cores; positions on the others count as off tissue."""
+    pixels = np.full((800, 800, 3), GLASS, np.uint8)
+    x, y = (axis.ravel() for axis in np.meshgrid(np.arange(60, 750, 20.0), np.arange(60, 750, 20.0)))
+    cores = {(at_x, at_y): np.hypot(x - at_x, y - at_y) < 110 for at_x in (250, 550) for at_y in (250, 550)}
+    for at_x, at_y in cores:
+        pixels[np.hypot(*np.ogrid[-at_y : 800 - at_y, -at_x : 800 - at_x]) < 115] = PINK
+    opened = visium.open_slice(simulated / "P01_1")
+    for chosen in cores.values():
+        spots = pd.DataFrame({"x_fullres_px": x, "y_fullres_px": y})
+        slice_ = replace(opened, spots=spots[chosen], off_tissue_px=spots[~chosen].to_numpy())
+        source = visium.SourceImage("hires", Path("hires.png"), 1.0)
+        assert checks.check_positions(slice_, source, (800, 800), (pixels, 1.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "factor"),
+    [
+        *[
+            pytest.param("visium_1142243F", kind, factor, marks=real)
+            for kind in ("hires", "lowres")
+            for factor in (1, 1.25)
+        ],
+        *[pytest.param("spaceranger_samples/scanpy_visium_1.0.0", "lowres", f, marks=real) for f in (0.8, 1, 1.25)],
+        pytest.param("spaceranger_samples/mouse_embryo_3.0.0", "lowres", 1, marks=real),
+    ],
+)
+def test_the_scale_of_real_slices(name, kind, factor):
+    assert len(scaled(visium.open_slice(Path(REAL) / name), kind, factor)) == (factor != 1)
 
 
 def axes(slide, change, mirrored=False):

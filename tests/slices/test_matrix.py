@@ -1,14 +1,26 @@
 """Count matrices in every form, what must be refused about them, and their hash."""
 
+import gzip
 import hashlib
 
 import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from spaceranger_folders import BARCODES, COUNTS, GENES, IDS, refused, write_folder, write_h5, write_spatial
+from spaceranger_folders import (
+    BARCODES,
+    COUNTS,
+    GENES,
+    IDS,
+    position_lines,
+    refused,
+    write_folder,
+    write_h5,
+    write_spatial,
+)
 
-from utils.slices import visium
+from utils.slices import content, visium
+from utils.slices.matrix import read_genes
 
 
 @pytest.fixture
@@ -24,6 +36,38 @@ def slice_dir(tmp_path):
 def test_features_of_one_to_three_columns(tmp_path, columns, ids):
     matrix = visium.read_matrix(write_folder(tmp_path / "m", zipped=False, columns=columns))
     assert (matrix.genes.tolist(), matrix.gene_ids.tolist()) == (GENES, ids)
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_missing_symbol_is_the_genes_id_and_quotes_of_r_are_no_part_of_a_name(tmp_path, quote):
+    """As R writes a table of features whose symbols are missing."""
+    names = ["NA", "TP53", "", "TP53 "]
+    folder, expected = write_folder(tmp_path / "m", zipped=False), [IDS[0], "TP53", IDS[2], "TP53"]
+    lines = ["\t".join(f"{quote}{cell}{quote}" for cell in line) for line in zip(IDS, names, strict=True)]
+    (folder / "features.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "barcodes.tsv").write_text("".join(f"{quote}{barcode}{quote}\n" for barcode in BARCODES))
+    path = write_h5(tmp_path / "m.h5")
+    with h5py.File(path, "a") as file:
+        del file["matrix/features/name"]
+        file["matrix/features/name"] = [f"{quote}{name}{quote}".encode() for name in names]
+    for form in (folder, path):
+        matrix = visium.read_matrix(form)
+        assert matrix.genes.tolist() == expected and matrix.gene_ids.tolist() == IDS
+        assert matrix.barcodes.tolist() == BARCODES
+        np.testing.assert_array_equal(matrix.counts.toarray(), COUNTS)
+        assert read_genes(form)[0].tolist() == expected
+
+
+def test_features_between_commas_or_blanks_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "m", zipped=False)
+    for mark in (",", " "):
+        lines = [mark.join(line) for line in zip(IDS, GENES, strict=True)]
+        (folder / "features.tsv").write_text("\n".join(lines) + "\n")
+        message = refused("expected columns separated by tabs, found ENSG0", visium.read_matrix, folder)
+        assert "features.tsv: " in message
+    names = ["ARG5,6", "CAN1", "HO", "ADE5,7"]  # of yeast
+    (folder / "features.tsv").write_text("\n".join(names) + "\n")
+    assert visium.read_matrix(folder).genes.tolist() == names
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -63,12 +107,44 @@ def test_order_of_the_preferred_matrix(tmp_path):
     assert visium.read_matrix(tmp_path).counts.sum() == 8
 
 
+def test_a_matrix_of_three_files_in_the_slice_folder_is_the_slices_matrix(tmp_path):
+    """As in a GEO download whose prefix was cut off; spots are in another order than in the positions."""
+    spatial = write_spatial(tmp_path / "S1", position_lines(BARCODES[::-1]))
+    for path in write_folder(tmp_path / "m", zipped=True).iterdir():
+        path.rename(tmp_path / "S1" / path.name)
+    found = visium.read_slice(tmp_path / "S1")
+    assert found.matrix == tmp_path / "S1" and found.spots.index.tolist() == BARCODES
+    np.testing.assert_array_equal(found.counts.toarray(), COUNTS)
+    assert found.spots["y_fullres_px"].tolist() == [1100, 1100, 1000, 1000]
+    known = content.files_hash(tmp_path / "S1")
+    for other in (tmp_path / "S1" / ".DS_Store", tmp_path / "S1" / "he.tif", spatial / "aligned_fiducials.jpg"):
+        other.write_bytes(b"another")
+    assert content.files_hash(tmp_path / "S1") == known
+    barcodes = gzip.compress("".join(f"{barcode}\n" for barcode in BARCODES[::-1]).encode())
+    (tmp_path / "S1" / "barcodes.tsv.gz").write_bytes(barcodes)
+    assert content.files_hash(tmp_path / "S1") not in (known, None)
+
+
+def test_counts_are_of_the_spots_that_were_matched(slice_dir):
+    opened = visium.open_slice(slice_dir)
+    write_h5(slice_dir / "filtered_feature_bc_matrix.h5", barcodes=BARCODES[::-1])
+    assert "filtered_feature_bc_matrix.h5" in refused("expected the barcodes that were there", opened.with_counts)
+    write_h5(slice_dir / "filtered_feature_bc_matrix.h5", COUNTS[:2], BARCODES[:2])
+    refused("expected the barcodes that were there", opened.with_counts)
+
+
+def test_a_matrix_with_a_prefix_is_named(tmp_path):
+    write_spatial(tmp_path)
+    (tmp_path / "GSM1_matrix.mtx.gz").write_bytes(b"")
+    refused("cut the prefix off its name", visium.read_slice, tmp_path)
+
+
 def test_antibodies_are_dropped(slice_dir):
     kinds = ["Gene Expression", "Antibody Capture", "Gene Expression", "Gene Expression"]
     write_h5(slice_dir / "filtered_feature_bc_matrix.h5", kinds=kinds)
     found = visium.read_slice(slice_dir)
     np.testing.assert_array_equal(found.counts.toarray(), COUNTS[:, [0, 2, 3]])
-    assert found.genes.tolist() == ["NA", "GAPDH", "TP53"]
+    assert found.genes.tolist() == ["EPCAM", "GAPDH", "TP53"]
     path = write_h5(slice_dir / "only.h5", kinds=["Antibody Capture"] * 4)
     refused("Gene Expression, found .*Antibody Capture", visium.read_matrix, path)
 
@@ -120,6 +196,11 @@ def test_damaged_matrices(slice_dir):
     with h5py.File(path, "a") as file:
         del file["matrix/indptr"]
     refused("indptr", visium.read_matrix, slice_dir)
+    path.write_bytes(whole)
+    with h5py.File(path, "a") as file:
+        del file["matrix/data"]
+        file.create_group("matrix/data")
+    refused("h5: expected a 10x matrix in HDF5, found", visium.read_matrix, slice_dir)
 
 
 @pytest.mark.parametrize(("key", "value"), [("indices", [9] * 9), ("indptr", [0, 9, 1, 2, 9]), ("shape", [4, 7])])

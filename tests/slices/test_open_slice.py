@@ -114,6 +114,46 @@ def test_sections_joined_are_refused(folder):
     assert "-1, -2" in refused("spaceranger aggr", visium.open_slice, folder)
 
 
+def staggered(rows, tissue):
+    """Lines of positions of a Visium array of 8 columns, four of which are in tissue, the first being `tissue`."""
+    places = [(r, c) for r in range(rows) for c in range(r % 2, 16, 2)]
+    return [f"B{r}x{c}-1,{int(tissue <= c // 2 < tissue + 4)},{r},{c},{87 * r},{50 * c}" for r, c in places]
+
+
+def test_counts_of_another_section_on_the_same_barcodes_are_warned_of(folder):
+    """Tissue of 8 rows in columns 1 to 4 of the array, of the other section in columns 2 to 5."""
+    write_spatial(folder, staggered(8, 1))
+    of_both = {at: [line.split(",")[0] for line in staggered(8, at) if line.split(",")[1] == "1"] for at in (1, 2)}
+    for name, barcodes, warned in (
+        ("filtered_feature_bc_matrix.h5", of_both[1], False),
+        ("filtered_feature_bc_matrix.h5", of_both[2], True),
+        ("filtered_feature_bc_matrix.h5", of_both[2][:20], True),
+        ("filtered_feature_bc_matrix.h5", of_both[1][:20], False),  # of some spots only
+        ("raw_feature_bc_matrix.h5", of_both[2], False),
+    ):
+        (folder / "filtered_feature_bc_matrix.h5").unlink(missing_ok=True)
+        write_h5(folder / name, np.ones((len(barcodes), 4), int), barcodes)
+        warnings = visium.open_slice(folder).warnings
+        assert len(warnings) == warned and all("are counts and spatial/ of one section?" in line for line in warnings)
+    write_h5(folder / "filtered_feature_bc_matrix.h5", np.ones((32, 4), int), of_both[2])
+    assert (
+        "8 barcodes that are not in tissue by the positions, and 8 positions in tissue without counts, beside 24"
+        in (visium.open_slice(folder).warnings[0])
+    )
+
+
+@pytest.mark.parametrize(
+    ("pitch_um", "diameter_px", "spot_um"),
+    [(None, 65, None), (100, 65, None), (151.97, 100 / 1.5197, None), (200, 65, "130"), (55, 55, "30.2")],
+)
+def test_a_stated_pitch_that_gives_spots_of_no_known_size_is_warned_of(folder, pitch_um, diameter_px, spot_um):
+    (folder / "filtered_feature_bc_matrix.h5").unlink()
+    write_spatial(folder, staggered(8, 1), scales=SCALES | {"spot_diameter_fullres": diameter_px})
+    warnings = visium.open_slice(folder, spot_pitch_um=pitch_um).warnings
+    assert len(warnings) == (spot_um is not None)
+    assert all(f"spots would measure {spot_um} um at the stated pitch of {pitch_um} um" in line for line in warnings)
+
+
 def test_scale_factors_of_another_image_are_warned_of(folder):
     write_spatial(folder, scales=SCALES | {"spot_diameter_fullres": 6.5})
     assert "0.065 times the distance" in visium.open_slice(folder).warnings[0]

@@ -65,6 +65,16 @@ def test_positions_with_windows_line_ends_and_byte_order_mark(slice_dir):
     pd.testing.assert_frame_equal(found, visium.read_positions(slice_dir))
 
 
+@pytest.mark.parametrize("case", [str, str.upper, str.title])
+def test_a_header_of_positions_in_any_order_and_case(tmp_path, case):
+    table = pd.DataFrame([line.split(",") for line in position_lines()], columns=HEADER.split(","))
+    table = table[["pxl_col_in_fullres", "in_tissue", "array_col", "barcode", "array_row", "pxl_row_in_fullres"]]
+    table.rename(columns=case).to_csv(tmp_path / "p.csv", index=False)
+    found = visium.read_position_file(tmp_path / "p.csv")
+    write_spatial(tmp_path)
+    pd.testing.assert_frame_equal(found, visium.read_positions(tmp_path))
+
+
 @pytest.mark.parametrize("words", [("True", "False"), ("TRUE", "FALSE"), ("1.0", "0.0")])
 def test_tissue_as_words(tmp_path, words):
     write_spatial(tmp_path, position_lines(in_tissue=[words[0], words[0], words[1], words[0]]))
@@ -202,7 +212,13 @@ def test_missing_and_damaged_position_files(tmp_path):
     refused("parquet: expected", visium.read_positions, tmp_path)
 
 
-@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), None, "0.2", True])
+@pytest.mark.parametrize("name", ["p.zip", "p.xz", "p.tar", "p.zst", "p.bz2"])
+def test_a_table_of_positions_that_cannot_be_unpacked(tmp_path, name):
+    (tmp_path / name).write_bytes(b"no such archive")
+    refused(f"{name}: expected a table of spot positions, found", visium.read_position_file, tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), None, "", "x", [1, 2], True])
 @pytest.mark.parametrize("key", ["tissue_hires_scalef", "spot_diameter_fullres"])
 def test_bad_scale_factors(tmp_path, key, value):
     write_spatial(tmp_path)
@@ -210,6 +226,13 @@ def test_bad_scale_factors(tmp_path, key, value):
     assert visium.read_scalefactors(tmp_path) == expected
     write_spatial(tmp_path, scales=SCALES | {key: value})
     assert str(value) in refused(f"positive number as {key}", visium.read_scalefactors, tmp_path)
+
+
+def test_scale_factors_as_r_writes_them(tmp_path):
+    """jsonlite writes a number as the only one of an array, others as text."""
+    write_spatial(tmp_path, scales={key: [value] for key, value in SCALES.items()} | {"bin_size_um": "8.0"})
+    expected = {key: number for key, number in SCALES.items() if key != "note"}
+    assert visium.read_scalefactors(tmp_path) == expected | {"bin_size_um": 8.0}
 
 
 def test_missing_scale_factors(tmp_path):

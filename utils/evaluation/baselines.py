@@ -6,11 +6,9 @@ per slice by `standardise`, as stain differs between slices. Penalties and the n
 validation slices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -18,10 +16,6 @@ from scipy.spatial import KDTree
 from sklearn.neighbors import NearestNeighbors
 
 from utils.evaluation.ridge import Ridge, Slices, check_tables, fit_ridge, mean_over_spots, validation_pcc
-from utils.features.neighbourhoods import MIN_SD, MIN_SPOTS
-
-if TYPE_CHECKING:
-    from utils.features.dataset import SliceData
 
 RINGS = ((0.0, 1.2), (1.2, 2.3))  # in pitches: on a Visium array the 6 nearest spots and the 12 behind them
 
@@ -40,20 +34,22 @@ class Slice(Images):
     log_depth: np.ndarray  # (S,) log total counts
 
 
-def standardise(features: Sequence[np.ndarray], n_trained: int) -> list[np.ndarray]:
+def standardise(
+    features: Sequence[np.ndarray], n_trained: int, min_spots: int = 0, min_sd: float = 1e-3
+) -> list[np.ndarray]:
     """Features with mean 0 and deviation 1 over the spots of each slice: per slice (S, P) -> (S, P), half precision to
     single.
 
-    A slice of fewer than MIN_SPOTS spots takes the mean and deviation of the first `n_trained` slices together, those
-    of training, as the decoder does. A feature with a smaller deviation than MIN_SD is divided by that, or its noise
-    would become a signal.
+    A slice of fewer than `min_spots` spots takes the mean and deviation of the first `n_trained` slices together, those
+    of training. A feature with a smaller deviation than `min_sd` is divided by that, or its noise would become a
+    signal.
     """
-    small = any(len(of_slice) < MIN_SPOTS for of_slice in features)
+    small = any(len(of_slice) < min_spots for of_slice in features)
     trained = _moments(np.concatenate(features[:n_trained])) if small else None
     done = []
     for of_slice in map(np.asarray, features):
-        mean, sd = trained if trained is not None and len(of_slice) < MIN_SPOTS else _moments(of_slice)
-        done.append(((of_slice - mean) / np.maximum(sd, MIN_SD)).astype(np.result_type(of_slice, np.float32)))
+        mean, sd = trained if trained is not None and len(of_slice) < min_spots else _moments(of_slice)
+        done.append(((of_slice - mean) / np.maximum(sd, min_sd)).astype(np.result_type(of_slice, np.float32)))
     return done
 
 
@@ -62,11 +58,10 @@ def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, (features - mean).std(axis=0)
 
 
-def images_of(slice_: SliceData, features: np.ndarray, part: str) -> Images:
-    """What the baselines read of the spots of a part, from standardised features (A, P) of all spots."""
-    rows = slice_.rows_of(part)
-    rings = ring_features(features, slice_.xy_fullres_px, slice_.pitch_fullres_px)
-    return {"features": features[rows], "rings": rings[rows]}
+def images_of(features: np.ndarray, xy: np.ndarray, pitch: float, rows: np.ndarray) -> Images:
+    """What the baselines read of some spots (S,) of a slice, from standardised features (A, P) and centres (A, 2), in
+    the unit of `pitch`, of all its spots."""
+    return {"features": features[rows], "rings": ring_features(features, xy, pitch)[rows]}
 
 
 def ring_features(features: np.ndarray, xy: np.ndarray, pitch: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Names of genes: symbols, Ensembl ids, aliases; names of control features; suffixes that make symbols unique.
+"""Names of genes: symbols and ids, missing symbols, aliases, names of control features, suffixes that make them unique.
 
 Letters: G genes of a slice, V genes of a vocabulary.
 """
@@ -15,6 +15,29 @@ from pathlib import Path
 import numpy as np
 
 COLUMNS = ("alias_symbol", "prev_symbol", "ensembl_gene_id")  # of HGNC's complete set, beside `symbol`
+
+# ---- names as files hold them
+
+NO_SYMBOL = ("", "nan", "NaN", "NA", "<NA>", "N/A", "n/a", "None", "null", "-")  # texts made of missing symbols
+
+
+def stripped(texts: Iterable[str]) -> np.ndarray:
+    """Texts without the blanks and quotes around them, as R's write.table leaves these: (G,) str."""
+    return np.char.strip(np.asarray(texts, str), ' \t\r"')
+
+
+def named(where: str | Path, names: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The names (G,) with the ids (G,) in place of missing symbols, which would become one gene.
+
+    Raises ValueError where several genes have neither; a single NA or nan may be a symbol.
+    """
+    names = np.where(np.isin(names, NO_SYMBOL), ids, names)
+    nameless = np.isin(names, NO_SYMBOL)
+    if "" in names or nameless.sum() > 1:
+        found = f"{nameless.sum()} of {len(names)} genes without"
+        raise ValueError(f"{where}: expected a name or an id of each gene, found {found}; name them or leave them out")
+    return names
+
 
 # ---- control features
 

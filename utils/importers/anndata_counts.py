@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix, issparse
 
-from utils.genes.names import without_unique_suffixes
+from utils.genes.names import NO_SYMBOL, without_unique_suffixes
 from utils.slices.matrix import first_bad_count, reading
 
 COUNT_WORDS = {"counts", "count", "raw", "rawcounts", "umi", "umis"}
@@ -30,7 +30,6 @@ SYMBOL_COLUMNS = (
     *("mgisymbol", "externalgenename", "geneshortname", "gene", "genes", "name", "names", "feature", "features"),
 )
 OTHER_SYMBOLS = re.compile(r"(?!.*(alias|prev|syn|old|orth|homolog)).*symbols?(_orig(inal)?)?", re.IGNORECASE)
-NO_SYMBOL = ("", "nan", "NaN", "NA", "<NA>", "N/A", "n/a", "None", "null", "-")  # texts made of missing symbols
 # Ensembl, FlyBase, WormBase, RefSeq, HGNC, MGI, and the numbers of NCBI or of a running index
 ID = re.compile(r"(ENS[A-Z]*[GT]\d+|FBgn\d+|WBGene\d+|[NX][MR]_\d+|HGNC:\d+|MGI:\d+|\d+)(\.\d+)?(_PAR_Y)?")
 GENE_KINDS = {"feature_types": "Gene Expression", "feature_biotype": "gene"}  # Space Ranger's, CELLxGENE's

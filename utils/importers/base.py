@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.genes.names import are_controls
+from utils.genes.names import are_controls, named, stripped
 from utils.images import tiles
 from utils.images.image import stated_um_per_px
 from utils.importers import pitch, slice_folder
@@ -146,6 +146,8 @@ def import_slice(source: Source, out: Path, memory: float = math.inf) -> list[st
     ------
     ValueError where the source cannot be a slice, or where another slice of that name is there already.
     """
+    ids = stripped(source.gene_ids)  # names as those who read the folder will find them
+    source = replace(source, genes=named(source.origin, stripped(source.genes), ids), gene_ids=ids)
     source = without_controls(source)
     check(source)
     shown, n_outside, warnings = shown_image(source), 0, ["no image yet: put the H&E of this section into its folder"]

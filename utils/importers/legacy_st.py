@@ -58,7 +58,7 @@ def _first_line(path: Path) -> list[str]:
     """The cells of a table's header, without quotes."""
     with (
         reading(path, "a table of text separated by tabs"),
-        (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file,
+        (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file,
     ):
         return [cell.strip().strip('"') for cell in file.readline().rstrip("\r\n").split("\t")]
 
@@ -126,11 +126,22 @@ def read_counts(path: Path) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
         found = f"{len(header)} cells above {table.shape[1]}"
         raise ValueError(f"{path}: expected a header of genes above spots with their counts, found {found}; fix it")
     names, genes = table[0].to_numpy(dtype=object), np.array(across, dtype=str)
-    counts = csr_matrix(whole_counts(path, table.iloc[:, 1:].to_numpy()))
+    values = table.iloc[:, 1:].to_numpy()
+    _check_numbers(path, names, across, values)
+    counts = csr_matrix(whole_counts(path, values))
     if _are_spots(across) and not _are_spots(names):
         names, genes, counts = np.array(across, dtype=object), names.astype(str), csr_matrix(counts.T)
     check_once(path, names)
     return names, genes, counts
+
+
+def _check_numbers(path: Path, names: np.ndarray, across: list[str], values: np.ndarray) -> None:
+    """Raises ValueError for the first of the cells (rows `names`, columns `across`) that is empty or another text."""
+    if values.dtype.kind == "O":
+        bad = np.argwhere(pd.DataFrame(values).apply(pd.to_numeric, errors="coerce").isna().to_numpy())
+        for row, column in bad[:1]:
+            found = f"{values[row, column] or 'an empty cell'} in the row {names[row]}, column {across[column]}"
+            raise ValueError(f"{path}: expected raw counts (0, 1, 2, ...), found {found}; correct the cell")
 
 
 def _are_spots(names: Iterable[str]) -> bool:

@@ -7,15 +7,13 @@ distance of the smallest bins for pooled ones.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from utils.images.units import plausible
 from utils.slices.lattice import Lattice
+from utils.slices.spatial_files import positive
 from utils.slices.visium import DISAGREE, VISIUM_PITCH_UM
 
 SQUARE_PITCHES_UM = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 100.0, 200.0)  # bins of Visium HD, arrays of legacy ST
@@ -41,15 +39,6 @@ class Stated:
     @property
     def is_plausible(self) -> bool:
         return plausible(self.um_per_px)
-
-
-def positive(value: Any) -> float | None:
-    """A positive finite number, also as the only one of an array (R writes such); None where none is stated."""
-    try:
-        number = float(np.asarray(value, dtype=float).item())
-    except (TypeError, ValueError):
-        return None
-    return number if 0 < number < math.inf else None
 
 
 def pixel_size(where: str, value: Any, origin: str) -> list[Stated]:

@@ -16,7 +16,9 @@ from utils.images import tissue
 from utils.images.image import TissueImage
 from utils.prediction.slides import Request
 from utils.slices import checks, splits, visium
+from utils.slices.folders import SPATIAL_FILES
 from utils.slices.lattice import Lattice
+from utils.slices.matrix import matrix_files
 from utils.slices.visium import SourceImage
 from utils.words import count_of
 
@@ -70,9 +72,9 @@ class Plan:
         """All that the spots, their tiles and what was measured are read from."""
         found = [path for path in (self.source.path, self.request.positions, self.request.mask) if path is not None]
         if self.slice_ is not None:
-            counts = self.slice_.matrix
-            for place in [self.slice_.root / "spatial", *([counts] if counts else [])]:
-                found += [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
+            spatial = (self.slice_.root / "spatial" / name for name in SPATIAL_FILES)
+            found += [path for path in spatial if path.exists()]
+            found += matrix_files(self.slice_.matrix) if self.slice_.matrix else []
         return found
 
 

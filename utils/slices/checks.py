@@ -14,9 +14,8 @@ from PIL import Image
 
 from utils.images import tissue
 from utils.images.image import TissueImage, open_image
-from utils.slices.visium import DISAGREE, SIZE, Slice, SourceImage
+from utils.slices.visium import DISAGREE, FEW, FEW_FRACTION, SIZE, Slice, SourceImage
 
-FEW, FEW_FRACTION = 3, 0.02  # spots outside the image that are no reason to doubt it
 # Correlation of two grey images of SIDE x SIDE px. The five HER2+ sections and a Visium one have .99 with themselves in
 # other colours, .80 at most with one another (neighbouring sections), .85 mirrored, .89 to .95 shifted by 2 % of a side
 SIDE, SAME, RESEMBLING = 64, 0.9, 0.97
@@ -24,6 +23,11 @@ COLOURS = 12.0  # of 255: mean difference of an export from the small image; a c
 FLAT = 2.0  # grey levels: standard deviation of an image that shows nothing
 GREY = 0.1  # of the colour of its small image, below which an image has lost it
 THUMBNAIL_PX = 1000
+# Fraction of the positions in tissue that lie on it, less that of the others: .6 to 1 on real and simulated slices as
+# they stand, where no other scale gives .1 more; mostly under .5 at .8 or 1.25 times the scale, and .7 at the right one
+MISFIT, FIT = 0.5, 0.65
+SCALES = np.geomspace(1 / 3, 3, 31)
+LEAST, MOST = 40, 5000  # positions to tell by on either side; more are thinned
 Thumbnail = tuple[np.ndarray, float]  # an image (h, w, 3) uint8 made small, and its pixels per pixel of the image
 # Fractions of spots with half of their disc on tissue: .90 and more on all real slices at hand, as they stand
 HARDLY, MOSTLY, LARGELY, BETTER = 0.1, 0.5, 0.9, 0.05
@@ -58,6 +62,8 @@ def check_image(
     for kind, small in slice_.small.items():
         if kind != source.kind:
             warnings += check_small(source.path, fullres_px, thumbnail[0], small, exported)
+    if source.kind != "fullres" or not slice_.small:  # else the small images have shown its scale
+        warnings += check_positions(slice_, source, size, thumbnail)
     if source.kind == "fullres" and not slice_.small and image.metadata_um_per_px is None:
         warnings.append(
             f"{source.path}: expected a hires or lowres image, or a pixel size in the file, to check its scale by, "
@@ -113,6 +119,39 @@ def _check_scale(slice_: Slice, source: SourceImage, image: TissueImage) -> list
     return [
         f"{source.path}: a pixel has {known:.4g} um by the spots ({slice_.pitch_um:g} um apart) but {stated:.4g} um by "
         "the file itself; the former is used: check the image and --spot_pitch_um"
+    ]
+
+
+def check_positions(slice_: Slice, source: SourceImage, size: tuple[int, int], thumbnail: Thumbnail) -> list[str]:
+    """A line where positions in and off tissue are told apart by the image at another scale, and not at its own.
+
+    Only scales that bring the array closer to the middle of the image are compared: others may shift a section onto its
+    neighbour where several share a capture area.
+    """
+    sides = [xy[:: len(xy) // MOST + 1] * source.scale for xy in (slice_.xy_fullres_px, slice_.off_tissue_px)]
+    if min(map(len, sides)) < LEAST:
+        return []
+    mask = tissue.tissue_mask(thumbnail[0])
+
+    def on_tissue(scale: float) -> list[float]:
+        return [float(tissue.on_tissue(xy_px * scale, mask, thumbnail[1], 0.0).mean()) for xy_px in sides]
+
+    def fit(scale: float) -> float:
+        under, beside = on_tissue(scale)
+        return under - beside
+
+    def off_centre(scale: float) -> float:
+        corners = np.array([np.min([xy.min(0) for xy in sides], 0), np.max([xy.max(0) for xy in sides], 0)])
+        return float(np.linalg.norm(corners.mean(0) * scale / size - 0.5))
+
+    best = max((scale for scale in SCALES if off_centre(scale) < off_centre(1)), key=fit, default=1.0)
+    if fit(1) >= MISFIT or fit(best) < FIT:
+        return []
+    (under, beside), (best_under, best_beside) = on_tissue(1), on_tissue(best)
+    what = "the full-resolution image" if source.kind == "fullres" else f"tissue_{source.kind}_scalef"
+    return [
+        f"{source.path}: {under:.0%} of the positions in tissue and {beside:.0%} of the others lie on what looks like "
+        f"tissue, {best_under:.0%} and {best_beside:.0%} at {best:.2f} times the scale: check {what}"
     ]
 
 

@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 
 from utils.files.hashing import content_hash
 from utils.slices.folders import POSITION_FILES
-from utils.slices.matrix import StoredCounts, first_of, longest, runs, slice_matrix, spans
+from utils.slices.matrix import StoredCounts, first_of, longest, matrix_files, runs, slice_matrix, spans
 
 
 def _by_rank(counts: csr_matrix, rank: np.ndarray) -> csr_matrix:
@@ -66,7 +66,6 @@ def files_hash(root: Path) -> str | None:
     matrix = slice_matrix(root)
     if matrix is None:
         return None
-    files = [matrix] if matrix.is_file() else sorted(path for path in matrix.iterdir() if path.is_file())
     positions = first_of(root / "spatial", POSITION_FILES)
-    hashes = [content_hash(path) for path in (*files, positions) if path is not None]
+    hashes = [content_hash(path) for path in (*matrix_files(matrix), positions) if path is not None]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import math
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import h5py
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
 
-from utils.genes.names import are_controls
+from utils.genes.names import are_controls, named, stripped
 from utils.words import cut
 
 MATRICES = (
@@ -32,6 +31,7 @@ LARGEST = np.iinfo(np.int32).max
 LONGEST_SPAN = 2**22  # numbers; longer ones gain nothing
 CHUNK = 2**16  # numbers of a compressed piece of a matrix that is written
 GENES = "Gene Expression"  # the kind of feature that is read
+FEATURES = "features.tsv", "genes.tsv"  # the latter is Cell Ranger 2's name
 
 
 def runs(starts: np.ndarray, stops: np.ndarray, most: float) -> Iterator[slice]:
@@ -121,14 +121,20 @@ class CountMatrix:
     gene_ids: np.ndarray
 
 
+class FileError(ValueError):
+    """A file that cannot be read: one line with its path, what was expected, what was found, and how to fix it."""
+
+
 @contextmanager
 def reading(path: Path, expected: str) -> Iterator[None]:
     """Turn whatever a library raises on a damaged file into one line that names the file."""
     try:
         yield
-    except (OSError, EOFError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, zlib.error) as error:
+    except (FileError, MemoryError):
+        raise
+    except Exception as error:  # h5py, pandas, SciPy and what they unpack with raise what they like
         found = cut(error) or type(error).__name__
-        raise ValueError(f"{path}: expected {expected}, found: {found}; copy or export the file again") from error
+        raise FileError(f"{path}: expected {expected}, found: {found}; copy or export the file again") from error
 
 
 def first_of(folder: Path, names: Iterable[str]) -> Path | None:
@@ -159,8 +165,8 @@ def _h5_group(path: Path) -> Iterator[h5py.Group]:
 def _h5_features(group: h5py.Group) -> list[np.ndarray]:
     """Names, ids and kinds (features,)."""
     if "features" in group:
-        return [_text(group["features"][key]) for key in ("name", "id", "feature_type")]
-    names, ids = _text(group["gene_names"]), _text(group["genes"])
+        return [stripped(_text(group["features"][key])) for key in ("name", "id", "feature_type")]
+    names, ids = (stripped(_text(group[key])) for key in ("gene_names", "genes"))
     return [names, ids, np.full(len(names), GENES)]
 
 
@@ -178,11 +184,13 @@ def _h5_counts(path: Path, group: h5py.Group, memory: float) -> csr_matrix | Sto
     return StoredCounts(path, places[:-1], np.diff(places), np.ones(shape[1], bool), int(longest(memory)))
 
 
-def _read_tsv(path: Path) -> Any:
+def _read_tsv(path: Path) -> list[np.ndarray]:
+    """The columns of a table without a header."""
     import pandas as pd
 
     with reading(path, "a table of text separated by tabs"):
-        return pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
+        table = pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
+        return [stripped(table[column].to_numpy(dtype=str)) for column in table]
 
 
 def _part(folder: Path, name: str, old_name: str = "") -> Path:
@@ -195,9 +203,12 @@ def _part(folder: Path, name: str, old_name: str = "") -> Path:
 
 def _folder_features(folder: Path) -> list[np.ndarray]:
     """The same as _h5_features, from features.tsv (symbol; id, symbol; or id, symbol, kind)."""
-    table = _read_tsv(_part(folder, "features.tsv", "genes.tsv"))
-    ids, names = (table[column].to_numpy(dtype=str) for column in (0, min(1, table.shape[1] - 1)))
-    return [names, ids, table[2].to_numpy(dtype=str) if table.shape[1] > 2 else np.full(len(table), GENES)]
+    path = _part(folder, *FEATURES)
+    ids, *others = _read_tsv(path)
+    joined = [] if others else [line for line in ids if any(mark in line for mark in ",; ")]
+    if 2 * len(joined) > len(ids):  # a few genes have names with commas
+        raise ValueError(f"{path}: expected columns separated by tabs, found {joined[0]}; write it with tabs")
+    return [others[0] if others else ids, ids, others[1] if len(others) > 1 else np.full(len(ids), GENES)]
 
 
 def _folder_counts(folder: Path) -> csr_matrix:
@@ -247,14 +258,24 @@ def _cleaned(path: Path, counts: csr_matrix, of_genes: np.ndarray) -> csr_matrix
 def _barcodes(path: Path) -> np.ndarray:
     """The barcodes (S,) of a folder."""
     path = _part(path, "barcodes.tsv")
-    barcodes = _read_tsv(path)[0].to_numpy(dtype=str)
+    barcodes = _read_tsv(path)[0]
     check_once(path, barcodes)
     return barcodes
 
 
 def slice_matrix(root: Path) -> Path | None:
-    """The matrix that a slice is read from, filtered before raw, HDF5 before folder; None without any."""
-    return first_of(root, MATRICES)
+    """The matrix that a slice is read from, filtered before raw, HDF5 before folder; None without any.
+
+    It is `root` where matrix.mtx and its tables lie in it, as in a GEO download.
+    """
+    return first_of(root, MATRICES) or (root if first_of(root, ("matrix.mtx", "matrix.mtx.gz")) else None)
+
+
+def matrix_files(path: Path) -> list[Path]:
+    """The files that a matrix is read from; others beside them are none of its."""
+    if path.is_file():
+        return [path]
+    return [_part(path, "barcodes.tsv"), _part(path, *FEATURES), _part(path, "matrix.mtx")]
 
 
 def read_barcodes(path: Path) -> np.ndarray:
@@ -275,11 +296,11 @@ def _check_genes(path: Path, of_probes: bool) -> None:
 
 def _matrix_path(root: Path) -> Path:
     """The matrix of a slice's root (filtered before raw, HDF5 before folder), or the path itself."""
-    itself = root.is_file() or first_of(root, ("matrix.mtx", "matrix.mtx.gz")) is not None
-    path = root if itself else slice_matrix(root)
+    path = root if root.is_file() else slice_matrix(root)
     if path is None:
         found = listing(root) if root.is_dir() else "nothing"
-        fix = "gunzip the matrix, or cut the prefix off its name" if "feature_bc_matrix" in found else "add the matrix"
+        prefixed = "feature_bc_matrix" in found or "matrix.mtx" in found
+        fix = "gunzip the matrix, or cut the prefix off its name" if prefixed else "add the matrix"
         raise ValueError(f"{root}: expected counts ({', '.join(MATRICES)}), found {found}; {fix}")
     return path
 
@@ -319,7 +340,7 @@ def read_genes(root: str | Path) -> tuple[np.ndarray, np.ndarray]:
     path = _matrix_path(Path(root))
     names, ids, kinds = _features(path, of_slice=True)
     of_genes = _are_genes(path, names, kinds)
-    return names[of_genes], ids[of_genes]
+    return named(path, names[of_genes], ids[of_genes]), ids[of_genes]
 
 
 def count_controls(root: str | Path) -> int:
@@ -349,7 +370,8 @@ def read_matrix(root: str | Path, memory: float = math.inf) -> CountMatrix:
     of_genes = _are_genes(path, features[0], features[2])
     stored = isinstance(counts, StoredCounts)
     counts = replace(counts, of_genes=of_genes) if stored else _cleaned(path, counts, of_genes)
-    return CountMatrix(counts, barcodes, features[0][of_genes], features[1][of_genes])
+    names, ids = (part[of_genes] for part in features[:2])
+    return CountMatrix(counts, barcodes, named(path, names, ids), ids)
 
 
 def write_matrix(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,13 +33,14 @@ def _position_table(path: Path) -> pd.DataFrame:
             return table if "barcode" in table else table.reset_index()  # pandas may have kept it as the index
         # As text without a header: pandas would take a seventh column for an index, silently.
         table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    first, names = ",".join(map(str, table.iloc[0])), list(POSITION_COLUMNS)
-    if table.shape[1] == len(names) and first.startswith("barcode,"):
-        names, table = table.iloc[0].str.strip().tolist(), table.iloc[1:]
-    if table.shape[1] != len(names) or set(names) != set(POSITION_COLUMNS):
-        wanted, found = ", ".join(POSITION_COLUMNS), f"{table.shape[1]} columns, first line {first}"
+    first = [cell.strip().lower() for cell in table.iloc[0]]
+    if sorted(first) == sorted(POSITION_COLUMNS):
+        return table.iloc[1:].set_axis(first, axis=1)
+    is_header = not pd.to_numeric(pd.Series(first), errors="coerce").notna().any()  # of other names
+    if len(first) != len(POSITION_COLUMNS) or is_header:
+        wanted, found = ", ".join(POSITION_COLUMNS), f"{len(first)} columns, first line {','.join(table.iloc[0])}"
         raise ValueError(f"{path}: expected the comma-separated columns {wanted}, found {found}; correct the file")
-    return table.set_axis(names, axis=1)
+    return table.set_axis(list(POSITION_COLUMNS), axis=1)
 
 
 def read_positions(root: str | Path) -> pd.DataFrame:
@@ -77,6 +78,15 @@ def read_position_file(path: Path) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.Index(barcodes, name="barcode"))
 
 
+def positive(value: Any) -> float | None:
+    """A positive finite number, also as text or as the only one of an array (R writes both), else None."""
+    try:
+        number = 0.0 if isinstance(value, bool) else float(np.asarray(value, dtype=float).item())
+    except (TypeError, ValueError):
+        return None
+    return number if 0 < number < math.inf else None
+
+
 def read_scalefactors(root: str | Path) -> dict[str, float]:
     """Read the numbers of scalefactors_json.json; those that are divided by are positive and finite.
 
@@ -87,9 +97,10 @@ def read_scalefactors(root: str | Path) -> dict[str, float]:
         raise ValueError(f"{path}: expected the scale factors of Space Ranger, found no such file; add it")
     with reading(path, "scale factors in JSON"):
         content = dict(json.loads(path.read_text(encoding="utf-8-sig")))
+    numbers = {key: number for key, value in content.items() if (number := positive(value)) is not None}
     needed = {"spot_diameter_fullres", *(key for key, image in SCALED.items() if (path.parent / image).exists())}
     for key in (*SCALED, "spot_diameter_fullres", "bin_size_um", "microns_per_pixel"):
-        value = content.get(key, "no such key" if key in needed else 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{path}: expected a positive number as {key}, found {value}; correct it")
-    return {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
+        if key not in numbers and key in needed | content.keys():
+            found = content.get(key, "no such key")
+            raise ValueError(f"{path}: expected a positive number as {key}, found {found}; correct it")
+    return numbers

@@ -72,6 +72,8 @@ DISAGREE = 0.05  # two statements of um per px that differ by more are worth a w
 SIZE = 0.003  # by which a side may differ from what a small image makes of it, beside its own rounding
 EXPORT = 0.005  # by which the scale of an export may differ from a whole number or its inverse
 SPOT_DIAMETER = 0.3, 1.2  # pitches: 0.5 legacy ST, 0.65 Visium, 1 Visium HD
+STAGGERED_SPOTS_UM = 55.0, 65.0, 100.0  # diameters: Visium as made and as Space Ranger writes it, legacy ST
+FEW, FEW_FRACTION = 3, 0.02  # spots outside the image, or of one file only, that are no reason to doubt it
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Slice:
     folder, root : Path, as given, and the folder that holds spatial/
     spots : DataFrame (S, 4), index barcode, columns array_row, array_col, x_fullres_px, y_fullres_px: the spots under
         tissue that have counts, in the order of the matrix; without a matrix all under tissue, in that of the positions
+    off_tissue_px : ndarray (N, 2), centres of the positions that are not under tissue
     unmatched : dict, how many spots were left aside, by reason
     rows : ndarray (S,), rows of the spots in the matrix
     matrix : Path or None, the count matrix
@@ -115,6 +118,7 @@ class Slice:
     folder: Path
     root: Path
     spots: pd.DataFrame
+    off_tissue_px: np.ndarray
     unmatched: dict[str, int]
     rows: np.ndarray
     matrix: Path | None
@@ -220,6 +224,11 @@ class Slice:
     def with_counts(self, memory: float = math.inf) -> CountedSlice:
         """The slice and the counts of its spots; more than `memory` bytes of them stay in their HDF5 file."""
         matrix = read_matrix(self.matrix or self.root, memory)
+        if self.rows.max() >= len(matrix.barcodes) or (matrix.barcodes[self.rows] != self.spots.index).any():
+            raise ValueError(
+                f"{self.matrix or self.root}: expected the barcodes that were there when the slice was opened, found "
+                "others; leave the files alone while they are read"
+            )
         counts = (
             matrix.counts.select(self.rows) if isinstance(matrix.counts, StoredCounts) else matrix.counts[self.rows]
         )
@@ -264,7 +273,8 @@ def open_slice(folder: str | Path, name: str | None = None, spot_pitch_um: float
     lattice = fit_positions(root, positions)
     spots, rows, unmatched = _match(root, positions, barcodes)
     pitch_um, small = _positive(root, spot_pitch_um), _small_images(root, scalefactors)
-    slice_ = Slice(name, folder, root, spots, unmatched, rows, matrix, lattice, scalefactors, pitch_um, small, ())
+    off = positions.loc[~positions["in_tissue"], list(POSITIONS_PX)].to_numpy(float)
+    slice_ = Slice(name, folder, root, spots, off, unmatched, rows, matrix, lattice, scalefactors, pitch_um, small, ())
     return replace(slice_, warnings=tuple(_contradictions(slice_)))
 
 
@@ -334,7 +344,7 @@ def _positive(root: Path, pitch_um: float | None) -> float | None:
 def _contradictions(slice_: Slice) -> list[str]:
     """Contradictions between the files of a slice that it can still be used with."""
     lattice, factors = slice_.lattice, slice_.scalefactors
-    warnings: list[str] = []
+    warnings = _of_two_sections(slice_)
     if lattice is None:
         return warnings
     if lattice.measured:
@@ -349,6 +359,13 @@ def _contradictions(slice_: Slice) -> list[str]:
             f"{slice_.root}: spot_diameter_fullres is {spots_px:.2g} times the distance between spots; are positions "
             "and scale factors those of one image?"
         )
+    spot_um = spots_px * (slice_.known_pitch_um or 0)
+    given = slice_.stated_pitch_um is not None and abs(slice_.stated_pitch_um / VISIUM_PITCH_UM - 1) > DISAGREE
+    if given and lattice.staggered and all(abs(spot_um / um - 1) > DISAGREE for um in STAGGERED_SPOTS_UM):
+        warnings.append(
+            f"{slice_.root}: spots would measure {spot_um:.3g} um at the stated pitch of {slice_.pitch_um:g} um; those "
+            "of Visium (pitch 100 um) measure 55 or 65 um: check spot_pitch_um"
+        )
     stated, measured = factors.get("microns_per_pixel"), slice_.um_per_px
     if stated is not None and measured is not None and abs(stated / measured - 1) > DISAGREE:
         warnings.append(
@@ -356,6 +373,25 @@ def _contradictions(slice_: Slice) -> list[str]:
             f"{stated:.4g} um by microns_per_pixel of its scale factors; the former is used"
         )
     return warnings
+
+
+def _of_two_sections(slice_: Slice) -> list[str]:
+    """A line where counts and positions disagree on which barcodes are in tissue.
+
+    All Visium slides share their barcodes, but Space Ranger's filtered matrix holds those in tissue. A part of them, or
+    a part of the positions, is missing on one side only.
+    """
+    if slice_.matrix is None or not slice_.matrix.name.startswith("filtered_"):
+        return []
+    off_tissue = slice_.unmatched["counts without position"] + slice_.unmatched["not in tissue"]
+    without_counts = slice_.unmatched["tissue positions without counts"]
+    if min(off_tissue, without_counts) <= max(FEW, FEW_FRACTION * len(slice_.spots)):
+        return []
+    return [
+        f"{slice_.matrix}: {off_tissue} barcodes that are not in tissue by the positions, and {without_counts} "
+        f"positions in tissue without counts, beside {len(slice_.spots)} that agree: are counts and spatial/ of one "
+        "section?"
+    ]
 
 
 def _refuse_small_pixels(slice_: Slice, spots_px: float) -> None:

@@ -224,6 +224,38 @@ def test_patients_in_two_parts(data):
     assert "A (test, train)" in splits.read_table(data, allow_leak=True)[1][0]
 
 
+SPELLINGS = [("P01", "p01"), ("Patient 1", "Patient_1"), ("P 1", "P  1"), ("P-1", "P_1"), ("1", "1.0"), ("7", "007")]
+
+
+@pytest.mark.parametrize(("one", "other"), [*SPELLINGS, ("M\u00fcller", "Mu\u0308ller")])
+def test_a_patient_spelt_in_two_ways_is_one(data, one, other):
+    write(data, f"slice,patient,part\nA1,{one},train\nB1,B,val\nC1,{other},test\n")
+    refused(f"patients in test and in another part: {one} .test, train.", splits.read_table, data)
+    rows, warnings = splits.read_table(write(data, f"slice,patient\nA1,{one}\nB1,B\nC1,C\nA2,{other}\n"))
+    assert rows[0].patient == rows[3].patient == one and rows[0].part == rows[3].part
+    assert [line.partition("slices.csv: ")[2] for line in warnings] == [
+        f"taken for one patient: {one} = {other}; spell a patient in one way, or name different ones otherwise"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("P1", "P2"),
+        ("P1", "P11"),
+        ("1-2", "12"),
+        ("1.5", "15"),
+        ("HER2+", "HER2-"),
+        ("10", "1"),
+        ("-1", "1"),
+        ("A", "AA"),
+    ],
+)
+def test_different_patients_stay_apart(data, one, other):
+    rows, warnings = splits.read_table(write(data, f"slice,patient,part\nA1,{one},train\nB1,B,val\nC1,{other},test\n"))
+    assert [row.patient for row in rows] == [one, "B", other] and warnings == []
+
+
 def test_identical_slices():
     rows = [*rows_of("A", "B", part="train"), *rows_of("x", "y", "C", part="test"), *rows_of("D")]
     hashes = {row.slice: row.slice for row in rows}

@@ -113,6 +113,11 @@ def test_what_was_seen_is_not_held_out(held_out, seen, capsys):
     assert ("warning: --encoder" in capsys.readouterr().out) == seen
 
 
+def test_a_train_patient_in_another_spelling_was_seen():
+    held_out = dataclasses.replace(row("X1_1", "test"), patient="p01")
+    assert split.seen_in_training([held_out], state_of(TRAINED_ON)) == {"X1_1": "another slice of patient p01"}
+
+
 def test_a_slice_under_another_name_is_known_by_its_counts():
     renamed, state = row("X09_1", "test"), state_of(TRAINED_ON)
     split.check_unseen([renamed], state, "--encoder", False, {"X09_1": "hX09_1"})

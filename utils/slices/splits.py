@@ -7,6 +7,8 @@ patient are in one part. Whatever is wrong is a ValueError of one line; what is 
 import csv
 import io
 import math
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path, PurePath
@@ -57,6 +59,24 @@ def _own_patient(slice_name: str) -> str:
     for folder in ("binned_outputs", "outs"):
         parts = parts[: parts.index(folder)] if folder in parts[1:] else parts
     return "/".join(parts)
+
+
+def patient_key(patient: str) -> str:
+    """What the spellings of a patient share: P01, p01; Patient 1, Patient_1; 1, 01, 1.0; é as one or two characters."""
+    text = re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", unicodedata.normalize("NFKC", patient).casefold())
+    number = re.fullmatch(r"0*(\d+)(\.0*)?", text)
+    return number[1] if number else text
+
+
+def _spelt_once(rows: list[SliceRow], table: Path) -> tuple[list[SliceRow], list[str]]:
+    """The rows with each patient as it is spelt first, and a warning for those with several spellings."""
+    spellings: dict[str, list[str]] = {}
+    for row in rows:
+        spellings.setdefault(patient_key(row.patient), []).append(row.patient)
+    several = [" = ".join(dict.fromkeys(names)) for names in spellings.values() if len(set(names)) > 1]
+    rows = [replace(row, patient=spellings[patient_key(row.patient)][0]) for row in rows]
+    fix = "spell a patient in one way, or name different ones otherwise"
+    return rows, [f"{table}: taken for one patient: {', '.join(several)}; {fix}"] if several else []
 
 
 def _pitch_um(text: str, where: str) -> float | None:
@@ -119,7 +139,7 @@ def _read_cells(table: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]
 
 
 def _listed(data: Path, table: Path) -> tuple[list[SliceRow], list[str]]:
-    """The rows of a table of slices, and a warning for columns that nothing reads."""
+    """The rows of a table of slices, and warnings for columns that nothing reads and patients of several spellings."""
     header, lines = _read_cells(table)
     rows: dict[str, SliceRow] = {}
     for where, cells in lines:
@@ -130,7 +150,9 @@ def _listed(data: Path, table: Path) -> tuple[list[SliceRow], list[str]]:
     if not rows:
         raise ValueError(f"{table}: expected a line per slice, found only the header; add the slices")
     unread = [name for name in header if name and name not in COLUMNS]
-    return list(rows.values()), [f"{table}: columns not used: {', '.join(unread)}"] if unread else []
+    warnings = [f"{table}: columns not used: {', '.join(unread)}"] if unread else []
+    spelt, several = _spelt_once(list(rows.values()), table)
+    return spelt, warnings + several
 
 
 def row_of(folder: Path) -> SliceRow | None:

@@ -136,7 +136,8 @@ def seen_in_training(
     """
     tables = [*state["table"], *state.get("encoder_table", [])]
     used = [row for row in tables if row["part"] in ("train", "val")]
-    patients, trained = {row["patient"] for row in used}, {row["slice"] for row in used if row["part"] == "train"}
+    patients = {splits.patient_key(row["patient"]) for row in used}
+    trained = {row["slice"] for row in used if row["part"] == "train"}
     contents = {state["counts_hashes"].get(row["slice"]) for row in used} - {None}
     contents |= set(state["pretrain_hashes"].values())
     slices = {row["slice"] for row in used}
@@ -145,7 +146,8 @@ def seen_in_training(
         same = row.slice in slices or (hashes or {}).get(row.slice) in contents
         if (row.part == "test" and same) or (row.part == "val" and row.slice in trained):
             return "the slice itself"
-        return f"another slice of patient {row.patient}" if row.part == "test" and row.patient in patients else None
+        shared = row.part == "test" and splits.patient_key(row.patient) in patients
+        return f"another slice of patient {row.patient}" if shared else None
 
     return {row.slice: text for row in rows if (text := reason(row))}
 

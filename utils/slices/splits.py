@@ -110,7 +110,7 @@ def _no_slice(folder: Path) -> str:
     return why_no_slice(folder) or "expected a slice folder, found one without spatial/"
 
 
-def _lines(table: Path) -> list[tuple[int, list[str]]]:
+def table_lines(table: Path) -> list[tuple[int, list[str]]]:
     """The lines of a csv file that are not blank, with their numbers, cells stripped."""
     if not table.is_file():
         raise ValueError(f"{table}: expected a table of slices, found no such file; give it with --slices")
@@ -124,7 +124,7 @@ def _lines(table: Path) -> list[tuple[int, list[str]]]:
 
 def _read_cells(table: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     """The header of a table of slices, and where each line stands with its cells."""
-    lines = _lines(table)
+    lines = table_lines(table)
     header = lines[0][1] if lines else []
     if "slice" not in header or any(header.count(name) > 1 for name in COLUMNS):
         found = ",".join(header) or "an empty file"

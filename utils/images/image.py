@@ -205,7 +205,7 @@ def _plausible(um_per_px: float | None) -> float | None:
 def images_in(folder: Path) -> list[Path]:
     """The files of images that lie directly in a folder, by name; hidden ones aside, none where there is no folder.
 
-    A link to nothing is listed, so that whoever opens it names it. A file of TO_CONVERT is listed only where there is no
+    A link to nothing is listed, so that whoever opens it names it. A file of TO_CONVERT is listed only if there is no
     other image: that may be what it was converted to.
     """
     files = sorted(folder.iterdir()) if folder.is_dir() else []

@@ -227,6 +227,8 @@ def gene_names(where: str, var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     ids = index if ids is None else ids
     ids = np.where(ids == "", index, ids).astype(str)
     names = without_unique_suffixes(np.where(names == "", ids, names).astype(str), ids)
+    if nameless := int((names == "").sum()):
+        raise ValueError(f"{where}: expected a name or an id for each gene, found {nameless} without; name them in var")
     return np.where(np.isin(names, NO_SYMBOL), ids, names), ids
 
 

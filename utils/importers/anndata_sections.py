@@ -40,7 +40,7 @@ def as_labels(values: pd.Series) -> pd.Series:
 
 
 def libraries(where: str, adata: Any) -> dict[str, dict[str, Any]]:
-    """The entries of uns['spatial'] that hold images or scale factors, by library.
+    """The images and scale factors of uns['spatial'], by library; others, such as the path of an image, are left out.
 
     Raises ValueError where the CELLxGENE schema says that the file is not of a single section.
     """
@@ -53,11 +53,16 @@ def libraries(where: str, adata: Any) -> dict[str, dict[str, Any]]:
             "images or places; get the file of each section"
         )
     by_name = {"": spatial} if "images" in spatial else spatial  # without a library's name
-    return {
-        str(name): dict(entry)
-        for name, entry in by_name.items()
-        if isinstance(entry, dict) and (entry.get("images") or entry.get("scalefactors"))
-    }
+    entries = {str(name): _entry(entry) for name, entry in by_name.items()}
+    return {name: entry for name, entry in entries.items() if entry["images"] or entry["scalefactors"]}
+
+
+def _entry(stored: Any) -> dict[str, dict[str, Any]]:
+    """Images, which are arrays of two or three axes, and scale factors of a library."""
+    parts: dict[str, Any] = {"images": {}, "scalefactors": {}} | (stored if isinstance(stored, dict) else {})
+    images, factors = ({**part} if isinstance(part, dict) else {} for part in (parts["images"], parts["scalefactors"]))
+    images = {kind: pixels for kind, pixels in images.items() if np.asarray(pixels).ndim in (2, 3)}
+    return {"images": images, "scalefactors": factors}
 
 
 def choose_library(

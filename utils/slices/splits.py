@@ -17,6 +17,7 @@ import numpy as np
 
 from utils.files.atomic import write_whole
 from utils.settings import PARTS
+from utils.slices import content
 from utils.slices.lattice import neighbour_tree
 from utils.slices.visium import is_slice, why_no_slice
 from utils.words import count_of
@@ -287,21 +288,34 @@ def check_patients(rows: Iterable[SliceRow], allow_leak: bool = False) -> list[s
     return warnings + ([f"patients in train and in val: {', '.join(shared)}"] if shared else [])
 
 
-def check_identical(rows: Iterable[SliceRow], hashes: dict[str, str], allow_leak: bool = False) -> list[str]:
-    """Stop, or warn, where slices of two parts have the same counts.
+def check_identical(
+    rows: Iterable[SliceRow],
+    hashes: dict[str, str],
+    allow_leak: bool = False,
+    totals: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
+) -> list[str]:
+    """Stop, or warn, where slices of two parts have the same counts, or are copies that lack some spots or genes.
 
     Parameters
     ----------
     rows : slices; those without a part or a hash are not compared
     hashes : `content.counts_hash` by slice
     allow_leak : warn instead of stopping
+    totals : barcodes (S,) and total counts (S,) of spots by slice, for `content.copies`; without them it is left out
     """
+    rows = [row for row in of_part(rows, *PARTS) if row.slice in hashes]
     groups: dict[str, list[SliceRow]] = {}
-    for row in (row for row in of_part(rows, *PARTS) if row.slice in hashes):
+    for row in rows:
         groups.setdefault(hashes[row.slice], []).append(row)
     same = [group for group in groups.values() if len({row.part for row in group}) > 1]
-    names = "; ".join(", ".join(f"{row.slice} ({row.part})" for row in group) for group in same)
-    return [_leak(f"slices with identical counts in two parts: {names}", allow_leak)] if same else []
+    pairs = content.copies([totals[row.slice] for row in rows], [row.part for row in rows]) if totals and rows else []
+    copies = [[rows[i], rows[j]] for i, j in pairs if hashes[rows[i].slice] != hashes[rows[j].slice]]
+    found = {"slices with identical counts in two parts": same, "slices with the same spots in two parts": copies}
+    return [_leak(f"{what}: {_names_of(leaks)}", allow_leak) for what, leaks in found.items() if leaks]
+
+
+def _names_of(groups: list[list[SliceRow]]) -> str:
+    return "; ".join(", ".join(f"{row.slice} ({row.part})" for row in group) for group in groups)
 
 
 def of_part(rows: Iterable[SliceRow], *parts: str) -> list[SliceRow]:

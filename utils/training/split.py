@@ -48,7 +48,8 @@ def load_training(
     check_panel_origin(slices, [row.slice for row in used if row.part == "train"], settings.val_strip)
     if settings.val_strip:
         print("\n".join(strip_sizes(slices)))
-    warn(splits.check_identical(used, dataset.counts_hashes(slices), settings.allow_leak))
+    hashes, totals = dataset.counts_hashes(slices), dataset.spot_totals(slices)
+    warn(splits.check_identical(used, hashes, settings.allow_leak, totals))
     n_train = len(dataset.spots_of(slices, "train"))
     if settings.batch_size > n_train:
         raise ValueError(

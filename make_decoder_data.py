@@ -93,7 +93,8 @@ class Survey:
     """What is kept of a slice between choosing the panels and writing them; its counts stay on disk."""
 
     row: splits.SliceRow
-    total: np.ndarray  # (S,) counts of every spot under tissue
+    barcodes: np.ndarray  # (S,) of every spot under tissue
+    total: np.ndarray  # (S,) their counts
     kept: np.ndarray  # (S,) bool: not empty, not below --min_counts
     pitch_px: float
     counts_hash: str
@@ -136,8 +137,9 @@ def survey(row: splits.SliceRow, slice_names: gene_names.SliceNames, settings: S
         profile = gene_panels.merged(profile, gene_panels.profile(counts[chosen] @ gathering, interned))
     kept = total >= settings.least_counts
     report(row, slice_, total, kept, len(names), settings.least_counts)
-    counts_hash = visium.counts_hash(slice_.counts, slice_.spots.index.to_numpy(str), slice_.genes, memory)
-    return Survey(row, total, kept, slice_.pitch_px, counts_hash, content.files_hash(slice_.root), profile)
+    barcodes = slice_.spots.index.to_numpy(str)
+    counts_hash = visium.counts_hash(slice_.counts, barcodes, slice_.genes, memory)
+    return Survey(row, barcodes, total, kept, slice_.pitch_px, counts_hash, content.files_hash(slice_.root), profile)
 
 
 def report(
@@ -279,7 +281,8 @@ def main(settings: Settings) -> None:
     known = gene_names.known_names(settings.gene_aliases, slice_names.symbols)
     surveys = [survey(row, slice_names, settings) for row in rows]
     hashes = {surveyed.row.slice: surveyed.counts_hash for surveyed in surveys}
-    flags.warn(splits.check_identical(rows, hashes, settings.allow_leak))
+    totals = {surveyed.row.slice: (surveyed.barcodes, surveyed.total) for surveyed in surveys}
+    flags.warn(splits.check_identical(rows, hashes, settings.allow_leak, totals))
 
     train = [surveyed for surveyed in surveys if surveyed.row.part == "train"]
     choices = {role: choose(role, train, known, settings) for role in gene_panels.FILES}

@@ -310,6 +310,8 @@ def test_identical_slices_in_two_parts_stop_the_run(work, capsys):
     assert not work.panels.exists()
     chosen(work, "--allow_leak")
     assert "warning: slices with identical counts" in capsys.readouterr().out
+    rewrite_matrix(work.data / "P03_1", lambda counts, barcodes, names: (counts[1:], barcodes[1:], names))
+    refused(r"found slices with the same spots in two parts: P02_1 \(train\), P03_1 \(test\)", chosen, work)
 
 
 def test_the_same_slices_give_the_same_files_twice(work):

@@ -174,6 +174,12 @@ def test_numbers_are_no_names():
     refused("a.h5ad: expected gene names in var, found the numbers 1, 2, 3", gene_names, "a.h5ad", named(range(1, 5)))
 
 
+def test_genes_without_any_name_are_refused():
+    var = named(["A", "", "C", "D"])
+    refused("a.h5ad: expected a name or an id for each gene, found 1 without; name them", gene_names, "a.h5ad", var)
+    assert gene_names("x", var.assign(gene_ids=IDS))[0].tolist() == ["A", IDS[1], "C", "D"]
+
+
 def test_raw_takes_the_symbols_that_only_var_has():
     adata = adata_of(LOG[:, :3], var=IDS[:3])
     adata.var["feature_name"] = GENES[:3]

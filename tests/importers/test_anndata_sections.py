@@ -24,7 +24,7 @@ INTERLEAVED = np.resize(["x", "y", "z"], 2 * N)
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (3.3, 1.2), (50, 28.9), (5000.5, 13.1)])
-@pytest.mark.parametrize("name", ["library_id", "sample", "batch", "orig.ident", "anything"])
+@pytest.mark.parametrize("name", ["library_id", "Library ID", "sample", "batch", "orig.ident", "anything"])
 def test_the_column_that_separates_joined_sections(shift, name):
     obs, xy_px, array = joined(shift, cluster=INTERLEAVED, **{name: TWO})
     assert sections.separating_column(obs, {}, xy_px, array) == name
@@ -36,6 +36,8 @@ def test_the_column_that_separates_joined_sections(shift, name):
 def test_without_places_pixels_tell(shift):
     obs, xy_px, _ = joined(shift, cluster=INTERLEAVED, sample=TWO)
     assert sections.separating_column(obs, {}, xy_px, None) == "sample"
+    obs = obs.rename(columns={"sample": "Sample ID"})
+    assert sections.separating_column(obs, {}, xy_px, None) == "Sample ID"
 
 
 def test_sections_side_by_side_on_no_lattice():
@@ -182,6 +184,10 @@ def test_split_names_and_spots():
         (None, {"patient": "P2"}, "P2"),
         (None, {"donor_id": "D7"}, "D7"),
         (None, {"Patient_ID": 4.0}, "4"),
+        *[(None, {name: "P3"}, "P3") for name in ("Patient ID", "patient.id", "donorID", "Donor ID", "subject.id")],
+        *[(None, {name: "P3"}, "P3") for name in ("participant_id", "case_id", "patient-0")],
+        (None, {"donor_id": "D7", "Patient ID": "P3"}, "P3"),
+        (None, {"case": "control", "patients": "P3", "patient_age": 60}, "slice"),
         (None, {"donor_id": "unknown"}, "slice"),
         (None, {"patient": ["P1", "P2"]}, "slice"),
     ],

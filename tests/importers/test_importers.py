@@ -6,10 +6,11 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from importer_sources import assert_same_slice, image_of
+from importer_sources import assert_same_slice, image_of, to_anndata
 from PIL import Image
 from spaceranger_folders import refused
 
+import import_slices
 from utils.importers import images as importer_images
 from utils.importers import slice_folder
 from utils.importers.base import import_slice
@@ -242,6 +243,9 @@ def test_a_new_table_lists_the_slices_that_were_there(listed):
         ("\ufeffslice\r\nA\r\n", "\ufeffslice,patient,part,spot_pitch_um,image\r\nA\r\nS1,P,,200,a.jpg\r\n"),
         ("image,slice\n", "image,slice,patient,part,spot_pitch_um\na.jpg,S1,P,,200\n"),
         ("slice,part\n S1 ,test\n", "slice,part\n S1 ,test\n"),
+        ("slice,part\n./S1/,test\n", "slice,part\n./S1/,test\n"),
+        ('note,slice\n"two\nlines",S1\n', 'note,slice\n"two\nlines",S1\n'),
+        ("slice\rA\r", "slice,patient,part,spot_pitch_um,image\nA\nS1,P,,200,a.jpg\n"),
     ],
 )
 def test_lines_of_a_table_stay_as_they_are(listed, before, after):
@@ -256,6 +260,16 @@ def test_lines_of_a_table_stay_as_they_are(listed, before, after):
 def test_a_table_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "slices.csv").write_text(text)
     refused("slices.csv: expected the header", slice_folder.check_table, tmp_path)
+
+
+def test_a_table_in_another_encoding_is_refused_before_anything_is_written(simulated, tmp_path):
+    to_anndata(simulated / "P01_1").write_h5ad(tmp_path / "one.h5ad")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/slices.csv").write_bytes("slice,patient\nA,Müller\n".encode("cp1252"))
+    flags = ["--format", "h5ad", tmp_path / "one.h5ad", "--image", image_of(simulated / "P01_1")]
+    args = import_slices.parse_args([str(flag) for flag in (*flags, "--out", tmp_path / "out")])
+    refused("slices.csv: expected comma-separated text in UTF-8, found: .*; save it as such", import_slices.main, args)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."] == ["slices.csv"]
 
 
 def test_files_that_are_no_images(tmp_path):

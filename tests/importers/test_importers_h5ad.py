@@ -117,6 +117,25 @@ def test_without_a_file_the_small_image_serves(root, tmp_path, pixels):
     assert only(saved(adata, tmp_path)).small.keys() == {"hires"}
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"images": {"hires": "/home/me/tissue_hires_image.png"}, "scalefactors": {"tissue_hires_scalef": 0.5}},
+        {"images": {"hires": np.zeros(0)}, "scalefactors": {"tissue_hires_scalef": 0.5}},
+        {"images": np.zeros((5, 5, 3)), "scalefactors": {"tissue_hires_scalef": 0.5}},
+        {"images": {}, "scalefactors": "scalefactors_json.json"},
+        {"images": "none", "scalefactors": np.zeros(3)},
+    ],
+)
+def test_what_is_no_image_of_a_library_is_left_aside(root, tmp_path, entry):
+    adata = to_anndata(root)
+    adata.uns["spatial"] = {"lib": entry}
+    path = saved(adata, tmp_path)
+    import_slice(only(path, image_of(root)), tmp_path / "out")
+    assert_same_slice(tmp_path / "out" / "sample", root)
+    refused("sample.h5ad: expected an H&E image, found none; name it with --image", import_slice, only(path), tmp_path)
+
+
 def test_the_image_of_the_section_among_several_libraries(root, tmp_path, pixels):
     adata, hires = to_anndata(root), pixels[::2, ::2]
     others = {"A": library(np.full_like(hires, 90), diameter=80.0), "B": library(hires)}
@@ -247,6 +266,7 @@ def test_bad_files_are_refused(root, tmp_path):
     for spoil, match in (
         (lambda a: a.obsm.pop("spatial"), r"expected obsm\['spatial'\]"),
         (lambda a: a.obsm["spatial"].__setitem__((0, 0), np.nan), r"expected obsm\['spatial'\]"),
+        (lambda a: a.obsm.__setitem__("spatial", np.full((70, 2), "x")), r"sample.h5ad: expected obsm.*no numbers"),
         (lambda a: setattr(a, "obs_names", ["AA-1"] * 2 + list(a.obs_names[2:])), "found the barcode AA-1 again"),
     ):
         bad = adata.copy()

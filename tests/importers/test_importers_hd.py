@@ -109,7 +109,7 @@ def test_the_wrong_image_is_refused(simulated, run, tmp_path):
         tmp_path / "out",
         image=tmp_path / "small.png",
     )
-    Image.new("RGB", (9000, 950)).save(tmp_path / "other.png")
+    Image.new("RGB", (9000, 950), "pink").save(tmp_path / "other.png")
     refused("other.png: expected about", imported, run, tmp_path / "out", image=tmp_path / "other.png")
     assert not list((tmp_path / "out").glob("*"))
 

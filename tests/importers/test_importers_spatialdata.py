@@ -153,6 +153,33 @@ def test_bad_zarrs_are_refused(root, tmp_path):
     refused("found none; name it with --image", import_slice, only(path), tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["X/data", "X/indices"])
+def test_missing_chunks_of_counts_are_refused(root, tmp_path, name):
+    path = write_zarr(tmp_path / "sample.zarr", root)
+    assert only(path).counts.sum() > 0
+    (path / "tables/table" / name / "c/0").unlink()
+    refused(f"sample.zarr: expected 1 chunks of tables/table/{name}, found 0; copy the zarr again", only, path)
+
+
+def test_missing_gene_names_are_refused(root, tmp_path):
+    path = write_zarr(tmp_path / "sample.zarr", root)
+    for name in ("_index", "gene_ids"):
+        (path / "tables/table/var" / name / "c/0").unlink()
+    refused("sample.zarr: expected a name or an id for each gene, found 60 without; name them in var", only, path)
+
+
+def test_missing_chunks_of_the_image_are_warned_of(root, tmp_path, pixels):
+    images = {"he": (pixels, scaled(1), {"chunks": (3, 400, 400)})}
+    path = write_spatialdata(tmp_path / "sample.zarr", {"spots": root}, images)
+    assert not any("black" in line for line in import_slice(only(path), tmp_path / "whole"))
+    (path / "images/he/s0/c/0/1/1").unlink()
+    lines = import_slice(only(path), tmp_path / "lacking")
+    xy_px = visium.open_slice(root).xy_fullres_px
+    n_inside = int(((xy_px >= 400) & (xy_px < 800)).all(axis=1).sum())
+    (n_black,) = [int(line.split(" under ")[1].split()[0]) for line in lines if "is black (0, 0, 0) under" in line]
+    assert n_black == pytest.approx(n_inside, abs=3)  # a thumbnail blurs the edges
+
+
 def test_without_the_package_one_line_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "spatialdata", None)
     refused("pip install 'spatialdata>=0.5'", only, tmp_path / "sample.zarr")

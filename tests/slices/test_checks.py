@@ -292,6 +292,30 @@ def test_spots_of_which_hardly_one_is_on_tissue_are_refused(slide):
     assert "found 0% of 110 there; give the image" in message
 
 
+def test_fat_of_which_only_septa_are_found_is_warned_of(slide):
+    image, _, xy = slide
+    pixels = np.full((600, 800, 3), GLASS, np.uint8)
+    pixels[95:400:30, 60:380] = pixels[80:400, 95:380:30] = PINK  # lines between the spots, none on them
+    (warning,) = checks.check_axes("he.png", xy, image.size, 8.0, (pixels, 1.0), False)
+    assert "0% of the spots under tissue lie on what looks like tissue" in warning
+    pixels[450:590, 600:780] = PINK  # 25,200 px elsewhere: more than 110 discs of 201 px
+    refused("found 0% of 110 there", checks.check_axes, "he.png", xy, image.size, 8.0, (pixels, 1.0), False)
+
+
+def test_spots_on_black_parts_are_warned_of_and_refused_where_they_are_most(slide):
+    image, _, xy = slide  # 11 rows of 10 spots, from y = 90 to 390
+
+    def black_from(y):
+        pixels = pixels_of(image).copy()
+        pixels[y:] = 0
+        return checks.check_not_black("he.png", xy, 8.0, (pixels, 1.0))
+
+    assert black_from(600) == black_from(400) == []
+    (warning,) = black_from(300)
+    assert warning.startswith("he.png: is black (0, 0, 0) under 40 of 110 spots, as where parts of the file are")
+    refused(r"he.png: expected tissue .* found black \(0, 0, 0\) under 60 of 110 spots; copy", black_from, 235)
+
+
 def test_spots_beside_the_tissue_are_warned_of(slide):
     (warning,) = axes(slide, lambda xy: xy + np.array([200, 0]))
     assert "40% of the spots under tissue lie on what looks like tissue" in warning

@@ -250,9 +250,29 @@ def test_one_packed_file_among_good_ones_is_not_passed_over(folder):
 
 def test_a_packed_scan_is_not_passed_over_for_the_hires_image(folder):
     Image.new("RGB", (20, 30)).save(folder / "spatial" / "tissue_hires_image.png")
-    (folder / "A1_he.png.gz").write_bytes(b"")
-    refused("found A1_he.png.gz; gunzip it", visium.open_slice(folder).source_image)
-    assert visium.open_slice(folder).source_image("hires").kind == "hires"
+    for name in ("A1_he.png.gz", "A1_he.tif.zip"):
+        (folder / name).write_bytes(b"")
+        refused(f"found {name}; unpack it", visium.open_slice(folder).source_image)
+        assert visium.open_slice(folder).source_image("hires").kind == "hires"
+        (folder / name).unlink()
+    (folder / "fastq.zip").write_bytes(b"")
+    assert visium.open_slice(folder).source_image().kind == "hires"
+
+
+@pytest.mark.parametrize("suffix", [".vsi", ".isyntax", ".lif", ".nd2", ".zvi", ".oir", ".PSD"])
+def test_a_scan_that_nothing_reads_is_not_passed_over_for_the_hires_image(folder, suffix):
+    Image.new("RGB", (20, 30)).save(folder / "spatial" / "tissue_hires_image.png")
+    (folder / f"A1{suffix}").write_bytes(bytes(600))
+    refused(f"A1{suffix}: expected an image .* convert it to a tiled RGB TIFF", visium.open_slice(folder).source_image)
+    Image.new("RGB", (20, 30)).save(folder / "A1_converted.png")
+    assert visium.open_slice(folder).source_image().path.name == "A1_converted.png"
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPF"])
+def test_other_suffixes_of_jpeg_are_found(folder, suffix):
+    Image.new("RGB", (20, 30)).save(folder / f"A1{suffix}", format="JPEG")
+    source = visium.open_slice(folder).source_image()
+    assert (source.kind, source.path.name, source.size) == ("fullres", f"A1{suffix}", (20, 30))
 
 
 def test_a_table_row_stays_inside_the_folder(folder):

@@ -224,6 +224,38 @@ def test_patients_in_two_parts(data):
     assert "A (test, train)" in splits.read_table(data, allow_leak=True)[1][0]
 
 
+SPELLINGS = [("P01", "p01"), ("Patient 1", "Patient_1"), ("P 1", "P  1"), ("P-1", "P_1"), ("1", "1.0"), ("7", "007")]
+
+
+@pytest.mark.parametrize(("one", "other"), [*SPELLINGS, ("M\u00fcller", "Mu\u0308ller")])
+def test_a_patient_spelt_in_two_ways_is_one(data, one, other):
+    write(data, f"slice,patient,part\nA1,{one},train\nB1,B,val\nC1,{other},test\n")
+    refused(f"patients in test and in another part: {one} .test, train.", splits.read_table, data)
+    rows, warnings = splits.read_table(write(data, f"slice,patient\nA1,{one}\nB1,B\nC1,C\nA2,{other}\n"))
+    assert rows[0].patient == rows[3].patient == one and rows[0].part == rows[3].part
+    assert [line.partition("slices.csv: ")[2] for line in warnings] == [
+        f"taken for one patient: {one} = {other}; spell a patient in one way, or name different ones otherwise"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("P1", "P2"),
+        ("P1", "P11"),
+        ("1-2", "12"),
+        ("1.5", "15"),
+        ("HER2+", "HER2-"),
+        ("10", "1"),
+        ("-1", "1"),
+        ("A", "AA"),
+    ],
+)
+def test_different_patients_stay_apart(data, one, other):
+    rows, warnings = splits.read_table(write(data, f"slice,patient,part\nA1,{one},train\nB1,B,val\nC1,{other},test\n"))
+    assert [row.patient for row in rows] == [one, "B", other] and warnings == []
+
+
 def test_identical_slices():
     rows = [*rows_of("A", "B", part="train"), *rows_of("x", "y", "C", part="test"), *rows_of("D")]
     hashes = {row.slice: row.slice for row in rows}
@@ -235,6 +267,56 @@ def test_identical_slices():
     assert splits.check_identical(rows, same, True) == [
         "slices with identical counts in two parts: A0 (train), C2 (test)"
     ]
+
+
+def sections(rng, n=300):
+    """Barcodes and counts (S, G) of three sections on the same array; depth falls to one side in all of them."""
+    barcodes = np.array([f"{i % 20}x{i // 20}-1" for i in range(n)])
+    depth = np.linspace(0.5, 2, n)[:, None] * rng.gamma(5, 0.2, (3, n, 1))
+    return barcodes, rng.poisson(depth * rng.gamma(0.3, 20, 200))
+
+
+@pytest.mark.parametrize(
+    ("spots", "genes"),
+    [
+        (slice(1, None), slice(None)),  # one spot less
+        (slice(None, None, -2), slice(None)),  # half of them, in another order
+        (slice(None), slice(1, None)),
+        (slice(5, None), slice(None, 180)),
+    ],
+)
+def test_a_section_without_some_spots_or_genes_is_known(rng, spots, genes):
+    barcodes, counts = sections(rng)
+    rows = [*rows_of("A", "B", part="train"), *rows_of("C", part="val"), *rows_of("D", part="test")]
+    hashes = {row.slice: row.slice for row in rows}
+    counts[..., 100:] = np.minimum(counts[..., 100:], 1)  # rare genes
+    counts[..., 0] = np.minimum(counts[..., 0], 1)
+    totals = {row.slice: (barcodes, section.sum(1)) for row, section in zip(rows, counts, strict=False)}
+    renamed = np.array([f"{barcode}-0" for barcode in barcodes[spots]])
+    totals["D0"] = (renamed, counts[0][spots][:, genes].sum(1))
+    message = refused("--allow_leak", splits.check_identical, rows, hashes, False, totals)
+    assert "found slices with the same spots in two parts: A0 (train), D0 (test);" in message
+    assert splits.check_identical(rows, hashes | {"D0": "A0"}, True, totals) == [
+        "slices with identical counts in two parts: A0 (train), D0 (test)"
+    ]
+    train = [dataclasses.replace(row, part="train") for row in rows]
+    assert splits.check_identical(train, hashes, False, totals) == []
+
+
+def test_different_sections_are_no_copies(rng):
+    barcodes, counts = sections(rng)
+    rows = [*rows_of("A", part="train"), *rows_of("B", part="val"), *rows_of("C", part="test")]
+    hashes = {row.slice: row.slice for row in rows}
+
+    def checked(*totals):
+        of_slices = {row.slice: (barcodes, total) for row, total in zip(rows, totals, strict=True)}
+        return splits.check_identical(rows, hashes, False, of_slices)
+
+    assert checked(*counts.sum(2)) == []
+    assert checked(*np.full((3, 300), 1000)) == []  # all brought to one depth
+    assert checked(*1000 + rng.integers(-5, 5, (3, 300))) == []
+    assert checked(*rng.integers(0, 3, (3, 300))) == []  # hardly a count
+    assert checked(*np.zeros((3, 300))) == []
 
 
 def test_of_part():

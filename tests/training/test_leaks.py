@@ -9,6 +9,7 @@ import pytest
 from spaceranger_folders import refused
 from tiny_runs import data_flags, row
 
+from utils.features import dataset
 from utils.genes import panels as gene_panels
 from utils.training import checkpoint, split
 
@@ -55,6 +56,19 @@ def test_a_batch_larger_than_the_train_set_is_refused(work):
     choose_without_strips(work)
     n = len(training(work, rows[:1], val_strip=True)[0].rows_of("train"))
     refused(f"the {n} train spots", training, work, rows[:1], batch_size=70, val_strip=True)
+
+
+def test_a_copy_without_some_spots_in_two_parts_is_refused(work, monkeypatch):
+    rows, load_slices = [row("P01_1"), row("P02_1", "val")], dataset.load_slices
+
+    def with_a_copy(*args, **kwargs):
+        first, other = load_slices(*args, **kwargs)
+        copied = {"barcodes": first.barcodes[5:], "total_counts": first.total_counts[5:]}
+        return [first, dataclasses.replace(other, **copied)]
+
+    assert training(work, rows)
+    monkeypatch.setattr(dataset, "load_slices", with_a_copy)
+    refused(r"the same spots in two parts: P01_1 \(train\), P02_1 \(val\); correct the parts", training, work, rows)
 
 
 def test_the_same_counts_in_two_parts_are_refused(work, tmp_path, capsys):
@@ -119,6 +133,11 @@ def test_what_was_seen_is_not_held_out(held_out, seen, capsys):
     assert list(split.seen_in_training([held_out], state)) == ([held_out.slice] if seen else [])
     split.check_unseen([held_out], state, "--encoder", allow_leak=True)
     assert ("warning: --encoder" in capsys.readouterr().out) == seen
+
+
+def test_a_train_patient_in_another_spelling_was_seen():
+    held_out = dataclasses.replace(row("X1_1", "test"), patient="p01")
+    assert split.seen_in_training([held_out], state_of(TRAINED_ON)) == {"X1_1": "another slice of patient p01"}
 
 
 def test_a_slice_under_another_name_is_known_by_its_counts():

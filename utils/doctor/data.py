@@ -32,6 +32,7 @@ class Checked:
     row: splits.SliceRow
     slice_: visium.Slice | None = None
     content: str | None = None  # hash of its counts
+    totals: tuple[np.ndarray, np.ndarray] | None = None  # barcodes (S,) of spots with counts, and how many (S,)
     barcodes: np.ndarray | None = None  # (S,) that need a tile
     tile_scale: tuple[int, float | None] | None = None
     panels: dict[str, gene_panels.Panel] = field(default_factory=dict)  # by role
@@ -50,7 +51,8 @@ def check_slices(settings: Settings, findings: Findings) -> None:
         check_panel_origin(checked, findings)
     hashes = {slice_.name: slice_.content for slice_ in checked if slice_.content is not None}
     with findings.caught("the split"):
-        for warning in splits.check_identical(rows, hashes, settings.allow_leak):
+        totals = {slice_.name: slice_.totals for slice_ in checked if slice_.totals is not None}
+        for warning in splits.check_identical(rows, hashes, settings.allow_leak, totals):
             findings.note(warning)
     check_tile_scales(checked, findings)
     for role in gene_panels.FILES:
@@ -117,7 +119,9 @@ def check_counts(checked: Checked, slice_: visium.Slice, memory: float, findings
         findings.note(f"{slice_.name}: {count_of((totals == 0).sum(), 'spot')} without any count will be dropped")
     if not totals.any():
         raise ValueError(f"{counted.root}: expected counts, found none above zero; export the matrix again")
-    checked.content = visium.counts_hash(counted.counts, counted.spots.index.to_numpy(str), counted.genes, memory)
+    barcodes = counted.spots.index.to_numpy(str)
+    checked.totals = barcodes, totals
+    checked.content = visium.counts_hash(counted.counts, barcodes, counted.genes, memory)
 
 
 def check_array(slice_: visium.Slice, findings: Findings) -> None:

@@ -402,3 +402,8 @@ def all_spots(slice_: SliceData) -> np.ndarray:
 
 def counts_hashes(slices: list[SliceData]) -> dict[str, str]:
     return {slice_.name: next(iter(slice_.panels.values())).counts_hash for slice_ in slices}
+
+
+def spot_totals(slices: list[SliceData]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Barcodes (S,) and total counts (S,) by slice."""
+    return {slice_.name: (slice_.barcodes, slice_.total_counts) for slice_ in slices}

@@ -28,11 +28,12 @@ from utils.images import flat, scanner, tiff
 from utils.images.checks import ImageError, reading
 from utils.images.units import plausible
 
-FLAT = (".jpg", ".jpeg", ".png", ".jp2", ".j2k", ".jpx", ".webp", ".bmp")
+FLAT = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".jp2", ".j2k", ".jpx", ".jpf", ".webp", ".bmp")
 TIFF = (".tif", ".tiff", ".btf", ".tf2", ".tf8", ".qptiff")
 SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi")
 REFUSED = (".jxl", ".avif", ".heic", ".gif")  # found in a folder, so that no other image is taken in its place
-SUFFIXES: tuple[str, ...] = (*TIFF, *FLAT, *SCANNERS, *REFUSED)  # by which an image is found in a folder
+TO_CONVERT = (".vsi", ".isyntax", ".lif", ".nd2", ".zvi", ".oir", ".psd")  # refused too, unless another image is there
+SUFFIXES: tuple[str, ...] = (*TIFF, *FLAT, *SCANNERS, *REFUSED, *TO_CONVERT)  # by which an image is found in a folder
 ONLY_SCANNERS = (".mrxs", ".vms", ".vmu", ".dcm", ".czi", ".svslide")  # what they hold besides is no scan
 AS_FINE = 1.01  # levels of odd sides are a little coarser than they are meant to be
 BLOCK_PX = 1024  # of a level, read at a time for the thumbnail
@@ -204,10 +205,12 @@ def _plausible(um_per_px: float | None) -> float | None:
 def images_in(folder: Path) -> list[Path]:
     """The files of images that lie directly in a folder, by name; hidden ones aside, none where there is no folder.
 
-    A link to nothing is listed, so that whoever opens it names it.
+    A link to nothing is listed, so that whoever opens it names it. A file of TO_CONVERT is listed only if there is no
+    other image: that may be what it was converted to.
     """
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in files if path.suffix.lower() in SUFFIXES and path.name[0] != "." and not path.is_dir()]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES and path.name[0] != "." and not path.is_dir()]
+    return [path for path in images if path.suffix.lower() not in TO_CONVERT] or images
 
 
 # ---- which reader

@@ -165,12 +165,17 @@ def _with_columns_of(var: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     return var.join(other[missing])
 
 
-def _columns(var: pd.DataFrame, wanted: tuple[str, ...]) -> list[pd.Series]:
-    """Columns of these names, in this order, whatever their case and punctuation, and a number that joining added."""
+def plain_name(column: Any) -> str:
+    """The name of a column in lower case without punctuation, and without a number that joining added."""
+    return re.sub(r"-\d+$|[\W_]", "", str(column).lower())
+
+
+def columns_named(table: pd.DataFrame, wanted: tuple[str, ...]) -> list[pd.Series]:
+    """Columns of these plain names, in this order."""
     by_name: dict[str, list[Any]] = {}
-    for column in var.columns:
-        by_name.setdefault(re.sub(r"-\d+$|[\W_]", "", str(column).lower()), []).append(column)
-    return [var[column] for name in wanted for column in by_name.get(name, [])]
+    for column in table.columns:
+        by_name.setdefault(plain_name(column), []).append(column)
+    return [table[column] for name in wanted for column in by_name.get(name, [])]
 
 
 def _texts(values: pd.Series | pd.Index) -> np.ndarray:
@@ -203,10 +208,12 @@ def gene_names(where: str, var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """
     index = _texts(var.index)
     others = [var[column] for column in var.columns if OTHER_SYMBOLS.fullmatch(str(column))]
-    columns = [texts for texts in map(_texts, _columns(var, SYMBOL_COLUMNS)) if _are_symbols(texts)]
+    columns = [texts for texts in map(_texts, columns_named(var, SYMBOL_COLUMNS)) if _are_symbols(texts)]
     columns = columns or [texts for texts in map(_texts, others) if _are_symbols(texts)]
     symbols = max(columns, key=np.count_nonzero, default=None)  # the fullest, the first of equals
-    ids = next((texts for texts in map(_texts, _columns(var, ID_COLUMNS)) if _most([bool(t) for t in texts])), None)
+    ids = next(
+        (texts for texts in map(_texts, columns_named(var, ID_COLUMNS)) if _most([bool(t) for t in texts])), None
+    )
     names = index
     if are_ids(index):
         running = any((index == np.arange(first, first + len(index)).astype(str)).all() for first in (0, 1))
@@ -219,6 +226,8 @@ def gene_names(where: str, var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     ids = index if ids is None else ids
     ids = np.where(ids == "", index, ids).astype(str)
     names = without_unique_suffixes(np.where(names == "", ids, names).astype(str), ids)
+    if nameless := int((names == "").sum()):
+        raise ValueError(f"{where}: expected a name or an id for each gene, found {nameless} without; name them in var")
     return np.where(np.isin(names, NO_SYMBOL), ids, names), ids
 
 

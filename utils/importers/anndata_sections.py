@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from utils.importers.anndata_counts import columns_named, plain_name
 from utils.importers.source import place_spots
 from utils.slices import lattice
 
-LIBRARY_COLUMNS = ("library_id", "library", "libraryid")  # several values are several arrays, wherever they lie
+# Plain names, as plain_name gives them
+LIBRARY_COLUMNS = ("libraryid", "library")  # several values are several arrays, wherever they lie
 SECTION_COLUMNS = (
     *LIBRARY_COLUMNS,
-    *("sample_id", "sample", "sampleid", "slice", "slice_id", "section", "section_id", "slide", "slide_id"),
-    *("orig.ident", "batch", "dataset", "capture_area", "puck"),
+    *("sampleid", "sample", "slice", "sliceid", "section", "sectionid", "slide", "slideid"),
+    *("origident", "batch", "dataset", "capturearea", "puck"),
+)
+PATIENT_COLUMNS = (
+    *("patient", "patientid", "donorid", "donor", "subject", "subjectid", "individual", "individualid"),
+    *("participant", "participantid", "caseid"),  # not case, which may mean the opposite of control
 )
 COORDINATES = ("array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres", "x", "y")  # never sections
-PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "donor_id", "donor", "subject", "subject_id", "individual")
 NOBODY = ("", "nan", "none", "unknown", "na", "n/a", "<na>")
 FEWEST = 3  # spots of a section
 CLOSE = 0.75  # of the distance between neighbours: nearer spots are of several sections
@@ -35,7 +40,7 @@ def as_labels(values: pd.Series) -> pd.Series:
 
 
 def libraries(where: str, adata: Any) -> dict[str, dict[str, Any]]:
-    """The entries of uns['spatial'] that hold images or scale factors, by library.
+    """The images and scale factors of uns['spatial'], by library; others, such as the path of an image, are left out.
 
     Raises ValueError where the CELLxGENE schema says that the file is not of a single section.
     """
@@ -48,11 +53,16 @@ def libraries(where: str, adata: Any) -> dict[str, dict[str, Any]]:
             "images or places; get the file of each section"
         )
     by_name = {"": spatial} if "images" in spatial else spatial  # without a library's name
-    return {
-        str(name): dict(entry)
-        for name, entry in by_name.items()
-        if isinstance(entry, dict) and (entry.get("images") or entry.get("scalefactors"))
-    }
+    entries = {str(name): _entry(entry) for name, entry in by_name.items()}
+    return {name: entry for name, entry in entries.items() if entry["images"] or entry["scalefactors"]}
+
+
+def _entry(stored: Any) -> dict[str, dict[str, Any]]:
+    """Images, which are arrays of two or three axes, and scale factors of a library."""
+    parts: dict[str, Any] = {"images": {}, "scalefactors": {}} | (stored if isinstance(stored, dict) else {})
+    images, factors = ({**part} if isinstance(part, dict) else {} for part in (parts["images"], parts["scalefactors"]))
+    images = {kind: pixels for kind, pixels in images.items() if np.asarray(pixels).ndim in (2, 3)}
+    return {"images": images, "scalefactors": factors}
 
 
 def choose_library(
@@ -127,18 +137,18 @@ def separating_column(obs: pd.DataFrame, by_library: dict[str, Any], xy_px: np.n
     by_column = {column: labels for column in columns if (labels := _labels(obs[column])) is not None}
     for column, labels in by_column.items():
         of_libraries = len(by_library) > 1 and set(labels.astype(str)) <= set(by_library)
-        if str(column).lower() in LIBRARY_COLUMNS or of_libraries:
+        if plain_name(column) in LIBRARY_COLUMNS or of_libraries:
             return column
     nearest_px = lattice.nearest_px(xy_px) if len(xy_px) > 1 else np.ones(1)
     close = nearest_px.min() < CLOSE * np.median(nearest_px) and not _on_lattice(xy_px, None)  # no chosen neighbours
     crowded = close or _repeated(array)
     for column, labels in by_column.items():
-        if (crowded or str(column).lower() in SECTION_COLUMNS) and _keeps_apart(labels, xy_px, array, nearest_px):
+        if (crowded or _is_section_column(column)) and _keeps_apart(labels, xy_px, array, nearest_px):
             return column
     if _on_lattice(xy_px, array):
         return None
     for column, labels in by_column.items():
-        if str(column).lower() in SECTION_COLUMNS and all(
+        if _is_section_column(column) and all(
             _on_lattice(xy_px[labels == label], None if array is None else array[labels == label])
             for label in np.unique(labels)
         ):
@@ -150,15 +160,14 @@ def _in_order(obs: pd.DataFrame) -> list[Any]:
     """Columns by how surely they name sections, then by how few values they have."""
 
     def order(column: Any) -> tuple[int, int]:
-        name = str(column).lower()
-        known = SECTION_COLUMNS.index(name) if _is_section_column(column) else len(SECTION_COLUMNS)
+        known = SECTION_COLUMNS.index(plain_name(column)) if _is_section_column(column) else len(SECTION_COLUMNS)
         return known, obs[column].astype(str).nunique()
 
     return sorted(obs.columns, key=order)
 
 
 def _is_section_column(column: Any) -> bool:
-    return str(column).lower() in SECTION_COLUMNS
+    return plain_name(column) in SECTION_COLUMNS
 
 
 def _is_measured(values: pd.Series) -> bool:
@@ -232,10 +241,7 @@ def _folder_name(stem: str, value: str) -> str:
 
 def patient_of(obs: pd.DataFrame, stated: Any, name: str) -> str:
     """The patient: as stated, else the only value of a column of patients, else the slice's own name."""
-    columns = {str(column).lower(): column for column in obs}
-    values = [stated]
-    for wanted in PATIENT_COLUMNS:
-        if wanted in columns and obs[columns[wanted]].astype(str).nunique() == 1:
-            values.append(obs[columns[wanted]].iloc[0])
+    columns = columns_named(obs, PATIENT_COLUMNS)
+    values = [stated, *(values.iloc[0] for values in columns if values.astype(str).nunique() == 1)]
     texts = (str(int(v)) if isinstance(v, float) and v.is_integer() else str(v).strip() for v in values)
     return next((text for text in texts if text.lower() not in NOBODY), name)

@@ -141,7 +141,7 @@ def _fits(entry: dict[str, Any], xy_px: np.ndarray) -> bool:
 
 def _factors(entry: dict[str, Any]) -> dict[str, float]:
     """Scale factors of a library that are positive numbers."""
-    stated = {key: pitch.positive(value) for key, value in (entry.get("scalefactors") or {}).items()}
+    stated = {key: pitch.positive(value) for key, value in entry.get("scalefactors", {}).items()}
     factors = {key: value for key, value in stated.items() if value is not None}
     if "tissue_downscaled_fullres_scalef" in factors:
         factors.setdefault("tissue_hires_scalef", factors.pop("tissue_downscaled_fullres_scalef"))
@@ -150,7 +150,7 @@ def _factors(entry: dict[str, Any]) -> dict[str, float]:
 
 def _small_pixels(entry: dict[str, Any], names: dict[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
     """The small images of a library as they are kept, by Space Ranger's names of them."""
-    images = entry.get("images") or {}
+    images = entry.get("images", {})
     found = {kind: next((images[name] for name in known if name in images), None) for kind, known in names.items()}
     return {kind: np.asarray(pixels) for kind, pixels in found.items() if pixels is not None}
 
@@ -163,7 +163,7 @@ def _uns_images(
     Where they are not `needed`, because the image is a file, Space Ranger's own small ones serve to check that file,
     as far as they can be read.
     """
-    fullres = (entry.get("images") or {}).get("fullres")
+    fullres = entry.get("images", {}).get("fullres")
     small: dict[str, np.ndarray] = {}
     notes = []
     names = {kind: known if needed else known[:1] for kind, known in SMALL.items()}

@@ -55,7 +55,7 @@ def check(source: Source) -> None:
 
 
 def check_spots(source: Source, shown: Path | np.ndarray, scale: float, thumbnail: Thumbnail) -> tuple[int, list[str]]:
-    """How many spots lie outside an image, and warnings about their axes.
+    """How many spots lie outside an image, and warnings about its content and their axes.
 
     Parameters
     ----------
@@ -73,8 +73,9 @@ def check_spots(source: Source, shown: Path | np.ndarray, scale: float, thumbnai
     radius_px, small = source.spot_diameter_px / 2 * scale, (thumbnail.pixels, thumbnail.scale)
     if source.image is not None:
         checks.check_not_blank(where, small)
-    axes = checks.check_axes(where, xy_px[inside], size, radius_px, small, source.lattice.mirrored)
-    return int((~inside).sum()), axes
+    warnings = checks.check_not_black(where, xy_px[inside], radius_px, small)
+    warnings += checks.check_axes(where, xy_px[inside], size, radius_px, small, source.lattice.mirrored)
+    return int((~inside).sum()), warnings
 
 
 def shown_image(source: Source) -> tuple[Path | np.ndarray, float] | None:

@@ -145,7 +145,10 @@ def _coordinates(path: Path, adata: Any) -> np.ndarray:
     """x and y (S, 2) of the spots in full-resolution pixels."""
     stored: Any = adata.obsm["spatial"] if "spatial" in adata.obsm else np.zeros((0, 0))
     named = next((list(names) for names in XY_COLUMNS if set(names) <= set(getattr(stored, "columns", ()))), None)
-    xy_px = np.asarray(stored if named is None else stored[named], dtype=float)
+    try:
+        xy_px = np.asarray(stored if named is None else stored[named], dtype=float)
+    except (TypeError, ValueError):  # text
+        xy_px = np.full(np.shape(stored), np.nan)
     if xy_px.ndim != 2 or xy_px.shape[1] < 2 or not np.isfinite(xy_px).all():
         found = f"keys {', '.join(adata.obsm) or 'none'}" if not xy_px.size else f"shape {xy_px.shape} or no numbers"
         raise ValueError(

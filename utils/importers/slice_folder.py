@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -115,13 +115,14 @@ def add_row(out: Path, row: splits.SliceRow) -> None:
         others = [other for other in splits.read_table(out, split=False)[0] if other.slice != row.slice]
         splits.write_table([*others, row], path)
         return
-    lines = path.read_bytes().decode("utf-8").splitlines(keepends=True)
-    first, header = _header(path, lines)
-    if any(_cells(line)[header.index("slice") :][:1] == [row.slice] for line in lines[first + 1 :]):
+    number, header, rows = _read_table(path)
+    at = header.index("slice")
+    if any(PurePath(cells[at]).as_posix() == row.slice for cells in rows if cells[at:]):
         return
+    lines = io.StringIO(path.read_bytes().decode(), newline="").readlines()
     missing = [name for name in splits.COLUMNS if name not in header]
-    end = "\r\n" if lines[first].endswith("\r\n") else "\n"
-    lines[first] = ",".join([lines[first].rstrip("\r\n"), *missing]) + end
+    end = "\r\n" if lines[number - 1].endswith("\r\n") else "\n"
+    lines[number - 1] = ",".join([lines[number - 1].rstrip("\r\n"), *missing]) + end
     lines[-1] = lines[-1].rstrip("\r\n") + end
     values: dict[str, Any] = {"slice": row.slice, "patient": row.patient, "part": row.part, "image": row.image or ""}
     values["spot_pitch_um"] = "" if row.spot_pitch_um is None else f"{row.spot_pitch_um:.12g}"
@@ -132,20 +133,15 @@ def add_row(out: Path, row: splits.SliceRow) -> None:
 
 def check_table(out: Path) -> None:
     """Raises ValueError where there is a slices.csv that a line cannot be added to."""
-    path = out / "slices.csv"
-    if path.exists():
-        _header(path, path.read_bytes().decode("utf-8", errors="replace").splitlines())
+    if (out / "slices.csv").exists():
+        _read_table(out / "slices.csv")
 
 
-def _header(path: Path, lines: list[str]) -> tuple[int, list[str]]:
-    """Number and cells of the first line that is not blank."""
-    first = next((i for i, line in enumerate(lines) if line.strip()), 0)
-    header = _cells(lines[first].lstrip("\ufeff")) if lines else []
+def _read_table(path: Path) -> tuple[int, list[str], list[list[str]]]:
+    """The line that the header of slices.csv is on, its cells, and the cells of the other lines that are not blank."""
+    lines = splits.table_lines(path)
+    number, header = lines[0] if lines else (0, [])
     if "slice" not in header:
         found = ",".join(header) or "an empty file"
         raise ValueError(f"{path}: expected the header {','.join(splits.COLUMNS)}, found {found}; fix the header")
-    return first, header
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in next(csv.reader([line]), [])]
+    return number, header, [cells for _, cells in lines[1:]]

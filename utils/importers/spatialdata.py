@@ -20,6 +20,7 @@ from utils.importers.source import Source, found_in, lie_on
 from utils.slices import checks
 from utils.slices.matrix import reading
 
+OF_COUNTS = re.compile(r"(X|raw/X|layers/[^/]+)/(data|indices)")  # of a table
 BIN = re.compile(r"_(\d{3})um$")
 # Words in the names of images that are not the H&E, and of those that are
 OTHERS = {"cytassist", "lowres", "thumbnail", "dapi", "if", "fluorescence", "hoechst", "alignment"}
@@ -59,6 +60,22 @@ def choose_table(source: Path, data: Any, bin_um: int | None) -> str:
         how = "choose one with --bin" if any(map(BIN.search, data.tables)) else "keep that of the spots"
         raise ValueError(f"{source}: expected {wanted}, found {', '.join(data.tables) or 'none'}; {how}")
     return names[0]
+
+
+def check_chunks(source: Path, table_name: str) -> None:
+    """Raises ValueError where chunks of sparse counts are missing, which zarr reads as zeros: other genes, no counts.
+
+    Writers leave out chunks of zeros, which other arrays may have.
+    """
+    import zarr
+
+    with reading(source, "a SpatialData zarr"):
+        table: Any = zarr.open_group(source, mode="r")[f"tables/{table_name}"]
+        arrays = [array for name, array in table.members(max_depth=None) if OF_COUNTS.fullmatch(name)]
+        chunks = [(array.path, array.nchunks, array.nchunks_initialized) for array in arrays]
+    for name, expected, found in chunks:
+        if found < expected:
+            raise ValueError(f"{source}: expected {expected} chunks of {name}, found {found}; copy the zarr again")
 
 
 def _regions(table: Any) -> list[str]:
@@ -294,6 +311,7 @@ def read_spatialdata(
     """
     data = _open(source)
     table_name = choose_table(source, data, bin_um)
+    check_chunks(source, table_name)
     table, of_bins = data.tables[table_name], BIN.search(table_name)
     pitch_um = pitch_um or (float(of_bins[1]) if of_bins else None)
     name = source.absolute().name.removesuffix(".zarr")

@@ -72,6 +72,7 @@ def check_image(
     radius_px = slice_.scalefactors["spot_diameter_fullres"] / 2 * source.scale
     hd = "bin_size_um" in slice_.scalefactors  # whose array is a mirror image of the pixels by itself
     mirrored = slice_.lattice is not None and slice_.lattice.mirrored and not hd
+    warnings += check_not_black(f"{source.path}", xy_px[inside], radius_px, thumbnail)
     return inside, warnings + check_axes(f"{source.path}", xy_px[inside], size, radius_px, thumbnail, mirrored)
 
 
@@ -82,6 +83,20 @@ def check_not_blank(where: str, thumbnail: Thumbnail) -> None:
             f"{where}: expected tissue under the spots, found an image of one colour, transparent or empty everywhere; "
             "export it again, without alpha"
         )
+
+
+def check_not_black(where: str, xy_px: np.ndarray, radius_px: float, thumbnail: Thumbnail) -> list[str]:
+    """A warning where spots lie on parts that are exactly black: readers give that for what a file lost.
+
+    Parameters are those of check_axes. Raises ValueError where most of the spots do.
+    """
+    n_black = int(tissue.on_tissue(xy_px, thumbnail[0].max(axis=2) == 0, thumbnail[1], radius_px).sum())
+    found = f"black (0, 0, 0) under {n_black} of {len(xy_px)} spots"
+    if n_black > MOSTLY * len(xy_px):
+        raise ValueError(f"{where}: expected tissue under the spots, found {found}; copy or export the image again")
+    if n_black > max(FEW, FEW_FRACTION * len(xy_px)):
+        return [f"{where}: is {found}, as where parts of the file are missing; copy or export it again"]
+    return []
 
 
 def spots_on_image(where: str, xy_px: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -263,8 +278,8 @@ def check_axes(
 ) -> list[str]:
     """Spots against the tissue, as they stand and with swapped or mirrored axes.
 
-    Raises ValueError where hardly a spot lies on tissue, or where most would with swapped or mirrored axes and do not
-    now.
+    Raises ValueError where hardly a spot lies on tissue and there is enough of it elsewhere, or where most would with
+    swapped or mirrored axes and do not now. Fat, which is nearly as pale as glass, is no reason to refuse.
 
     Parameters
     ----------
@@ -291,7 +306,8 @@ def check_axes(
                 f"{where}: expected spots on tissue, found {as_given:.0%} of {len(xy_px)} there and {best:.0%} with "
                 f"{name}; correct the axes of the positions, or give the image that they refer to"
             )
-    if as_given < HARDLY and mask.any():
+    discs = len(xy_px) * np.pi * (radius_px * thumbnail[1]) ** 2
+    if as_given < HARDLY and _area_beyond(mask, xy_px * thumbnail[1]) >= discs:
         raise ValueError(
             f"{where}: expected spots on tissue, found {as_given:.0%} of {len(xy_px)} there; give the image that the "
             "positions refer to"
@@ -307,6 +323,12 @@ def check_axes(
             "right?"
         ]
     return []
+
+
+def _area_beyond(mask: np.ndarray, xy_px: np.ndarray) -> int:
+    """Tissue of a mask (h, w) outside the rectangle around the centres (S, 2), all in pixels of the mask."""
+    (left, top), (right, bottom) = xy_px.min(axis=0).astype(int), np.ceil(xy_px.max(axis=0)).astype(int)
+    return int(mask.sum() - mask[top:bottom, left:right].sum())
 
 
 def _other_axes(xy_px: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:

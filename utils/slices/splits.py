@@ -7,6 +7,8 @@ patient are in one part. Whatever is wrong is a ValueError of one line; what is 
 import csv
 import io
 import math
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path, PurePath
@@ -15,6 +17,7 @@ import numpy as np
 
 from utils.files.atomic import write_whole
 from utils.settings import PARTS
+from utils.slices import content
 from utils.slices.lattice import neighbour_tree
 from utils.slices.visium import is_slice, why_no_slice
 from utils.words import count_of
@@ -59,6 +62,24 @@ def _own_patient(slice_name: str) -> str:
     return "/".join(parts)
 
 
+def patient_key(patient: str) -> str:
+    """What the spellings of a patient share: P01, p01; Patient 1, Patient_1; 1, 01, 1.0; é as one or two characters."""
+    text = re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", unicodedata.normalize("NFKC", patient).casefold())
+    number = re.fullmatch(r"0*(\d+)(\.0*)?", text)
+    return number[1] if number else text
+
+
+def _spelt_once(rows: list[SliceRow], table: Path) -> tuple[list[SliceRow], list[str]]:
+    """The rows with each patient as it is spelt first, and a warning for those with several spellings."""
+    spellings: dict[str, list[str]] = {}
+    for row in rows:
+        spellings.setdefault(patient_key(row.patient), []).append(row.patient)
+    several = [" = ".join(dict.fromkeys(names)) for names in spellings.values() if len(set(names)) > 1]
+    rows = [replace(row, patient=spellings[patient_key(row.patient)][0]) for row in rows]
+    fix = "spell a patient in one way, or name different ones otherwise"
+    return rows, [f"{table}: taken for one patient: {', '.join(several)}; {fix}"] if several else []
+
+
 def _pitch_um(text: str, where: str) -> float | None:
     if not text:
         return None
@@ -90,7 +111,7 @@ def _no_slice(folder: Path) -> str:
     return why_no_slice(folder) or "expected a slice folder, found one without spatial/"
 
 
-def _lines(table: Path) -> list[tuple[int, list[str]]]:
+def table_lines(table: Path) -> list[tuple[int, list[str]]]:
     """The lines of a csv file that are not blank, with their numbers, cells stripped."""
     if not table.is_file():
         raise ValueError(f"{table}: expected a table of slices, found no such file; give it with --slices")
@@ -104,7 +125,7 @@ def _lines(table: Path) -> list[tuple[int, list[str]]]:
 
 def _read_cells(table: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     """The header of a table of slices, and where each line stands with its cells."""
-    lines = _lines(table)
+    lines = table_lines(table)
     header = lines[0][1] if lines else []
     if "slice" not in header or any(header.count(name) > 1 for name in COLUMNS):
         found = ",".join(header) or "an empty file"
@@ -119,7 +140,7 @@ def _read_cells(table: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]
 
 
 def _listed(data: Path, table: Path) -> tuple[list[SliceRow], list[str]]:
-    """The rows of a table of slices, and a warning for columns that nothing reads."""
+    """The rows of a table of slices, and warnings for columns that nothing reads and patients of several spellings."""
     header, lines = _read_cells(table)
     rows: dict[str, SliceRow] = {}
     for where, cells in lines:
@@ -130,7 +151,9 @@ def _listed(data: Path, table: Path) -> tuple[list[SliceRow], list[str]]:
     if not rows:
         raise ValueError(f"{table}: expected a line per slice, found only the header; add the slices")
     unread = [name for name in header if name and name not in COLUMNS]
-    return list(rows.values()), [f"{table}: columns not used: {', '.join(unread)}"] if unread else []
+    warnings = [f"{table}: columns not used: {', '.join(unread)}"] if unread else []
+    spelt, several = _spelt_once(list(rows.values()), table)
+    return spelt, warnings + several
 
 
 def row_of(folder: Path) -> SliceRow | None:
@@ -265,21 +288,34 @@ def check_patients(rows: Iterable[SliceRow], allow_leak: bool = False) -> list[s
     return warnings + ([f"patients in train and in val: {', '.join(shared)}"] if shared else [])
 
 
-def check_identical(rows: Iterable[SliceRow], hashes: dict[str, str], allow_leak: bool = False) -> list[str]:
-    """Stop, or warn, where slices of two parts have the same counts.
+def check_identical(
+    rows: Iterable[SliceRow],
+    hashes: dict[str, str],
+    allow_leak: bool = False,
+    totals: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
+) -> list[str]:
+    """Stop, or warn, where slices of two parts have the same counts, or are copies that lack some spots or genes.
 
     Parameters
     ----------
     rows : slices; those without a part or a hash are not compared
     hashes : `content.counts_hash` by slice
     allow_leak : warn instead of stopping
+    totals : barcodes (S,) and total counts (S,) of spots by slice, for `content.copies`; without them it is left out
     """
+    rows = [row for row in of_part(rows, *PARTS) if row.slice in hashes]
     groups: dict[str, list[SliceRow]] = {}
-    for row in (row for row in of_part(rows, *PARTS) if row.slice in hashes):
+    for row in rows:
         groups.setdefault(hashes[row.slice], []).append(row)
     same = [group for group in groups.values() if len({row.part for row in group}) > 1]
-    names = "; ".join(", ".join(f"{row.slice} ({row.part})" for row in group) for group in same)
-    return [_leak(f"slices with identical counts in two parts: {names}", allow_leak)] if same else []
+    pairs = content.copies([totals[row.slice] for row in rows], [row.part for row in rows]) if totals and rows else []
+    copies = [[rows[i], rows[j]] for i, j in pairs if hashes[rows[i].slice] != hashes[rows[j].slice]]
+    found = {"slices with identical counts in two parts": same, "slices with the same spots in two parts": copies}
+    return [_leak(f"{what}: {_names_of(leaks)}", allow_leak) for what, leaks in found.items() if leaks]
+
+
+def _names_of(groups: list[list[SliceRow]]) -> str:
+    return "; ".join(", ".join(f"{row.slice} ({row.part})" for row in group) for group in groups)
 
 
 def of_part(rows: Iterable[SliceRow], *parts: str) -> list[SliceRow]:

@@ -186,7 +186,7 @@ class Slice:
         images = [path for path in images if path.exists()] or images  # a link to nothing is refused when it is opened
         packed = [path.name for place in places for path in place.iterdir() if _is_packed_image(path)]
         if packed and not images:
-            raise ValueError(f"{self.folder}: expected an unpacked image, found {min(packed)}; gunzip it")
+            raise ValueError(f"{self.folder}: expected an unpacked image, found {min(packed)}; unpack it")
         if len(images) > 1:
             found_names = ", ".join(path.relative_to(self.folder).as_posix() for path in images)
             raise ValueError(
@@ -331,8 +331,9 @@ def _check_one_run(root: Path, positions: np.ndarray, barcodes: np.ndarray) -> N
 
 
 def _is_packed_image(path: Path) -> bool:
-    inner = path.name.removesuffix(".gz")
-    return path.name.endswith(".gz") and inner not in BY_PRODUCTS and Path(inner).suffix.lower() in SUFFIXES
+    return (
+        path.suffix in (".gz", ".zip") and path.stem not in BY_PRODUCTS and Path(path.stem).suffix.lower() in SUFFIXES
+    )
 
 
 def _positive(root: Path, pitch_um: float | None) -> float | None:

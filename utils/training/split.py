@@ -48,7 +48,8 @@ def load_training(
     check_panel_origin(slices, [row.slice for row in used if row.part == "train"], settings.val_strip)
     if settings.val_strip:
         print("\n".join(strip_sizes(slices)))
-    warn(splits.check_identical(used, dataset.counts_hashes(slices), settings.allow_leak))
+    hashes, totals = dataset.counts_hashes(slices), dataset.spot_totals(slices)
+    warn(splits.check_identical(used, hashes, settings.allow_leak, totals))
     n_train = len(dataset.spots_of(slices, "train"))
     if settings.batch_size > n_train:
         raise ValueError(
@@ -136,7 +137,8 @@ def seen_in_training(
     """
     tables = [*state["table"], *state.get("encoder_table", [])]
     used = [row for row in tables if row["part"] in ("train", "val")]
-    patients, trained = {row["patient"] for row in used}, {row["slice"] for row in used if row["part"] == "train"}
+    patients = {splits.patient_key(row["patient"]) for row in used}
+    trained = {row["slice"] for row in used if row["part"] == "train"}
     contents = {state["counts_hashes"].get(row["slice"]) for row in used} - {None}
     contents |= set(state["pretrain_hashes"].values())
     slices = {row["slice"] for row in used}
@@ -145,7 +147,8 @@ def seen_in_training(
         same = row.slice in slices or (hashes or {}).get(row.slice) in contents
         if (row.part == "test" and same) or (row.part == "val" and row.slice in trained):
             return "the slice itself"
-        return f"another slice of patient {row.patient}" if row.part == "test" and row.patient in patients else None
+        shared = row.part == "test" and splits.patient_key(row.patient) in patients
+        return f"another slice of patient {row.patient}" if shared else None
 
     return {row.slice: text for row in rows if (text := reason(row))}
 

@@ -50,16 +50,6 @@ class Measured:
     slice: MeasuredSlice
     expression: np.ndarray  # (S, G) in the units of the model's target, NaN for a gene that the slice lacks
 
-    @property
-    def counts(self) -> np.ndarray:
-        """(S, G)."""
-        return self.slice["counts"][self.slice["rows"]]
-
-    @property
-    def total_counts(self) -> np.ndarray:
-        """Over all genes: (S,)."""
-        return self.slice["total_counts"][self.slice["rows"]]
-
 
 def parse_args(argv: list[str] | None = None) -> Settings:
     parser = settings.shared(__doc__, part="test", unused=("seed",))
@@ -243,13 +233,17 @@ def write_predictions(
 
     columns = {"val_pcc": "val_pcc", "test_pcc": "pcc_residuals_model"}
     var = pd.DataFrame({name: table[column].to_numpy() for name, column in columns.items()}, index=state["genes"])
-    obs = {"total_counts": np.concatenate([slice_.total_counts for slice_ in measured])}
+    counts, total_counts = (
+        np.concatenate([of.slice[key][of.slice["rows"]] for of in measured]) for key in ("counts", "total_counts")
+    )
     predicted = np.concatenate(predictions["model"])
-    adata = anndata_files.spots_anndata([slice_.spots for slice_ in measured], predicted, var, obs)
+    adata = anndata_files.spots_anndata(
+        [slice_.spots for slice_ in measured], predicted, var, {"total_counts": total_counts}
+    )
     layers = {
         "lognorm": anndata_files.predicted_lognorm([state], predicted),
         "measured": np.concatenate([slice_.expression for slice_ in measured]),
-        "counts": np.concatenate([slice_.counts for slice_ in measured]),
+        "counts": counts,
     }
     for name, values in layers.items():
         adata.layers[name] = values.astype(np.float32)

@@ -1,6 +1,6 @@
 """report.html in a real Chromium, looked at: hostile names, screen readers, contrast, widths, size, images of it.
 
-env MAGIC_SCREENSHOTS=docs pytest tests/report/test_browser_page.py -k images  # docs/report.png and docs/report_dark.png
+env MAGIC_SCREENSHOTS=docs pytest tests/report/test_browser_page.py -k images  # docs/report{,_dark}.png
 pytest tests/report/test_browser_page.py -k large -s  # size and times of the largest report
 """
 

@@ -213,6 +213,12 @@ def validate(model: StageTwo, data: Data, predict: Predict) -> tuple[np.ndarray,
             pcc = metrics.scored_pearson_per_gene(predictions[-1], np.nan_to_num(true))
             per_slice.append(np.where(np.isfinite(true).all(0), pcc, np.nan))
     known = np.isfinite(per_slice).sum(0)
+    if not known.any():
+        names = ", ".join(slice_.name for slice_ in data.slices if len(slice_.rows_of("val")))
+        raise ValueError(
+            f"{names}: expected target genes that a validation slice measured, found none of the {len(known)}; validate "
+            "on another slice, or give --target_genes to make_decoder_data.py"
+        )
     pcc = np.where(known > 0, np.nansum(per_slice, axis=0) / np.maximum(known, 1), np.nan)
     mean, sd = model.target_mean.cpu().numpy(), model.target_sd.cpu().numpy()
     measured = data.target[np.concatenate(numbers)] * sd + mean

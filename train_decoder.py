@@ -217,7 +217,7 @@ def validate(model: StageTwo, data: Data, predict: Predict) -> tuple[np.ndarray,
         names = ", ".join(slice_.name for slice_ in data.slices if len(slice_.rows_of("val")))
         raise ValueError(
             f"{names}: expected target genes that validation measured, found none of the {len(known)}; validate "
-            "on another slice, or give --target_genes to make_decoder_data.py"
+            "on another slice, or let make_decoder_data.py take target genes that it measured"
         )
     pcc = np.where(known > 0, np.nansum(per_slice, axis=0) / np.maximum(known, 1), np.nan)
     mean, sd = model.target_mean.cpu().numpy(), model.target_sd.cpu().numpy()

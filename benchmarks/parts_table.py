@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.record import table_lines
 from utils.evaluation.bootstrap import block_bootstrap_interval
 from utils.files.atomic import write_figure
+from utils.words import count_of
 
 FIGURES = {  # key: heading
     "contrastive_neighbours": "contrastive",
@@ -97,7 +98,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     """Both tables, and what they were made with."""
     s = result["settings"]
     told_apart, unseen = s["patients_told_apart"], s["patients"] - s["train"] - s["val"]
-    trained_on = "one train slice with a strip for validation" if s["one_slice"] else f"{s['train']} train patients"
+    trained_on = (
+        "one train slice with a strip for validation" if s["one_slice"] else count_of(s["train"], "train patient")
+    )
     head = (
         f"{trained_on} x {s['spots']} spots, {unseen} unseen, batch effects "
         f"{s['batch_effects']:g} (three patients told apart: {_figure(told_apart)}, chance 0.333), "

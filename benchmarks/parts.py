@@ -10,9 +10,10 @@ All methods have the same patients, steps and seeds, and are evaluated on patien
 NAME_mismatched, in which the expression profiles of 30 % of the train spots of each slice are exchanged: pairs that
 distillation should see through. A finished run is kept in the folder of --out and is not repeated.
 
-The JSON: {"settings", "methods": {NAME: {FIGURE: value, "per_patient": [...]}}, "differences": {"A - B": {FIGURE:
-{"mean", "interval"}}}}. Figures are in 0..1 and are means over patients, null where a method has none; the seeds of a
-patient are averaged first, and intervals (95 %) are those of a bootstrap over patients.
+The JSON: {"settings", "methods": {NAME: {FIGURE: value, "per_seed": [...], "per_patient": [...]}}, "differences":
+{"A - B": {FIGURE: {"mean", "interval"}}}}. Figures are in 0..1 and are means over patients, null where a method has
+none; the seeds of a patient are averaged first, and intervals (95 %) are those of a bootstrap over patients. These do
+not contain the variation between trainings: look at the seeds as well.
 """
 
 from __future__ import annotations

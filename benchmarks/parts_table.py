@@ -32,6 +32,11 @@ def over_seeds(records: Sequence[Mapping[str, Any]]) -> Patients:
     return {name: {key: _mean([of_run[name][key] for of_run in patients]) for key in FIGURES} for name in patients[0]}
 
 
+def over_patients(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """Figures of a run, means over patients."""
+    return {key: _mean([figures[key] for figures in record["per_patient"].values()]) for key in FIGURES}
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
@@ -54,10 +59,10 @@ def summarise(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, A
     for name, of_patients in patients.items():
         column = {key: [figures[key] for figures in of_patients.values()] for key in FIGURES}
         per_patient = [{"patient": patient} | figures for patient, figures in of_patients.items()]
-        seconds = float(np.mean([run["seconds"] for run in records[name]]))
         methods[name] = {key: _mean(values) for key, values in column.items()}
-        methods[name] |= {"seconds": seconds, "steps": records[name][0]["steps"], "seeds": len(records[name])}
-        methods[name]["per_patient"] = per_patient
+        methods[name] |= {"seconds": _mean([run["seconds"] for run in records[name]])}
+        methods[name] |= {"steps": records[name][0]["steps"], "seeds": len(records[name])}
+        methods[name] |= {"per_seed": [over_patients(run) for run in records[name]], "per_patient": per_patient}
     return {"methods": methods, "differences": differences(patients)}
 
 
@@ -95,7 +100,7 @@ def _difference(found: Mapping[str, Any] | None) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Both tables, and what they were made with."""
+    """The tables of methods, of differences and, of several seeds, of each seed; and what they were made with."""
     s = result["settings"]
     told_apart, unseen = s["patients_told_apart"], s["patients"] - s["train"] - s["val"]
     trained_on = (
@@ -117,15 +122,19 @@ def markdown(result: Mapping[str, Any]) -> str:
         for name, of in result["differences"].items()
         if any(of.get(key) for key in keys)
     ]
-    return "\n".join(
-        [
-            head,
-            "",
-            *table_lines(["method", *FIGURES.values(), "seeds", "steps", "seconds"], rows),
-            "",
-            *table_lines(["difference", *(FIGURES[key] for key in keys)], against),
+    headings = [FIGURES[key] for key in keys]
+    lines = [head, "", *table_lines(["method", *FIGURES.values(), "seeds", "steps", "seconds"], rows)]
+    lines += ["", *table_lines(["difference", *headings], against)]
+    if len(s["seeds"]) > 1:
+        by_seed = [
+            [
+                name,
+                *("-" if of[key] is None else ", ".join(_figure(seed[key]) for seed in of["per_seed"]) for key in keys),
+            ]
+            for name, of in result["methods"].items()
         ]
-    )
+        lines += ["", *table_lines(["each seed", *headings], by_seed)]
+    return "\n".join(lines)
 
 
 def curve_of(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

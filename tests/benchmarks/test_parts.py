@@ -24,6 +24,7 @@ def test_seeds_are_averaged_before_patients_and_methods_are_compared_patient_by_
     none = found["methods"]["none"]
     assert none["recall_at_10"] == pytest.approx(0.35) and none["seeds"] == 2
     assert [patient["recall_at_10"] for patient in none["per_patient"]] == pytest.approx([0.2, 0.3, 0.4, 0.5])
+    assert [seed["recall_at_10"] for seed in none["per_seed"]] == pytest.approx([0.25, 0.45])
     difference = found["differences"]["matching - none"]["recall_at_10"]
     assert difference["mean"] == pytest.approx(0.1) and difference["interval"] == pytest.approx([0.1, 0.1])
     assert "none_mismatched - none" not in found["differences"], "their data differ"
@@ -90,7 +91,7 @@ def test_a_quick_benchmark_has_the_stated_keys_and_is_not_repeated(tmp_path, cap
     parts.main(settings)
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert set(result) == {"settings", "methods", "differences"}
-    keys = {*parts_table.FIGURES, "seconds", "steps", "per_patient", "seeds"}
+    keys = {*parts_table.FIGURES, "seconds", "steps", "per_patient", "per_seed", "seeds"}
     for name, figures in result["methods"].items():
         assert set(figures) == keys and len(figures["per_patient"]) == 2, name
         assert 0 <= figures["contrastive_neighbours"] <= 1

@@ -20,10 +20,14 @@ settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
-def same_draws():
-    """torch draws alike whatever ran before; random and NumPy are seeded by pytest-randomly where it is installed."""
+def same_start():
+    """torch draws alike whatever ran before; random and NumPy are seeded by pytest-randomly where it is installed. What
+    a test leaves of accelerate, which keeps the first precision of a process, is forgotten after it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
@@ -142,13 +146,3 @@ def scbert_files(scbert_tensors, tmp_path_factory) -> Path:
     write_released(folder / "panglao_pretrain.pth", scbert_tensors)
     write_vocabulary(folder / "genes.tsv")
     return folder
-
-
-@pytest.fixture
-def another_precision():
-    """accelerate keeps the first precision of a process; before and after it is free to choose."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)

@@ -316,7 +316,6 @@ def test_flags_that_exclude_each_other_and_unknown_folds_are_refused(simulated, 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("another_precision")
 def test_a_whole_run_from_slices_to_the_table(simulated, tmp_path, capsys):
     accuracy.main(tiny(simulated, tmp_path))
     record = json.loads((tmp_path / "runs" / "given_seed0_test_vit_32px_small.json").read_text())

@@ -178,7 +178,6 @@ def test_the_decoder_is_in_fp32_on_a_cpu_that_may_choose(precision, device, expe
         assert layer(torch.ones(2, 4)).dtype == expected
 
 
-@pytest.mark.usefixtures("another_precision")
 def test_the_encoder_keeps_its_precision_where_the_decoder_has_another(trained, tmp_path, monkeypatch):
     from_encoder, from_decoder = [], []
     grid_tokens, autocast = ImageEncoder.grid_tokens, distributed.decoder_autocast

@@ -25,6 +25,9 @@ def test_seeds_are_averaged_before_patients_and_methods_are_compared_patient_by_
     assert none["recall_at_10"] == pytest.approx(0.35) and none["seeds"] == 2
     assert [patient["recall_at_10"] for patient in none["per_patient"]] == pytest.approx([0.2, 0.3, 0.4, 0.5])
     assert [seed["recall_at_10"] for seed in none["per_seed"]] == pytest.approx([0.25, 0.45])
+    settings = vars(parts.parse_args(["--out", "x.json", "--seeds", "0", "1"])) | {"patients_told_apart": None}
+    settings |= {"date": "", "machine": "", "chance": {"neighbours": 0.1, "recall_at_10": 0.1}}
+    assert "| none | 0.250, 0.450 | 0.250, 0.450 |" in parts_table.markdown({"settings": settings, **found})
     difference = found["differences"]["matching - none"]["recall_at_10"]
     assert difference["mean"] == pytest.approx(0.1) and difference["interval"] == pytest.approx([0.1, 0.1])
     assert "none_mismatched - none" not in found["differences"], "their data differ"
